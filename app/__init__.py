@@ -1,0 +1,1 @@
+"""The method: gradient observation, spectral initialisation, optimizers, and the model around them."""

@@ -1,0 +1,1 @@
+"""Callbacks decide when something happens; `app/` knows what."""

@@ -1,0 +1,1 @@
+"""One file a data source: where it comes from, its prompt, its labels."""
