@@ -1,0 +1,215 @@
+"""The only file that knows PEFT: wrap a model, find its LoRA pairs, install factors, save, load, merge.
+
+Legend, here and everywhere: W (m, n) is a weight with m = out_features and n = in_features; r is the
+rank; lora_A (r, n), lora_B (m, r); Delta W = scaling * lora_B @ lora_A. The LoRA-One paper writes W as
+input x output, so its A is lora_A^T, its B is lora_B^T, and left and right singular spaces change places.
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from app.errors import InputError
+
+ADAPTER = "default"
+"""PEFT's name of the adapter that is trained."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A LoRA adapter, in PEFT's names.
+
+    Args:
+        r: Rank of the update, 1 <= r <= the smaller side of every target.
+        lora_alpha: Numerator of the scaling; dimensionless.
+        use_rslora: Scale by lora_alpha / sqrt(r) (rank-stabilised) instead of lora_alpha / r.
+        lora_dropout: Dropout on the adapter's input while training, in [0, 1).
+        target_modules: `all-linear` (every linear layer but the LM head), a regular expression over
+            module names, or a list of name endings such as [q_proj, v_proj].
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    use_rslora: bool = True
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise InputError(f"model.adapter.r must be at least 1, got {self.r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"model.adapter.lora_dropout must lie in [0, 1), got {self.lora_dropout}")
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One adapted layer.
+
+    Attributes:
+        name: The layer's name in the base model.
+        layer: PEFT's wrapper, a map from (..., n) to (..., m).
+        lora_A: Trainable (r, n).
+        lora_B: Trainable (m, r).
+        scaling: Factor of lora_B @ lora_A in the forward pass.
+    """
+
+    name: str
+    layer: nn.Module
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scaling: float
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
+    """Freeze a model and wrap its target layers with LoRA (lora_B = 0, lora_A random).
+
+    Args:
+        model: A causal or sequence-to-sequence language model.
+        settings: The adapter.
+
+    Returns:
+        The PEFT model; adapters are float32 even where the base is not.
+
+    Raises:
+        InputError: If no module matches the targets, or r exceeds a target's smaller side.
+    """
+    targets = settings.target_modules
+    conv1d = any(isinstance(module, Conv1D) for module in model.modules())
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+        use_rslora=settings.use_rslora,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        fan_in_fan_out=conv1d,
+        task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
+    )
+    try:
+        wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(_no_target(model, targets, str(error))) from error
+    for pair in lora_pairs(wrapped):
+        smaller = min(pair.lora_B.shape[0], pair.lora_A.shape[1])
+        if settings.r > smaller:
+            raise InputError(
+                f"model.adapter.r is {settings.r}, but {pair.name} has shape "
+                f"({pair.lora_B.shape[0]}, {pair.lora_A.shape[1]}): set model.adapter.r to at most "
+                f"{smaller}, or leave the layer out of model.adapter.target_modules"
+            )
+    return wrapped
+
+
+def _no_target(model: nn.Module, targets: str | list[str], reason: str) -> str:
+    kinds = Counter(
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    )
+    wanted = [targets] if isinstance(targets, str) else targets
+    close = {c for w in wanted for c in difflib.get_close_matches(w, kinds, n=2, cutoff=0.4)}
+    hint = f"; did you mean {', '.join(sorted(close))}?" if close else ""
+    listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
+    return (
+        f"model.adapter.target_modules is {targets!r}, which fits no layer of this model{hint} "
+        f"Its linear layers end in: {listed}. Set model.adapter.target_modules to some of these or to "
+        f"all-linear. (PEFT: {reason.splitlines()[0]})"
+    )
+
+
+def lora_pairs(model: nn.Module) -> list[LoraPair]:
+    """List the LoRA layers of a PEFT model in module order; empty for any other model."""
+    pairs = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+            pairs.append(
+                LoraPair(
+                    name=name.removeprefix("base_model.model."),
+                    layer=module,  # type: ignore[arg-type]
+                    lora_A=module.lora_A[ADAPTER].weight,
+                    lora_B=module.lora_B[ADAPTER].weight,
+                    scaling=module.scaling[ADAPTER],
+                )
+            )
+    return pairs
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Run a PEFT model as its base model.
+
+    PEFT toggles the adapters' `requires_grad` on the way; hold the flags with `app.observer.frozen`.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@torch.no_grad()
+def install(pair: LoraPair, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Copy factors into a pair in place, so that optimizers and wrappers keep their parameters."""
+    pair.lora_A.copy_(lora_A)
+    pair.lora_B.copy_(lora_B)
+
+
+def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
+    """Write the adapter in PEFT's layout, as a plain LoRA that every tool can load.
+
+    Args:
+        model: The trained PEFT model.
+        folder: Target directory; made if absent.
+        base_name: Written as `base_model_name_or_path`.
+    """
+    config = model.peft_config[ADAPTER]
+    config.base_model_name_or_path = base_name
+    # Asking whether the vocabulary was resized would contact the hub; embeddings are never trained.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:
+    """Put a saved adapter on its base model.
+
+    Raises:
+        InputError: If the folder holds no PEFT adapter, or it does not fit the model.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"model.adapter_path is {str(folder)!r}, which holds no adapter_config.json: expected a "
+            "folder in PEFT's layout, such as runs/NAME/version_0/adapter"
+        )
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the adapter in {str(folder)!r} does not fit the model: {str(error).splitlines()[0]} "
+            "Check model.adapter_path and model.name"
+        ) from error
+
+
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """Add scaling * lora_B @ lora_A to every weight and return the plain model."""
+    return model.merge_and_unload(safe_merge=True)
+
+
+def save_merged(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> PreTrainedModel:
+    """Merge the adapter and write safetensors that plain transformers loads; return the merged model."""
+    merged = merge_adapter(model)
+    merged.save_pretrained(str(folder), safe_serialization=True)
+    tokenizer.save_pretrained(str(folder))
+    return merged

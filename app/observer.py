@@ -1,0 +1,91 @@
+"""See each layer's input and output gradient during a backward pass, without touching its weight.
+
+For a linear layer the weight gradient is a sum over tokens, G = sum_t delta_t x_t^T, where x_t is the
+layer's input and delta_t the loss gradient at its output. Whoever sees (x, delta) can therefore build
+G, or any sketch of it, whether the weight is frozen, sharded or quantised.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Listener = Callable[[Tensor, Tensor], None]
+"""Called with x of shape (tokens, n) and delta of shape (tokens, m) once per use of a layer."""
+
+
+class _Tap(torch.autograd.Function):
+    """Identity in the forward pass; hands (x, delta) to the listener in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, listener: Listener) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.listener = listener
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        (delta,) = grad_outputs
+        ctx.listener(x.reshape(-1, x.shape[-1]), delta.reshape(-1, delta.shape[-1]))
+        return delta, None, None, None
+
+
+@contextmanager
+def observe(layers: Mapping[str, nn.Module], listeners: Mapping[str, Listener]) -> Iterator[None]:
+    """Call `listeners[name](x, delta)` whenever the backward pass goes through `layers[name]`.
+
+    The layer's output enters the autograd graph here even when nothing before it requires a gradient
+    (the first block of a frozen model), so no layer is missed and no embedding has to be unfrozen. Works
+    under activation checkpointing without re-entry: the recomputed forward installs the tap again.
+
+    Args:
+        layers: Modules that map x (..., n) to (..., m), by name. Not modified.
+        listeners: One callable for each name.
+
+    Yields:
+        Nothing; the hooks live as long as the context.
+    """
+    # A tap's output requires a gradient only if one of its tensor inputs does: this one always does.
+    anchor = torch.zeros((), requires_grad=True)
+
+    def hook(listener: Listener) -> Callable[..., Tensor]:
+        def tap(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output
+            return _Tap.apply(output, args[0].detach(), anchor, listener)
+
+        return tap
+
+    handles = [layer.register_forward_hook(hook(listeners[n])) for n, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Hold the model in evaluation mode with no parameter requiring a gradient, then restore both.
+
+    Args:
+        model: Any module; every submodule's mode and every parameter's flag is restored exactly.
+
+    Yields:
+        Nothing.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode

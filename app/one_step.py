@@ -1,0 +1,190 @@
+"""The one-step full gradient of every adapted layer, over a fixed set of samples."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from app.adapters import LoraPair, without_adapters
+from app.errors import InputError
+from app.gradient import ExactGradient, GradientAccumulator, GradientEstimate, SketchedGradient
+from app.loss import Batch, summed_loss, supervised_logits
+from app.memory import PeakMemory
+from app.observer import frozen, observe
+
+Progress = Callable[[Sequence[Batch], str], Iterable[Batch]]
+"""Wraps a sequence so that a user sees how far it is."""
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How the gradient is kept while it is observed.
+
+    Args:
+        kind: `sketch` keeps a low-rank form of (m + n) * (r + oversampling) numbers a layer and never a
+            full gradient; `exact` keeps the whole sum, m * n numbers a layer.
+        passes: Passes of the sketch over the samples, 1 to 4; each makes it more exact.
+        oversampling: Columns of the sketch beyond the rank.
+        seed: Seed of the sketch's random start and probes.
+    """
+
+    kind: Literal["sketch", "exact"] = "sketch"
+    passes: int = 1
+    oversampling: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.passes <= 4:
+            raise InputError(f"init.estimator.passes must lie in 1..4, got {self.passes}")
+        if self.kind == "exact" and self.passes != 1:
+            raise InputError(
+                f"init.estimator.kind is exact, which takes one pass, but init.estimator.passes is "
+                f"{self.passes}: leave passes at 1 or set kind to sketch"
+            )
+        if self.oversampling < 0:
+            raise InputError(f"init.estimator.oversampling must be >= 0, got {self.oversampling}")
+
+
+@dataclass(frozen=True)
+class OneStepResult:
+    """The observed gradients and what observing them took.
+
+    Attributes:
+        estimates: One for each layer, by name.
+        loss: Token mean over the whole set, before any step.
+        tokens: Supervised tokens in the set.
+        seconds: Wall time of all passes and decompositions.
+        peak_bytes: Peak memory meanwhile: allocated on the accelerator, or resident on the CPU.
+    """
+
+    estimates: dict[str, GradientEstimate]
+    loss: float
+    tokens: int
+    seconds: float
+    peak_bytes: int
+
+
+def one_step_gradients(
+    model: nn.Module,
+    base: PreTrainedModel,
+    pairs: Sequence[LoraPair],
+    batches: Sequence[Batch],
+    rank: int,
+    estimator: Estimator,
+    forward_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    progress: Progress | None = None,
+) -> OneStepResult:
+    """Observe G = dL/dW of every pair's layer at the untouched base model.
+
+        L = (sum of token losses over all batches) / (number of supervised tokens in all batches)
+
+    so G does not depend on how the set is cut into batches. The model runs without its adapters, in
+    evaluation mode, with every parameter frozen; no weight gets a `.grad`, and weights, flags, mode and
+    random state are left as they were.
+
+    Args:
+        model: The PEFT model that is called.
+        base: The transformers model inside it.
+        pairs: The layers to observe.
+        batches: The initialisation set on the model's device or the CPU, as micro-batches.
+        rank: Triplets wanted of each gradient.
+        estimator: How G is kept.
+        forward_context: The trainer's precision context.
+        progress: Shown while a pass runs.
+
+    Returns:
+        OneStepResult; its gradients are those of the token mean.
+
+    Raises:
+        InputError: If a loss or a layer's gradient is not finite (names the batch and the layer).
+        RuntimeError: If a layer was not reached by the backward pass.
+    """
+    device = next(base.parameters()).device
+    kept = {pair.name: _accumulator(pair, rank, estimator, i) for i, pair in enumerate(pairs)}
+    watch = _Watch(kept)
+    tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    total = torch.zeros((), dtype=torch.float64)
+    start = time.perf_counter()
+    with PeakMemory(device) as memory, ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        stack.enter_context(without_adapters(model))
+        layers = {pair.name: pair.layer for pair in pairs}
+        listeners = {name: watch.listener(name) for name in kept}
+        stack.enter_context(observe(layers, listeners))
+        for number in range(estimator.passes):
+            if number > 0:
+                for accumulator in kept.values():
+                    accumulator.next_pass()
+            label = f"one-step gradient, pass {number + 1}/{estimator.passes}"
+            for i, batch in enumerate(progress(batches, label) if progress else batches):
+                watch.batch = i
+                with torch.enable_grad(), forward_context():
+                    moved = {key: value.to(device) for key, value in batch.items()}
+                    loss = summed_loss(supervised_logits(model, base, moved))
+                    if not torch.isfinite(loss):
+                        raise InputError(_not_finite("the loss", i, batch))
+                    loss.backward()
+                if watch.broken is not None:
+                    raise InputError(_not_finite(f"the gradient at {watch.broken}", i, batch))
+                if number == 0:
+                    total += loss.detach().double().cpu()
+        missed = [name for name in kept if name not in watch.seen]
+        if missed:
+            raise RuntimeError(
+                f"the backward pass did not reach {len(missed)} of {len(kept)} layers, first {missed[0]}. "
+                "Activation checkpointing must be without re-entry (use_reentrant=False)"
+            )
+        estimates = {name: kept[name].estimate(rank, 1 / tokens) for name in kept}
+    return OneStepResult(
+        estimates=estimates,
+        loss=float(total) / tokens,
+        tokens=tokens,
+        seconds=time.perf_counter() - start,
+        peak_bytes=memory.peak_bytes,
+    )
+
+
+class _Watch:
+    """Feeds the accumulators, and remembers which layers reported and which broke."""
+
+    def __init__(self, kept: Mapping[str, GradientAccumulator]) -> None:
+        self.kept = kept
+        self.seen: set[str] = set()
+        self.batch = 0
+        self.broken: str | None = None
+
+    def listener(self, name: str) -> Callable[[Tensor, Tensor], None]:
+        def update(x: Tensor, delta: Tensor) -> None:
+            self.seen.add(name)
+            # A non-finite entry would make the factorisations raise something obscure.
+            if self.broken is None and not torch.isfinite(delta.float().sum() + x.float().sum()):
+                self.broken = name
+            if self.broken is None:
+                self.kept[name].update(x, delta)
+
+        return update
+
+
+def _accumulator(
+    pair: LoraPair, rank: int, estimator: Estimator, index: int
+) -> ExactGradient | SketchedGradient:
+    m, n = pair.lora_B.shape[0], pair.lora_A.shape[1]
+    device = pair.lora_A.device
+    if estimator.kind == "exact":
+        return ExactGradient(m, n, device)
+    # A seed for each layer: its random numbers do not depend on which other layers are adapted.
+    generator = torch.Generator(device).manual_seed(estimator.seed * 1_000_003 + index)
+    return SketchedGradient(m, n, rank + estimator.oversampling, device, generator)
+
+
+def _not_finite(what: str, number: int, batch: Batch) -> str:
+    rows = batch["index"].tolist() if "index" in batch else []
+    return (
+        f"{what} is not finite in micro-batch {number} of the initialisation set (training rows {rows}): "
+        "look at these rows, or use a wider precision (model.dtype float32, trainer.precision 32-true)"
+    )
