@@ -1,0 +1,155 @@
+"""Fixtures for all tests: tiny models and a tokenizer built in code, and the real SmolLM2-135M."""
+
+import random
+import string
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from app.pretrained import local_directory, resolve_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0, 1, 2, 3
+SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+VOCAB_SIZE = 128
+
+
+@pytest.fixture(autouse=True)
+def _settled_environment(monkeypatch):
+    """Seed every generator; let nothing talk to Weights & Biases."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries under test use the global generator
+    torch.manual_seed(0)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
+def _build(model_class, config, seed):
+    """Build a model in evaluation mode without touching the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class(config).eval()
+
+
+@pytest.fixture
+def tiny_llama():
+    """Return `build(seed=0, **config)`, which makes a Llama of 2 layers, queries grouped."""
+
+    def build(seed=0, **config):
+        defaults = {
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 1024,
+            **SPECIAL_IDS,
+        }
+        return _build(LlamaForCausalLM, LlamaConfig(**{**defaults, **config}), seed)
+
+    return build
+
+
+@pytest.fixture
+def tiny_gpt2():
+    """Return `build(seed=0, **config)`, which makes a GPT-2 of 2 layers (of Conv1D)."""
+
+    def build(seed=0, **config):
+        defaults = {
+            "vocab_size": VOCAB_SIZE,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 1024,
+            **SPECIAL_IDS,
+        }
+        return _build(GPT2LMHeadModel, GPT2Config(**{**defaults, **config}), seed)
+
+    return build
+
+
+@pytest.fixture
+def tiny_t5():
+    """Return `build(seed=0, **config)`, which makes a T5 of 2 + 2 layers."""
+
+    def build(seed=0, **config):
+        defaults = {
+            "vocab_size": VOCAB_SIZE,
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+        }
+        return _build(T5ForConditionalGeneration, T5Config(**{**defaults, **config}), seed)
+
+    return build
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    """Return a tokenizer with one token for each printable ASCII character, newline and tab."""
+    # Byte-level tokenizers write the bytes of space, newline and tab as these letters.
+    characters = string.digits + string.ascii_letters + string.punctuation + "ĠĊĉ"
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *characters))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        model_max_length=1024,
+    )
+
+
+@pytest.fixture
+def tiny_model_dir(tmp_path, tiny_llama, tiny_tokenizer):
+    """Return a directory with the tiny Llama and the tokenizer."""
+    folder = tmp_path / "tiny_llama"
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_t5_dir(tmp_path, tiny_t5, tiny_tokenizer):
+    """Return a directory with the tiny T5 and the tokenizer."""
+    folder = tmp_path / "tiny_t5"
+    tiny_t5().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_name():
+    """Return the `model.name` of the real SmolLM2-135M."""
+    return yaml.safe_load((ROOT / "configs" / "models" / "smollm2.yaml").read_text())["model"][
+        "name"
+    ]
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(smollm2_name):
+    """Return a directory of the real SmolLM2-135M, which the cache keeps between runs."""
+    return local_directory(resolve_model(smollm2_name))
