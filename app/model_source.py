@@ -135,8 +135,8 @@ def _resolve_gguf(name: str, path: Path, digest: str | None) -> ModelSource:
     source = ModelSource("gguf", name, _gguf_args(path))
     if digest is not None and digest.lower() != (got := gguf_sha256(source)):
         raise InputError(
-            f"The file {path} has SHA-256 {got}, but model.name expects {digest!r}. Mend '#sha256=' "
-            "in model.name, or fetch the file again."
+            f"The file {path} has SHA-256 {got}, but model.name expects {digest!r}. Mend "
+            "'#sha256=' in model.name, or fetch the file again."
         )
     return source
 
