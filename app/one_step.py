@@ -1,6 +1,7 @@
 """The one-step full gradient of every adapted layer, over a fixed set of samples."""
 
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def one_step_gradients(
         RuntimeError: If a layer was not reached by the backward pass.
     """
     device = next(base.parameters()).device
-    kept = {pair.name: _accumulator(pair, rank, estimator, i) for i, pair in enumerate(pairs)}
+    kept = {pair.name: _accumulator(pair, rank, estimator) for pair in pairs}
     watch = _Watch(kept)
     tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
@@ -171,14 +172,15 @@ class _Watch:
 
 
 def _accumulator(
-    pair: LoraPair, rank: int, estimator: Estimator, index: int
+    pair: LoraPair, rank: int, estimator: Estimator
 ) -> ExactGradient | SketchedGradient:
     m, n = pair.lora_B.shape[0], pair.lora_A.shape[1]
     device = pair.lora_A.device
     if estimator.kind == "exact":
         return ExactGradient(m, n, device)
     # A seed for each layer: its random numbers do not depend on which other layers are adapted.
-    generator = torch.Generator(device).manual_seed(estimator.seed * 1_000_003 + index)
+    seed = zlib.crc32(f"{estimator.seed}:{pair.name}".encode())
+    generator = torch.Generator(device).manual_seed(seed)
     return SketchedGradient(m, n, rank + estimator.oversampling, device, generator)
 
 

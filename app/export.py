@@ -1,0 +1,70 @@
+"""`python train.py export`: a run's merged model, or its adapter elsewhere."""
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+from app.adapters import load_adapter, save_merged
+from app.errors import InputError
+from app.pretrained import load_model, load_tokenizer, model_fingerprint, resolve_model
+from app.run_folder import ADAPTER_FOLDER, CONFIG_FILE, SUMMARY_FILE, check_run_folder
+
+
+def export_command(arguments: Sequence[str]) -> None:
+    """Parse the arguments of `export` and run it."""
+    parser = argparse.ArgumentParser("train.py export", description=export.__doc__)
+    parser.add_argument("--run", required=True, type=Path, help="folder of a finished run")
+    parser.add_argument(
+        "--merge", action="store_true", help="write the base model with the adapter merged into it"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder to write; default RUN/merged or RUN/exported_adapter"
+    )
+    given = parser.parse_args(arguments)
+    folder = export(given.run, given.merge, given.output)
+    print(f"wrote {folder}")
+
+
+def export(run: Path, merge: bool, output: Path | None = None) -> Path:
+    """Write a run's adapter (PEFT layout) or merged model (safetensors) for use elsewhere.
+
+    Args:
+        run: Folder of a finished run.
+        merge: Merge the adapter into the base model.
+        output: Folder to write; must not exist.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        InputError: If `run` is no finished run, `output` exists, or the base model has changed.
+    """
+    check_run_folder(run)
+    target = output or run / ("merged" if merge else "exported_adapter")
+    if target.exists():
+        raise InputError(f"--output is {str(target)!r}, which exists: remove it or name another folder")
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    if not merge:
+        shutil.copytree(run / ADAPTER_FOLDER, part)
+        part.replace(target)
+        return target
+    settings = yaml.safe_load((run / CONFIG_FILE).read_text())["model"]
+    summary = json.loads((run / SUMMARY_FILE).read_text())
+    source = resolve_model(settings["name"])
+    found, expected = model_fingerprint(source), summary["model"]["fingerprint"]
+    if found != expected:
+        raise InputError(
+            f"the base model {source.name} has fingerprint {found}, but the run was trained on "
+            f"{expected}: the weights behind model.name have changed"
+        )
+    base = load_model(source, getattr(torch, settings["dtype"]))
+    trained = load_adapter(base, run / ADAPTER_FOLDER, trainable=False)
+    save_merged(trained, load_tokenizer(source), part)
+    part.replace(target)
+    return target

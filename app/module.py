@@ -1,0 +1,219 @@
+"""The LightningModule: a pretrained language model, its adapter, its loss, its optimizer."""
+
+import inspect
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from app.adapters import LoraPair, LoraSettings, add_lora, load_adapter, lora_pairs
+from app.errors import InputError
+from app.label_scores import LabelScores
+from app.loss import Batch, SupervisedLogits, summed_loss, supervised_logits
+from app.precond_adamw import PreconditionedAdamW
+from app.pretrained import load_config, load_model, load_tokenizer, model_fingerprint, resolve_model
+from app.run_record import RunRecord
+
+
+class LoraModule(LightningModule):
+    """Fine-tune a causal or sequence-to-sequence language model, through an adapter or whole.
+
+    Args:
+        name: The pretrained model: a Hub id (`namespace/name`, optionally `@revision`), a local directory,
+            a local `.gguf` file, or a file inside a package
+            (`pypi://NAME==VERSION/PATH.gguf#sha256=HEX`).
+        method: Name of the method in tables and dashboards.
+        adapter: The LoRA adapter; null trains every weight.
+        adapter_path: Folder of a saved adapter (PEFT layout) to start from instead of a new one.
+        optimizer: Class and arguments of the optimizer; it is given the trainable parameters.
+        lr_scheduler_type: Shape of the learning rate, in transformers' names.
+        warmup_steps: Optimizer steps of linear warm-up; below 1, a share of all steps.
+        dtype: Type of the base model's weights; adapters are float32 always.
+        attn_implementation: Attention kernel, in transformers' names; null lets transformers choose.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: str = "lora_one",
+        adapter: LoraSettings | None = LoraSettings(),  # noqa: B008 (frozen)
+        adapter_path: str | None = None,
+        optimizer: OptimizerCallable = PreconditionedAdamW,
+        lr_scheduler_type: Literal[
+            "linear", "cosine", "constant", "constant_with_warmup", "polynomial"
+        ] = "linear",
+        warmup_steps: float = 0.03,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if warmup_steps < 0:
+            raise InputError(f"model.warmup_steps must be >= 0, got {warmup_steps}")
+        self.save_hyperparameters(ignore=["optimizer", "adapter"])
+        self.name = name
+        self.adapter = adapter
+        self.adapter_path = adapter_path
+        self.make_optimizer = optimizer
+        self.lr_scheduler_type = lr_scheduler_type
+        self.warmup_steps = warmup_steps
+        self.dtype_name = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.record = RunRecord(method=method)
+        # Only trainable weights are in checkpoints; the base comes from `name`.
+        self.strict_loading = False
+        self.source = resolve_model(name)
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._config: PreTrainedConfig | None = None
+        self.base: PreTrainedModel | None = None
+        self.model: PreTrainedModel | PeftModel | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, loaded on first use and without the weights."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.source)
+        return self._tokenizer
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model reads a prompt and writes an answer apart (T5), known without the weights."""
+        if self._config is None:
+            self._config = load_config(self.source)
+        return bool(self._config.is_encoder_decoder)
+
+    @property
+    def base_name(self) -> str:
+        """What an exported adapter names as its base."""
+        return self.source.name
+
+    def configure_model(self) -> None:
+        """Load the base model and add the adapter; called once by every stage."""
+        if self.model is not None:
+            return
+        dtype = getattr(torch, self.dtype_name)
+        base = load_model(self.source, dtype, self.attn_implementation)
+        parameters = sum(p.numel() for p in base.parameters())
+        if self.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        self.base = base
+        if self.adapter_path is not None:
+            self.model = load_adapter(base, Path(self.adapter_path), trainable=True)
+        elif self.adapter is not None:
+            self.model = add_lora(base, self.adapter)
+        else:
+            self.model = base.requires_grad_(True)
+        if self.gradient_checkpointing:
+            # Without re-entry a block is recomputed only if its input is in the graph.
+            base.enable_input_require_grads()
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.record.model = {
+            "name": self.source.name,
+            "fingerprint": model_fingerprint(self.source),
+            "parameters": parameters,
+            "trainable_parameters": trainable,
+        }
+
+    def lora_pairs(self) -> list[LoraPair]:
+        """List the adapted layers in module order."""
+        assert self.model is not None
+        return lora_pairs(self.model)
+
+    def supervised_logits(self, batch: Batch) -> SupervisedLogits:
+        """Run the model on a batch; see `app.loss.supervised_logits`."""
+        assert self.model is not None
+        assert self.base is not None
+        return supervised_logits(self.model, self.base, batch)
+
+    def new_scores(self) -> LabelScores:
+        """Make an empty score keeper for the data module's label words."""
+        return LabelScores(self.trainer.datamodule.label_token_ids()).to(self.device)  # type: ignore
+
+    def setup(self, stage: str) -> None:
+        """Prepare the scores of the validation or test loop."""
+        self.scores = self.new_scores()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the token mean of the loss over the batch."""
+        found = self.supervised_logits(batch)
+        loss = summed_loss(found) / found.labels.numel()
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"the loss is {float(loss)} in batch {batch_idx} of epoch {self.current_epoch} (training "
+                f"rows {batch['index'].tolist()}): lower model.optimizer.lr, set "
+                "trainer.gradient_clip_val, or use a wider precision (model.dtype, trainer.precision)"
+            )
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["index"]))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse to step on a gradient that is not finite; name the first such parameter."""
+        named = [(n, p.grad) for n, p in self.named_parameters() if p.grad is not None]
+        if not torch.isfinite(nn.utils.get_total_norm([grad for _, grad in named])):
+            broken = (name for name, grad in named if not torch.isfinite(grad).all())
+            bad = next(broken, "all parameters together")
+            raise InputError(
+                f"the gradient of {bad.removeprefix('model.')} is not finite before optimizer step "
+                f"{self.global_step}: lower model.optimizer.lr, set trainer.gradient_clip_val, or use a "
+                "wider precision (model.dtype, trainer.precision)"
+            )
+
+    def _score_step(self, batch: Batch) -> None:
+        self.scores.update(self.supervised_logits(batch), batch["target"])
+
+    def _log_scores(self, prefix: str) -> None:
+        scores = {f"{prefix}/{name}": value for name, value in self.scores.compute().items()}
+        self.log_dict(scores, prog_bar=True)
+        self.scores.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Take one batch into the validation scores."""
+        self._score_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation scores as `val/...`."""
+        self._log_scores("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Take one batch into the test scores."""
+        self._score_step(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test scores as `test/...`."""
+        self._log_scores("test")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""
+        optimizer = self.make_optimizer(self._parameter_groups())
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
+        scheduler = get_scheduler(self.lr_scheduler_type, optimizer, round(warmup), total)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _parameter_groups(self) -> Iterable[Any]:
+        pairs = [p for pair in self.lora_pairs() for p in (pair.lora_A, pair.lora_B)]
+        known = {id(p) for p in pairs}
+        others = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
+        groups: list[dict[str, Any]] = []
+        if pairs:
+            groups.append({"params": pairs, "lora_pairs": True})
+        if others:
+            groups.append({"params": others})
+        return groups
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only trainable weights in the checkpoint."""
+        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in trainable}

@@ -1,0 +1,31 @@
+"""Show how far a loop is: a bar on a terminal, a line now and then in a log file."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def on_terminal() -> bool:
+    """Return whether someone watches: standard error is a terminal."""
+    return sys.stderr.isatty()
+
+
+def track(items: Sequence[T], label: str) -> Iterator[T]:
+    """Yield the items and show the progress under `label`."""
+    if on_terminal():
+        yield from tqdm(items, desc=label, leave=False, dynamic_ncols=True)
+        return
+    start = last = time.perf_counter()
+    for i, item in enumerate(items):
+        yield item
+        now = time.perf_counter()
+        if now - last >= SECONDS_BETWEEN_LINES or i + 1 == len(items):
+            last = now
+            print(f"{label}: {i + 1}/{len(items)} batches, {now - start:.0f} s", flush=True)

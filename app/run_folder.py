@@ -1,0 +1,93 @@
+"""Where a run writes: runs/NAME/version_N, and the loggers that live there."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from app.errors import InputError
+
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+ADAPTER_FOLDER = "adapter"
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """Where a run writes, and whether W&B hears of it.
+
+    Args:
+        name: Name of the experiment; runs go to ROOT/NAME/version_0, version_1, ...
+        root: Folder of all runs.
+        wandb: `auto` is online with an API key and offline without one; never asks.
+        wandb_project: W&B project.
+        wandb_group: W&B group, for comparing runs of one task; null for none.
+        wandb_tags: W&B tags.
+    """
+
+    name: str = "run"
+    root: str = "runs"
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    wandb_project: str = "lora-one"
+    wandb_group: str | None = None
+    wandb_tags: list[str] = field(default_factory=list)
+
+
+def make_loggers(settings: OutputSettings) -> list[Logger]:
+    """Make the run folder's CSV logger, and W&B's beside it.
+
+    Args:
+        settings: Where to write. The folder's number is the first free one.
+
+    Returns:
+        The CSV logger first: its `log_dir` is the run folder.
+
+    Raises:
+        InputError: If the folder cannot be written.
+    """
+    table = CSVLogger(settings.root, name=settings.name)
+    folder = Path(table.log_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"the run folder {str(folder)!r} cannot be written ({error.strerror}): set output.root"
+        ) from error
+    loggers: list[Logger] = [table]
+    if settings.wandb != "disabled":
+        # WANDB_SILENT keeps its banner out of the log; its service must not wait for a terminal.
+        os.environ.setdefault("WANDB_SILENT", "true")
+        loggers.append(
+            WandbLogger(
+                name=f"{settings.name}/{folder.name}",
+                project=settings.wandb_project,
+                save_dir=str(folder),
+                offline=settings.wandb == "offline" or (settings.wandb == "auto" and not _has_key()),
+                group=settings.wandb_group,
+                tags=settings.wandb_tags or None,
+            )
+        )
+    return loggers
+
+
+def _has_key() -> bool:
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raise InputError unless the folder is that of a finished run."""
+    wanted = (CONFIG_FILE, SUMMARY_FILE, f"{ADAPTER_FOLDER}/adapter_config.json")
+    missing = [name for name in wanted if not (folder / name).is_file()]
+    if missing:
+        state = "does not exist" if not folder.exists() else f"lacks {', '.join(missing)}"
+        raise InputError(
+            f"--run is {str(folder)!r}, which {state}: expected the folder of a finished run, such as "
+            "runs/quickstart/version_0"
+        )

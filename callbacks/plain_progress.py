@@ -1,0 +1,58 @@
+"""Training progress as plain lines, for log files."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+
+from app.progress import SECONDS_BETWEEN_LINES
+
+
+class PlainProgress(ProgressBar):
+    """Print a line every few seconds of training and after each evaluation, instead of a bar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._start = self._last = 0.0
+
+    def disable(self) -> None:
+        """Stop printing (Lightning calls this on all ranks but the first)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Print again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._start = self._last = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Print epoch, step and metrics when it is time."""
+        now = time.perf_counter()
+        total = trainer.estimated_stepping_batches
+        if now - self._last >= SECONDS_BETWEEN_LINES or trainer.global_step == total:
+            self._last = now
+            elapsed = now - self._start
+            left = elapsed / max(1, trainer.global_step) * (total - trainer.global_step)
+            self._say(
+                f"epoch {trainer.current_epoch}, step {trainer.global_step}/{total}"
+                f"{self._metrics(trainer, pl_module)}, {elapsed:.0f} s, {left:.0f} s left"
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the scores."""
+        self._say(f"validation at step {trainer.global_step}{self._metrics(trainer, pl_module)}")
+
+    def _metrics(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        shown = self.get_metrics(trainer, pl_module)
+        numbers = {k: float(v) for k, v in shown.items() if k != "v_num"}  # type: ignore[arg-type]
+        return "".join(f", {name} {value:.4f}" for name, value in numbers.items())
+
+    def _say(self, line: str) -> None:
+        if self._enabled:
+            print(line, flush=True)

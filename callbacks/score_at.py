@@ -1,0 +1,76 @@
+"""Score the model on the validation set at a named moment of a run."""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from app.progress import track
+
+Moment = Literal["zero_shot", "after_init", "final"]
+
+
+class ScoreAt(Callback):
+    """Record the validation scores before training, after the initialisation, or at the end.
+
+    Args:
+        moment: `zero_shot` and `after_init` score when fitting starts, in the order of the callbacks, so
+            that an initialisation listed between them separates the two; `final` scores when training
+            ends.
+        same_as: Take the scores of this earlier moment instead of measuring: the model is the same.
+    """
+
+    def __init__(self, moment: Moment, same_as: Moment | None = None) -> None:
+        self.moment = moment
+        self.same_as = same_as
+        self.scores: dict[str, float] = {}
+
+    @property
+    def state_key(self) -> str:
+        """Tell the three uses of this class apart in a checkpoint."""
+        return f"ScoreAt[{self.moment}]"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the scores, which a resumed run cannot measure again."""
+        return {"scores": self.scores}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the scores of the interrupted run."""
+        self.scores = state_dict["scores"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score at `zero_shot` and `after_init`, unless the run is a resumed one."""
+        if self.moment != "final":
+            self._record(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score at `final`."""
+        if self.moment == "final":
+            self._record(trainer, pl_module)
+
+    def _record(self, trainer: Trainer, pl_module: Any) -> None:
+        record = pl_module.record
+        if self.same_as is not None:
+            self.scores = record.metrics[self.same_as]
+        elif not self.scores or self.moment == "final":
+            self.scores = self._measure(trainer, pl_module)
+            logged = {f"{self.moment}/{name}": value for name, value in self.scores.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(logged, step=trainer.global_step)
+        record.metrics[self.moment] = self.scores
+
+    @torch.no_grad()
+    def _measure(self, trainer: Trainer, pl_module: Any) -> dict[str, float]:
+        batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        keeper = pl_module.new_scores()
+        training = [module for module in pl_module.modules() if module.training]
+        pl_module.eval()
+        try:
+            for batch in track(batches, f"score, {self.moment.replace('_', ' ')}"):
+                moved = trainer.strategy.batch_to_device(batch, pl_module.device)
+                with trainer.precision_plugin.forward_context():
+                    keeper.update(pl_module.supervised_logits(moved), moved["target"])
+        finally:
+            for module in training:
+                module.training = True
+        return {name: float(value) for name, value in keeper.compute().items()}
