@@ -64,6 +64,14 @@ def test_prompts_of_sst2(folder):
     ]
 
 
+@pytest.mark.parametrize("mark", ["\r", "\u2028", "\u0085", "\f"])
+def test_only_a_line_feed_ends_a_line(folder, mark):
+    text = f"sentence\tlabel\r\none{mark}two\t1\r\n"
+    (folder / "SST-2" / "train.tsv").write_bytes(text.encode())
+    [(prompt, answer, _)] = texts(load("sst2", folder))
+    assert (f"one{mark}two" in prompt, answer) == (True, "positive")
+
+
 def test_prompts_of_cola_have_no_header(folder):
     data = load("cola", folder, validation_size=1)
     prefix = "classify the grammaticality of the text: "
