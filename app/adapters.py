@@ -48,7 +48,9 @@ class LoraSettings:
         if self.r < 1:
             raise InputError(f"model.adapter.r must be at least 1, got {self.r}")
         if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"model.adapter.lora_dropout must lie in [0, 1), got {self.lora_dropout}")
+            raise InputError(
+                f"model.adapter.lora_dropout must lie in [0, 1), got {self.lora_dropout}"
+            )
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,11 @@ def _no_target(model: nn.Module, targets: str | list[str], reason: str) -> str:
     )
 
 
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore
+
+
 def lora_pairs(model: nn.Module) -> list[LoraPair]:
     """List the LoRA layers of a PEFT model in module order; empty for any other model."""
     pairs = []
@@ -135,8 +142,8 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
                 LoraPair(
                     name=name.removeprefix("base_model.model."),
                     layer=module,  # type: ignore[arg-type]
-                    lora_A=module.lora_A[ADAPTER].weight,
-                    lora_B=module.lora_B[ADAPTER].weight,
+                    lora_A=module.lora_A[ADAPTER].weight,  # type: ignore[arg-type]
+                    lora_B=module.lora_B[ADAPTER].weight,  # type: ignore[arg-type]
                     scaling=module.scaling[ADAPTER],
                 )
             )

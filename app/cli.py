@@ -1,6 +1,7 @@
 """The command line: LightningCLI with the project's parts, config lookup and plain errors."""
 
 import difflib
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,13 @@ from app.errors import InputError
 from app.export import export_command
 from app.module import LoraModule
 from app.progress import on_terminal
-from app.run_folder import ADAPTER_FOLDER, CONFIG_FILE, OutputSettings, check_run_folder, make_loggers
+from app.run_folder import (
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    OutputSettings,
+    check_run_folder,
+    make_loggers,
+)
 from callbacks.plain_progress import PlainProgress
 from callbacks.run_report import RunReport
 from callbacks.score_at import ScoreAt
@@ -42,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, or 2 after an error that is the user's to mend.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_says_something)
     try:
         if arguments[:1] == ["export"]:
             export_command(arguments[1:])
@@ -63,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """Drop Lightning's advertisements and its notes on absent hardware."""
+    return not record.getMessage().startswith(("💡", "TPU available", "Seed set"))
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
@@ -175,7 +189,7 @@ class LoraCLI(LightningCLI):
         own = self._get(self.config_init, "trainer")["logger"]
         kwargs["logger"] = own
         if self.subcommand == "fit":
-            loggers = make_loggers(OutputSettings(**output))
+            loggers = make_loggers(output)
             given = [] if own in (None, True, False) else own if isinstance(own, list) else [own]
             kwargs["logger"] = loggers + given
             extra.append(ScoreAt("zero_shot"))

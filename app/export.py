@@ -47,7 +47,9 @@ def export(run: Path, merge: bool, output: Path | None = None) -> Path:
     check_run_folder(run)
     target = output or run / ("merged" if merge else "exported_adapter")
     if target.exists():
-        raise InputError(f"--output is {str(target)!r}, which exists: remove it or name another folder")
+        raise InputError(
+            f"--output is {str(target)!r}, which exists: remove it or name another folder"
+        )
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     if not merge:

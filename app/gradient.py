@@ -127,10 +127,11 @@ class SketchedGradient:
                 left = _orth(image)
                 kept = self.right @ (self.left.T @ left)
                 self.left, self.right = left, kept.addmm_(x.T, delta @ left)
-        elif self._pass % 2 == 0:
+            return
+        assert self.left is not None
+        if self._pass % 2 == 0:
             self.right.addmm_(x.T, delta @ self.left)
         else:
-            assert self.left is not None
             self.left.addmm_(delta.T, x @ self.right)
 
     def next_pass(self) -> None:
@@ -145,9 +146,8 @@ class SketchedGradient:
 
     def estimate(self, rank: int, scale: float) -> GradientEstimate:
         """Return all kept triplets of scale * G, and the energy that the first `rank` capture."""
-        m, n = self.probed.shape[0], self.right.shape[0]
         if self.left is None:
-            self.left = torch.zeros(m, self.right.shape[1], device=self.right.device)
+            self.left = self.probed.new_zeros(len(self.probed), self.right.shape[1])
         svd = fix_signs(low_rank_svd(self.left, self.right, self.right.shape[1]))
         missed = self.probed - self.left @ (self.right.T @ self.probes)
         outside = float(missed.square().sum()) / self.PROBES

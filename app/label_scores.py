@@ -34,7 +34,9 @@ class LabelScores(torch.nn.Module):
         metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(classes, average="micro"),
             "f1": BinaryF1Score() if classes == 2 else MulticlassF1Score(classes, average="macro"),
-            "mcc": BinaryMatthewsCorrCoef() if classes == 2 else MulticlassMatthewsCorrCoef(classes),
+            "mcc": BinaryMatthewsCorrCoef()
+            if classes == 2
+            else MulticlassMatthewsCorrCoef(classes),
         }
         self.metrics = MetricCollection(metrics, compute_groups=False)
         self.loss = MeanMetric()

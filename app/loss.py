@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 Batch = Mapping[str, Tensor]
-"""`input_ids`, `attention_mask` (B, T), `labels` (B, L) with -100 where unsupervised, `index`, `target` (B,)."""
+"""`input_ids`, `attention_mask` (B, T); `labels` (B, L), -100 where unsupervised; `index`, `target` (B,)."""
 
 UNSUPERVISED = -100
 

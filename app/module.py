@@ -1,6 +1,5 @@
 """The LightningModule: a pretrained language model, its adapter, its loss, its optimizer."""
 
-import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -8,11 +7,10 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from app.adapters import LoraPair, LoraSettings, add_lora, load_adapter, lora_pairs
+from app.adapters import LoraPair, LoraSettings, add_lora, base_model, load_adapter, lora_pairs
 from app.errors import InputError
 from app.label_scores import LabelScores
 from app.loss import Batch, SupervisedLogits, summed_loss, supervised_logits
@@ -73,8 +71,7 @@ class LoraModule(LightningModule):
         self.source = resolve_model(name)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._config: PreTrainedConfig | None = None
-        self.base: PreTrainedModel | None = None
-        self.model: PreTrainedModel | PeftModel | None = None
+        self.model: nn.Module | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -91,6 +88,12 @@ class LoraModule(LightningModule):
         return bool(self._config.is_encoder_decoder)
 
     @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model inside."""
+        assert self.model is not None
+        return base_model(self.model)
+
+    @property
     def base_name(self) -> str:
         """What an exported adapter names as its base."""
         return self.source.name
@@ -104,7 +107,6 @@ class LoraModule(LightningModule):
         parameters = sum(p.numel() for p in base.parameters())
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        self.base = base
         if self.adapter_path is not None:
             self.model = load_adapter(base, Path(self.adapter_path), trainable=True)
         elif self.adapter is not None:
@@ -114,6 +116,8 @@ class LoraModule(LightningModule):
         if self.gradient_checkpointing:
             # Without re-entry a block is recomputed only if its input is in the graph.
             base.enable_input_require_grads()
+        # Checkpoints load in evaluation mode and Lightning leaves modes alone: dropout belongs to training.
+        self.model.train()
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.record.model = {
             "name": self.source.name,
@@ -130,7 +134,6 @@ class LoraModule(LightningModule):
     def supervised_logits(self, batch: Batch) -> SupervisedLogits:
         """Run the model on a batch; see `app.loss.supervised_logits`."""
         assert self.model is not None
-        assert self.base is not None
         return supervised_logits(self.model, self.base, batch)
 
     def new_scores(self) -> LabelScores:
@@ -190,7 +193,7 @@ class LoraModule(LightningModule):
         """Log the test scores as `test/...`."""
         self._log_scores("test")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""
         optimizer = self.make_optimizer(self._parameter_groups())
         total = int(self.trainer.estimated_stepping_batches)

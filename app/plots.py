@@ -71,7 +71,9 @@ def _loss(path: Path, curve: list[tuple[int, float]]) -> Path:
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         axes.plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window}")
         axes.legend()
-    axes.set(xlabel="optimizer step", ylabel="training loss (nats per token)", title="Training loss")
+    axes.set(
+        xlabel="optimizer step", ylabel="training loss (nats per token)", title="Training loss"
+    )
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     return _save(axes, path)
@@ -84,14 +86,21 @@ def _validation(
 ) -> Path:
     _, axes = plt.subplots(figsize=_SIZE)
     curve = curves.get("val/accuracy", [])
-    last = max([step for step, _ in curves.get("train/loss", [])] + [step for step, _ in curve] + [0])
+    last = max(
+        [step for step, _ in curves.get("train/loss", [])] + [step for step, _ in curve] + [0]
+    )
     if curve:
         axes.plot(*np.array(curve).T, "o-", label="during training")
     marks = {"zero_shot": (0, "s", "0.5"), "after_init": (0, "D", "C1"), "final": (last, "*", "C2")}
     for moment, scores in metrics.items():
         step, marker, color = marks[moment]
         axes.plot(
-            [step], [scores["accuracy"]], marker, color=color, markersize=10, linestyle="none",
+            [step],
+            [scores["accuracy"]],
+            marker,
+            color=color,
+            markersize=10,
+            linestyle="none",
             label=f"{moment.replace('_', ' ')}: {scores['accuracy']:.3f}",
         )
     axes.set(xlabel="optimizer step", ylabel="accuracy", title="Validation accuracy")
@@ -110,11 +119,15 @@ def _spectrum(path: Path, layers: Mapping[str, Mapping[str, Any]]) -> Path:
             continue
         ratios = np.array([np.array(row[: min(map(len, rows))]) / row[0] for row in rows])
         index = np.arange(1, ratios.shape[1] + 1)
-        axes.plot(index, np.median(ratios, axis=0), "o-", markersize=3, color=f"C{color}", label=kind)
+        axes.plot(
+            index, np.median(ratios, axis=0), "o-", markersize=3, color=f"C{color}", label=kind
+        )
         low, high = np.percentile(ratios, [10, 90], axis=0)
         axes.fill_between(index, np.maximum(low, 1e-12), high, color=f"C{color}", alpha=0.1)
     axes.set(
-        xlabel="i", ylabel="singular value i / singular value 1", yscale="log",
+        xlabel="i",
+        ylabel="singular value i / singular value 1",
+        yscale="log",
         title="Spectrum of the one-step gradient (median and 10-90 % of layers)",
     )
     axes.grid(alpha=0.3)

@@ -60,14 +60,17 @@ def make_loggers(settings: OutputSettings) -> list[Logger]:
         ) from error
     loggers: list[Logger] = [table]
     if settings.wandb != "disabled":
-        # WANDB_SILENT keeps its banner out of the log; its service must not wait for a terminal.
         os.environ.setdefault("WANDB_SILENT", "true")
+        offline = settings.wandb == "offline" or (settings.wandb == "auto" and not _has_key())
         loggers.append(
             WandbLogger(
                 name=f"{settings.name}/{folder.name}",
                 project=settings.wandb_project,
                 save_dir=str(folder),
-                offline=settings.wandb == "offline" or (settings.wandb == "auto" and not _has_key()),
+                offline=offline,
+                # The logger's own switch is an environment variable, which comes too late once W&B
+                # has looked for a key.
+                mode="offline" if offline else "online",
                 group=settings.wandb_group,
                 tags=settings.wandb_tags or None,
             )
@@ -76,9 +79,9 @@ def make_loggers(settings: OutputSettings) -> list[Logger]:
 
 
 def _has_key() -> bool:
-    import wandb
+    import wandb  # slow, and of no use to a run with `output.wandb: disabled`
 
-    return bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
+    return wandb.login(prompt=False, verify=False)
 
 
 def check_run_folder(folder: Path) -> None:

@@ -57,7 +57,9 @@ def truncated_svd(matrix: Tensor, rank: int, generator: torch.Generator | None =
     """
     smaller = min(matrix.shape)
     if not 1 <= rank <= smaller:
-        raise ValueError(f"rank must lie in 1..{smaller} for a matrix {tuple(matrix.shape)}, got {rank}")
+        raise ValueError(
+            f"rank must lie in 1..{smaller} for a matrix {tuple(matrix.shape)}, got {rank}"
+        )
     width = rank + max(8, rank)
     if smaller > _DIRECT_SVD_BELOW and 2 * width < smaller:
         found = _subspace_iteration(matrix.float(), rank, width, generator)
@@ -100,9 +102,7 @@ def low_rank_svd(left: Tensor, right: Tensor, rank: int) -> SVD:
     Q_left, R_left = torch.linalg.qr(left)
     Q_right, R_right = torch.linalg.qr(right)
     U, S, Vh = torch.linalg.svd(R_left.double() @ R_right.double().T)
-    return SVD(
-        Q_left @ U[:, :rank].float(), S[:rank].float(), Q_right @ Vh[:rank].T.float()
-    )
+    return SVD(Q_left @ U[:, :rank].float(), S[:rank].float(), Q_right @ Vh[:rank].T.float())
 
 
 def spectral_factors(gradient: SVD, gamma: float) -> LoraFactors:
@@ -131,7 +131,9 @@ def spectral_factors(gradient: SVD, gamma: float) -> LoraFactors:
         raise ValueError(f"gamma must be > 0, got {gamma}")
     top = float(gradient.S[0])
     if not 0 < top < float("inf"):
-        raise ValueError(f"the gradient's largest singular value must be positive and finite, got {top}")
+        raise ValueError(
+            f"the gradient's largest singular value must be positive and finite, got {top}"
+        )
     root = (gradient.S.double() / top / gamma).sqrt()
     lora_B = -gradient.U.double() * root
     lora_A = root[:, None] * gradient.V.double().T

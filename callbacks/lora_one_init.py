@@ -39,7 +39,9 @@ class LoraOneInit(Callback):
         estimator: Estimator = Estimator(),  # noqa: B008 (frozen)
     ) -> None:
         for name, value in (
-            ("gamma", gamma), ("num_samples", num_samples), ("micro_batch_size", micro_batch_size)
+            ("gamma", gamma),
+            ("num_samples", num_samples),
+            ("micro_batch_size", micro_batch_size),
         ):
             if not value > 0:
                 raise InputError(f"init.{name} must be > 0, got {value}")
