@@ -24,6 +24,7 @@ class ScoreAt(Callback):
         self.moment = moment
         self.same_as = same_as
         self.scores: dict[str, float] = {}
+        self._validated_at = -1
 
     @property
     def state_key(self) -> str:
@@ -43,6 +44,10 @@ class ScoreAt(Callback):
         if self.moment != "final":
             self._record(trainer, pl_module)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember when the training loop validated last: that may be the final model already."""
+        self._validated_at = trainer.global_step
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score at `final`."""
         if self.moment == "final":
@@ -53,7 +58,15 @@ class ScoreAt(Callback):
         if self.same_as is not None:
             self.scores = record.metrics[self.same_as]
         elif not self.scores or self.moment == "final":
-            self.scores = self._measure(trainer, pl_module)
+            if self._validated_at == trainer.global_step and trainer.limit_val_batches == 1.0:
+                logged_by_loop = trainer.callback_metrics.items()
+                self.scores = {
+                    name.removeprefix("val/"): float(value)
+                    for name, value in logged_by_loop
+                    if name.startswith("val/")
+                }
+            else:
+                self.scores = self._measure(trainer, pl_module)
             logged = {f"{self.moment}/{name}": value for name, value in self.scores.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(logged, step=trainer.global_step)

@@ -19,7 +19,9 @@ from huggingface_hub.errors import HTTPError
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.errors import InputError
-from data_modules.text import TextDataModule, TextRow, split_off
+from data_modules.encoding import TextRow
+from data_modules.sampling import split_off
+from data_modules.text import TextDataModule
 
 HUB_ID = "nyu-mll/glue"
 PROBE_TIMEOUT_S = 5.0

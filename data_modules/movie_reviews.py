@@ -10,7 +10,9 @@ from typing import Any
 
 from app.errors import InputError
 from app.package_file import fetch_package_file
-from data_modules.text import TextDataModule, TextRow, split_off
+from data_modules.encoding import TextRow
+from data_modules.sampling import split_off
+from data_modules.text import TextDataModule
 
 ARCHIVE_URL = (
     "pypi://vaderSentiment==3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"

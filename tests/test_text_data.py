@@ -7,15 +7,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from app.errors import InputError
-from data_modules.text import (
-    LengthGroupedSampler,
-    TextDataModule,
-    TextRow,
-    collate,
-    encode,
-    longest_first,
-    split_off,
-)
+from data_modules.encoding import TextRow, collate, encode
+from data_modules.sampling import LengthGroupedSampler, longest_first, split_off
+from data_modules.text import TextDataModule
 
 WORDS = ("negative", "positive")
 TEXTS = [

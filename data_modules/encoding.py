@@ -1,0 +1,167 @@
+"""From (prompt, answer) text to token ids and padded batches."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from app.errors import InputError
+
+Batch = dict[str, Tensor]
+
+IGNORED_LABEL = -100
+CHUNK_ROWS = 1024  # tokenised in one call: fast, without the token strings of a corpus in memory
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One example as text: what the model reads, what it shall answer, and the answer's class."""
+
+    prompt: str
+    answer: str
+    target: int
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One example as token ids; those of the answer end with EOS and are the supervised ones."""
+
+    prompt_ids: "array[int]"
+    answer_ids: "array[int]"
+    index: int
+    target: int
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+def answer_prefix(tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> str:
+    """Return what goes before an answer so that its first token is the one used inside a text.
+
+    A causal LM continues the prompt: "result:" + " positive", without the space where the tokenizer
+    marks the start of a word by itself (SentencePiece). A decoder begins with the answer.
+    Differs: the LoRA-One code has the space in the prompt ("result: " + "positive"), where BPE over
+    bytes makes of it a token of its own, which is rare before a word.
+    """
+    if is_encoder_decoder:
+        return ""
+    first_id = tokenizer("a", add_special_tokens=False)["input_ids"][0]
+    return "" if str(tokenizer.convert_ids_to_tokens(first_id)).startswith(("▁", "Ġ")) else " "
+
+
+def encode(
+    rows: Sequence[TextRow],
+    tokenizer: PreTrainedTokenizerBase,
+    is_encoder_decoder: bool,
+    max_length: int,
+    name: str = "data",
+) -> tuple[list[EncodedRow], int]:
+    """Tokenise prompts and answers apart, and cut the prompts that are too long.
+
+        causal:          [BOS] prompt + answer + EOS    BOS only where the tokenizer adds it unasked
+        encoder-decoder: prompt with the tokenizer's own special tokens, and answer + EOS
+
+    A cut prompt loses the end of its text, never its last line ("result:"); no answer is ever cut.
+
+    Args:
+        rows: The examples; spaces at the end of a prompt are dropped.
+        tokenizer: A fast tokenizer with an EOS token.
+        is_encoder_decoder: Which of the two forms to build.
+        max_length: Most tokens of prompt and answer (causal), or of the prompt (encoder-decoder).
+        name: What messages call these rows.
+
+    Returns:
+        The encoded rows in the order of `rows`, and how many prompts were cut.
+
+    Raises:
+        InputError: An empty answer, a tokenizer without EOS, or no room for any text of a prompt.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no eos_token, which ends every answer: "
+            "expected a model whose tokenizer has one; change --model"
+        )
+    before = answer_prefix(tokenizer, is_encoder_decoder)
+    first_id = tokenizer("a")["input_ids"][0]
+    bos = [first_id] if first_id == tokenizer.bos_token_id and not is_encoder_decoder else []
+    encoded: list[EncodedRow] = []
+    num_cut = 0
+    for start in range(0, len(rows), CHUNK_ROWS):
+        chunk = rows[start : start + CHUNK_ROWS]
+        prompts = [row.prompt.rstrip(" ") for row in chunk]
+        prompt_ids = tokenizer(prompts, add_special_tokens=is_encoder_decoder)["input_ids"]
+        answers = [before + row.answer for row in chunk]
+        answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+        for offset, row in enumerate(chunk):
+            where = f"row {start + offset} of {name}"
+            ids, supervised = prompt_ids[offset], [*answer_ids[offset], tokenizer.eos_token_id]
+            if not row.answer.strip() or len(supervised) == 1:
+                raise InputError(
+                    f"{where} has the answer {row.answer!r}, which gives no token to learn: "
+                    "expected a word; correct the data (--data.path)"
+                )
+            room = max_length - len(bos) - (0 if is_encoder_decoder else len(supervised))
+            if len(ids) > room:
+                ids = _cut_prompt(prompts[offset], tokenizer, is_encoder_decoder, room)
+                num_cut += 1
+            if not ids:
+                raise InputError(
+                    f"--data.max_length={max_length} has no room for any text of {where} beside "
+                    "its last line and its answer: expected more; raise --data.max_length"
+                )
+            prompt, answer = array("i", bos + ids), array("i", supervised)
+            encoded.append(EncodedRow(prompt, answer, start + offset, row.target))
+    return encoded, num_cut
+
+
+def _cut_prompt(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, special: bool, room: int
+) -> list[int]:
+    """Cut the end of the text before the last line until all fits; [] if no text is left."""
+    text, newline, last_line = prompt.rpartition("\n")
+    if not newline:
+        text, last_line = prompt, ""
+    while text:
+        shorter = text + newline + last_line
+        encoding = tokenizer(shorter, add_special_tokens=special, return_offsets_mapping=True)
+        excess = len(encoding["input_ids"]) - room
+        if excess <= 0:
+            return list(encoding["input_ids"])
+        starts = [begin for begin, end in encoding["offset_mapping"] if begin < end <= len(text)]
+        text = text[: starts[-excess]].rstrip() if excess < len(starts) else ""
+    return []
+
+
+def collate(rows: Sequence[EncodedRow], pad_id: int, is_encoder_decoder: bool) -> Batch:
+    """Pad encoded rows to one batch.
+
+    Args:
+        rows: The rows of the batch.
+        pad_id: Id written at padded inputs; it may equal EOS, since `attention_mask` tells padding.
+        is_encoder_decoder: Whether the answer is a sequence of its own.
+
+    Returns:
+        `input_ids` and `attention_mask` (B, T), `labels` (B, L) with -100 where nothing is learnt
+        (causal: L == T, unshifted), `index` and `target` (B,); all int64, padded at the right.
+    """
+    inputs, labels = [], []
+    for row in rows:
+        prompt, answer = row.prompt_ids.tolist(), row.answer_ids.tolist()
+        inputs.append(prompt if is_encoder_decoder else prompt + answer)
+        labels.append(answer if is_encoder_decoder else [IGNORED_LABEL] * len(prompt) + answer)
+    return {
+        "input_ids": _pad(inputs, pad_id),
+        "attention_mask": _pad([[1] * len(ids) for ids in inputs], 0),
+        "labels": _pad(labels, IGNORED_LABEL),
+        "index": torch.tensor([row.index for row in rows]),
+        "target": torch.tensor([row.target for row in rows]),
+    }
+
+
+def _pad(sequences: list[list[int]], value: int) -> Tensor:
+    """Stack lists of different lengths, filled up at the right."""
+    longest = max(map(len, sequences))
+    return torch.tensor([ids + [value] * (longest - len(ids)) for ids in sequences])

@@ -1,0 +1,100 @@
+"""Which rows, in which order: drawing, splitting, and batches of similar length."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+
+import torch
+from torch.utils.data import DistributedSampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from app.errors import InputError
+from data_modules.encoding import TextRow
+
+SPLIT_SEED = 0  # rows held out do not depend on `seed`: runs with other seeds meet the same ones
+
+
+class LengthGroupedSampler(DistributedSampler):
+    """Order rows so that batches hold rows of similar length, the longest first.
+
+    One process meets every row exactly once an epoch. Of several, each takes every world_size-th
+    row of the same order, which keeps the global batches; at most world_size - 1 rows are met
+    twice, so that all take as many steps. With `shuffle` off, rows are sorted by length. Lightning
+    leaves a `DistributedSampler` in place and tells it the epoch.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(lengths, world_size, rank, shuffle, seed)  # type: ignore[arg-type]
+        self.lengths = lengths
+        self.global_batch_size = batch_size * world_size
+
+    def __iter__(self) -> Iterator[int]:
+        order = self._shuffled() if self.shuffle else longest_first(self.lengths)
+        order += islice(cycle(order[:]), -len(order) % self.num_replicas)
+        return iter(order[self.rank :: self.num_replicas])
+
+    def _shuffled(self) -> list[int]:
+        """Group by length, then shuffle the batches but the longest and an incomplete last one."""
+        size = self.global_batch_size
+        generator = _generator(self.seed, f"epoch {self.epoch}")
+        rows = get_length_grouped_indices(self.lengths, size, generator=generator)
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        num_full = max(len(rows) // size, 1)
+        moved = torch.randperm(num_full - 1, generator=generator) + 1
+        batches = [batches[0], *(batches[i] for i in moved), *batches[num_full:]]
+        return [row for batch in batches for row in batch]
+
+
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """Return row numbers by falling length, equal ones in their order."""
+    return sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+
+def draw(num_rows: int, size: int, seed: int, purpose: str) -> list[int]:
+    """Draw row numbers for a purpose; a smaller draw is part of a larger one."""
+    return torch.randperm(num_rows, generator=_generator(seed, purpose))[:size].tolist()
+
+
+def _generator(seed: int, purpose: str) -> torch.Generator:
+    """Return a random stream of its own for each purpose."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{purpose} {seed}".encode()))
+
+
+def split_off(
+    rows: Sequence[TextRow], size: int, setting: str
+) -> tuple[list[TextRow], list[TextRow]]:
+    """Set `size` rows aside; rows with the same prompt stay on the same side.
+
+    Args:
+        rows: The rows to split.
+        size: Rows to set aside.
+        setting: The setting that asks for it, for messages; it also keys the draw.
+
+    Returns:
+        The remaining rows and those set aside, each in the order of `rows`.
+
+    Raises:
+        InputError: `size` leaves one side empty.
+    """
+    if not 1 <= size < len(rows):
+        raise InputError(
+            f"--{setting}={size} of {len(rows)} rows: expected 1 to {len(rows) - 1} of them"
+        )
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(row.prompt, []).append(number)
+    members = list(groups.values())
+    aside: set[int] = set()
+    for group in draw(len(members), len(members), SPLIT_SEED, setting):
+        if len(aside) + len(members[group]) <= size:
+            aside.update(members[group])
+    rest = [row for number, row in enumerate(rows) if number not in aside]
+    return rest, [row for number, row in enumerate(rows) if number in aside]
