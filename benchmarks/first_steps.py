@@ -77,7 +77,9 @@ def run(method: str, lr: float, seed: int, given: argparse.Namespace) -> dict[st
         limit_val_batches=0,
         use_distributed_sampler=False,
     )
-    data = MovieReviewsDataModule(batch_size=8, eval_batch_size=32, seed=seed)
+    data = MovieReviewsDataModule(
+        batch_size=8, eval_batch_size=32, seed=seed, validation_size=given.test_sentences
+    )
     start = time.perf_counter()
     trainer.fit(module, datamodule=data)
     return {
@@ -141,7 +143,8 @@ def main() -> None:
     """Run what is missing, then draw and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--test_sentences", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--gamma", type=float, default=256.0)
     parser.add_argument("--damping", type=float, default=1e-6)
