@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from app.module import LoraModule
 from app.precond_adamw import PreconditionedAdamW
@@ -110,7 +113,9 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
             steps = np.arange(1, array.shape[1] + 1)
             panel.plot(steps, array.mean(0), color=f"C{color}", label=TITLES[method])
             panel.fill_between(steps, array.min(0), array.max(0), color=f"C{color}", alpha=0.15)
-        panel.set(title=f"learning rate {lr:g}", xlabel="optimizer step (8 sentences each)", yscale="log")
+        panel.set(
+            title=f"learning rate {lr:g}", xlabel="optimizer step (8 sentences each)", yscale="log"
+        )
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("training loss (nats per token)")
     axes[0][0].legend(fontsize=8)
