@@ -14,41 +14,26 @@ from torch import Tensor
 # entry is inside the rounding error of the Gram matrix itself (sums of up to some 10^4 terms).
 _NOISE = 4096 * torch.finfo(torch.float64).eps
 
-Maybe = Sequence[Tensor | None]
+Kind = Literal["lora_A", "lora_B"]
+Gradients = Sequence[Tensor | None]
+_Cache = dict[Any, Any]  # "plan", and scratch memory by use and shape
 
 
 class _Job(NamedTuple):
     """Equal-shaped gradients of one kind that are preconditioned together."""
 
-    grad_of: Literal["lora_A", "lora_B"]
+    grad_of: Kind
     pairs: list[int]
 
 
-# One batch of r x r solves for each (device, rank).
-_Plan = dict[tuple[torch.device, int], list[_Job]]
+def gram_matrices(factors: list[Tensor], kind: Kind, cache: _Cache) -> Tensor:
+    """Stack lora_A @ lora_A^T or lora_B^T @ lora_B of P equal-shaped factors: (P, r, r), float64.
 
-
-def gram_matrices(factors: Sequence[Tensor], kind: Literal["lora_A", "lora_B"]) -> Tensor:
-    """Stack the Gram matrices of equal-shaped factors.
-
-        lora_A @ lora_A^T   or   lora_B^T @ lora_B
-
-    A function of its own because it is a sum over n (or m): with sharded factors an all-reduce of
-    its result belongs between it and `damped_inverse`.
-
-    Args:
-        factors: P tensors of one shape, (r, n) for `kind` "lora_A" and (m, r) for "lora_B"; one
-            floating dtype and device. Not modified.
-        kind: Which factor they are.
-
-    Returns:
-        Tensor of shape (P, r, r), float64: the products of float32 numbers are exact in it, so a
-        damping far below float32's resolution of the Gram matrix still acts as it should.
-
-    Source: arXiv:2502.01235, eq. 9. Differs: float64 inside; the authors stay in float32.
+    Products of float32 numbers are exact in float64, so a damping far below float32's resolution
+    of the Gram matrix still acts. A function of its own because it is a sum over n (or m): with
+    sharded factors an all-reduce of its result belongs between it and `damped_inverse`.
     """
-    stacked = factors[0].new_empty((len(factors), *factors[0].shape), dtype=torch.float64)
-    torch._foreach_copy_(list(stacked.unbind()), list(factors))  # stack and widen in one pass
+    stacked = _stack(factors, torch.float64, cache)
     return stacked @ stacked.mT if kind == "lora_A" else stacked.mT @ stacked
 
 
@@ -57,24 +42,16 @@ def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor | None]
 
         inverse = (gram + damping I)^-1 = L^-T L^-1,   L L^T = gram + damping I
 
-    With damping > 0 nothing here can fail and nothing waits for the GPU: where damping is below
-    the rounding error of a diagonal entry (9e-13 of it), that error takes its place. The Cholesky
-    factorisation of a finite matrix then succeeds, and the exact damping is used in every case
-    where float64 could tell the difference. With damping == 0 the matrices are used as they are
-    and reported as singular where a pivot is all rounding error, a test that no rescaling of the
-    factor's rank-one terms changes.
+    With damping > 0 nothing fails and nothing waits for the GPU: where damping is below the
+    rounding error of a diagonal entry (9e-13 of it), that error takes its place, so that the
+    Cholesky factorisation of a finite matrix succeeds. With damping == 0 the matrices are used as
+    they are, and singular means that a pivot is all rounding error.
 
-    Args:
-        gram: Symmetric positive semi-definite matrices, shape (P, r, r), float64. Not modified.
-        damping: Number added to each diagonal, >= 0.
+    `gram` is (P, r, r), float64, and not modified. Returned are the inverses and None or, if
+    damping == 0, a bool tensor (P,) that marks the singular matrices, whose inverses are
+    meaningless. What is not finite stays so, without an error.
 
-    Returns:
-        The inverses (P, r, r), float64, and None or, if damping == 0, a bool tensor (P,) that marks
-        the singular matrices, whose inverses are meaningless. Matrices that are not finite give
-        results that are not finite, without an error.
-
-    Source: arXiv:2402.02347. Differs: the authors take the identity where an inverse fails; a
-    Cholesky factorisation in place of a general inverse.
+    Source: arXiv:2402.02347. Differs: no identity in place of an inverse that fails.
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     if damping > 0:
@@ -94,9 +71,10 @@ def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor | None]
 def precondition_pairs(
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
-    grad_A: Maybe,
-    grad_B: Maybe,
+    grad_A: Gradients,
+    grad_B: Gradients,
     damping: float,
+    cache: _Cache | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Precondition the gradients of many LoRA pairs, each by the Gram matrix of the other factor.
 
@@ -109,6 +87,8 @@ def precondition_pairs(
         grad_A: Gradients like `lora_A`, or None where there is none. Not modified.
         grad_B: Gradients like `lora_B`, or None where there is none. Not modified.
         damping: Number added to the diagonal of each Gram matrix, >= 0.
+        cache: A dict to keep between calls whose tensors agree in shape, dtype, device and places
+            of None; results are then overwritten by the next call.
 
     Returns:
         P_A and P_B, lists like `grad_A` and `grad_B` with None in the same places, in the dtype
@@ -116,75 +96,96 @@ def precondition_pairs(
         in the gradient's dtype if that is wider. Gradients that are not finite stay so.
 
     Raises:
-        RuntimeError: damping is 0 and a Gram matrix that is needed is singular; the message names
-            the pair.
+        RuntimeError: damping is 0 and a Gram matrix that is needed is singular.
 
     Source: arXiv:2402.02347; arXiv:2502.01235, eq. 9. Differs: damping; both from the old factors
     (the authors' code updates lora_A before it looks at it for lora_B).
     """
     factors = {"lora_A": lora_A, "lora_B": lora_B}
     grads = {"lora_A": grad_A, "lora_B": grad_B}
+    other: dict[Kind, Kind] = {"lora_A": "lora_B", "lora_B": "lora_A"}
     results: dict[str, list[Tensor | None]] = {k: [None] * len(g) for k, g in grads.items()}
-    for jobs in _plan(lora_A, lora_B, grad_A, grad_B).values():
+    cache = {} if cache is None else cache
+    if "plan" not in cache:
+        cache["plan"] = _plan(lora_A, lora_B, grad_A, grad_B)
+    for jobs in cache["plan"]:
         grams = []
-        for job in jobs:
-            kind: Literal["lora_A", "lora_B"] = "lora_B" if job.grad_of == "lora_A" else "lora_A"
-            grams.append(gram_matrices([factors[kind][i] for i in job.pairs], kind))
+        for grad_of, pairs in jobs:
+            kind = other[grad_of]
+            grams.append(gram_matrices([factors[kind][i] for i in pairs], kind, cache))
         inverses, singular = damped_inverse(torch.cat(grams), damping)
         if singular is not None and bool(singular.any()):
-            _raise_singular(jobs, int(singular.nonzero()[0, 0]))
-        for job, inverse in zip(
-            jobs, inverses.split([len(job.pairs) for job in jobs]), strict=True
-        ):
-            raw = torch.stack([grads[job.grad_of][i] for i in job.pairs])  # type: ignore[misc]
-            wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
-            inverse = inverse.to(wide.dtype)
-            out = inverse @ wide if job.grad_of == "lora_A" else wide @ inverse
-            for i, grad in zip(job.pairs, out.to(raw.dtype).unbind(), strict=True):
-                factor = factors[job.grad_of][i]
+            grad_of, pair = [(j.grad_of, i) for j in jobs for i in j.pairs][
+                singular.nonzero()[0, 0]
+            ]
+            product = "lora_B^T lora_B" if grad_of == "lora_A" else "lora_A lora_A^T"
+            raise RuntimeError(
+                f"pair {pair}: {product} is singular, so the gradient of {grad_of} cannot be "
+                "preconditioned with damping 0; set damping > 0 (LoRA usually starts at lora_B = 0)"
+            )
+        sizes = [len(job.pairs) for job in jobs]
+        for (grad_of, pairs), inverse in zip(jobs, inverses.split(sizes), strict=True):
+            raw = [g for i in pairs if (g := grads[grad_of][i]) is not None]
+            wide = _stack(raw, torch.promote_types(raw[0].dtype, torch.float32), cache)
+            out = _buffer((grad_of, pairs[0]), wide.shape, wide.dtype, wide, cache)
+            left, right = inverse.to(wide.dtype), wide
+            if grad_of == "lora_B":
+                left, right = right, left
+            torch.bmm(left, right, out=out)
+            for i, grad in zip(pairs, out.to(raw[0].dtype).unbind(), strict=True):
+                factor = factors[grad_of][i]
                 # Fused kernels walk parameter and gradient in memory order without looking at
                 # strides, so a transposed factor needs a gradient that is laid out like it.
-                results[job.grad_of][i] = (
-                    grad
-                    if factor.is_contiguous()
-                    else torch.empty_like(factor, dtype=grad.dtype).copy_(grad)
-                )
+                if not factor.is_contiguous():
+                    grad = torch.empty_like(factor, dtype=grad.dtype).copy_(grad)
+                results[grad_of][i] = grad
     return results["lora_A"], results["lora_B"]
 
 
 def _plan(
-    lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], grad_A: Maybe, grad_B: Maybe
-) -> _Plan:
-    """Collect the gradients that can share a stack, in stacks of limited size."""
+    lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], grad_A: Gradients, grad_B: Gradients
+) -> list[list[_Job]]:
+    """Collect the gradients that share a stack; one list of jobs for each (device, rank)."""
     stacks: dict[tuple[Any, ...], list[int]] = {}
     for i, (a, b, g_a, g_b) in enumerate(zip(lora_A, lora_B, grad_A, grad_B, strict=True)):
-        if g_a is not None:
-            stacks.setdefault(
-                ("lora_A", a.shape, b.shape, b.dtype, g_a.dtype, a.device), []
-            ).append(i)
-        if g_b is not None:
-            stacks.setdefault(
-                ("lora_B", a.shape, b.shape, a.dtype, g_b.dtype, a.device), []
-            ).append(i)
-    plan: _Plan = {}
+        for grad_of, grad, factor in (("lora_A", g_a, b), ("lora_B", g_b, a)):
+            if grad is not None:
+                key = (grad_of, a.shape, b.shape, factor.dtype, grad.dtype, a.device)
+                stacks.setdefault(key, []).append(i)
+    plan: dict[tuple[torch.device, int], list[_Job]] = {}
     for (grad_of, a_shape, b_shape, *_, device), pairs in stacks.items():
-        # On CPU a stack that stays in the cache is faster; elsewhere fewer launches are.
-        limit = 2**17 if device.type == "cpu" else 2**24
-        size = max(1, limit // max(a_shape.numel(), b_shape.numel()))
-        plan.setdefault((device, a_shape[0]), []).extend(
-            _Job(grad_of, pairs[start : start + size]) for start in range(0, len(pairs), size)
-        )
-    return plan
+        numel = max(a_shape.numel(), b_shape.numel(), 1)
+        # A GPU wants few launches. A CPU wants stacks that stay in its cache, and gains nothing
+        # from copying a large matrix into one.
+        if device.type == "cpu":
+            size = 2**17 // numel if numel < 2**14 else 1
+        else:
+            size = max(1, 2**24 // numel)
+        jobs = [_Job(grad_of, pairs[start : start + size]) for start in range(0, len(pairs), size)]
+        plan.setdefault((device, a_shape[0]), []).extend(jobs)
+    return list(plan.values())
 
 
-def _raise_singular(jobs: list[_Job], position: int) -> None:
-    """Name the pair whose Gram matrix stands at `position` in the batch."""
-    grad_of, pair = [(job.grad_of, pair) for job in jobs for pair in job.pairs][position]
-    product = "lora_B^T lora_B" if grad_of == "lora_A" else "lora_A lora_A^T"
-    raise RuntimeError(
-        f"pair {pair}: {product} is singular, so the gradient of {grad_of} cannot be "
-        "preconditioned with damping 0; set damping > 0 (LoRA's usual start has lora_B = 0)"
-    )
+def _buffer(key: Any, shape: torch.Size, dtype: torch.dtype, like: Tensor, cache: _Cache) -> Tensor:
+    """Return uninitialised memory, on CPU the same at every step: fresh pages are slow there."""
+    if like.device.type != "cpu":  # a GPU's allocator keeps its memory by itself
+        return like.new_empty(shape, dtype=dtype)
+    key = (key, shape, dtype)
+    if key not in cache:
+        cache[key] = like.new_empty(shape, dtype=dtype)
+    return cache[key]
+
+
+def _stack(tensors: list[Tensor], dtype: torch.dtype, cache: _Cache) -> Tensor:
+    """Stack and widen in one pass; a single tensor is not copied if it has the dtype."""
+    if len(tensors) == 1 and tensors[0].dtype == dtype:
+        return tensors[0][None]
+    shape = torch.Size((len(tensors), *tensors[0].shape))
+    stacked = _buffer("stack", shape, dtype, tensors[0], cache)
+    if tensors[0].dtype == dtype:
+        return torch.stack(tensors, out=stacked)
+    torch._foreach_copy_(list(stacked.unbind()), tensors)
+    return stacked
 
 
 class PreconditionedAdamW(torch.optim.AdamW):
@@ -236,17 +237,15 @@ class PreconditionedAdamW(torch.optim.AdamW):
         fused: bool | None = None,
     ) -> None:
         self._damping = damping
+        self._caches: dict[int, tuple[Any, _Cache]] = {}
         super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._caches = {}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch; a `lora_pairs` group is checked.
-
-        Args:
-            param_group: `params` and any option of the constructor; `lora_pairs: True` marks pairs.
-
-        Raises:
-            ValueError: See the class.
-        """
+        """Add a group, as in torch; raise ValueError if the class's conditions do not hold."""
         if "damping" not in self.defaults:  # torch writes the defaults anew in its constructor
             self.defaults.update(lora_pairs=False, damping=self._damping)
         super().add_param_group(param_group)
@@ -257,45 +256,26 @@ class PreconditionedAdamW(torch.optim.AdamW):
             self.param_groups.pop()
             raise
         if group["fused"] is None and group["foreach"] is None:
-            plain = all(
-                type(p) in (Tensor, torch.nn.Parameter)
-                and p.is_floating_point()
-                and p.device.type in ("cpu", "cuda")
-                for p in group["params"]
-            )
-            group["fused"] = plain or None  # None lets torch choose between foreach and a loop
+            # None lets torch choose between foreach and a loop.
+            group["fused"] = all(map(_suits_fused, group["params"])) or None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as in torch, after a check that it has the same `lora_pairs` groups.
-
-        Args:
-            state_dict: What `state_dict` of this class returned.
-
-        Raises:
-            ValueError: The groups differ, e.g. because the state is plain AdamW's, whose moments
-                are of another gradient.
-        """
+        """Load a state, as in torch; raise ValueError if its groups are not the same pairs."""
         found = [bool(group.get("lora_pairs")) for group in state_dict["param_groups"]]
         expected = [bool(group["lora_pairs"]) for group in self.param_groups]
         if found != expected:
             raise ValueError(
                 f"the optimizer state has lora_pairs {found} in its groups, expected {expected}: "
-                "it was saved with another optimizer or another grouping of the parameters"
+                "another optimizer or grouping of the parameters saved it"
             )
         super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Evaluate the closure, precondition the gradients it leaves, update the parameters.
+        """Evaluate the closure once, precondition the gradients it leaves, update the parameters.
 
-        Args:
-            closure: Computes loss and gradients; called once, first, with gradients enabled.
-
-        Returns:
-            What the closure returned, or None.
-
-        Raises:
-            RuntimeError: damping is 0 and a Gram matrix is singular; no parameter has changed.
+        Returns what the closure returned. A RuntimeError about a singular Gram matrix (damping 0
+        only) leaves every parameter as it was.
         """
         loss = None
         if closure is not None:
@@ -303,16 +283,16 @@ class PreconditionedAdamW(torch.optim.AdamW):
                 loss = closure()
         raw: list[tuple[Tensor, Tensor]] = []
         try:
-            for group in self.param_groups:
+            for index, group in enumerate(self.param_groups):
                 if not group["lora_pairs"]:
                     continue
                 lora_A, lora_B = group["params"][::2], group["params"][1::2]
+                grad_A, grad_B = [p.grad for p in lora_A], [p.grad for p in lora_B]
+                state = [g if g is None else (g.dtype, g.device) for g in grad_A + grad_B]
+                if index not in self._caches or self._caches[index][0] != state:
+                    self._caches[index] = (state, {})
                 new_A, new_B = precondition_pairs(
-                    lora_A,
-                    lora_B,
-                    [p.grad for p in lora_A],
-                    [p.grad for p in lora_B],
-                    group["damping"],
+                    lora_A, lora_B, grad_A, grad_B, group["damping"], self._caches[index][1]
                 )
                 for param, new in zip(lora_A + lora_B, new_A + new_B, strict=True):
                     if new is not None:
@@ -330,6 +310,12 @@ class PreconditionedAdamW(torch.optim.AdamW):
         return loss
 
 
+def _suits_fused(p: Tensor) -> bool:
+    """Tell whether the fused kernel takes a parameter (no subclass such as DTensor)."""
+    plain = type(p) in (Tensor, torch.nn.Parameter) and p.is_floating_point()
+    return plain and p.device.type in ("cpu", "cuda")
+
+
 def _check_group(group: dict[str, Any]) -> None:
     """Raise ValueError unless damping is valid and a `lora_pairs` group is made of pairs."""
     if not group["damping"] >= 0:
@@ -340,10 +326,8 @@ def _check_group(group: dict[str, Any]) -> None:
     if len(params) % 2:
         raise ValueError(f"lora_pairs needs lora_A, lora_B in turn, got {len(params)} parameters")
     for i, (a, b) in enumerate(zip(params[::2], params[1::2], strict=True)):
-        shapes = f"lora_A {tuple(a.shape)}, lora_B {tuple(b.shape)}"
-        if a.ndim != 2 or b.ndim != 2:
-            raise ValueError(f"lora_pairs, pair {i}: factors must be matrices, got {shapes}")
-        if a.shape[0] != b.shape[1]:
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise ValueError(
-                f"lora_pairs, pair {i}: expected lora_A (r, n) and lora_B (m, r), got {shapes}"
+                f"lora_pairs, pair {i}: expected lora_A (r, n) and lora_B (m, r), "
+                f"got {tuple(a.shape)} and {tuple(b.shape)}"
             )
