@@ -187,17 +187,22 @@ def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
     model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
+def check_adapter_folder(folder: Path) -> None:
+    """Raise InputError unless the folder holds an adapter in PEFT's layout."""
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"model.adapter_path is {str(folder)!r}, which holds no adapter_config.json: expected a "
+            "folder in PEFT's layout, such as runs/NAME/version_0/adapter"
+        )
+
+
 def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:
     """Put a saved adapter on its base model.
 
     Raises:
         InputError: If the folder holds no PEFT adapter, or it does not fit the model.
     """
-    if not (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"model.adapter_path is {str(folder)!r}, which holds no adapter_config.json: expected a "
-            "folder in PEFT's layout, such as runs/NAME/version_0/adapter"
-        )
+    check_adapter_folder(folder)
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers.utils import logging as transformers_logging
 
 from app.adapters import load_adapter, save_merged
 from app.errors import InputError
@@ -65,6 +66,7 @@ def export(run: Path, merge: bool, output: Path | None = None) -> Path:
             f"the base model {source.name} has fingerprint {found}, but the run was trained on "
             f"{expected}: the weights behind model.name have changed"
         )
+    transformers_logging.disable_progress_bar()
     base = load_model(source, getattr(torch, settings["dtype"]))
     trained = load_adapter(base, run / ADAPTER_FOLDER, trainable=False)
     save_merged(trained, load_tokenizer(source), part)

@@ -7,13 +7,30 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
     BinaryF1Score,
-    BinaryMatthewsCorrCoef,
     MulticlassAccuracy,
+    MulticlassConfusionMatrix,
     MulticlassF1Score,
-    MulticlassMatthewsCorrCoef,
 )
 
 from app.loss import SupervisedLogits, summed_loss
+
+
+class MatthewsCorrelation(MulticlassConfusionMatrix):
+    """Matthews correlation of a confusion matrix C of any number of classes.
+
+        (n trace(C) - t . p) / sqrt((n^2 - t . t) (n^2 - p . p)),    t, p row and column sums, n the total
+
+    and 0 where the denominator is 0, that is if only one class occurs or is predicted. torchmetrics' own
+    gives small non-zero values there.
+    """
+
+    def compute(self) -> Tensor:
+        """Return the correlation, in [-1, 1]."""
+        matrix = super().compute().double()
+        true, predicted, total = matrix.sum(dim=1), matrix.sum(dim=0), matrix.sum()
+        above = total * matrix.trace() - true @ predicted
+        below = (total**2 - true @ true) * (total**2 - predicted @ predicted)
+        return torch.where(below > 0, above / below.clamp(min=1).sqrt(), 0).float()
 
 
 class LabelScores(torch.nn.Module):
@@ -21,7 +38,7 @@ class LabelScores(torch.nn.Module):
 
     The prediction is the label word whose first token has the highest logit where the answer begins:
     one forward pass, no generation. F1 is that of class 1 for two classes and the macro mean for more;
-    Matthews correlation is 0 where it is undefined (one class only).
+    Matthews correlation is 0 where it is undefined (one class only), as in scikit-learn.
 
     Args:
         label_token_ids: First token of each label word, in the order of the classes.
@@ -34,9 +51,7 @@ class LabelScores(torch.nn.Module):
         metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(classes, average="micro"),
             "f1": BinaryF1Score() if classes == 2 else MulticlassF1Score(classes, average="macro"),
-            "mcc": BinaryMatthewsCorrCoef()
-            if classes == 2
-            else MulticlassMatthewsCorrCoef(classes),
+            "mcc": MatthewsCorrelation(classes),
         }
         self.metrics = MetricCollection(metrics, compute_groups=False)
         self.loss = MeanMetric()

@@ -7,10 +7,19 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from app.adapters import LoraPair, LoraSettings, add_lora, base_model, load_adapter, lora_pairs
+from app.adapters import (
+    LoraPair,
+    LoraSettings,
+    add_lora,
+    base_model,
+    check_adapter_folder,
+    load_adapter,
+    lora_pairs,
+)
 from app.errors import InputError
 from app.label_scores import LabelScores
 from app.loss import Batch, SupervisedLogits, summed_loss, supervised_logits
@@ -55,6 +64,12 @@ class LoraModule(LightningModule):
         super().__init__()
         if warmup_steps < 0:
             raise InputError(f"model.warmup_steps must be >= 0, got {warmup_steps}")
+        if adapter_path is not None:
+            check_adapter_folder(Path(adapter_path))
+        try:
+            optimizer([nn.Parameter(torch.zeros(1, 1))])
+        except (ValueError, TypeError) as error:
+            raise InputError(f"model.optimizer cannot be made: {error}") from error
         self.save_hyperparameters(ignore=["optimizer", "adapter"])
         self.name = name
         self.adapter = adapter
@@ -119,6 +134,10 @@ class LoraModule(LightningModule):
         # Checkpoints load in evaluation mode and Lightning leaves modes alone: dropout belongs to training.
         self.model.train()
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        rank_zero_info(
+            f"{self.source.name}: {parameters:,} parameters in {self.dtype_name}; {trainable:,} are "
+            "trained"
+        )
         self.record.model = {
             "name": self.source.name,
             "fingerprint": model_fingerprint(self.source),
@@ -150,8 +169,8 @@ class LoraModule(LightningModule):
         loss = summed_loss(found) / found.labels.numel()
         if not torch.isfinite(loss):
             raise InputError(
-                f"the loss is {float(loss)} in batch {batch_idx} of epoch {self.current_epoch} (training "
-                f"rows {batch['index'].tolist()}): lower model.optimizer.lr, set "
+                f"the loss is {float(loss.detach())} in batch {batch_idx} of epoch {self.current_epoch} "
+                f"(training rows {batch['index'].tolist()}): lower model.optimizer.lr, set "
                 "trainer.gradient_clip_val, or use a wider precision (model.dtype, trainer.precision)"
             )
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["index"]))

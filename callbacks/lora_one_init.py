@@ -59,19 +59,26 @@ class LoraOneInit(Callback):
         """Take over the report of the interrupted run; its adapters are not overwritten."""
         self.report = state_dict["report"]
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before the model's weights are loaded."""
+        module: Any = pl_module
+        if module.adapter is None and module.adapter_path is None:
+            raise InputError(
+                "init is LoraOneInit, but the model has no LoRA adapter: set model.adapter, or init to "
+                "null for full fine-tuning"
+            )
+        self._batches(trainer)
+
+    def _batches(self, trainer: Trainer) -> Any:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        return data.gradient_batches(self.num_samples, self.micro_batch_size)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute and install the start, unless a checkpoint has brought trained adapters."""
         module: Any = pl_module
         if not self.report:
             pairs = module.lora_pairs()
-            if not pairs:
-                raise InputError(
-                    "init is LoraOneInit, but the model has no LoRA adapter: set model.adapter, or init "
-                    "to null for full fine-tuning"
-                )
-            batches = trainer.datamodule.gradient_batches(  # type: ignore[attr-defined]
-                self.num_samples, self.micro_batch_size
-            )
+            batches = self._batches(trainer)
             rank = pairs[0].lora_A.shape[0]
             result = one_step_gradients(
                 module.model,

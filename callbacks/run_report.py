@@ -1,5 +1,6 @@
 """Leave a finished run's folder complete: record, adapter, plots, and the same in W&B."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.adapters import lora_pairs, save_adapter
+from app.errors import InputError
 from app.plots import read_metrics, write_plots
-from app.run_folder import ADAPTER_FOLDER, SUMMARY_FILE
+from app.run_folder import ADAPTER_FOLDER, CONFIG_FILE, SUMMARY_FILE
 
 
 class RunReport(Callback):
@@ -60,10 +62,23 @@ class RunReport(Callback):
         """Write the folder."""
         self._write(trainer, pl_module)
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Remove the folder of a run that a wrong setting ended before anything was measured."""
+        if isinstance(exception, InputError) and trainer.log_dir is not None:
+            folder = Path(trainer.log_dir)
+            written = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+            if written <= {CONFIG_FILE, "hparams.yaml"}:
+                shutil.rmtree(folder, ignore_errors=True)
+
     @rank_zero_only
     def _write(self, trainer: Trainer, pl_module: Any) -> None:
-        folder = Path(str(trainer.log_dir))
         record = pl_module.record
+        if trainer.log_dir is None:  # trainer.fast_dev_run logs nowhere
+            rank_zero_info(f"\n{record.score_table()}")
+            return
+        folder = Path(trainer.log_dir)
         record.seed = self.seed
         record.data = trainer.datamodule.describe()  # type: ignore[attr-defined]
         for logger in trainer.loggers:
