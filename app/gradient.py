@@ -29,8 +29,12 @@ class GradientEstimate:
 class GradientAccumulator(Protocol):
     """Takes a layer's (x, delta) stream, over one or more passes through the same samples."""
 
-    def update(self, x: Tensor, delta: Tensor) -> None:
-        """Add delta^T x; x is (tokens, n), delta is (tokens, m)."""
+    def update(self, x: Tensor, delta: Tensor) -> Tensor:
+        """Add delta^T x; x is (tokens, n), delta is (tokens, m).
+
+        Returns:
+            A small tensor whose entries are all finite only if those of x and delta are.
+        """
 
     def next_pass(self) -> None:
         """Prepare for one more pass over the same samples."""
@@ -49,11 +53,13 @@ class ExactGradient:
     """
 
     def __init__(self, m: int, n: int, device: torch.device) -> None:
-        self.total = torch.zeros(m, n, device=device)
+        self.total = torch.zeros(m, n, device=device, dtype=torch.float32)
 
-    def update(self, x: Tensor, delta: Tensor) -> None:
+    def update(self, x: Tensor, delta: Tensor) -> Tensor:
         """Add delta^T x to the sum."""
-        self.total.addmm_(delta.T.float(), x.float())
+        x, delta = x.float(), delta.float()
+        self.total.addmm_(delta.T, x)
+        return x.sum() + delta.sum()
 
     def next_pass(self) -> None:
         """Refuse: one pass is already exact."""
@@ -74,11 +80,13 @@ class SketchedGradient:
     First pass, for each micro-batch with its G_b = delta^T x: one step of block power iteration on the
     running sum H = left right^T + G_b,
 
-        omega = orth(right),    left <- orth(H omega),    right <- H^T left
+        omega = orth(right + noise),    left <- orth(H omega),    right <- H^T left
 
     which needs only products of (tokens, n) and (tokens, m) with `width` columns. The basis is warm: it
-    follows the sum as it grows, so that one pass over the data does the work of several. The first
-    micro-batch starts from a random omega and takes the step twice.
+    follows the sum as it grows, so that one pass over the data does the work of several. The noise, of
+    rounding size, fills the columns that `right` leaves empty with random directions (all of them before
+    the first micro-batch, most after micro-batches of few tokens); without it these would be
+    coordinate axes, which sparse inputs can miss. The first micro-batch takes the step twice.
 
     Every further pass holds one basis fixed and sums the other side over all samples, in turn
     right = G^T orth(left) and left = G orth(right): half a step of block power iteration on the whole G.
@@ -91,7 +99,7 @@ class SketchedGradient:
         n: Input features.
         width: Columns kept, the rank wanted plus oversampling; cut to min(m, n).
         device: Where the sketch lives.
-        generator: Source of the first omega and of Phi, on `device`.
+        generator: Source of the noise and of Phi, on `device`.
 
     Source: the randomised range finder of Halko, Martinsson and Tropp (arXiv:0909.4061, section 4.5; the
     probes: section 4.3) as streamed block power iteration (Mitliagkas et al., arXiv:1307.0032). Differs:
@@ -104,40 +112,47 @@ class SketchedGradient:
         self, m: int, n: int, width: int, device: torch.device, generator: torch.Generator
     ) -> None:
         width = min(width, m, n)
-        self.left: Tensor | None = None
-        self.right = torch.randn(n, width, device=device, generator=generator)
+        self.left = torch.zeros(m, width, device=device, dtype=torch.float32)
+        self.right = torch.zeros(n, width, device=device, dtype=torch.float32)
         signs = torch.randint(0, 2, (n, self.PROBES), device=device, generator=generator)
-        self.probes = signs.float() * 2 - 1
-        self.probed = torch.zeros(m, self.PROBES, device=device)
+        self.probes = signs.to(torch.float32) * 2 - 1
+        self.probed = torch.zeros(m, self.PROBES, device=device, dtype=torch.float32)
+        self._generator = generator
         self._pass = 1
+        self._started = False
 
-    def update(self, x: Tensor, delta: Tensor) -> None:
+    def update(self, x: Tensor, delta: Tensor) -> Tensor:
         """Take one micro-batch of (x, delta) into the sketch."""
         x, delta = x.float(), delta.float()
         if self._pass == 1:
-            self.probed.addmm_(delta.T, x @ self.probes)
-            if self.left is None:
-                self.left = _orth(delta.T @ (x @ _orth(self.right)))
-                self.right = x.T @ (delta @ self.left)
-                self.left = _orth(delta.T @ (x @ _orth(self.right)))
-                self.right = x.T @ (delta @ self.left)
-            else:
-                omega, core = torch.linalg.qr(self.right)
-                image = torch.addmm(delta.T @ (x @ omega), self.left, core.T)
-                left = _orth(image)
-                kept = self.right @ (self.left.T @ left)
-                self.left, self.right = left, kept.addmm_(x.T, delta @ left)
-            return
-        assert self.left is not None
+            if not self._started:
+                self._started = True
+                # Only the better start is kept: `left` is still zero, so H is this micro-batch alone.
+                _, self.right, _ = self._power_step(x, delta)
+            self.left, self.right, probed = self._power_step(x, delta)
+            self.probed += probed
+            return probed
         if self._pass % 2 == 0:
-            self.right.addmm_(x.T, delta @ self.left)
+            added = x.T @ (delta @ self.left)
+            self.right += added
         else:
-            self.left.addmm_(delta.T, x @ self.right)
+            added = delta.T @ (x @ self.right)
+            self.left += added
+        return added
+
+    def _power_step(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        width = self.right.shape[1]
+        noise = torch.empty_like(self.right).normal_(generator=self._generator)
+        top = self.right.abs().amax()
+        omega = _orth(self.right + torch.where(top > 0, 1e-6 * top, 1.0) * noise)
+        products = delta.T @ (x @ torch.cat([omega, self.probes], dim=1))
+        image = torch.addmm(products[:, :width], self.left, self.right.T @ omega)
+        left = _orth(image)
+        right = torch.addmm(self.right @ (self.left.T @ left), x.T, delta @ left)
+        return left, right, products[:, width:]
 
     def next_pass(self) -> None:
         """Fix the basis of one side and start summing the other side anew."""
-        if self.left is None:
-            return
         self._pass += 1
         if self._pass % 2 == 0:
             self.left, self.right = _orth(self.left), torch.zeros_like(self.right)
@@ -146,8 +161,6 @@ class SketchedGradient:
 
     def estimate(self, rank: int, scale: float) -> GradientEstimate:
         """Return all kept triplets of scale * G, and the energy that the first `rank` capture."""
-        if self.left is None:
-            self.left = self.probed.new_zeros(len(self.probed), self.right.shape[1])
         svd = fix_signs(low_rank_svd(self.left, self.right, self.right.shape[1]))
         missed = self.probed - self.left @ (self.right.T @ self.probes)
         outside = float(missed.square().sum()) / self.PROBES

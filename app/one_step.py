@@ -124,11 +124,13 @@ def one_step_gradients(
             label = f"one-step gradient, pass {number + 1}/{estimator.passes}"
             for i, batch in enumerate(progress(batches, label) if progress else batches):
                 watch.batch = i
+                moved = {key: value.to(device) for key, value in batch.items()}
                 with torch.enable_grad(), forward_context():
-                    moved = {key: value.to(device) for key, value in batch.items()}
                     loss = summed_loss(supervised_logits(model, base, moved))
-                    if not torch.isfinite(loss):
-                        raise InputError(_not_finite("the loss", i, batch))
+                if not torch.isfinite(loss):
+                    raise InputError(_not_finite("the loss", i, batch))
+                # Outside the precision context, where autocast would round the sums to 16 bits.
+                if loss.requires_grad:
                     loss.backward()
                 if watch.broken is not None:
                     raise InputError(_not_finite(f"the gradient at {watch.broken}", i, batch))
@@ -138,7 +140,8 @@ def one_step_gradients(
         if missed:
             raise RuntimeError(
                 f"the backward pass did not reach {len(missed)} of {len(kept)} layers, first {missed[0]}. "
-                "Activation checkpointing must be without re-entry (use_reentrant=False)"
+                "Activation checkpointing must be without re-entry (use_reentrant=False); a layer that "
+                "the loss does not depend on has to leave model.adapter.target_modules"
             )
         estimates = {name: kept[name].estimate(rank, 1 / tokens) for name in kept}
     return OneStepResult(
@@ -162,11 +165,9 @@ class _Watch:
     def listener(self, name: str) -> Callable[[Tensor, Tensor], None]:
         def update(x: Tensor, delta: Tensor) -> None:
             self.seen.add(name)
-            # A non-finite entry would make the factorisations raise something obscure.
-            if self.broken is None and not torch.isfinite(delta.float().sum() + x.float().sum()):
+            # The first layer that the backward pass finds broken; those below only inherit it.
+            if self.broken is None and not self.kept[name].update(x, delta).isfinite().all():
                 self.broken = name
-            if self.broken is None:
-                self.kept[name].update(x, delta)
 
         return update
 
