@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# Gram matrices are computed and factored in float64. A damping below this fraction of a diagonal
-# entry is inside the rounding error of the Gram matrix itself (sums of up to some 10^4 terms).
-_NOISE = 4096 * torch.finfo(torch.float64).eps
+# A damping below this many roundings of a diagonal entry is inside the rounding error of the Gram
+# matrix itself, which is summed in the factors' precision (float32 at least) and factored in float64.
+_ROUNDINGS = 8
 
 Kind = Literal["lora_A", "lora_B"]
 Gradients = Sequence[Tensor | None]
@@ -27,14 +27,15 @@ class _Job(NamedTuple):
 
 
 def gram_matrices(factors: list[Tensor], kind: Kind, cache: _Cache) -> Tensor:
-    """Stack lora_A @ lora_A^T or lora_B^T @ lora_B of P equal-shaped factors: (P, r, r), float64.
+    """Stack lora_A @ lora_A^T or lora_B^T @ lora_B of P equal-shaped factors: (P, r, r).
 
-    Products of float32 numbers are exact in float64, so a damping far below float32's resolution
-    of the Gram matrix still acts. A function of its own because it is a sum over n (or m): with
-    sharded factors an all-reduce of its result belongs between it and `damped_inverse`.
+    The result has the factors' dtype, float32 at least. A function of its own because it is a sum
+    over n (or m): with sharded factors an all-reduce of its result belongs between it and
+    `damped_inverse`.
     """
-    stacked = _stack(factors, torch.float64, cache)
-    return stacked @ stacked.mT if kind == "lora_A" else stacked.mT @ stacked
+    stacked = _stack(factors, torch.promote_types(factors[0].dtype, torch.float32), cache)
+    left, right = (stacked, stacked.mT) if kind == "lora_A" else (stacked.mT, stacked)
+    return _multiply(left, right)
 
 
 def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor | None]:
@@ -43,19 +44,21 @@ def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor | None]
         inverse = (gram + damping I)^-1 = L^-T L^-1,   L L^T = gram + damping I
 
     With damping > 0 nothing fails and nothing waits for the GPU: where damping is below the
-    rounding error of a diagonal entry (9e-13 of it), that error takes its place, so that the
-    Cholesky factorisation of a finite matrix succeeds. With damping == 0 the matrices are used as
-    they are, and singular means that a pivot is all rounding error.
+    rounding error of a diagonal entry (1e-6 of it in float32), that error takes its place, so that
+    the Cholesky factorisation of a finite matrix succeeds. With damping == 0 the matrices are used
+    as they are, and singular means that a pivot is all rounding error.
 
-    `gram` is (P, r, r), float64, and not modified. Returned are the inverses and None or, if
-    damping == 0, a bool tensor (P,) that marks the singular matrices, whose inverses are
-    meaningless. What is not finite stays so, without an error.
+    `gram` is (P, r, r), float32 or float64, and not modified. Returned are the inverses in float64
+    and None or, if damping == 0, a bool tensor (P,) that marks the singular matrices, whose
+    inverses are meaningless. What is not finite stays so, without an error.
 
     Source: arXiv:2402.02347. Differs: no identity in place of an inverse that fails.
     """
+    noise = _ROUNDINGS * torch.finfo(gram.dtype).eps
+    gram = gram.double()
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     if damping > 0:
-        gram = gram + torch.diag_embed((_NOISE * diagonal).clamp(min=damping))
+        gram = gram + torch.diag_embed((noise * diagonal).clamp(min=damping))
     # check_errors=False: reading the status on the host would stall the GPU at every step.
     lower, info = torch.linalg.cholesky_ex(gram, check_errors=False)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
@@ -63,7 +66,7 @@ def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor | None]
     if damping > 0:
         return root.mT @ root, None
     pivots = lower.diagonal(dim1=-2, dim2=-1).square()
-    failed = (info > 0) | (pivots <= _NOISE * diagonal).any(-1)
+    failed = (info > 0) | (pivots <= noise * diagonal).any(-1)
     return root.mT @ root, failed & diagonal.isfinite().all(-1)
 
 
@@ -131,7 +134,7 @@ def precondition_pairs(
             left, right = inverse.to(wide.dtype), wide
             if grad_of == "lora_B":
                 left, right = right, left
-            torch.bmm(left, right, out=out)
+            _multiply(left, right, out)
             for i, grad in zip(pairs, out.to(raw[0].dtype).unbind(), strict=True):
                 factor = factors[grad_of][i]
                 # Fused kernels walk parameter and gradient in memory order without looking at
@@ -140,6 +143,14 @@ def precondition_pairs(
                     grad = torch.empty_like(factor, dtype=grad.dtype).copy_(grad)
                 results[grad_of][i] = grad
     return results["lora_A"], results["lora_B"]
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Multiply two stacks; a stack of one by `mm`, which is faster than a batch of one on CPU."""
+    if len(left) > 1:
+        return torch.bmm(left, right, out=out)
+    product = torch.mm(left[0], right[0], out=None if out is None else out[0])
+    return product[None]
 
 
 def _plan(
