@@ -19,7 +19,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-import callbacks.lora_one_init  # noqa: F401 (makes the class known by its short name)
 import data_modules.glue
 import data_modules.movie_reviews  # noqa: F401
 from app.errors import InputError
@@ -33,6 +32,7 @@ from app.run_folder import (
     check_run_folder,
     make_loggers,
 )
+from callbacks.lora_one_init import LoraOneInit
 from callbacks.plain_progress import PlainProgress
 from callbacks.run_report import RunReport
 from callbacks.score_at import ScoreAt
@@ -100,6 +100,8 @@ def _silence() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_says_something)
     for inside in (
+        "Experiment logs directory .* exists and is not empty",  # make_loggers has just made it
+        "The dirpath has changed from",  # a resumed run gets a folder of its own
         "`is_gradient_checkpointing` is deprecated",
         "`gradient_checkpointing_enable` is deprecated",
         r"`isinstance\(treespec, LeafSpec\)`",
@@ -261,7 +263,8 @@ def _wrong_value(key: str, text: str) -> WrongSetting:
         wanted = f"one of {', '.join(choices)}" if choices else _kinds(kinds)
         return WrongSetting("%s is " + f"{got}: expected {wanted}{hint}".replace("%", "%%"), key)
     name = re.search(
-        r"given class_path '([^']+)'|dot import path string: (\S+)|class_path='([^']+)'", text
+        r"given class_path '([^']+)'|dot import path string: ([A-Za-z]\S+)|class_path='([^']+)'",
+        text,
     )
     if name:
         wrong = next(group for group in name.groups() if group)
@@ -304,7 +307,11 @@ class RunConfig(SaveConfigCallback):
         folder = Path(trainer.log_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(
-            self.config, str(folder / CONFIG_FILE), skip_none=False, overwrite=True, multifile=False
+            self.config,
+            str(folder / CONFIG_FILE),
+            skip_unset=False,
+            overwrite=True,
+            multifile=False,
         )
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config.as_dict())
@@ -341,11 +348,20 @@ class LoraCLI(LightningCLI):
         kwargs["formatter_class"] = PlainHelp
         return super().init_parser(**kwargs)
 
+    def before_instantiate_classes(self) -> None:
+        """Look for the checkpoint before a model is loaded."""
+        path = self._get(self.config, "ckpt_path")
+        if path is not None and not Path(path).exists():
+            raise InputError(
+                f"ckpt_path is {str(path)!r}, which does not exist: expected a checkpoint file, such as "
+                "runs/NAME/version_0/checkpoints/epoch=0-step=100.ckpt"
+            )
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections `init` and `output`, and one seed for everything."""
         parser.add_argument(
             "--init",
-            type=Callback | None,
+            type=LoraOneInit | None,
             default=None,
             help="The callback that gives the adapter its start, such as LoraOneInit; null keeps "
             "PEFT's (lora_A random, lora_B zero).",
@@ -363,9 +379,10 @@ class LoraCLI(LightningCLI):
         own = self._get(self.config_init, "trainer")["logger"]
         kwargs["logger"] = own
         if self.subcommand == "fit":
-            loggers = make_loggers(output)
+            dry = self._get(self.config_init, "trainer")["fast_dev_run"]
+            loggers = [] if dry else make_loggers(output)
             given = [] if own in (None, True, False) else own if isinstance(own, list) else [own]
-            kwargs["logger"] = loggers + given
+            kwargs["logger"] = loggers + given or False
             extra.append(ScoreAt("zero_shot"))
             if init is not None:
                 extra += [init, ScoreAt("after_init")]

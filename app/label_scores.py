@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection, SumMetric
 from torchmetrics.classification import (
     BinaryF1Score,
     MulticlassAccuracy,
@@ -54,7 +54,8 @@ class LabelScores(torch.nn.Module):
             "mcc": MatthewsCorrelation(classes),
         }
         self.metrics = MetricCollection(metrics, compute_groups=False)
-        self.loss = MeanMetric()
+        # Not MeanMetric, which leaves out batches that are not a number.
+        self.loss, self.tokens = (SumMetric(nan_strategy="disable") for _ in range(2))
 
     def update(self, found: SupervisedLogits, target: Tensor) -> None:
         """Take one batch.
@@ -66,14 +67,15 @@ class LabelScores(torch.nn.Module):
         at_answer = found.logits[found.first]
         predicted = at_answer[:, self.label_token_ids].argmax(dim=1)  # type: ignore[index]
         self.metrics.update(predicted, target)
-        tokens = found.labels.numel()
-        self.loss.update(summed_loss(found) / tokens, weight=tokens)
+        self.loss.update(summed_loss(found))
+        self.tokens.update(found.labels.numel())
 
     def compute(self) -> dict[str, Tensor]:
         """Return `loss` (token mean), `accuracy`, `f1` and `mcc`."""
-        return {"loss": self.loss.compute(), **self.metrics.compute()}
+        return {"loss": self.loss.compute() / self.tokens.compute(), **self.metrics.compute()}
 
     def reset(self) -> None:
         """Forget everything seen."""
         self.metrics.reset()
         self.loss.reset()
+        self.tokens.reset()

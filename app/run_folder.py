@@ -62,19 +62,20 @@ def make_loggers(settings: OutputSettings) -> list[Logger]:
     if settings.wandb != "disabled":
         os.environ.setdefault("WANDB_SILENT", "true")
         offline = settings.wandb == "offline" or (settings.wandb == "auto" and not _has_key())
-        loggers.append(
-            WandbLogger(
-                name=f"{settings.name}/{folder.name}",
-                project=settings.wandb_project,
-                save_dir=str(folder),
-                offline=offline,
-                # The logger's own switch is an environment variable, which comes too late once W&B
-                # has looked for a key.
-                mode="offline" if offline else "online",
-                group=settings.wandb_group,
-                tags=settings.wandb_tags or None,
-            )
+        logger = WandbLogger(
+            name=f"{settings.name}/{folder.name}",
+            project=settings.wandb_project,
+            save_dir=str(folder),
+            offline=offline,
+            # The logger's own switch is an environment variable, which comes too late once W&B
+            # has looked for a key.
+            mode="offline" if offline else "online",
+            group=settings.wandb_group,
+            tags=settings.wandb_tags or None,
         )
+        # Lightning hands this on unasked, and W&B then warns that it means nothing any more.
+        logger._wandb_init.pop("anonymous", None)
+        loggers.append(logger)
     return loggers
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from app.adapters import lora_pairs, save_adapter
 from app.errors import InputError
 from app.plots import read_metrics, write_plots
-from app.run_folder import ADAPTER_FOLDER, CONFIG_FILE, SUMMARY_FILE
+from app.run_folder import ADAPTER_FOLDER, SUMMARY_FILE
 
 
 class RunReport(Callback):
@@ -66,11 +66,9 @@ class RunReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Remove the folder of a run that a wrong setting ended before anything was measured."""
-        if isinstance(exception, InputError) and trainer.log_dir is not None:
-            folder = Path(trainer.log_dir)
-            written = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-            if written <= {CONFIG_FILE, "hparams.yaml"}:
-                shutil.rmtree(folder, ignore_errors=True)
+        measured = pl_module.record.metrics  # type: ignore[union-attr]
+        if isinstance(exception, InputError) and trainer.log_dir is not None and not measured:
+            shutil.rmtree(trainer.log_dir, ignore_errors=True)
 
     @rank_zero_only
     def _write(self, trainer: Trainer, pl_module: Any) -> None:

@@ -45,7 +45,7 @@ def _build(model_class, config, seed):
         return model_class(config).eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_llama():
     """Return `build(seed=0, **config)`, which makes a Llama of 2 layers, queries grouped."""
 
@@ -65,7 +65,7 @@ def tiny_llama():
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_gpt2():
     """Return `build(seed=0, **config)`, which makes a GPT-2 of 2 layers (of Conv1D)."""
 
@@ -83,7 +83,7 @@ def tiny_gpt2():
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_t5():
     """Return `build(seed=0, **config)`, which makes a T5 of 2 + 2 layers."""
 
@@ -104,9 +104,7 @@ def tiny_t5():
     return build
 
 
-@pytest.fixture
-def tiny_tokenizer():
-    """Return a tokenizer with one token for each printable ASCII character, newline and tab."""
+def _tokenizer():
     # Byte-level tokenizers write the bytes of space, newline and tab as these letters.
     characters = string.digits + string.ascii_letters + string.punctuation + "ĠĊĉ"
     vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *characters))}
@@ -121,6 +119,12 @@ def tiny_tokenizer():
         unk_token="<unk>",
         model_max_length=1024,
     )
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    """Return a tokenizer with one token for each printable ASCII character, newline and tab."""
+    return _tokenizer()
 
 
 @pytest.fixture
@@ -153,3 +157,73 @@ def smollm2_name():
 def smollm2_dir(smollm2_name):
     """Return a directory of the real SmolLM2-135M, which the cache keeps between runs."""
     return local_directory(resolve_model(smollm2_name))
+
+
+SENTIMENT = (("bad", "poor", "dull", "cold"), ("good", "great", "fine", "warm"))
+TINY_RUN = """
+trainer: {{max_steps: 3, log_every_n_steps: 1, accelerator: cpu}}
+model:
+  name: {model}
+  adapter: {{r: 4}}
+  optimizer: {{class_path: app.precond_adamw.PreconditionedAdamW, init_args: {{lr: 1.0e-2}}}}
+  lr_scheduler_type: constant
+data:
+  class_path: data_modules.glue.GlueDataModule
+  init_args: {{task: sst2, path: {data}, batch_size: 8, eval_batch_size: 7, validation_size: 20}}
+init:
+  class_path: callbacks.lora_one_init.LoraOneInit
+  init_args: {{num_samples: 16, micro_batch_size: 4}}
+output: {{name: tiny, root: {root}, wandb: disabled}}
+"""
+
+
+@pytest.fixture(scope="session")
+def run_models(tmp_path_factory, tiny_llama, tiny_t5, tiny_gpt2):
+    """Return a folder with `llama`, `t5` and `gpt2`, whose tokenizer has a token for each label."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = _tokenizer()
+    tokenizer.add_tokens([" negative", " positive"])
+    for name, build in (("llama", tiny_llama), ("t5", tiny_t5), ("gpt2", tiny_gpt2)):
+        build().save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sst2_folder(tmp_path_factory):
+    """Return a GLUE folder with 60 training rows and 20 published validation rows of SST-2."""
+    folder = tmp_path_factory.mktemp("glue")
+    (folder / "SST-2").mkdir()
+    for file, size in (("train", 60), ("dev", 20)):
+        rows = [f"a {SENTIMENT[i % 2][i // 2 % 4]} film {file} {i}\t{i % 2}\n" for i in range(size)]
+        (folder / "SST-2" / f"{file}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
+    return folder
+
+
+@pytest.fixture
+def tiny_run(tmp_path, run_models, sst2_folder):
+    """Return a complete configuration file: 3 steps of the tiny Llama below tmp_path / "runs"."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(
+        TINY_RUN.format(model=run_models / "llama", data=sst2_folder, root=tmp_path / "runs")
+    )
+    return file
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Return `command(*argv)`, which runs `python train.py ARGV` in process and returns its status."""
+    from app.cli import LoraCLI, main  # 10 s of imports, which most tests do without
+
+    commands = LoraCLI.subcommands()
+
+    def run(*argv):
+        # Building the parsers of the other commands takes most of the time of a refusal.
+        if argv and argv[0] in commands:
+            only = {argv[0]: commands[argv[0]]}
+            monkeypatch.setattr(LoraCLI, "subcommands", staticmethod(lambda: only))
+        return main([str(argument) for argument in argv])
+
+    # Pictures take most of the time of a tiny run.
+    monkeypatch.setattr("callbacks.run_report.write_plots", lambda *_: [])
+    return run
