@@ -302,9 +302,9 @@ class RunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Write `config.yaml` when fitting starts."""
-        if stage != "fit" or trainer.log_dir is None:
+        if stage != "fit" or not trainer.loggers:
             return
-        folder = Path(trainer.log_dir)
+        folder = Path(str(trainer.log_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(
             self.config,

@@ -1,6 +1,5 @@
 """Leave a finished run's folder complete: record, adapter, plots, and the same in W&B."""
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from app.adapters import lora_pairs, save_adapter
 from app.errors import InputError
 from app.plots import read_metrics, write_plots
-from app.run_folder import ADAPTER_FOLDER, SUMMARY_FILE
+from app.run_folder import ADAPTER_FOLDER, CONFIG_FILE, SUMMARY_FILE
 
 
 class RunReport(Callback):
@@ -67,16 +66,23 @@ class RunReport(Callback):
     ) -> None:
         """Remove the folder of a run that a wrong setting ended before anything was measured."""
         measured = pl_module.record.metrics  # type: ignore[union-attr]
-        if isinstance(exception, InputError) and trainer.log_dir is not None and not measured:
-            shutil.rmtree(trainer.log_dir, ignore_errors=True)
+        if isinstance(exception, InputError) and trainer.loggers and not measured:
+            folder = Path(str(trainer.log_dir))
+            written = [
+                path for path in (folder / CONFIG_FILE, folder / "hparams.yaml") if path.exists()
+            ]
+            if folder.is_dir() and len(list(folder.iterdir())) == len(written):
+                for path in written:
+                    path.unlink()
+                folder.rmdir()
 
     @rank_zero_only
     def _write(self, trainer: Trainer, pl_module: Any) -> None:
         record = pl_module.record
-        if trainer.log_dir is None:  # trainer.fast_dev_run logs nowhere
+        if not trainer.loggers:  # trainer.fast_dev_run logs nowhere
             rank_zero_info(f"\n{record.score_table()}")
             return
-        folder = Path(trainer.log_dir)
+        folder = Path(str(trainer.log_dir))
         record.seed = self.seed
         record.data = trainer.datamodule.describe()  # type: ignore[attr-defined]
         for logger in trainer.loggers:
