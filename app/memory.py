@@ -56,6 +56,7 @@ class PeakMemory:
 
     def _sample(self) -> None:
         process = psutil.Process()
-        while not self._stop.is_set():
+        stopped = False
+        while not stopped:  # at least once, however short the stretch
             self.peak_bytes = max(self.peak_bytes, process.memory_info().rss)
-            self._stop.wait(0.01)
+            stopped = self._stop.wait(0.01)

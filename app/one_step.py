@@ -16,7 +16,7 @@ from app.errors import InputError
 from app.gradient import ExactGradient, GradientAccumulator, GradientEstimate, SketchedGradient
 from app.loss import Batch, summed_loss, supervised_logits
 from app.memory import PeakMemory
-from app.observer import frozen, observe
+from app.observer import frozen, observe, recomputing
 
 Progress = Callable[[Sequence[Batch], str], Iterable[Batch]]
 """Wraps a sequence so that a user sees how far it is."""
@@ -113,6 +113,7 @@ def one_step_gradients(
     start = time.perf_counter()
     with PeakMemory(device) as memory, ExitStack() as stack:
         stack.enter_context(frozen(model))
+        stack.enter_context(recomputing(model))
         stack.enter_context(without_adapters(model))
         layers = {pair.name: pair.layer for pair in pairs}
         listeners = {name: watch.listener(name) for name in kept}

@@ -1,0 +1,135 @@
+"""LoRA-One's start on the real SmolLM2-135M and real prompts: is the default accurate, does it help."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from app import one_step
+from app.adapters import LoraSettings, add_lora, lora_pairs
+from app.gradient import ExactGradient
+from app.loss import summed_loss, supervised_logits
+from app.one_step import Estimator, one_step_gradients
+from app.pretrained import load_model, load_tokenizer, resolve_model
+from callbacks import lora_one_init
+from callbacks.lora_one_init import LoraOneInit
+from data_modules.movie_reviews import MovieReviewsDataModule
+
+pytestmark = pytest.mark.smollm2
+RANK = 8
+
+
+@pytest.fixture(scope="module")
+def observed(smollm2_dir):
+    """Return the wrapped model, 64 real prompts, G of every layer, and both estimators' results."""
+    source = resolve_model(str(smollm2_dir))
+    data = MovieReviewsDataModule()
+    data.attach(load_tokenizer(source), False)
+    batches = data.gradient_batches(64, 8)
+    base = load_model(source)
+    model = add_lora(base, LoraSettings(r=RANK)).train()
+    pairs = lora_pairs(model)
+    sums = []
+
+    class Kept(ExactGradient):
+        def __init__(self, *args):
+            super().__init__(*args)
+            sums.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_step, "ExactGradient", Kept)
+        exact = one_step_gradients(model, base, pairs, batches, RANK, Estimator("exact"))
+    sketch = one_step_gradients(model, base, pairs, batches, RANK, Estimator())
+    gradients = {p.name: s.total.div_(exact.tokens) for p, s in zip(pairs, sums, strict=True)}
+    return SimpleNamespace(
+        base=base,
+        model=model,
+        pairs=pairs,
+        batches=batches,
+        gradients=gradients,
+        exact=exact,
+        sketch=sketch,
+    )
+
+
+def leading(estimate):
+    U, S, V = estimate.svd
+    return U[:, :RANK] * S[:RANK] @ V[:, :RANK].T
+
+
+def test_default_estimator_is_within_one_percent_of_the_exact_start(observed):
+    errors = {}
+    for name, estimate in observed.exact.estimates.items():
+        wanted = leading(estimate)
+        found = leading(observed.sketch.estimates[name])
+        errors[name] = float((found - wanted).norm() / wanted.norm())
+    mean, worst = sum(errors.values()) / len(errors), max(errors, key=errors.__getitem__)
+    print(f"\nrelative error: mean {mean:.3%}, worst {errors[worst]:.3%} ({worst})")
+    assert len(errors) == 210
+    assert observed.sketch.loss == pytest.approx(observed.exact.loss, rel=1e-6)
+    assert mean < 0.01
+    assert errors[worst] < 0.05
+
+
+def test_exact_start_equals_the_float64_svd(observed):
+    for pair in observed.pairs[::70]:
+        G = observed.gradients[pair.name].double()
+        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+        wanted = U[:, :RANK] * S[:RANK] @ Vh[:RANK]
+        found = leading(observed.exact.estimates[pair.name]).double()
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+        left = float(S[RANK:].norm() / S.norm())
+        energy = observed.exact.estimates[pair.name].captured_energy
+        assert (1 - energy) ** 0.5 == pytest.approx(left, rel=1e-3)
+
+
+def test_printed_error_estimates_are_within_a_factor_of_two(observed):
+    cuts, residuals = [], []
+    for name, estimate in observed.sketch.estimates.items():
+        G = observed.gradients[name]
+        U, S, V = estimate.svd
+        true_cut = float((G - leading(estimate)).norm() / G.norm())
+        true_residual = float((G - U * S @ V.T).norm() / G.norm())
+        cuts.append((1 - estimate.captured_energy) ** 0.5 / true_cut)
+        residuals.append(estimate.sketch_residual / true_residual)
+        assert estimate.norm == pytest.approx(float(G.norm()), rel=0.02)
+    print(f"\nestimated / true |G - G_8|: {min(cuts):.3f} to {max(cuts):.3f}")
+    print(f"estimated / true |G - L R^T|: {min(residuals):.3f} to {max(residuals):.3f}")
+    for ratio in (*cuts, *residuals):
+        assert 0.5 < ratio < 2
+
+
+def loss_of(observed):
+    total = 0.0
+    with torch.no_grad():
+        for batch in observed.batches:
+            total += float(summed_loss(supervised_logits(observed.model, observed.base, batch)))
+    return total / observed.sketch.tokens
+
+
+def test_a_small_initial_step_lowers_the_loss(observed, monkeypatch):
+    """On the initialisation set; with the default gamma it is only shown."""
+    monkeypatch.setattr(lora_one_init, "one_step_gradients", lambda *_, **__: observed.sketch)
+    module = SimpleNamespace(
+        model=observed.model,
+        base=observed.base,
+        lora_pairs=lambda: observed.pairs,
+        record=SimpleNamespace(init=None),
+    )
+    trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(gradient_batches=lambda *_: observed.batches),
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+    )
+    losses = {"before": observed.sketch.loss}
+    for gamma in (1024.0, 256.0, 128.0):
+        LoraOneInit(gamma=gamma).on_fit_start(trainer, module)
+        losses[gamma] = loss_of(observed)
+        for pair in observed.pairs[::70]:
+            delta = pair.scaling * (pair.lora_B @ pair.lora_A).detach().double()
+            top = float(torch.linalg.svdvals(delta)[0])
+            assert top == pytest.approx(pair.scaling / gamma, rel=1e-4)
+    print(f"\nloss on the initialisation set by gamma: {losses}")
+    assert losses[1024.0] < losses["before"]
+    assert losses[256.0] < losses[1024.0]
+    assert module.record.init["loss"] == losses["before"]
