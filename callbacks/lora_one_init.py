@@ -62,7 +62,12 @@ class LoraOneInit(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before the model's weights are loaded."""
         module: Any = pl_module
-        if module.adapter is None and module.adapter_path is None:
+        if module.adapter_path is not None:
+            raise InputError(
+                f"init is LoraOneInit, which would overwrite the adapter in model.adapter_path "
+                f"{module.adapter_path!r}: set init to null to train it further"
+            )
+        if module.adapter is None:
             raise InputError(
                 "init is LoraOneInit, but the model has no LoRA adapter: set model.adapter, or init to "
                 "null for full fine-tuning"

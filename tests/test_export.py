@@ -110,6 +110,8 @@ def test_an_adapter_of_another_model(trained, command, capsys, tiny_run, run_mod
     options = (f"--model.adapter_path={run / 'adapter'}", "--init=null")
     assert command("fit", "--config", tiny_run, *options, f"--model.name={run_models / 't5'}") == 2
     assert "does not fit the model" in capsys.readouterr().err
+    assert command("fit", "--run", run) == 2
+    assert "LoraOneInit, which would overwrite the adapter in" in capsys.readouterr().err
     # On its own model it is the start of more training.
     assert command("fit", "--config", tiny_run, *options) == 0
     first, second = (

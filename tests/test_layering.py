@@ -59,7 +59,7 @@ def test_data_modules_know_no_callbacks():
 
 
 def test_mechanisms_do_not_know_the_parts_that_use_them():
-    users = {"app.cli"}  # the one place where all parts meet
+    users = {"app.cli", "app.parser"}  # the command line, where all parts meet
     for path in files("app"):
         if f"app.{path.stem}" not in users:
             assert not packages(path) & {"callbacks", "data_modules"}, path
