@@ -65,8 +65,9 @@ def _save(axes: Axes, path: Path) -> Path:
 def _loss(path: Path, curve: list[tuple[int, float]]) -> Path:
     _, axes = plt.subplots(figsize=_SIZE)
     steps, values = np.array(curve).T
-    axes.plot(steps, values, color="0.7", linewidth=1, label="each logged step")
     window = max(1, len(values) // 20)
+    color = "0.7" if window > 1 else "C0"  # grey is what the mean stands out from
+    axes.plot(steps, values, color=color, linewidth=1, label="each logged step")
     if window > 1:
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         axes.plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window}")
@@ -74,7 +75,7 @@ def _loss(path: Path, curve: list[tuple[int, float]]) -> Path:
     axes.set(
         xlabel="optimizer step", ylabel="training loss (nats per token)", title="Training loss"
     )
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * max(values))
     axes.grid(alpha=0.3)
     return _save(axes, path)
 
@@ -147,6 +148,7 @@ def _energy(path: Path, layers: Mapping[str, Mapping[str, Any]]) -> Path:
     _, axes = plt.subplots(figsize=(max(6.4, 0.22 * depth + 2.4), 0.35 * len(kinds) + 1.8))
     image = axes.imshow(grid, aspect="auto", vmax=1.0, cmap="viridis")
     axes.set_yticks(range(len(kinds)), kinds)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="layer of that kind, in order", title="Gradient energy captured by rank r")
     axes.figure.colorbar(image, ax=axes, label="|G_r|² / |G|²")
     return _save(axes, path)
