@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 Listener = Callable[[Tensor, Tensor], None]
 """Called with x of shape (tokens, n) and delta of shape (tokens, m) once per use of a layer."""
@@ -90,46 +89,3 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def recomputing(model: nn.Module) -> Iterator[None]:
-    """Let blocks whose activation checkpointing is switched on recompute in evaluation mode too.
-
-    transformers checkpoints in training mode alone, and would keep all activations here. Only the
-    checkpoint's own wrapper sees training mode; what the block computes stays in evaluation mode.
-
-    Args:
-        model: In evaluation mode; restored on exit.
-
-    Yields:
-        Nothing.
-    """
-
-    def evaluated(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        def run(forward: Callable[..., Any], *args: Any) -> Any:
-            def in_evaluation_mode(*inputs: Any) -> Any:
-                block.training = False
-                try:
-                    return forward(*inputs)
-                finally:
-                    block.training = True
-
-            return checkpoint(in_evaluation_mode, *args)
-
-        return run
-
-    blocks: list[tuple[Any, Any]] = [
-        (module, module._gradient_checkpointing_func)
-        for module in model.modules()
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
-    ]
-    for block, checkpoint in blocks:
-        block.training = True
-        block._gradient_checkpointing_func = evaluated(block, checkpoint)
-    try:
-        yield
-    finally:
-        for block, checkpoint in blocks:
-            block.training = False
-            block._gradient_checkpointing_func = checkpoint

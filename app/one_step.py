@@ -16,7 +16,8 @@ from app.errors import InputError
 from app.gradient import ExactGradient, GradientAccumulator, GradientEstimate, SketchedGradient
 from app.loss import Batch, summed_loss, supervised_logits
 from app.memory import PeakMemory
-from app.observer import frozen, observe, recomputing
+from app.observer import frozen, observe
+from app.recompute import recomputing
 
 Progress = Callable[[Sequence[Batch], str], Iterable[Batch]]
 """Wraps a sequence so that a user sees how far it is."""

@@ -1,0 +1,51 @@
+"""Activation checkpointing outside training mode."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Let blocks whose activation checkpointing is switched on recompute in evaluation mode too.
+
+    transformers checkpoints in training mode alone, and would keep all activations here. Only the
+    checkpoint's own wrapper sees training mode; what the block computes stays in evaluation mode.
+
+    Args:
+        model: In evaluation mode; restored on exit.
+
+    Yields:
+        Nothing.
+    """
+
+    def evaluated(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def run(forward: Callable[..., Any], *args: Any) -> Any:
+            def in_evaluation_mode(*inputs: Any) -> Any:
+                block.training = False
+                try:
+                    return forward(*inputs)
+                finally:
+                    block.training = True
+
+            return checkpoint(in_evaluation_mode, *args)
+
+        return run
+
+    blocks: list[tuple[Any, Any]] = [
+        (module, module._gradient_checkpointing_func)  # transformers has no public name for it
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    ]
+    for block, checkpoint in blocks:
+        block.training = True
+        block._gradient_checkpointing_func = evaluated(block, checkpoint)
+    try:
+        yield
+    finally:
+        for block, checkpoint in blocks:
+            block.training = False
+            block._gradient_checkpointing_func = checkpoint
