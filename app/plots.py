@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 _SIZE = (6.4, 4.0)
 
@@ -148,7 +149,7 @@ def _energy(path: Path, layers: Mapping[str, Mapping[str, Any]]) -> Path:
     _, axes = plt.subplots(figsize=(max(6.4, 0.22 * depth + 2.4), 0.35 * len(kinds) + 1.8))
     image = axes.imshow(grid, aspect="auto", vmax=1.0, cmap="viridis")
     axes.set_yticks(range(len(kinds)), kinds)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="layer of that kind, in order", title="Gradient energy captured by rank r")
     axes.figure.colorbar(image, ax=axes, label="|G_r|² / |G|²")
     return _save(axes, path)
