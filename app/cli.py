@@ -14,6 +14,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -197,7 +198,8 @@ class RunConfig(SaveConfigCallback):
             multifile=False,
         )
         for logger in trainer.loggers:
-            logger.log_hyperparams(self.config.as_dict())
+            if not isinstance(logger, CSVLogger):  # would write the same again as hparams.yaml
+                logger.log_hyperparams(self.config.as_dict())
 
 
 class LoraCLI(LightningCLI):

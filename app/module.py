@@ -70,7 +70,6 @@ class LoraModule(LightningModule):
             optimizer([nn.Parameter(torch.zeros(1, 1))])
         except (ValueError, TypeError) as error:
             raise InputError(f"model.optimizer cannot be made: {error}") from error
-        self.save_hyperparameters(ignore=["optimizer", "adapter"])
         self.name = name
         self.adapter = adapter
         self.adapter_path = adapter_path

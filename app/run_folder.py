@@ -1,5 +1,6 @@
 """Where a run writes: runs/NAME/version_N, and the loggers that live there."""
 
+import itertools
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,17 +48,8 @@ def make_loggers(settings: OutputSettings) -> list[Logger]:
     Raises:
         InputError: If the folder cannot be written.
     """
-    table = CSVLogger(settings.root, name=settings.name)
-    folder = Path(table.log_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"the run folder {str(folder)!r} cannot be written ({error.strerror}): set output.root"
-        ) from error
+    folder = _new_folder(Path(settings.root) / settings.name)
+    table = CSVLogger(settings.root, name=settings.name, version=folder.name)
     loggers: list[Logger] = [table]
     if settings.wandb != "disabled":
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -77,6 +69,24 @@ def make_loggers(settings: OutputSettings) -> list[Logger]:
         logger._wandb_init.pop("anonymous", None)
         loggers.append(logger)
     return loggers
+
+
+def _new_folder(runs: Path) -> Path:
+    """Make version_0, version_1, ...: the first that is not there, also when two runs start at once."""
+    for number in itertools.count():
+        folder = runs / f"version_{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if folder.is_dir():
+                continue
+            raise InputError(f"{str(folder)!r} is a file: set output.name or output.root") from None
+        except OSError as error:
+            raise InputError(
+                f"the run folder {str(folder)!r} cannot be written ({error.strerror}): set output.root"
+            ) from error
+        return folder
+    raise AssertionError("unreachable")
 
 
 def _has_key() -> bool:

@@ -68,12 +68,9 @@ class RunReport(Callback):
         measured = pl_module.record.metrics  # type: ignore[union-attr]
         if isinstance(exception, InputError) and trainer.loggers and not measured:
             folder = Path(str(trainer.log_dir))
-            written = [
-                path for path in (folder / CONFIG_FILE, folder / "hparams.yaml") if path.exists()
-            ]
-            if folder.is_dir() and len(list(folder.iterdir())) == len(written):
-                for path in written:
-                    path.unlink()
+            config = folder / CONFIG_FILE
+            if folder.is_dir() and set(folder.iterdir()) <= {config}:
+                config.unlink(missing_ok=True)
                 folder.rmdir()
 
     @rank_zero_only
