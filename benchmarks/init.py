@@ -267,7 +267,9 @@ def report(measured: dict[str, list[dict[str, float]]]) -> None:
         for name, runs in measured.items()
     }
     unit = medians.get("lora", next(iter(medians.values())))
-    print("| contender | runs | seconds | x unit | CPU s | x unit | peak MiB | x unit | excess MiB |")
+    print(
+        "| contender | runs | seconds | x unit | CPU s | x unit | peak MiB | x unit | excess MiB |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, median in medians.items():
         print(

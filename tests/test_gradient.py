@@ -143,6 +143,14 @@ def test_scale_multiplies_the_gradient_and_nothing_else():
     assert half.sketch_residual == one.sketch_residual
 
 
+def test_inputs_that_touch_one_feature_at_a_time_are_not_missed():
+    """The columns that earlier micro-batches left empty must not be coordinate axes."""
+    pairs = [(torch.eye(90)[80 + b : 81 + b], torch.randn(1, 60)) for b in range(6)]
+    for passes in (1, 2):
+        found = sketched(pairs, width=6, passes=passes).estimate(6, 1.0)
+        assert relative(product(found.svd), gradient(pairs)) < 1e-4
+
+
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_first_micro_batch_of_zeros_is_harmless(passes):
     pairs = stream(40, 50, decaying(6), batches=6, tokens=9, sparse=True)
