@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from one_step_oracle import (
@@ -12,11 +14,13 @@ from one_step_oracle import (
     snapshot,
 )
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from app.adapters import LoraSettings, add_lora, lora_pairs
 from app.errors import InputError
 from app.observer import frozen, observe
 from app.one_step import Estimator
+from app.recompute import recomputing
 
 
 @pytest.mark.parametrize("estimator", [EXACT, Estimator(passes=2)])
@@ -77,6 +81,28 @@ def test_checkpointed_blocks_recompute_without_dropout(build, reentrant, request
     assert_untouched(wrapped, before)
     after = [getattr(m, "_gradient_checkpointing_func", None) for m in wrapped.modules()]
     assert after == functions
+
+
+class DroppingBlock(GradientCheckpointingLayer):
+    """As OPT's: dropout asks for the block's own mode."""
+
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5, training=self.training)
+
+
+def test_dropout_of_a_checkpointed_block_itself_does_not_act():
+    block = DroppingBlock().train()
+    block.gradient_checkpointing = True
+    checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    block._gradient_checkpointing_func = checkpoint
+    x = torch.ones(200, requires_grad=True)
+    with frozen(block), recomputing(block):
+        output = block(x)
+        output.sum().backward()
+        assert torch.equal(output, torch.ones(200))
+    assert torch.equal(x.grad, torch.ones(200))
+    assert block.training
+    assert block._gradient_checkpointing_func is checkpoint
 
 
 class Twice(nn.Module):
