@@ -47,6 +47,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise InputError(f"model.adapter.r must be at least 1, got {self.r}")
+        if not self.lora_alpha > 0:
+            raise InputError(f"model.adapter.lora_alpha must be > 0, got {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise InputError(
                 f"model.adapter.lora_dropout must lie in [0, 1), got {self.lora_dropout}"

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import pickle
 import re
 import sys
 import warnings
@@ -232,6 +233,17 @@ class LoraCLI(LightningCLI):
         kwargs = {"description": DESCRIPTION, **kwargs}
         kwargs["formatter_class"] = PlainHelp
         return super().init_parser(**kwargs)
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a file that is no checkpoint, or holds more than plain data, in one line."""
+        try:
+            super()._parse_ckpt_path()
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            path = self._get(self.config, "ckpt_path")
+            raise InputError(
+                f"ckpt_path is {str(path)!r}, which cannot be read as a checkpoint: it is damaged, or it "
+                "is none of this program's"
+            ) from error
 
     def before_instantiate_classes(self) -> None:
         """Look for the checkpoint before a model is loaded."""

@@ -3,8 +3,11 @@
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import yaml
@@ -16,9 +19,16 @@ from app.pretrained import load_model, load_tokenizer, model_fingerprint, resolv
 from app.run_folder import ADAPTER_FOLDER, CONFIG_FILE, SUMMARY_FILE, check_run_folder
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors like those of the other commands."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"export: {message}; see python train.py export --help")
+
+
 def export_command(arguments: Sequence[str]) -> None:
     """Parse the arguments of `export` and run it."""
-    parser = argparse.ArgumentParser("train.py export", description=export.__doc__)
+    parser = _Parser("train.py export", description="Write a run's adapter or merged model.")
     parser.add_argument("--run", required=True, type=Path, help="folder of a finished run")
     parser.add_argument(
         "--merge", action="store_true", help="write the base model with the adapter merged into it"
@@ -51,11 +61,9 @@ def export(run: Path, merge: bool, output: Path | None = None) -> Path:
         raise InputError(
             f"--output is {str(target)!r}, which exists: remove it or name another folder"
         )
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     if not merge:
-        shutil.copytree(run / ADAPTER_FOLDER, part)
-        part.replace(target)
+        with _new_beside(target) as part:
+            shutil.copytree(run / ADAPTER_FOLDER, part, dirs_exist_ok=True)
         return target
     settings = yaml.safe_load((run / CONFIG_FILE).read_text())["model"]
     summary = json.loads((run / SUMMARY_FILE).read_text())
@@ -69,6 +77,20 @@ def export(run: Path, merge: bool, output: Path | None = None) -> Path:
     transformers_logging.disable_progress_bar()
     base = load_model(source, getattr(torch, settings["dtype"]))
     trained = load_adapter(base, run / ADAPTER_FOLDER, trainable=False)
-    save_merged(trained, load_tokenizer(source), part)
-    part.replace(target)
+    with _new_beside(target) as part:
+        save_merged(trained, load_tokenizer(source), part)
     return target
+
+
+@contextmanager
+def _new_beside(target: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes `target` when all is written, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield part
+        part.chmod(0o755)
+        part.replace(target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise

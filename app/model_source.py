@@ -179,6 +179,7 @@ def _resolve_hub(name: str, repo: str, revision: str | None) -> ModelSource:
                 f"The Hub cannot be reached ({told}), and its local cache has no complete copy of "
                 f"model.name={name!r}. {FOUR_WAYS}"
             ) from error
+        say(f"The Hub cannot be reached; {name} is loaded from its local cache")
         # As a directory: given a Hub id, transformers asks for adapters and retries for a while.
         arguments = {"pretrained_model_name_or_path": str(copy), "revision": copy.name}
         return ModelSource("hub", name, {**arguments, "local_files_only": True})

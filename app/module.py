@@ -24,7 +24,14 @@ from app.errors import InputError
 from app.label_scores import LabelScores
 from app.loss import Batch, SupervisedLogits, summed_loss, supervised_logits
 from app.precond_adamw import PreconditionedAdamW
-from app.pretrained import load_config, load_model, load_tokenizer, model_fingerprint, resolve_model
+from app.pretrained import (
+    ModelSource,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+)
 from app.run_record import RunRecord
 
 
@@ -82,10 +89,17 @@ class LoraModule(LightningModule):
         self.record = RunRecord(method=method)
         # Only trainable weights are in checkpoints; the base comes from `name`.
         self.strict_loading = False
-        self.source = resolve_model(name)
+        self._source: ModelSource | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._config: PreTrainedConfig | None = None
         self.model: nn.Module | None = None
+
+    @property
+    def source(self) -> ModelSource:
+        """What `name` names; a package is downloaded on first use, after the data has been read."""
+        if self._source is None:
+            self._source = resolve_model(self.name)
+        return self._source
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -177,6 +191,8 @@ class LoraModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse to step on a gradient that is not finite; name the first such parameter."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return  # the scaler of float16 overflows on purpose, and skips such steps itself
         named = [(n, p.grad) for n, p in self.named_parameters() if p.grad is not None]
         if not torch.isfinite(nn.utils.get_total_norm([grad for _, grad in named])):
             broken = (name for name, grad in named if not torch.isfinite(grad).all())
@@ -214,7 +230,13 @@ class LoraModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""
         optimizer = self.make_optimizer(self._parameter_groups())
-        total = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise InputError(
+                "trainer.max_steps and trainer.max_epochs are both -1, so the learning rate's schedule "
+                "has no end: set one of them"
+            )
+        total = int(steps)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
         scheduler = get_scheduler(self.lr_scheduler_type, optimizer, round(warmup), total)
         return {

@@ -195,7 +195,8 @@ def _download(wanted: PackageUrl, folder: Path) -> Path:
     requirements.write_text(f"{wanted.name}=={wanted.version} --hash=sha256:{wanted.sha256}\n")
     archives = folder / "archives"
     # With hashes required, pip chooses between wheel and source package by the hash, and compares
-    # it before it builds a source package's metadata: a tampered setup.py never gets to run.
+    # it before it builds a source package's metadata: a tampered setup.py never gets to run. That of
+    # the pinned package does, so a pin says that one trusts the package, not only its bytes.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
     command += ["--no-input", "--progress-bar", "off", "--retries", "1", "--timeout", "15"]
     command += ["--dest", str(archives), "--requirement", str(requirements)]

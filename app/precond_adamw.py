@@ -1,202 +1,13 @@
-"""AdamW on preconditioned LoRA gradients, with the r x r work of all adapters done in batches.
-
-Shapes everywhere: `lora_A` (r, n), `lora_B` (m, r), weight update scaling * lora_B @ lora_A (m, n).
-"""
+"""AdamW on preconditioned LoRA gradients."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# A damping below this many roundings of a diagonal entry is inside the rounding error of the Gram
-# matrix itself, which is summed in the factors' precision (float32 at least) and factored in float64.
-_ROUNDINGS = 8
-
-Kind = Literal["lora_A", "lora_B"]
-Gradients = Sequence[Tensor | None]
-_Cache = dict[Any, Any]  # "plan", and scratch memory by use and shape
-
-
-class _Job(NamedTuple):
-    """Equal-shaped gradients of one kind that are preconditioned together."""
-
-    grad_of: Kind
-    pairs: list[int]
-
-
-def gram_matrices(factors: list[Tensor], kind: Kind, cache: _Cache) -> Tensor:
-    """Stack lora_A @ lora_A^T or lora_B^T @ lora_B of P equal-shaped factors: (P, r, r).
-
-    The result has the factors' dtype, float32 at least. A function of its own because it is a sum
-    over n (or m): with sharded factors an all-reduce of its result belongs between it and
-    `damped_inverse`.
-    """
-    stacked = _stack(factors, torch.promote_types(factors[0].dtype, torch.float32), cache)
-    left, right = (stacked, stacked.mT) if kind == "lora_A" else (stacked.mT, stacked)
-    return _multiply(left, right)
-
-
-def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor | None]:
-    """Invert positive semi-definite matrices after adding damping to their diagonals.
-
-        inverse = (gram + damping I)^-1 = L^-T L^-1,   L L^T = gram + damping I
-
-    With damping > 0 nothing fails and nothing waits for the GPU: where damping is below the
-    rounding error of a diagonal entry (1e-6 of it in float32), that error takes its place, so that
-    the Cholesky factorisation of a finite matrix succeeds. With damping == 0 the matrices are used
-    as they are, and singular means that a pivot is all rounding error.
-
-    `gram` is (P, r, r), float32 or float64, and not modified. Returned are the inverses in float64
-    and None or, if damping == 0, a bool tensor (P,) that marks the singular matrices, whose
-    inverses are meaningless. What is not finite stays so, without an error.
-
-    Source: arXiv:2402.02347. Differs: no identity in place of an inverse that fails.
-    """
-    noise = _ROUNDINGS * torch.finfo(gram.dtype).eps
-    gram = gram.double()
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    if damping > 0:
-        gram = gram + torch.diag_embed((noise * diagonal).clamp(min=damping))
-    # check_errors=False: reading the status on the host would stall the GPU at every step.
-    lower, info = torch.linalg.cholesky_ex(gram, check_errors=False)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    root = torch.linalg.solve_triangular(lower, eye, upper=False)
-    if damping > 0:
-        return root.mT @ root, None
-    pivots = lower.diagonal(dim1=-2, dim2=-1).square()
-    failed = (info > 0) | (pivots <= noise * diagonal).any(-1)
-    return root.mT @ root, failed & diagonal.isfinite().all(-1)
-
-
-@torch.no_grad()
-def precondition_pairs(
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    grad_A: Gradients,
-    grad_B: Gradients,
-    damping: float,
-    cache: _Cache | None = None,
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Precondition the gradients of many LoRA pairs, each by the Gram matrix of the other factor.
-
-        P_A = (lora_B^T lora_B + damping I)^-1 grad_A
-        P_B = grad_B (lora_A lora_A^T + damping I)^-1
-
-    Args:
-        lora_A: One tensor (r, n) a pair; r, n, dtype and device may differ from pair to pair.
-        lora_B: One tensor (m, r) a pair. Neither factor is modified.
-        grad_A: Gradients like `lora_A`, or None where there is none. Not modified.
-        grad_B: Gradients like `lora_B`, or None where there is none. Not modified.
-        damping: Number added to the diagonal of each Gram matrix, >= 0.
-        cache: A dict to keep between calls whose tensors agree in shape, dtype, device and places
-            of None; results are then overwritten by the next call.
-
-    Returns:
-        P_A and P_B, lists like `grad_A` and `grad_B` with None in the same places, in the dtype
-        of each gradient and the memory layout of each factor. The product is taken in float32, or
-        in the gradient's dtype if that is wider. Gradients that are not finite stay so.
-
-    Raises:
-        RuntimeError: damping is 0 and a Gram matrix that is needed is singular.
-
-    Source: arXiv:2402.02347; arXiv:2502.01235, eq. 9. Differs: damping; both from the old factors
-    (the authors' code updates lora_A before it looks at it for lora_B).
-    """
-    factors = {"lora_A": lora_A, "lora_B": lora_B}
-    grads = {"lora_A": grad_A, "lora_B": grad_B}
-    other: dict[Kind, Kind] = {"lora_A": "lora_B", "lora_B": "lora_A"}
-    results: dict[str, list[Tensor | None]] = {k: [None] * len(g) for k, g in grads.items()}
-    cache = {} if cache is None else cache
-    if "plan" not in cache:
-        cache["plan"] = _plan(lora_A, lora_B, grad_A, grad_B)
-    for jobs in cache["plan"]:
-        grams = []
-        for grad_of, pairs in jobs:
-            kind = other[grad_of]
-            grams.append(gram_matrices([factors[kind][i] for i in pairs], kind, cache))
-        inverses, singular = damped_inverse(torch.cat(grams), damping)
-        if singular is not None and bool(singular.any()):
-            grad_of, pair = [(j.grad_of, i) for j in jobs for i in j.pairs][
-                singular.nonzero()[0, 0]
-            ]
-            product = "lora_B^T lora_B" if grad_of == "lora_A" else "lora_A lora_A^T"
-            raise RuntimeError(
-                f"pair {pair}: {product} is singular, so the gradient of {grad_of} cannot be "
-                "preconditioned with damping 0; set damping > 0 (LoRA usually starts at lora_B = 0)"
-            )
-        sizes = [len(job.pairs) for job in jobs]
-        for (grad_of, pairs), inverse in zip(jobs, inverses.split(sizes), strict=True):
-            raw = [g for i in pairs if (g := grads[grad_of][i]) is not None]
-            wide = _stack(raw, torch.promote_types(raw[0].dtype, torch.float32), cache)
-            out = _buffer((grad_of, pairs[0]), wide.shape, wide.dtype, wide, cache)
-            left, right = inverse.to(wide.dtype), wide
-            if grad_of == "lora_B":
-                left, right = right, left
-            _multiply(left, right, out)
-            for i, grad in zip(pairs, out.to(raw[0].dtype).unbind(), strict=True):
-                factor = factors[grad_of][i]
-                # Fused kernels walk parameter and gradient in memory order without looking at
-                # strides, so a transposed factor needs a gradient that is laid out like it.
-                if not factor.is_contiguous():
-                    grad = torch.empty_like(factor, dtype=grad.dtype).copy_(grad)
-                results[grad_of][i] = grad
-    return results["lora_A"], results["lora_B"]
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Multiply two stacks; a stack of one by `mm`, which is faster than a batch of one on CPU."""
-    if len(left) > 1:
-        return torch.bmm(left, right, out=out)
-    product = torch.mm(left[0], right[0], out=None if out is None else out[0])
-    return product[None]
-
-
-def _plan(
-    lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], grad_A: Gradients, grad_B: Gradients
-) -> list[list[_Job]]:
-    """Collect the gradients that share a stack; one list of jobs for each (device, rank)."""
-    stacks: dict[tuple[Any, ...], list[int]] = {}
-    for i, (a, b, g_a, g_b) in enumerate(zip(lora_A, lora_B, grad_A, grad_B, strict=True)):
-        for grad_of, grad, factor in (("lora_A", g_a, b), ("lora_B", g_b, a)):
-            if grad is not None:
-                key = (grad_of, a.shape, b.shape, factor.dtype, grad.dtype, a.device)
-                stacks.setdefault(key, []).append(i)
-    plan: dict[tuple[torch.device, int], list[_Job]] = {}
-    for (grad_of, a_shape, b_shape, *_, device), pairs in stacks.items():
-        numel = max(a_shape.numel(), b_shape.numel(), 1)
-        # A GPU wants few launches. A CPU wants stacks that stay in its cache, and gains nothing
-        # from copying a large matrix into one.
-        if device.type == "cpu":
-            size = 2**17 // numel if numel < 2**14 else 1
-        else:
-            size = max(1, 2**24 // numel)
-        jobs = [_Job(grad_of, pairs[start : start + size]) for start in range(0, len(pairs), size)]
-        plan.setdefault((device, a_shape[0]), []).extend(jobs)
-    return list(plan.values())
-
-
-def _buffer(key: Any, shape: torch.Size, dtype: torch.dtype, like: Tensor, cache: _Cache) -> Tensor:
-    """Return uninitialised memory, on CPU the same at every step: fresh pages are slow there."""
-    if like.device.type != "cpu":  # a GPU's allocator keeps its memory by itself
-        return like.new_empty(shape, dtype=dtype)
-    key = (key, shape, dtype)
-    if key not in cache:
-        cache[key] = like.new_empty(shape, dtype=dtype)
-    return cache[key]
-
-
-def _stack(tensors: list[Tensor], dtype: torch.dtype, cache: _Cache) -> Tensor:
-    """Stack and widen in one pass; a single tensor is not copied if it has the dtype."""
-    if len(tensors) == 1 and tensors[0].dtype == dtype:
-        return tensors[0][None]
-    shape = torch.Size((len(tensors), *tensors[0].shape))
-    stacked = _buffer("stack", shape, dtype, tensors[0], cache)
-    if tensors[0].dtype == dtype:
-        return torch.stack(tensors, out=stacked)
-    torch._foreach_copy_(list(stacked.unbind()), tensors)
-    return stacked
+from app.precondition import Cache, precondition_pairs
 
 
 class PreconditionedAdamW(torch.optim.AdamW):
@@ -248,7 +59,7 @@ class PreconditionedAdamW(torch.optim.AdamW):
         fused: bool | None = None,
     ) -> None:
         self._damping = damping
-        self._caches: dict[int, tuple[Any, _Cache]] = {}
+        self._caches: dict[int, tuple[Any, Cache]] = {}
         super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

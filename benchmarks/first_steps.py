@@ -2,7 +2,8 @@
 
     python benchmarks/first_steps.py --output docs/first_steps
 
-Trains SmolLM2-135M on the movie reviews through the real module, data and callbacks. Every finished run
+Trains SmolLM2-135M on the movie reviews through the real module, data and callbacks, and scores each run on
+the held-out (validation) sentences. Every finished run
 is a line of OUTPUT/runs.jsonl and is not repeated when the script is started again; at the end it draws
 OUTPUT/first_steps.png and prints a Markdown table. About an hour on two CPU cores.
 """
@@ -81,7 +82,7 @@ def run(method: str, lr: float, seed: int, given: argparse.Namespace) -> dict[st
         use_distributed_sampler=False,
     )
     data = MovieReviewsDataModule(
-        batch_size=8, eval_batch_size=32, seed=seed, validation_size=given.test_sentences
+        batch_size=8, eval_batch_size=32, seed=seed, validation_size=given.held_out
     )
     start = time.perf_counter()
     trainer.fit(module, datamodule=data)
@@ -126,7 +127,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 def table(runs: list[dict[str, Any]]) -> str:
     """Return a Markdown table: a row for each method and learning rate, mean over seeds."""
     lines = [
-        "| method | learning rate | loss, steps 1-10 | loss, last 10 | test loss | test accuracy |",
+        "| method | learning rate | loss, steps 1-10 | loss, last 10 | held-out loss | held-out accuracy |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for method, lr in itertools.product(METHODS, LEARNING_RATES):
@@ -149,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--test_sentences", type=int, default=200)
+    parser.add_argument("--held_out", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--gamma", type=float, default=256.0)
     parser.add_argument("--damping", type=float, default=1e-6)
@@ -158,6 +159,9 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     log = given.output / "runs.jsonl"
     runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    for other in runs:
+        if other["steps"] != given.steps or other["gamma"] not in (None, given.gamma):
+            parser.error(f"{log} holds runs of other settings: name another --output")
     done = {(r["method"], r["lr"], r["seed"]) for r in runs}
     for seed, lr, method in itertools.product(given.seeds, LEARNING_RATES, METHODS):
         if (method, lr, seed) in done:

@@ -23,7 +23,8 @@ class LoraOneInit(Callback):
     Args:
         gamma: Divisor of the start, > 0 (the authors' `stable_gamma`); larger means a smaller first step.
         num_samples: Training rows that the gradient is taken over.
-        micro_batch_size: Rows of one forward and backward pass; changes memory and speed, not the result.
+        micro_batch_size: Rows of one forward and backward pass; changes memory and speed. The exact
+            estimator's result does not depend on it, the sketch's only within its error.
         estimator: How the gradient is kept while it is observed.
 
     Source: arXiv:2502.01235, Algorithm 1. Differs: L is the token mean over all samples (the authors
@@ -122,7 +123,8 @@ class LoraOneInit(Callback):
         rank_zero_info(
             f"LoRA-One start: {len(energy)} layers, {self.num_samples} samples, loss {result.loss:.4f}; "
             f"captured energy {mean:.1%} on average, {lowest:.1%} at least "
-            f"({min(energy, key=energy.__getitem__)}); sketch misses {max(missed):.1%} at most; "
+            f"({min(energy, key=energy.__getitem__)}); sketch misses "
+            f"{sum(missed) / len(missed):.1%} on average, {max(missed):.1%} at most; "
             f"{result.seconds:.1f} s"
         )
         return {

@@ -90,6 +90,7 @@ class TextDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the rows and encode those of the stage, so that bad input stops the run here."""
+        self.rows("train")  # before the tokenizer: it may be a long download away
         if self.trainer is not None:
             module: Any = self.trainer.lightning_module
             self.attach(module.tokenizer, module.is_encoder_decoder)

@@ -120,10 +120,16 @@ def test_rows_set_aside_validate_and_the_published_set_is_still_reported(folder)
 
 
 def test_no_validation_set(folder):
-    with pytest.raises(InputError, match=r"CoLA \(train.tsv\).*dev.tsv.*data.validation_size"):
-        load("cola", folder).rows("train")
     data = load("cola", folder, validation_size=1)
     assert data.rows("test") == data.rows("validation")
+    line = "gj04\t1\t\tSentence number {}.\n"
+    (folder / "CoLA" / "train.tsv").write_text("".join(line.format(i) for i in range(40)))
+    data = load("cola", folder)
+    with pytest.warns(UserWarning, match=r"no dev.tsv: 4 training rows.*data.validation_size"):
+        held_out = data.rows("validation")
+    assert len(held_out) == 4
+    assert len(data.rows("train")) == 36
+    assert not set(data.rows("train")) & set(held_out)
 
 
 def test_equal_sentences_stay_on_one_side(folder):

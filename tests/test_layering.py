@@ -6,7 +6,13 @@ import sys
 import pytest
 from conftest import ROOT
 
-PURE = ("app.spectral_init", "app.gradient", "app.observer", "app.precond_adamw")
+PURE = (
+    "app.spectral_init",
+    "app.gradient",
+    "app.observer",
+    "app.precond_adamw",
+    "app.precondition",
+)
 
 
 def imports(path):

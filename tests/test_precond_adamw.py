@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from app.precond_adamw import (
-    PreconditionedAdamW,
+from app.precond_adamw import PreconditionedAdamW
+from app.precondition import (
     damped_inverse,
     gram_matrices,
     precondition_pairs,
