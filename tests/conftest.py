@@ -227,3 +227,14 @@ def command(monkeypatch):
     # Pictures take most of the time of a tiny run.
     monkeypatch.setattr("callbacks.run_report.write_plots", lambda *_: [])
     return run
+
+
+@pytest.fixture
+def fit(command, tiny_run, tmp_path):
+    """Return `fit(*argv)`, which trains and returns the run's folder."""
+
+    def run(*argv):
+        assert command("fit", "--config", tiny_run, *argv) == 0
+        return max((tmp_path / "runs" / "tiny").iterdir(), key=lambda path: int(path.name[8:]))
+
+    return run

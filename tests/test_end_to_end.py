@@ -15,17 +15,6 @@ REAL = pathlib.Path(__file__).parents[2] / "shared" / "data" / "glue"
 MOMENTS = ("zero_shot", "after_init", "final")
 
 
-@pytest.fixture
-def fit(command, tiny_run, tmp_path):
-    """Return `fit(*argv)`, which trains and returns the run's folder."""
-
-    def run(*argv):
-        assert command("fit", "--config", tiny_run, *argv) == 0
-        return max((tmp_path / "runs" / "tiny").iterdir(), key=lambda path: int(path.name[8:]))
-
-    return run
-
-
 def summary(folder):
     return json.loads((folder / "summary.json").read_text())
 
