@@ -239,7 +239,7 @@ class LoraCLI(LightningCLI):
         try:
             super()._parse_ckpt_path()
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            path = self._get(self.config, "ckpt_path")
+            path = self.config[self.config.subcommand].ckpt_path
             raise InputError(
                 f"ckpt_path is {str(path)!r}, which cannot be read as a checkpoint: it is damaged, or it "
                 "is none of this program's"

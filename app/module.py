@@ -173,7 +173,12 @@ class LoraModule(LightningModule):
         return LabelScores(self.trainer.datamodule.label_token_ids()).to(self.device)  # type: ignore
 
     def setup(self, stage: str) -> None:
-        """Prepare the scores of the validation or test loop."""
+        """Check the length of training, and prepare the scores of the validation or test loop."""
+        if stage == "fit" and self.trainer.max_steps == -1 and self.trainer.max_epochs == -1:
+            raise InputError(
+                "trainer.max_steps and trainer.max_epochs are both -1, so the learning rate's schedule "
+                "has no end: set one of them"
+            )
         self.scores = self.new_scores()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -230,13 +235,7 @@ class LoraModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""
         optimizer = self.make_optimizer(self._parameter_groups())
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise InputError(
-                "trainer.max_steps and trainer.max_epochs are both -1, so the learning rate's schedule "
-                "has no end: set one of them"
-            )
-        total = int(steps)
+        total = int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
         scheduler = get_scheduler(self.lr_scheduler_type, optimizer, round(warmup), total)
         return {

@@ -1,5 +1,6 @@
 """The command line: configs by name, overlays, interpolation, help, and bad input refused early."""
 
+import pickle
 import re
 import shutil
 import warnings
@@ -226,6 +227,7 @@ def test_misspelt_in_a_file(old, new, told, refused, tiny_run):
         ("model.warmup_steps", "-1", "model.warmup_steps must be >= 0, got -1"),
         ("init.gamma", "0", "init.gamma must be > 0, got 0"),
         ("init.gamma", "-3", "init.gamma must be > 0, got -3"),
+        ("model.adapter.lora_alpha", "0", "model.adapter.lora_alpha must be > 0, got 0"),
         ("init.num_samples", "0", "init.num_samples must be > 0, got 0"),
         ("init.num_samples", "41", "41 initialisation samples from 40 training rows"),
         ("data.batch_size", "0", "data.batch_size=0: expected at least 1"),
@@ -255,6 +257,23 @@ def test_wrong_values(option, value, told, refused, tiny_run):
     assert told in refused("fit", "--config", tiny_run, f"--{option}={value}")
     # A run that never began leaves no folder behind.
     assert option == "trainer.accelerator" or not list(tiny_run.parent.glob("runs/tiny/*"))
+
+
+def test_training_without_an_end(refused, tiny_run):
+    told = refused("fit", "--config", tiny_run, "--trainer.max_steps=-1", "--trainer.max_epochs=-1")
+    assert "trainer.max_steps and trainer.max_epochs are both -1" in told
+
+
+def test_a_file_that_is_no_checkpoint(refused, tiny_run, tmp_path):
+    file = tmp_path / "not.ckpt"
+    file.write_bytes(pickle.dumps({"state_dict": print}))  # more than plain data
+    assert "cannot be read as a checkpoint" in refused(
+        "fit", "--config", tiny_run, "--ckpt_path", file
+    )
+    file.write_bytes(b"PK")
+    assert "cannot be read as a checkpoint" in refused(
+        "fit", "--config", tiny_run, "--ckpt_path", file
+    )
 
 
 def test_commands_and_stray_words(refused, tiny_run):
