@@ -164,3 +164,43 @@ def test_progress_sees_every_pass(tiny_llama):
 def test_wrong_estimators(options, message):
     with pytest.raises(InputError, match=message):
         Estimator(**options)
+
+
+def best(estimate, rank):
+    """Return the rank-`rank` matrix that an estimate stands for."""
+    U, S, V = estimate.svd
+    return U[:, :rank] * S[:rank] @ V[:, :rank].T
+
+
+@pytest.mark.parametrize(
+    ("size", "mean", "worst", "left"),
+    [(1, 0.1, 0.3, 0.04), (4, 0.1, 0.3, 0.04), (12, 0.01, 0.06, 0.002)],
+)
+@pytest.mark.parametrize("build", BUILDERS)
+def test_the_default_sketch_is_near_the_exact_start_however_the_set_is_cut(
+    build, size, mean, worst, left, request
+):
+    """A sketch is not invariant to the cut; these are the relative errors that it may make.
+
+    The bounds are twice the most that was seen: mean over layers 4.8 %, worst layer 12.8 % (in one
+    micro-batch 0.5 % and 3.0 %). They are wide because a random model's spectra are flat, so that its
+    leading triplets are hardly defined: what they leave of G exceeds the least possible by 1.9 % (0.07 %).
+    tests/test_lora_one_smollm2.py has the narrow bounds of a pretrained model.
+    """
+    rank = 4
+    wrapped = add_lora(request.getfixturevalue(build)(), LoraSettings(r=rank))
+    is_encoder_decoder = wrapped.config.is_encoder_decoder
+    G = run_whole(wrapped, make_batches(is_encoder_decoder, rows=12, size=12)).estimates
+    batches = make_batches(is_encoder_decoder, rows=12, size=size)
+    found = run(wrapped, batches, Estimator(), rank=rank)
+    assert found.estimates.keys() == G.keys()
+    errors, excess = {}, {}
+    for name, estimate in found.estimates.items():
+        wanted = best(G[name], rank)
+        start = best(estimate, rank)
+        errors[name] = float((start - wanted).norm() / wanted.norm())
+        whole = matrix(G[name])
+        excess[name] = float((whole - start).norm() / (whole - wanted).norm()) - 1
+    assert sum(errors.values()) / len(errors) < mean
+    assert max(errors.values()) < worst, max(errors, key=errors.__getitem__)
+    assert max(excess.values()) < left, max(excess, key=excess.__getitem__)
