@@ -45,8 +45,10 @@ class ScoreAt(Callback):
             self._record(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember when the training loop validated last: that may be the final model already."""
-        self._validated_at = trainer.global_step
+        """Remember when the whole set was validated last: that may be the final model already."""
+        whole = len(trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+        if sum(trainer.num_val_batches) == whole:
+            self._validated_at = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score at `final`."""
@@ -58,7 +60,7 @@ class ScoreAt(Callback):
         if self.same_as is not None:
             self.scores = record.metrics[self.same_as]
         elif not self.scores or self.moment == "final":
-            if self._validated_at == trainer.global_step and trainer.limit_val_batches == 1.0:
+            if self._validated_at == trainer.global_step:
                 logged_by_loop = trainer.callback_metrics.items()
                 self.scores = {
                     name.removeprefix("val/"): float(value)

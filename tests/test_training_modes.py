@@ -123,12 +123,7 @@ def test_final_scores_are_the_last_validations_if_that_saw_the_final_model(score
     assert final["loss"] != pytest.approx(validated, rel=1e-6)
 
 
-SINGLE = pytest.mark.xfail(
-    strict=True, reason="ScoreAt compares with 1.0, which limit_val_batches=1 (one batch) equals"
-)
-
-
-@pytest.mark.parametrize("part", ["0.5", pytest.param("1", marks=SINGLE)])
+@pytest.mark.parametrize("part", ["0.5", "1"])
 def test_final_scores_are_measured_anew_if_the_last_validation_saw_a_part(part, scored):
     _, wanted, _ = scored("--trainer.max_steps=4")
     batches, final, validated = scored(
