@@ -88,9 +88,9 @@ def _validation(
 ) -> Path:
     _, axes = plt.subplots(figsize=_SIZE)
     curve = curves.get("val/accuracy", [])
-    last = max(
-        [step for step, _ in curves.get("train/loss", [])] + [step for step, _ in curve] + [0]
-    )
+    # Steps are logged from 0 on: the model after the last of them stands one further.
+    logged = [step for step, _ in [*curves.get("train/loss", []), *curve]]
+    last = max(logged, default=-1) + 1
     if curve:
         axes.plot(*np.array(curve).T, "o-", label="during training")
     marks = {"zero_shot": (0, "s", "0.5"), "after_init": (0, "D", "C1"), "final": (last, "*", "C2")}
