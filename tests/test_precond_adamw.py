@@ -477,7 +477,9 @@ def test_step_without_any_gradient_changes_nothing():
     params = make_pairs()
     for p in params:
         p.grad = None
+    before = copy.deepcopy(params)
     PreconditionedAdamW([pair_group(params)]).step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
