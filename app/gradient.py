@@ -17,13 +17,14 @@ class GradientEstimate:
         svd: Leading triplets of G in descending order, float32; at least the rank asked for.
         norm: Frobenius norm of G; exact for the exact estimator, from random probes for the sketch.
         captured_energy: |G_r|^2 / |G|^2 of the installed rank-r part, in [0, 1], measured the same way.
-        sketch_residual: |G - L R^T| / |G| of the kept low-rank form; 0 for the exact estimator.
+        rank_error: |G_hat_r - G_r| / |G_r|, how far the installed rank-r part G_hat_r is from the best
+            one, G_r; estimated from random probes, 0 for the exact estimator.
     """
 
     svd: SVD
     norm: float
     captured_energy: float
-    sketch_residual: float
+    rank_error: float
 
 
 class GradientAccumulator(Protocol):
@@ -92,15 +93,16 @@ class SketchedGradient:
     Every further pass holds one basis fixed and sums the other side over all samples, in turn
     right = G^T orth(left) and left = G orth(right): half a step of block power iteration on the whole G.
 
-    Independent Rademacher probes Phi (n, p) are carried along in the first pass. G Phi is exact, and
-    measures |G| and what any approximation leaves of it.
+    Independent Rademacher probes Phi (n, p) and Psi (m, p) are carried along in the first pass. G Phi and
+    G^T Psi are exact, and measure |G| and the missed part E = G - left right^T: how much of E lies in the
+    kept singular directions says how far these would turn if E were known (`_rank_error`).
 
     Args:
         m: Output features.
         n: Input features.
         width: Columns kept, the rank wanted plus oversampling; cut to min(m, n).
         device: Where the sketch lives.
-        generator: Source of the noise and of Phi, on `device`.
+        generator: Source of the noise and of the probes, on `device`.
 
     Source: the randomised range finder of Halko, Martinsson and Tropp (arXiv:0909.4061, section 4.5; the
     probes: section 4.3) as streamed block power iteration (Mitliagkas et al., arXiv:1307.0032). Differs:
@@ -115,12 +117,20 @@ class SketchedGradient:
         width = min(width, m, n)
         self.left = torch.zeros(m, width, device=device, dtype=torch.float32)
         self.right = torch.zeros(n, width, device=device, dtype=torch.float32)
-        signs = torch.randint(0, 2, (n, self.PROBES), device=device, generator=generator)
-        self.probes = signs.to(torch.float32) * 2 - 1
-        self.probed = torch.zeros(m, self.PROBES, device=device, dtype=torch.float32)
         self._generator = generator
+        self.right_probes, self.left_probes = self._signs(n), self._signs(m)  # Phi and Psi
+        self.image = torch.zeros_like(self.left_probes)  # G Phi
+        self.coimage = torch.zeros_like(self.right_probes)  # G^T Psi
         self._pass = 1
         self._started = False
+
+    def _signs(self, rows: int) -> Tensor:
+        """Draw Rademacher probes: entries +1 and -1, equally likely."""
+        generator = self._generator
+        ones = torch.randint(
+            0, 2, (rows, self.PROBES), device=generator.device, generator=generator
+        )
+        return ones.to(torch.float32) * 2 - 1
 
     def update(self, x: Tensor, delta: Tensor) -> Tensor:
         """Take one micro-batch of (x, delta) into the sketch."""
@@ -129,10 +139,11 @@ class SketchedGradient:
             if not self._started:
                 self._started = True
                 # Only the better start is kept: `left` is still zero, so H is this micro-batch alone.
-                _, self.right, _ = self._power_step(x, delta)
-            self.left, self.right, probed = self._power_step(x, delta)
-            self.probed += probed
-            return probed
+                _, self.right, _, _ = self._power_step(x, delta)
+            self.left, self.right, image, coimage = self._power_step(x, delta)
+            self.image += image
+            self.coimage += coimage
+            return image
         if self._pass % 2 == 0:
             added = x.T @ (delta @ self.left)
             self.right += added
@@ -141,16 +152,16 @@ class SketchedGradient:
             self.left += added
         return added
 
-    def _power_step(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _power_step(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         width = self.right.shape[1]
         noise = torch.empty_like(self.right).normal_(generator=self._generator)
         top = self.right.abs().amax()
         omega = _orth(self.right + torch.where(top > 0, 1e-6 * top, 1.0) * noise)
-        products = delta.T @ (x @ torch.cat([omega, self.probes], dim=1))
-        image = torch.addmm(products[:, :width], self.left, self.right.T @ omega)
-        left = _orth(image)
-        right = torch.addmm(self.right @ (self.left.T @ left), x.T, delta @ left)
-        return left, right, products[:, width:]
+        products = delta.T @ (x @ torch.cat([omega, self.right_probes], dim=1))
+        left = _orth(torch.addmm(products[:, :width], self.left, self.right.T @ omega))
+        coproducts = x.T @ (delta @ torch.cat([left, self.left_probes], dim=1))
+        right = torch.addmm(coproducts[:, :width], self.right, self.left.T @ left)
+        return left, right, products[:, width:], coproducts[:, width:]
 
     def next_pass(self) -> None:
         """Fix the basis of one side and start summing the other side anew."""
@@ -163,20 +174,68 @@ class SketchedGradient:
     def estimate(self, rank: int, scale: float) -> GradientEstimate:
         """Return all kept triplets of scale * G, and the energy that the first `rank` capture."""
         svd = fix_signs(low_rank_svd(self.left, self.right, self.right.shape[1]))
-        missed = self.probed - self.left @ (self.right.T @ self.probes)
-        outside = float(missed.square().sum()) / self.PROBES
+        scaled = SVD(svd.U, svd.S * scale, svd.V)
+        missed = self.image - self.left @ (self.right.T @ self.right_probes)  # E Phi
+        comissed = self.coimage - self.right @ (self.left.T @ self.left_probes)  # E^T Psi
+        outside = float(missed.square().sum() + comissed.square().sum()) / (2 * self.PROBES)
         # What the sketch holds is known; only what it misses has to be estimated. The two are nearly
         # orthogonal, so their squares add, and the probes' noise touches the small part alone.
         kept = float(svd.S[:rank].square().sum())
         total = float(svd.S.square().sum()) + outside
         if total == 0:
-            return GradientEstimate(SVD(svd.U, svd.S * scale, svd.V), 0.0, 0.0, 0.0)
+            return GradientEstimate(scaled, 0.0, 0.0, 0.0)
         return GradientEstimate(
-            svd=SVD(svd.U, svd.S * scale, svd.V),
+            svd=scaled,
             norm=total**0.5 * scale,
             captured_energy=kept / total,
-            sketch_residual=(outside / total) ** 0.5,
+            rank_error=_rank_error(
+                svd, rank, missed, comissed, self.right_probes, self.left_probes
+            ),
         )
+
+
+def _rank_error(
+    svd: SVD, rank: int, missed: Tensor, comissed: Tensor, right_probes: Tensor, left_probes: Tensor
+) -> float:
+    """Estimate |P_r(H + E) - P_r(H)| / |P_r(H)|, the error of the leading part of a sketch H of H + E.
+
+        P_r(H + E) - P_r(H) ~ U_r U_r^T E + E V_r V_r^T          wherever E is outside the kept k x k core
+        P_r(diag(S) + U^T E V) - P_r(diag(S))                    inside it
+
+    The first line is perturbation theory; the norms of U_r^T E and E V_r come from the probes. The second
+    decides which of two nearly equal singular values belongs to the leading r, where first order fails;
+    the probes give U^T E V with noise, so that for such layers the estimate errs upwards.
+
+    Args:
+        svd: All k kept triplets of H.
+        rank: r, at most k.
+        missed: E Phi, shape (m, p).
+        comissed: E^T Psi, shape (n, p).
+        right_probes: Phi, shape (n, p).
+        left_probes: Psi, shape (m, p).
+    """
+    U, S, V = svd.U.double(), svd.S.double(), svd.V.double()
+    probes = missed.shape[1]
+    rows = U.T @ missed.double()  # U^T E Phi
+    columns = comissed.double().T @ V  # Psi^T E V
+    # U^T E V twice, from either side, weighted by the inverse of each one's variance: after an even
+    # pass U^T E is zero, after an odd one from the third E V is, and so is their product.
+    noise_right = rows.square().sum(1, keepdim=True)
+    noise_left = columns.square().sum(0, keepdim=True)
+    weight = noise_left / (noise_left + noise_right).clamp(min=torch.finfo(U.dtype).tiny)
+    from_right, from_left = (
+        rows @ (right_probes.double().T @ V),
+        (U.T @ left_probes.double()) @ columns,
+    )
+    core = (weight * from_right + (1 - weight) * from_left) / probes
+    outer = (rows[:rank].square().sum() + columns[:, :rank].square().sum()) / probes
+    u, s, vh = torch.linalg.svd(torch.diag(S) + core)
+    inside = u[:, :rank] * s[:rank] @ vh[:rank]
+    inside.diagonal()[:rank].sub_(S[:rank])
+    # `outer` holds the leading rows and columns of the core, too, with the same noise.
+    counted = core[:rank].square().sum() + core[:, :rank].square().sum()
+    error = (outer - counted + inside.square().sum()).clamp(min=0)
+    return float((error / S[:rank].square().sum()).sqrt())
 
 
 def _orth(matrix: Tensor) -> Tensor:

@@ -125,7 +125,6 @@ def one_step_gradients(
                     accumulator.next_pass()
             label = f"one-step gradient, pass {number + 1}/{estimator.passes}"
             for i, batch in enumerate(progress(batches, label) if progress else batches):
-                watch.batch = i
                 moved = {key: value.to(device) for key, value in batch.items()}
                 with torch.enable_grad(), forward_context():
                     loss = summed_loss(supervised_logits(model, base, moved))
@@ -134,8 +133,9 @@ def one_step_gradients(
                 # Outside the precision context, where autocast would round the sums to 16 bits.
                 if loss.requires_grad:
                     loss.backward()
-                if watch.broken is not None:
-                    raise InputError(_not_finite(f"the gradient at {watch.broken}", i, batch))
+                broken = watch.first_broken()
+                if broken is not None:
+                    raise InputError(_not_finite(f"the gradient at {broken}", i, batch))
                 if number == 0:
                     total += loss.detach().double().cpu()
         missed = [name for name in kept if name not in watch.seen]
@@ -161,17 +161,23 @@ class _Watch:
     def __init__(self, kept: Mapping[str, GradientAccumulator]) -> None:
         self.kept = kept
         self.seen: set[str] = set()
-        self.batch = 0
-        self.broken: str | None = None
+        self._finite: dict[str, Tensor] = {}
 
     def listener(self, name: str) -> Callable[[Tensor, Tensor], None]:
         def update(x: Tensor, delta: Tensor) -> None:
             self.seen.add(name)
-            # The first layer that the backward pass finds broken; those below only inherit it.
-            if self.broken is None and not self.kept[name].update(x, delta).isfinite().all():
-                self.broken = name
+            finite = self.kept[name].update(x, delta).isfinite().all()
+            self._finite[name] = finite & self._finite.pop(name, finite)
 
         return update
+
+    def first_broken(self) -> str | None:
+        """Name the layer where the last backward pass broke, if it did; those below only inherit it."""
+        names, finite = list(self._finite), list(self._finite.values())
+        self._finite = {}
+        # The host waits for the device here, once a micro-batch.
+        good = torch.stack(finite).tolist() if finite else []
+        return next((name for name, fine in zip(names, good, strict=True) if not fine), None)
 
 
 def _accumulator(

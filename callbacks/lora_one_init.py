@@ -96,7 +96,7 @@ class LoraOneInit(Callback):
                 trainer.precision_plugin.forward_context,
                 track,
             )
-            self.report = self._report(result, self._install(pairs, result, rank))
+            self.report = self._report(result, self._install(pairs, result, rank), rank)
         module.record.init = self.report
 
     def _install(self, pairs: list[LoraPair], result: OneStepResult, rank: int) -> list[str]:
@@ -116,15 +116,16 @@ class LoraOneInit(Callback):
             )
         return without
 
-    def _report(self, result: OneStepResult, without: list[str]) -> dict[str, Any]:
+    def _report(self, result: OneStepResult, without: list[str], rank: int) -> dict[str, Any]:
         energy = {name: e.captured_energy for name, e in result.estimates.items()}
         mean, lowest = sum(energy.values()) / len(energy), min(energy.values())
-        missed = [e.sketch_residual for e in result.estimates.values()]
+        errors = {name: e.rank_error for name, e in result.estimates.items()}
+        worst = max(errors, key=errors.__getitem__)
         rank_zero_info(
             f"LoRA-One start: {len(energy)} layers, {self.num_samples} samples, loss {result.loss:.4f}; "
             f"captured energy {mean:.1%} on average, {lowest:.1%} at least "
-            f"({min(energy, key=energy.__getitem__)}); sketch misses "
-            f"{sum(missed) / len(missed):.1%} on average, {max(missed):.1%} at most; "
+            f"({min(energy, key=energy.__getitem__)}); estimated error of the rank-{rank} part "
+            f"{sum(errors.values()) / len(errors):.2%} on average, {errors[worst]:.2%} at most ({worst}); "
             f"{result.seconds:.1f} s"
         )
         return {
@@ -138,11 +139,12 @@ class LoraOneInit(Callback):
             "seconds": result.seconds,
             "peak_bytes": result.peak_bytes,
             "captured_energy": {"mean": mean, "min": lowest},
+            "rank_error": {"mean": sum(errors.values()) / len(errors), "max": errors[worst]},
             "layers_without_gradient": without,
             "layers": {
                 name: {
                     "captured_energy": e.captured_energy,
-                    "sketch_residual": e.sketch_residual,
+                    "rank_error": e.rank_error,
                     "norm": e.norm,
                     "singular_values": e.svd.S.tolist(),
                 }

@@ -71,7 +71,7 @@ def test_exact_is_the_sum_over_tokens():
     assert found.norm == pytest.approx(0.5 * float(G.norm()), rel=1e-5)
     kept = float((best(G, RANK).norm() / G.norm()) ** 2)
     assert found.captured_energy == pytest.approx(kept, rel=1e-5)
-    assert found.sketch_residual == 0
+    assert found.rank_error == 0
     with pytest.raises(RuntimeError, match="one pass"):
         exact.next_pass()
 
@@ -93,7 +93,7 @@ def test_a_sketch_as_wide_as_the_rank_is_exact(tokens, sparse, passes):
     G = gradient(pairs)
     assert relative(product(found.svd), G) < 2e-5
     assert relative(product(found.svd, RANK), best(G, RANK)) < 2e-5
-    assert found.sketch_residual < 1e-4
+    assert found.rank_error < 1e-4
     assert found.norm == pytest.approx(float(G.norm()), rel=1e-4)
 
 
@@ -122,15 +122,21 @@ def test_sketch_against_the_float64_svd_of_the_exact_gradient(base, tokens, limi
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
 def test_error_estimates_are_within_a_factor_of_two(passes):
-    for seed in range(10):
+    """`rank_error` in the mean over layers and for nine in ten of them, the others for each."""
+    ratios, estimated, true = [], 0.0, 0.0
+    for seed in range(20):
         pairs = stream(80, 120, decaying(80, 0.85), batches=10, tokens=20, seed=seed)
         found = sketched(pairs, width=RANK + 8, passes=passes, seed=seed).estimate(RANK, 0.1)
         G = 0.1 * gradient(pairs)
-        missed = relative(product(found.svd), G)
-        assert 0.5 < found.sketch_residual / missed < 2
+        error = relative(product(found.svd, RANK), best(G, RANK))
+        ratios.append(found.rank_error / error)
+        estimated, true = estimated + found.rank_error, true + error
         cut = relative(product(found.svd, RANK), G)
         assert 0.5 < (1 - found.captured_energy) ** 0.5 / cut < 2
         assert found.norm == pytest.approx(float(G.norm()), rel=0.05)
+    print(f"\nestimated / true error of G_r: {sorted(round(r, 2) for r in ratios)}")
+    assert 0.5 < estimated / true < 2
+    assert sum(0.5 < ratio < 2 for ratio in ratios) >= 18
 
 
 def test_scale_multiplies_the_gradient_and_nothing_else():
@@ -140,7 +146,7 @@ def test_scale_multiplies_the_gradient_and_nothing_else():
     assert torch.equal(half.svd.U, one.svd.U)
     assert half.norm == pytest.approx(0.5 * one.norm)
     assert half.captured_energy == one.captured_energy
-    assert half.sketch_residual == one.sketch_residual
+    assert half.rank_error == one.rank_error
 
 
 def test_inputs_that_touch_one_feature_at_a_time_are_not_missed():
@@ -167,7 +173,7 @@ def test_a_zero_gradient_is_exactly_zero(passes):
         sketched([], width=10, m=12, n=20).estimate(RANK, 1.0),
     ):
         assert float(found.svd.S.abs().max()) == 0
-        assert (found.norm, found.captured_energy, found.sketch_residual) == (0, 0, 0)
+        assert (found.norm, found.captured_energy, found.rank_error) == (0, 0, 0)
 
 
 def test_width_beyond_the_smaller_side_is_cut_and_exact():
@@ -201,7 +207,7 @@ def test_sketch_holds_two_thin_matrices_and_its_probes(passes):
     pairs = stream(m, n, decaying(20), batches=3, tokens=9)
     accumulator = sketched(pairs, width, passes)
     held = sum(v.numel() for v in vars(accumulator).values() if isinstance(v, torch.Tensor))
-    assert held == (m + n) * (width + SketchedGradient.PROBES)
+    assert held == (m + n) * (width + 2 * SketchedGradient.PROBES)
     bases = {v.untyped_storage().nbytes() for v in vars(accumulator).values() if torch.is_tensor(v)}
     assert max(bases) <= 4 * max(m, n) * (width + SketchedGradient.PROBES)
 

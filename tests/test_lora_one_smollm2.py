@@ -84,20 +84,32 @@ def test_exact_start_equals_the_float64_svd(observed):
         assert (1 - energy) ** 0.5 == pytest.approx(left, rel=1e-3)
 
 
-def test_printed_error_estimates_are_within_a_factor_of_two(observed):
-    cuts, residuals = [], []
-    for name, estimate in observed.sketch.estimates.items():
-        G = observed.gradients[name]
-        U, S, V = estimate.svd
-        true_cut = float((G - leading(estimate)).norm() / G.norm())
-        true_residual = float((G - U * S @ V.T).norm() / G.norm())
-        cuts.append((1 - estimate.captured_energy) ** 0.5 / true_cut)
-        residuals.append(estimate.sketch_residual / true_residual)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_printed_error_estimates_are_within_a_factor_of_two(observed, seed):
+    """What the run prints (mean and worst layer); and 19 of 20 layers each for itself."""
+    sketch = observed.sketch
+    if seed:
+        estimator = Estimator(seed=seed)
+        arguments = observed.model, observed.base, observed.pairs, observed.batches
+        sketch = one_step_gradients(*arguments, RANK, estimator)
+    estimated, true = [], []
+    for name, estimate in sketch.estimates.items():
+        G, wanted = observed.gradients[name], leading(observed.exact.estimates[name])
+        true.append(float((leading(estimate) - wanted).norm() / wanted.norm()))
+        estimated.append(estimate.rank_error)
+        cut = float((G - leading(estimate)).norm() / G.norm())
+        assert 0.5 < (1 - estimate.captured_energy) ** 0.5 / cut < 2
         assert estimate.norm == pytest.approx(float(G.norm()), rel=0.02)
-    print(f"\nestimated / true |G - G_8|: {min(cuts):.3f} to {max(cuts):.3f}")
-    print(f"estimated / true |G - L R^T|: {min(residuals):.3f} to {max(residuals):.3f}")
-    for ratio in (*cuts, *residuals):
-        assert 0.5 < ratio < 2
+    ratios = sorted(e / t for e, t in zip(estimated, true, strict=True))
+    print(
+        f"\nestimated error of the rank-8 matrix: mean {sum(estimated) / len(estimated):.3%}, "
+        f"worst {max(estimated):.3%}; true: mean {sum(true) / len(true):.3%}, worst {max(true):.3%}; "
+        f"estimated / true in a layer: {ratios[0]:.2f} to {ratios[-1]:.2f}, 5th to 95th percentile "
+        f"{ratios[10]:.2f} to {ratios[-11]:.2f}"
+    )
+    assert 0.5 < sum(estimated) / sum(true) < 2
+    assert 0.5 < max(estimated) / max(true) < 2
+    assert sum(0.5 < ratio < 2 for ratio in ratios) >= 0.95 * len(ratios)
 
 
 def loss_of(observed):
