@@ -32,9 +32,13 @@ def gram_matrices(factors: list[Tensor], kind: Kind, cache: Cache) -> Tensor:
     over n (or m): with sharded factors an all-reduce of its result belongs between it and
     `damped_inverse`.
     """
-    stacked = _stack(factors, torch.promote_types(factors[0].dtype, torch.float32), cache)
-    left, right = (stacked, stacked.mT) if kind == "lora_A" else (stacked.mT, stacked)
-    return _multiply(left, right)
+    wide = torch.promote_types(factors[0].dtype, torch.float32)
+    if len(factors) == 1 and factors[0].dtype == wide:
+        factor = factors[0]
+        gram = factor @ factor.T if kind == "lora_A" else factor.T @ factor
+        return gram[None]
+    stacked = _stack(factors, wide, cache)
+    return stacked @ stacked.mT if kind == "lora_A" else stacked.mT @ stacked
 
 
 def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor | None]:
@@ -126,15 +130,12 @@ def precondition_pairs(
                 "preconditioned with damping 0; set damping > 0 (LoRA usually starts at lora_B = 0)"
             )
         sizes = [len(job.pairs) for job in jobs]
+        first = next(g for i in jobs[0].pairs if (g := grads[jobs[0].grad_of][i]) is not None)
+        inverses = inverses.to(torch.promote_types(first.dtype, torch.float32))
         for (grad_of, pairs), inverse in zip(jobs, inverses.split(sizes), strict=True):
             raw = [g for i in pairs if (g := grads[grad_of][i]) is not None]
-            wide = _stack(raw, torch.promote_types(raw[0].dtype, torch.float32), cache)
-            out = _buffer((grad_of, pairs[0]), wide.shape, wide.dtype, wide, cache)
-            left, right = inverse.to(wide.dtype), wide
-            if grad_of == "lora_B":
-                left, right = right, left
-            _multiply(left, right, out)
-            for i, grad in zip(pairs, out.to(raw[0].dtype).unbind(), strict=True):
+            done = _apply(inverse, raw, grad_of, (grad_of, pairs[0]), cache)
+            for i, grad in zip(pairs, done, strict=True):
                 factor = factors[grad_of][i]
                 # Fused kernels walk parameter and gradient in memory order without looking at
                 # strides, so a transposed factor needs a gradient that is laid out like it.
@@ -144,26 +145,35 @@ def precondition_pairs(
     return results["lora_A"], results["lora_B"]
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Multiply two stacks; a stack of one by `mm`, which is faster than a batch of one on CPU."""
-    if len(left) > 1:
-        return torch.bmm(left, right, out=out)
-    product = torch.mm(left[0], right[0], out=None if out is None else out[0])
-    return product[None]
+def _apply(
+    inverse: Tensor, raw: list[Tensor], grad_of: Kind, key: Any, cache: Cache
+) -> Sequence[Tensor]:
+    """Multiply each gradient by its inverse, from the left for lora_A and from the right for lora_B."""
+    dtype = inverse.dtype
+    if len(raw) == 1 and raw[0].dtype == dtype:
+        # Without a stack: on CPU `mm` is faster than a batch of one, and a view costs a microsecond.
+        (grad,) = raw
+        out = _buffer(key, grad.shape, dtype, grad, cache)
+        left, right = (inverse[0], grad) if grad_of == "lora_A" else (grad, inverse[0])
+        return [torch.mm(left, right, out=out)]
+    wide = _stack(raw, dtype, cache)
+    out = _buffer(key, wide.shape, dtype, wide, cache)
+    left, right = (inverse, wide) if grad_of == "lora_A" else (wide, inverse)
+    return torch.bmm(left, right, out=out).to(raw[0].dtype).unbind()
 
 
 def _plan(
     lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], grad_A: Gradients, grad_B: Gradients
 ) -> list[list[_Job]]:
-    """Collect the gradients that share a stack; one list of jobs for each (device, rank)."""
+    """Collect the gradients that share a stack; one list of jobs for each (device, rank, dtype)."""
     stacks: dict[tuple[Any, ...], list[int]] = {}
     for i, (a, b, g_a, g_b) in enumerate(zip(lora_A, lora_B, grad_A, grad_B, strict=True)):
         for grad_of, grad, factor in (("lora_A", g_a, b), ("lora_B", g_b, a)):
             if grad is not None:
                 key = (grad_of, a.shape, b.shape, factor.dtype, grad.dtype, a.device)
                 stacks.setdefault(key, []).append(i)
-    plan: dict[tuple[torch.device, int], list[_Job]] = {}
-    for (grad_of, a_shape, b_shape, *_, device), pairs in stacks.items():
+    plan: dict[tuple[torch.device, int, torch.dtype], list[_Job]] = {}
+    for (grad_of, a_shape, b_shape, _, dtype, device), pairs in stacks.items():
         numel = max(a_shape.numel(), b_shape.numel(), 1)
         # A GPU wants few launches. A CPU wants stacks that stay in its cache, and gains nothing
         # from copying a large matrix into one.
@@ -172,7 +182,7 @@ def _plan(
         else:
             size = max(1, 2**24 // numel)
         jobs = [_Job(grad_of, pairs[start : start + size]) for start in range(0, len(pairs), size)]
-        plan.setdefault((device, a_shape[0]), []).extend(jobs)
+        plan.setdefault((device, a_shape[0], dtype), []).extend(jobs)
     return list(plan.values())
 
 
@@ -187,9 +197,7 @@ def _buffer(key: Any, shape: torch.Size, dtype: torch.dtype, like: Tensor, cache
 
 
 def _stack(tensors: list[Tensor], dtype: torch.dtype, cache: Cache) -> Tensor:
-    """Stack and widen in one pass; a single tensor is not copied if it has the dtype."""
-    if len(tensors) == 1 and tensors[0].dtype == dtype:
-        return tensors[0][None]
+    """Stack and widen in one pass."""
     shape = torch.Size((len(tensors), *tensors[0].shape))
     stacked = _buffer("stack", shape, dtype, tensors[0], cache)
     if tensors[0].dtype == dtype:
