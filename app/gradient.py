@@ -1,7 +1,7 @@
 """Two ways to keep a layer's one-step gradient while the observer streams it: whole, or as a sketch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,23 +27,6 @@ class GradientEstimate:
     rank_error: float
 
 
-class GradientAccumulator(Protocol):
-    """Takes a layer's (x, delta) stream, over one or more passes through the same samples."""
-
-    def update(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Add delta^T x; x is (tokens, n), delta is (tokens, m).
-
-        Returns:
-            A small tensor whose entries are all finite only if those of x and delta are.
-        """
-
-    def next_pass(self) -> None:
-        """Prepare for one more pass over the same samples."""
-
-    def estimate(self, rank: int, scale: float) -> GradientEstimate:
-        """Return the gradient's leading triplets, multiplied by `scale`."""
-
-
 class ExactGradient:
     """The whole gradient, G = sum_t delta_t x_t^T, in float32: m * n numbers.
 
@@ -61,10 +44,6 @@ class ExactGradient:
         x, delta = x.float(), delta.float()
         self.total.addmm_(delta.T, x)
         return x.sum() + delta.sum()
-
-    def next_pass(self) -> None:
-        """Refuse: one pass is already exact."""
-        raise RuntimeError("the exact estimator needs one pass")
 
     def estimate(self, rank: int, scale: float) -> GradientEstimate:
         """Return the leading triplets of scale * G."""
@@ -170,6 +149,32 @@ class SketchedGradient:
             self.left, self.right = _orth(self.left), torch.zeros_like(self.right)
         else:
             self.left, self.right = torch.zeros_like(self.left), _orth(self.right)
+
+    def partial(self) -> list[Tensor]:
+        """Return what this pass has summed over this process's samples alone."""
+        if self._pass == 1:
+            return [self.left, self.right, self.image, self.coimage]
+        return [self.right] if self._pass % 2 == 0 else [self.left]
+
+    def merge(self, partials: Sequence[Sequence[Tensor]]) -> None:
+        """Become the sketch of the sum of several processes' gradients.
+
+        After the first pass their low-rank forms are added and cut to the width again; after a further
+        one the fixed side is the same everywhere, and the other sides add up. The probes always do.
+
+        Args:
+            partials: `partial()` of every process, this one's among them; all drew the same probes.
+        """
+        columns = list(zip(*partials, strict=True))
+        if self._pass == 1:
+            lefts, rights, images, coimages = columns
+            svd = low_rank_svd(torch.cat(lefts, 1), torch.cat(rights, 1), self.right.shape[1])
+            self.left, self.right = svd.U, svd.V * svd.S
+            self.image, self.coimage = torch.stack(images).sum(0), torch.stack(coimages).sum(0)
+        elif self._pass % 2 == 0:
+            self.right = torch.stack(columns[0]).sum(0)
+        else:
+            self.left = torch.stack(columns[0]).sum(0)
 
     def estimate(self, rank: int, scale: float) -> GradientEstimate:
         """Return all kept triplets of scale * G, and the energy that the first `rank` capture."""

@@ -62,11 +62,13 @@ class LabelScores(torch.nn.Module):
 
         Args:
             found: Logits at the supervised positions.
-            target: (B,) class of each example.
+            target: (B,) class of each example; -1 in a padding row, which does not count.
         """
-        at_answer = found.logits[found.first]
-        predicted = at_answer[:, self.label_token_ids].argmax(dim=1)  # type: ignore[index]
-        self.metrics.update(predicted, target)
+        counted = target >= 0
+        target, first = target[counted], found.first[counted]
+        predicted = found.logits[first][:, self.label_token_ids].argmax(dim=1)  # type: ignore[index]
+        if len(target):
+            self.metrics.update(predicted, target)
         self.loss.update(summed_loss(found))
         self.tokens.update(found.labels.numel())
 

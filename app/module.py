@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
@@ -32,7 +33,9 @@ from app.pretrained import (
     model_fingerprint,
     resolve_model,
 )
+from app.processes import sum_over_processes, world_size
 from app.run_record import RunRecord
+from app.sharding import Fsdp2Strategy
 
 
 class LoraModule(LightningModule):
@@ -93,6 +96,7 @@ class LoraModule(LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._config: PreTrainedConfig | None = None
         self.model: nn.Module | None = None
+        self._step_tokens: list[Tensor] = []
 
     @property
     def source(self) -> ModelSource:
@@ -130,6 +134,11 @@ class LoraModule(LightningModule):
         """Load the base model and add the adapter; called once by every stage."""
         if self.model is not None:
             return
+        if self._sharded and self.adapter is None and self.adapter_path is None:
+            raise InputError(
+                "model.adapter is null, but this strategy shards frozen weights only: set model.adapter, "
+                "or train every weight with --config strategies/ddp.yaml"
+            )
         dtype = getattr(torch, self.dtype_name)
         base = load_model(self.source, dtype, self.attn_implementation)
         parameters = sum(p.numel() for p in base.parameters())
@@ -144,6 +153,8 @@ class LoraModule(LightningModule):
         if self.gradient_checkpointing:
             # Without re-entry a block is recomputed only if its input is in the graph.
             base.enable_input_require_grads()
+        if self._sharded:
+            self.trainer.strategy.shard(self.model)  # type: ignore[attr-defined]
         # Checkpoints load in evaluation mode and Lightning leaves modes alone: dropout belongs to training.
         self.model.train()
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -157,6 +168,10 @@ class LoraModule(LightningModule):
             "parameters": parameters,
             "trainable_parameters": trainable,
         }
+
+    @property
+    def _sharded(self) -> bool:
+        return self._trainer is not None and isinstance(self.trainer.strategy, Fsdp2Strategy)
 
     def lora_pairs(self) -> list[LoraPair]:
         """List the adapted layers in module order."""
@@ -182,20 +197,41 @@ class LoraModule(LightningModule):
         self.scores = self.new_scores()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the token mean of the loss over the batch."""
+        """Return the loss whose gradients, summed up to the next optimizer step, are the token mean's.
+
+            L = (sum of token losses) / (number of supervised tokens)
+
+        over all batches of all processes that one optimizer step sees, so that neither
+        `accumulate_grad_batches` nor the number of processes changes what is learnt. The number of
+        tokens of the first batch stands in for that of all; `on_before_optimizer_step` corrects it.
+        """
         found = self.supervised_logits(batch)
-        loss = summed_loss(found) / found.labels.numel()
-        if not torch.isfinite(loss):
+        loss = summed_loss(found)
+        tokens = loss.new_tensor(found.labels.numel())
+        whole_loss, whole_tokens = sum_over_processes(torch.stack([loss.detach(), tokens])).unbind()
+        mean = whole_loss / whole_tokens
+        if not torch.isfinite(mean):
             raise InputError(
-                f"the loss is {float(loss.detach())} in batch {batch_idx} of epoch {self.current_epoch} "
+                f"the loss is {float(mean)} in batch {batch_idx} of epoch {self.current_epoch} "
                 f"(training rows {batch['index'].tolist()}): lower model.optimizer.lr, set "
                 "trainer.gradient_clip_val, or use a wider precision (model.dtype, trainer.precision)"
             )
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["index"]))
-        return loss
+        self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["index"]))
+        self._step_tokens.append(whole_tokens)
+        # DDP takes the mean over processes, and Lightning that over accumulated batches.
+        averaged = isinstance(self.trainer.strategy, DDPStrategy)
+        scale = (world_size() if averaged else 1) * self.trainer.accumulate_grad_batches
+        return loss * (scale / self._step_tokens[0])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse to step on a gradient that is not finite; name the first such parameter."""
+        """Make the gradients those of the token mean; refuse to step on one that is not finite."""
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        if self._sharded:
+            self.trainer.strategy.reduce_gradients(parameters)  # type: ignore[attr-defined]
+        tokens, self._step_tokens = self._step_tokens, []
+        if len(tokens) > 1:
+            factor = tokens[0] / torch.stack(tokens).sum()
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # the scaler of float16 overflows on purpose, and skips such steps itself
         named = [(n, p.grad) for n, p in self.named_parameters() if p.grad is not None]

@@ -1,8 +1,9 @@
 """The one-step full gradient of every adapted layer, over a fixed set of samples."""
 
+import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -13,10 +14,12 @@ from transformers import PreTrainedModel
 
 from app.adapters import LoraPair, without_adapters
 from app.errors import InputError
-from app.gradient import ExactGradient, GradientAccumulator, GradientEstimate, SketchedGradient
+from app.gradient import GradientEstimate
+from app.gradient_store import ExactStore, GradientStore, Layer, SketchStore
 from app.loss import Batch, summed_loss, supervised_logits
 from app.memory import PeakMemory
 from app.observer import frozen, observe
+from app.processes import gather_numbers, sum_over_processes
 from app.recompute import recomputing
 
 Progress = Callable[[Sequence[Batch], str], Iterable[Batch]]
@@ -61,14 +64,17 @@ class OneStepResult:
         loss: Token mean over the whole set, before any step.
         tokens: Supervised tokens in the set.
         seconds: Wall time of all passes and decompositions.
-        peak_bytes: Peak memory meanwhile: allocated on the accelerator, or resident on the CPU.
+        peak_bytes: Peak memory meanwhile on each process: allocated on the accelerator, or resident on
+            the CPU.
+        sent_bytes: What each process handed to others.
     """
 
     estimates: dict[str, GradientEstimate]
     loss: float
     tokens: int
     seconds: float
-    peak_bytes: int
+    peak_bytes: list[int]
+    sent_bytes: list[int]
 
 
 def one_step_gradients(
@@ -85,7 +91,8 @@ def one_step_gradients(
 
         L = (sum of token losses over all batches) / (number of supervised tokens in all batches)
 
-    so G does not depend on how the set is cut into batches. The model runs without its adapters, in
+    so G does not depend on how the set is cut into batches, nor on how these are spread over processes:
+    each process passes its share, and all get the same result. The model runs without its adapters, in
     evaluation mode, with every parameter frozen; no weight gets a `.grad`, and weights, flags, mode and
     random state are left as they were.
 
@@ -93,7 +100,8 @@ def one_step_gradients(
         model: The PEFT model that is called.
         base: The transformers model inside it.
         pairs: The layers to observe.
-        batches: The initialisation set on the model's device or the CPU, as micro-batches.
+        batches: This process's share of the initialisation set, on the model's device or the CPU, as
+            micro-batches; all processes have as many.
         rank: Triplets wanted of each gradient.
         estimator: How G is kept.
         forward_context: The trainer's precision context.
@@ -106,91 +114,100 @@ def one_step_gradients(
         InputError: If a loss or a layer's gradient is not finite (names the batch and the layer).
         RuntimeError: If a layer was not reached by the backward pass.
     """
-    device = next(base.parameters()).device
-    kept = {pair.name: _accumulator(pair, rank, estimator) for pair in pairs}
-    watch = _Watch(kept)
-    tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-    total = torch.zeros((), dtype=torch.float64)
+    device = pairs[0].lora_A.device
+    store = _store(pairs, rank, estimator, device)
+    watch = _Watch(store)
+    supervised = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    tokens = int(sum_over_processes(torch.tensor(supervised, device=device)))
+    total = 0.0
     start = time.perf_counter()
     with PeakMemory(device) as memory, ExitStack() as stack:
         stack.enter_context(frozen(model))
         stack.enter_context(recomputing(model))
         stack.enter_context(without_adapters(model))
         layers = {pair.name: pair.layer for pair in pairs}
-        listeners = {name: watch.listener(name) for name in kept}
+        listeners = {name: watch.listener(name) for name in layers}
         stack.enter_context(observe(layers, listeners))
         for number in range(estimator.passes):
             if number > 0:
-                for accumulator in kept.values():
-                    accumulator.next_pass()
+                store.next_pass()
             label = f"one-step gradient, pass {number + 1}/{estimator.passes}"
             for i, batch in enumerate(progress(batches, label) if progress else batches):
                 moved = {key: value.to(device) for key, value in batch.items()}
                 with torch.enable_grad(), forward_context():
                     loss = summed_loss(supervised_logits(model, base, moved))
-                if not torch.isfinite(loss):
+                # Summed over processes, so that all of them stop where one of them has to.
+                whole = float(sum_over_processes(loss.detach().clone()))
+                if not math.isfinite(whole):
                     raise InputError(_not_finite("the loss", i, batch))
                 # Outside the precision context, where autocast would round the sums to 16 bits.
                 if loss.requires_grad:
                     loss.backward()
-                broken = watch.first_broken()
+                store.end_batch()
+                broken = watch.first_broken(device)
                 if broken is not None:
                     raise InputError(_not_finite(f"the gradient at {broken}", i, batch))
                 if number == 0:
-                    total += loss.detach().double().cpu()
-        missed = [name for name in kept if name not in watch.seen]
+                    total += whole
+        missed = [name for name in layers if name not in watch.seen]
         if missed:
             raise RuntimeError(
-                f"the backward pass did not reach {len(missed)} of {len(kept)} layers, first {missed[0]}. "
+                f"the backward pass did not reach {len(missed)} of {len(layers)} layers, first {missed[0]}. "
                 "Activation checkpointing must be without re-entry (use_reentrant=False); a layer that "
                 "the loss does not depend on has to leave model.adapter.target_modules"
             )
-        estimates = {name: kept[name].estimate(rank, 1 / tokens) for name in kept}
+        estimates = store.estimates(rank, 1 / tokens)
     return OneStepResult(
         estimates=estimates,
-        loss=float(total) / tokens,
+        loss=total / tokens,
         tokens=tokens,
         seconds=time.perf_counter() - start,
-        peak_bytes=memory.peak_bytes,
+        peak_bytes=gather_numbers(memory.peak_bytes, device),
+        sent_bytes=gather_numbers(store.sent_bytes, device),
     )
 
 
 class _Watch:
-    """Feeds the accumulators, and remembers which layers reported and which broke."""
+    """Feeds the store, and remembers which layers reported and which broke."""
 
-    def __init__(self, kept: Mapping[str, GradientAccumulator]) -> None:
-        self.kept = kept
+    def __init__(self, store: GradientStore) -> None:
+        self.store = store
         self.seen: set[str] = set()
         self._finite: dict[str, Tensor] = {}
 
     def listener(self, name: str) -> Callable[[Tensor, Tensor], None]:
         def update(x: Tensor, delta: Tensor) -> None:
             self.seen.add(name)
-            finite = self.kept[name].update(x, delta).isfinite().all()
+            finite = self.store.update(name, x, delta).isfinite().all()
             self._finite[name] = finite & self._finite.pop(name, finite)
 
         return update
 
-    def first_broken(self) -> str | None:
-        """Name the layer where the last backward pass broke, if it did; those below only inherit it."""
+    def first_broken(self, device: torch.device) -> str | None:
+        """Name the layer where the last backward pass broke, on any process; those below inherit it."""
         names, finite = list(self._finite), list(self._finite.values())
         self._finite = {}
+        broken = torch.zeros(len(self.seen), device=device)
+        if finite:
+            broken[: len(finite)] = (~torch.stack(finite)).float()
         # The host waits for the device here, once a micro-batch.
-        good = torch.stack(finite).tolist() if finite else []
-        return next((name for name, fine in zip(names, good, strict=True) if not fine), None)
+        told = sum_over_processes(broken).tolist()
+        return next((name for name, bad in zip(names, told, strict=False) if bad), None)
 
 
-def _accumulator(
-    pair: LoraPair, rank: int, estimator: Estimator
-) -> ExactGradient | SketchedGradient:
-    m, n = pair.lora_B.shape[0], pair.lora_A.shape[1]
-    device = pair.lora_A.device
+def _store(
+    pairs: Sequence[LoraPair], rank: int, estimator: Estimator, device: torch.device
+) -> GradientStore:
+    layers = [Layer(pair.name, pair.lora_B.shape[0], pair.lora_A.shape[1]) for pair in pairs]
     if estimator.kind == "exact":
-        return ExactGradient(m, n, device)
-    # A seed for each layer: its random numbers do not depend on which other layers are adapted.
-    seed = zlib.crc32(f"{estimator.seed}:{pair.name}".encode())
-    generator = torch.Generator(device).manual_seed(seed)
-    return SketchedGradient(m, n, rank + estimator.oversampling, device, generator)
+        return ExactStore(layers, device)
+
+    def generator(name: str) -> torch.Generator:
+        # A seed for each layer: its random numbers do not depend on which other layers are adapted.
+        seed = zlib.crc32(f"{estimator.seed}:{name}".encode())
+        return torch.Generator(device).manual_seed(seed)
+
+    return SketchStore(layers, rank + estimator.oversampling, device, generator)
 
 
 def _not_finite(what: str, number: int, batch: Batch) -> str:

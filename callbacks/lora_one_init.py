@@ -77,7 +77,9 @@ class LoraOneInit(Callback):
 
     def _batches(self, trainer: Trainer) -> Any:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        return data.gradient_batches(self.num_samples, self.micro_batch_size)
+        return data.gradient_batches(
+            self.num_samples, self.micro_batch_size, trainer.global_rank, trainer.world_size
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute and install the start, unless a checkpoint has brought trained adapters."""
@@ -138,6 +140,7 @@ class LoraOneInit(Callback):
             "loss": result.loss,
             "seconds": result.seconds,
             "peak_bytes": result.peak_bytes,
+            "sent_bytes": result.sent_bytes,
             "captured_energy": {"mean": mean, "min": lowest},
             "rank_error": {"mean": sum(errors.values()) / len(errors), "max": errors[worst]},
             "layers_without_gradient": without,

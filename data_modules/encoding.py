@@ -2,10 +2,11 @@
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from app.errors import InputError
@@ -27,7 +28,11 @@ class TextRow:
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One example as token ids; those of the answer end with EOS and are the supervised ones."""
+    """One example as token ids; those of the answer end with EOS and are the supervised ones.
+
+    A padding row evens out the processes' numbers of rows: its `index` and `target` are -1, and none of
+    its tokens is supervised.
+    """
 
     prompt_ids: "array[int]"
     answer_ids: "array[int]"
@@ -36,6 +41,25 @@ class EncodedRow:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
+
+    @property
+    def is_padding(self) -> bool:
+        """Whether the row stands for none."""
+        return self.index < 0
+
+
+class PaddedRows(Dataset[EncodedRow]):
+    """Rows by number, and a padding row (the tokens of the shortest) for every negative number."""
+
+    def __init__(self, rows: Sequence[EncodedRow]) -> None:
+        self.rows = rows
+        self.padding = replace(min(rows, key=len), index=-1, target=-1)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> EncodedRow:
+        return self.rows[number] if number >= 0 else self.padding
 
 
 def answer_prefix(tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> str:
@@ -145,13 +169,15 @@ def collate(rows: Sequence[EncodedRow], pad_id: int, is_encoder_decoder: bool) -
 
     Returns:
         `input_ids` and `attention_mask` (B, T), `labels` (B, L) with -100 where nothing is learnt
-        (causal: L == T, unshifted), `index` and `target` (B,); all int64, padded at the right.
+        (causal: L == T, unshifted), `index` and `target` (B,), -1 in a padding row; all int64, padded
+        at the right.
     """
     inputs, labels = [], []
     for row in rows:
         prompt, answer = row.prompt_ids.tolist(), row.answer_ids.tolist()
         inputs.append(prompt if is_encoder_decoder else prompt + answer)
-        labels.append(answer if is_encoder_decoder else [IGNORED_LABEL] * len(prompt) + answer)
+        wanted = [IGNORED_LABEL] * len(answer) if row.is_padding else answer
+        labels.append(wanted if is_encoder_decoder else [IGNORED_LABEL] * len(prompt) + wanted)
     return {
         "input_ids": _pad(inputs, pad_id),
         "attention_mask": _pad([[1] * len(ids) for ids in inputs], 0),

@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import cycle, islice
 
 import torch
 from torch.utils.data import DistributedSampler
@@ -12,15 +11,28 @@ from app.errors import InputError
 from data_modules.encoding import TextRow
 
 SPLIT_SEED = 0  # rows held out do not depend on `seed`: runs with other seeds meet the same ones
+PADDING = -1  # no row: where the processes would otherwise get unequal numbers of rows
 
 
 class LengthGroupedSampler(DistributedSampler):
     """Order rows so that batches hold rows of similar length, the longest first.
 
-    One process meets every row exactly once an epoch. Of several, each takes every world_size-th
-    row of the same order, which keeps the global batches; at most world_size - 1 rows are met
-    twice, so that all take as many steps. With `shuffle` off, rows are sorted by length. Lightning
-    leaves a `DistributedSampler` in place and tells it the epoch.
+    Of several processes each takes every world_size-th row of the same order, which keeps the global
+    batches. Every row is met exactly once an epoch, whatever the number of processes: where a process
+    would run out of rows first it gets `PADDING`. With `shuffle` off, rows are sorted by length.
+    Lightning leaves a `DistributedSampler` in place and tells it the epoch.
+
+    Args:
+        lengths: Length of each row.
+        batch_size: Rows of a batch on each process.
+        shuffle: Whether to draw a new order each epoch.
+        seed: Seed of the order.
+        rank: This process.
+        world_size: Number of processes.
+        group_size: Rows of all processes' batches together, which the order is made of; None is
+            batch_size * world_size. A run that goes on with other processes keeps the old one.
+        done: Rows of the order, of all processes together, that the first epoch leaves out because an
+            interrupted run has met them.
     """
 
     def __init__(
@@ -31,19 +43,23 @@ class LengthGroupedSampler(DistributedSampler):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        group_size: int | None = None,
+        done: int = 0,
     ) -> None:
         super().__init__(lengths, world_size, rank, shuffle, seed)  # type: ignore[arg-type]
         self.lengths = lengths
-        self.global_batch_size = batch_size * world_size
+        self.group_size = group_size or batch_size * world_size
+        self.done = done
 
     def __iter__(self) -> Iterator[int]:
         order = self._shuffled() if self.shuffle else longest_first(self.lengths)
-        order += islice(cycle(order[:]), -len(order) % self.num_replicas)
+        order, self.done = order[self.done :], 0
+        order += [PADDING] * (-len(order) % self.num_replicas)
         return iter(order[self.rank :: self.num_replicas])
 
     def _shuffled(self) -> list[int]:
         """Group by length, then shuffle the batches but the longest and an incomplete last one."""
-        size = self.global_batch_size
+        size = self.group_size
         generator = _generator(self.seed, f"epoch {self.epoch}")
         rows = get_length_grouped_indices(self.lengths, size, generator=generator)
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]

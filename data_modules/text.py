@@ -6,15 +6,23 @@ prompt and answer they have.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from app.errors import InputError
-from data_modules.encoding import Batch, EncodedRow, TextRow, answer_prefix, collate, encode
+from data_modules.encoding import (
+    Batch,
+    EncodedRow,
+    PaddedRows,
+    TextRow,
+    answer_prefix,
+    collate,
+    encode,
+)
 from data_modules.sampling import LengthGroupedSampler, draw, longest_first
 
 
@@ -70,6 +78,8 @@ class TextDataModule(LightningDataModule):
         self.cut_prompts: dict[str, int] = {}
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.is_encoder_decoder = False
+        self._train_sampler: LengthGroupedSampler | None = None
+        self._position: dict[str, int] = {}
         self._rows: dict[str, list[TextRow]] | None = None
         self._encoded: dict[str, list[EncodedRow]] = {}
 
@@ -138,13 +148,48 @@ class TextDataModule(LightningDataModule):
         """Return the test rows, longest first."""
         return self._loader("test", self.eval_batch_size, shuffle=False)
 
+    def state_dict(self) -> dict[str, int]:
+        """Return how far training is in the order of its rows.
+
+        Returns:
+            `epoch`; `done`, rows of its order that all processes together have met; `group_size`, which
+            the order depends on. Empty before training.
+        """
+        sampler = self._train_sampler
+        if sampler is None or self.trainer is None:
+            return {}
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore
+        done = batches * self.batch_size * sampler.num_replicas
+        epoch = sampler.epoch
+        if done >= len(sampler.lengths):
+            epoch, done = epoch + 1, 0
+        return {"epoch": epoch, "done": done, "group_size": sampler.group_size}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let training go on behind the rows that an interrupted run has met.
+
+        Raises:
+            InputError: If today's batches cannot begin where that run stopped.
+        """
+        world_size = self.trainer.world_size if self.trainer is not None else 1
+        rows = self.batch_size * world_size
+        if state_dict.get("done", 0) % rows:
+            raise InputError(
+                f"the checkpoint stands behind {state_dict['done']} rows of an epoch, which is no number "
+                f"of whole batches of {rows} (data.batch_size={self.batch_size} on {world_size} "
+                f"processes): set data.batch_size so that both together divide it, such as "
+                f"{state_dict['group_size']} rows in all"
+            )
+        self._position = dict(state_dict)
+
     def gradient_batches(
         self, num_samples: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
     ) -> list[Batch]:
         """Return this process's share of the LoRA-One initialisation rows.
 
         The rows are drawn once from the training rows by `seed`; neither the micro-batch size nor
-        the number of processes changes which. The shares differ by at most one row.
+        the number of processes changes which. Padding rows make all shares equally large, so that all
+        processes run as many batches.
 
         Args:
             num_samples: Rows of all processes together.
@@ -168,7 +213,9 @@ class TextDataModule(LightningDataModule):
         chosen = [
             rows[i] for i in sorted(draw(len(rows), num_samples, self.seed, "initialisation"))
         ]
-        mine = [chosen[i] for i in longest_first([len(row) for row in chosen])][rank::world_size]
+        ordered = [chosen[i] for i in longest_first([len(row) for row in chosen])]
+        ordered += [PaddedRows(chosen).padding] * (-num_samples % world_size)
+        mine = ordered[rank::world_size]
         starts = range(0, len(mine), micro_batch_size)
         return [self._collate()(mine[start : start + micro_batch_size]) for start in starts]
 
@@ -219,11 +266,18 @@ class TextDataModule(LightningDataModule):
         rank, world_size = 0, 1
         if self.trainer is not None:
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        sampler = LengthGroupedSampler(
-            [len(row) for row in rows], batch_size, shuffle, self.seed, rank, world_size
-        )
+        lengths = [len(row) for row in rows]
+        place = (batch_size, shuffle, self.seed, rank, world_size)
+        if split == "train":
+            group_size, done = self._position.get("group_size"), self._position.get("done", 0)
+            sampler = LengthGroupedSampler(lengths, *place, group_size, done)
+            # Worker processes ask for the first rows before Lightning tells the sampler the epoch.
+            sampler.set_epoch(self._position.get("epoch", 0))
+            self._train_sampler = sampler
+        else:
+            sampler = LengthGroupedSampler(lengths, *place)
         return DataLoader(
-            cast(Dataset[EncodedRow], rows),
+            PaddedRows(rows),
             batch_size,
             sampler=sampler,
             num_workers=self.num_workers,

@@ -26,6 +26,8 @@ def initialise(plain, gamma):
         record=SimpleNamespace(init=None),
     )
     trainer = SimpleNamespace(
+        global_rank=0,
+        world_size=1,
         datamodule=SimpleNamespace(gradient_batches=lambda *_: batches),
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
     )

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from app import one_step
+from app import gradient_store
 from app.adapters import LoraSettings, add_lora, lora_pairs
 from app.gradient import ExactGradient
 from app.loss import summed_loss, supervised_logits
@@ -38,7 +38,7 @@ def observed(smollm2_dir):
             sums.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one_step, "ExactGradient", Kept)
+        patch.setattr(gradient_store, "ExactGradient", Kept)
         exact = one_step_gradients(model, base, pairs, batches, RANK, Estimator("exact"))
     sketch = one_step_gradients(model, base, pairs, batches, RANK, Estimator())
     gradients = {p.name: s.total.div_(exact.tokens) for p, s in zip(pairs, sums, strict=True)}
@@ -130,6 +130,8 @@ def test_a_small_initial_step_lowers_the_loss(observed, monkeypatch):
         record=SimpleNamespace(init=None),
     )
     trainer = SimpleNamespace(
+        global_rank=0,
+        world_size=1,
         datamodule=SimpleNamespace(gradient_batches=lambda *_: observed.batches),
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
     )

@@ -198,12 +198,16 @@ def test_a_layer_without_gradient_keeps_the_usual_start(tiny_llama, monkeypatch)
     pairs = lora_pairs(model)
     usual = [(p.lora_A.clone(), p.lora_B.clone()) for p in pairs]
     estimates = zero_and_full_estimates(pairs)
-    result = SimpleNamespace(estimates=estimates, loss=1.0, tokens=2, seconds=0.0, peak_bytes=0)
+    result = SimpleNamespace(
+        estimates=estimates, loss=1.0, tokens=2, seconds=0.0, peak_bytes=[0], sent_bytes=[0]
+    )
     monkeypatch.setattr("callbacks.lora_one_init.one_step_gradients", lambda *_, **__: result)
     module = SimpleNamespace(
         model=model, base=None, lora_pairs=lambda: pairs, record=SimpleNamespace(init=None)
     )
     trainer = SimpleNamespace(
+        global_rank=0,
+        world_size=1,
         datamodule=SimpleNamespace(gradient_batches=lambda *_: []),
         precision_plugin=SimpleNamespace(forward_context=None),
     )

@@ -1,0 +1,313 @@
+"""Keep every layer's gradient while it is observed, on one process or spread over many.
+
+Several processes each see their share of the samples. A layer has one owner, the process that in the
+end holds its sum over all processes and decomposes it; then everybody gets every layer's estimate.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from app.gradient import ExactGradient, GradientEstimate, SketchedGradient
+from app.processes import rank, world_size
+from app.spectral_init import SVD
+
+BUCKET_NUMBERS = 2**24
+"""Float32 numbers that are summed over processes together: 64 MiB, or one layer if that is larger."""
+
+
+class Layer(NamedTuple):
+    """A layer's name and the shape (m, n) of its gradient."""
+
+    name: str
+    m: int
+    n: int
+
+
+class GradientStore(Protocol):
+    """Takes the (x, delta) stream of all layers, over one or more passes through the same samples."""
+
+    sent_bytes: int
+
+    def update(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
+        """Add delta^T x to a layer; finite only if x and delta are."""
+
+    def end_batch(self) -> None:
+        """Finish a micro-batch; every process does so equally often."""
+
+    def next_pass(self) -> None:
+        """Prepare for one more pass over the same samples."""
+
+    def estimates(self, rank_wanted: int, scale: float) -> dict[str, GradientEstimate]:
+        """Return all layers' estimates, the same on every process, multiplied by `scale`."""
+
+
+class ExactStore:
+    """The whole gradient of each layer, float32, on one process only: its owner.
+
+    Neighbouring layers form buckets. A bucket of products delta^T x is summed to its owner as soon as
+    the backward pass has been through its layers, so that a process holds its own sums and the buckets
+    under way, and never all gradients.
+
+    Args:
+        layers: The layers in module order, the same on every process.
+        device: Where sums live.
+    """
+
+    def __init__(self, layers: Sequence[Layer], device: torch.device) -> None:
+        self.layers = {layer.name: layer for layer in layers}
+        self.device = device
+        self.sent_bytes = 0
+        self.buckets = _buckets(layers, world_size())
+        self.bucket_of = {
+            layer.name: i for i, (_, members) in enumerate(self.buckets) for layer in members
+        }
+        self.sums = {
+            layer.name: ExactGradient(layer.m, layer.n, device)
+            for owner, members in self.buckets
+            if owner == rank()
+            for layer in members
+        }
+        self._staged: dict[int, dict[str, Tensor]] = {}
+        self._flat: dict[int, Tensor] = {}
+        self._waiting: dict[int, set[str]] = {}
+
+    def update(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
+        """Add delta^T x, here or, with several processes, to the bucket under way."""
+        if world_size() == 1:
+            return self.sums[name].update(x, delta)
+        bucket = self.bucket_of[name]
+        if bucket not in self._staged:
+            self._stage(bucket)
+        x, delta = x.float(), delta.float()
+        self._staged[bucket][name].addmm_(delta.T, x)
+        self._waiting[bucket].discard(name)
+        if not self._waiting[bucket]:
+            self._send(bucket)
+        return x.sum() + delta.sum()
+
+    def _stage(self, bucket: int) -> None:
+        members = self.buckets[bucket][1]
+        flat = torch.zeros(sum(m * n for _, m, n in members), device=self.device)
+        parts = flat.split([m * n for _, m, n in members])
+        self._flat[bucket] = flat
+        self._staged[bucket] = {
+            layer.name: part.view(layer.m, layer.n)
+            for layer, part in zip(members, parts, strict=True)
+        }
+        self._waiting[bucket] = {layer.name for layer in members}
+
+    def _send(self, bucket: int) -> None:
+        owner, staged = self.buckets[bucket][0], self._staged.pop(bucket)
+        flat = self._flat.pop(bucket)
+        del self._waiting[bucket]
+        dist.reduce(flat, dst=owner)
+        if owner == rank():
+            for name, part in staged.items():
+                self.sums[name].total += part
+        else:
+            self.sent_bytes += flat.nbytes
+
+    def end_batch(self) -> None:
+        """Send the buckets that the backward pass left incomplete, or entered once more."""
+        for bucket in sorted(self._staged):
+            self._send(bucket)
+
+    def next_pass(self) -> None:
+        """Refuse: one pass is already exact."""
+        raise RuntimeError("the exact estimator needs one pass")
+
+    def estimates(self, rank_wanted: int, scale: float) -> dict[str, GradientEstimate]:
+        """Decompose the own layers and share the results."""
+        mine = {name: found.estimate(rank_wanted, scale) for name, found in self.sums.items()}
+        owners = {layer.name: owner for owner, members in self.buckets for layer in members}
+        widths = dict.fromkeys(owners, rank_wanted)
+        return _share(mine, list(self.layers.values()), owners, widths, self)
+
+
+class SketchStore:
+    """A sketch of each layer on every process, of its own samples; merged by the layer's owner.
+
+    Args:
+        layers: The layers in module order, the same on every process.
+        width: Columns of a sketch.
+        device: Where sketches live.
+        generator: Makes a layer's generator from its name, the same on every process: the probes have to
+            agree.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        width: int,
+        device: torch.device,
+        generator: Callable[[str], torch.Generator],
+    ) -> None:
+        self.layers = list(layers)
+        self.device = device
+        self.sent_bytes = 0
+        self.kept = {
+            layer.name: SketchedGradient(layer.m, layer.n, width, device, generator(layer.name))
+            for layer in layers
+        }
+        # Spread by the cost of the merge, which grows with m + n.
+        loads = [0] * world_size()
+        self.owners = {}
+        for layer in layers:
+            self.owners[layer.name] = loads.index(min(loads))
+            loads[self.owners[layer.name]] += layer.m + layer.n
+
+    def update(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
+        """Take one micro-batch of (x, delta) into the layer's sketch."""
+        return self.kept[name].update(x, delta)
+
+    def end_batch(self) -> None:
+        """Do nothing: the processes meet after a pass."""
+
+    def next_pass(self) -> None:
+        """Give every process the merged sketches, and start the next half step from them."""
+        if world_size() > 1:
+            self._merge()
+            names = [layer.name for layer in self.layers]
+            owned = [[self.kept[n].left, self.kept[n].right] for n in names]
+            for parts, name in zip(_everyone(owned, names, self.owners, self), names, strict=True):
+                self.kept[name].left, self.kept[name].right = parts
+        for accumulator in self.kept.values():
+            accumulator.next_pass()
+
+    def _merge(self) -> None:
+        """Send each layer's sketches to its owner, who adds them up."""
+        names = [layer.name for layer in self.layers]
+        per_owner = [[n for n in names if self.owners[n] == o] for o in range(world_size())]
+        packed = [
+            torch.cat([t.reshape(-1) for n in group for t in self.kept[n].partial()])
+            if group
+            else torch.empty(0, device=self.device)
+            for group in per_owner
+        ]
+        mine = per_owner[rank()]
+        size = packed[rank()].numel()
+        received = torch.empty(size * world_size(), device=self.device)
+        dist.all_to_all_single(
+            received, torch.cat(packed), [size] * world_size(), [p.numel() for p in packed]
+        )
+        self.sent_bytes += 4 * sum(p.numel() for o, p in enumerate(packed) if o != rank())
+        if not mine:
+            return
+        shapes = [t.shape for n in mine for t in self.kept[n].partial()]
+        partials = [_unpack(part, shapes) for part in received.split(size)]
+        for i, name in enumerate(mine):
+            count = len(self.kept[name].partial())
+            self.kept[name].merge([parts[i * count : (i + 1) * count] for parts in partials])
+
+    def estimates(self, rank_wanted: int, scale: float) -> dict[str, GradientEstimate]:
+        """Merge, decompose the own layers and share the results."""
+        if world_size() > 1:
+            self._merge()
+        mine = {
+            name: found.estimate(rank_wanted, scale)
+            for name, found in self.kept.items()
+            if self.owners[name] == rank()
+        }
+        widths = {name: found.left.shape[1] for name, found in self.kept.items()}
+        return _share(mine, self.layers, self.owners, widths, self)
+
+
+def _buckets(layers: Sequence[Layer], processes: int) -> list[tuple[int, list[Layer]]]:
+    """Group neighbouring layers, last first as the backward pass meets them, and give each an owner."""
+    groups: list[list[Layer]] = []
+    share = sum(m * n for _, m, n in layers) // processes
+    limit = min(BUCKET_NUMBERS, max(share, 1))
+    size = limit
+    for layer in reversed(layers):
+        if size + layer.m * layer.n > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(layer)
+        size += layer.m * layer.n
+    loads = [0] * processes
+    owned = []
+    for group in groups:
+        owner = loads.index(min(loads))
+        loads[owner] += sum(m * n for _, m, n in group)
+        owned.append((owner, group))
+    return owned
+
+
+def _unpack(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    parts = flat.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _everyone(
+    tensors: list[list[Tensor]],
+    names: Sequence[str],
+    owners: dict[str, int],
+    store: "ExactStore | SketchStore",
+) -> list[list[Tensor]]:
+    """Give every process the owners' tensors, in one gather of flat buffers.
+
+    Args:
+        tensors: For each name its tensors; only the owner's values matter, everybody's shapes agree.
+        names: The layers, in the same order everywhere.
+        owners: Who owns which.
+        store: Counts the bytes.
+    """
+    shapes = [[t.shape for t in group] for group in tensors]
+    sizes = [0] * world_size()
+    for name, group in zip(names, shapes, strict=True):
+        sizes[owners[name]] += sum(shape.numel() for shape in group)
+    flat = torch.zeros(max(sizes), device=store.device)
+    mine = [
+        t.reshape(-1).float()
+        for n, g in zip(names, tensors, strict=True)
+        if owners[n] == rank()
+        for t in g
+    ]
+    if mine:
+        own = torch.cat(mine)
+        flat[: len(own)] = own
+    gathered = [torch.empty_like(flat) for _ in range(world_size())]
+    dist.all_gather(gathered, flat)
+    store.sent_bytes += flat.nbytes * (world_size() - 1)
+    at = [0] * world_size()
+    result = []
+    for name, group in zip(names, shapes, strict=True):
+        owner, parts = owners[name], []
+        for shape in group:
+            parts.append(gathered[owner][at[owner] : at[owner] + shape.numel()].view(shape))
+            at[owner] += shape.numel()
+        result.append(parts)
+    return result
+
+
+def _share(
+    mine: dict[str, GradientEstimate],
+    layers: Sequence[Layer],
+    owners: dict[str, int],
+    widths: dict[str, int],
+    store: "ExactStore | SketchStore",
+) -> dict[str, GradientEstimate]:
+    """Give every process all estimates."""
+    if world_size() == 1:
+        return {layer.name: mine[layer.name] for layer in layers}
+    tensors = []
+    for name, m, n in layers:
+        if name in mine:
+            e = mine[name]
+            numbers = [e.norm, e.captured_energy, e.rank_error]
+            told = torch.tensor(numbers, dtype=torch.float32, device=store.device)
+            tensors.append([*e.svd, told])
+        else:
+            k = widths[name]
+            shapes = ((m, k), (k,), (n, k), (3,))
+            tensors.append([torch.empty(shape, device="meta") for shape in shapes])
+    names = [layer.name for layer in layers]
+    shared = _everyone(tensors, names, owners, store)
+    return {
+        name: GradientEstimate(SVD(U, S, V), *told.tolist())
+        for name, (U, S, V, told) in zip(names, shared, strict=True)
+    }

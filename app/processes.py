@@ -1,0 +1,50 @@
+"""What the processes of a run tell each other; with one process, nothing."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number, 0 to world_size - 1."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Add a tensor up over all processes, in place; every process gets the sum."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_in_one_buffer(tensors: list[Tensor]) -> None:
+    """Add each tensor up over all processes, in place, with one collective for each dtype.
+
+    Args:
+        tensors: The same list of shapes on every process.
+    """
+    if world_size() == 1:
+        return
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in group])
+        torch._foreach_copy_(group, [p.view_as(t) for p, t in zip(parts, group, strict=True)])
+
+
+def gather_numbers(number: int, device: torch.device) -> list[int]:
+    """Return every process's number, in the order of the processes."""
+    told = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    told[rank()] = number
+    return sum_over_processes(told).tolist()
+
+
+def agree(flag: bool, device: torch.device) -> bool:
+    """Return whether the flag is set on any process."""
+    return bool(sum_over_processes(torch.tensor(float(flag), device=device)) > 0)
