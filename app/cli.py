@@ -25,6 +25,7 @@ from app.errors import InputError
 from app.export import export_command
 from app.module import LoraModule
 from app.parser import Parser, PlainHelp, causes
+from app.processes import leave
 from app.progress import on_terminal
 from app.run_folder import (
     ADAPTER_FOLDER,
@@ -96,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 2
     else:
         status = 0
+        leave()
     finally:
         _finish_wandb(status)
     return status
@@ -118,6 +120,7 @@ def _silence() -> None:
         "`is_gradient_checkpointing` is deprecated",
         "`gradient_checkpointing_enable` is deprecated",
         r"`isinstance\(treespec, LeafSpec\)`",
+        "It is recommended to use `self.log",  # what is logged has been reduced over processes already
     ):
         warnings.filterwarnings("ignore", message=inside)
 
@@ -189,7 +192,7 @@ class RunConfig(SaveConfigCallback):
         """Write `config.yaml` when fitting starts."""
         if stage != "fit" or not trainer.loggers:
             return
-        folder = Path(str(trainer.log_dir))
+        folder = Path(str(trainer.loggers[0].log_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(
             self.config,

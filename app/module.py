@@ -33,7 +33,7 @@ from app.pretrained import (
     model_fingerprint,
     resolve_model,
 )
-from app.processes import sum_over_processes, world_size
+from app.processes import rank, sum_over_processes, world_size
 from app.run_record import RunRecord
 from app.sharding import Fsdp2Strategy
 
@@ -96,7 +96,7 @@ class LoraModule(LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._config: PreTrainedConfig | None = None
         self.model: nn.Module | None = None
-        self._step_tokens: list[Tensor] = []
+        self._step_sums: list[Tensor] = []  # (loss, tokens) of each batch since the last step
 
     @property
     def source(self) -> ModelSource:
@@ -155,6 +155,8 @@ class LoraModule(LightningModule):
             base.enable_input_require_grads()
         if self._sharded:
             self.trainer.strategy.shard(self.model)  # type: ignore[attr-defined]
+        # The adapter is drawn alike everywhere; dropout is not.
+        torch.manual_seed(torch.initial_seed() + rank())
         # Checkpoints load in evaluation mode and Lightning leaves modes alone: dropout belongs to training.
         self.model.train()
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -208,29 +210,29 @@ class LoraModule(LightningModule):
         found = self.supervised_logits(batch)
         loss = summed_loss(found)
         tokens = loss.new_tensor(found.labels.numel())
-        whole_loss, whole_tokens = sum_over_processes(torch.stack([loss.detach(), tokens])).unbind()
-        mean = whole_loss / whole_tokens
-        if not torch.isfinite(mean):
+        whole = sum_over_processes(torch.stack([loss.detach(), tokens]))
+        if not torch.isfinite(whole[0]):
             raise InputError(
-                f"the loss is {float(mean)} in batch {batch_idx} of epoch {self.current_epoch} "
+                f"the loss is {float(whole[0] / whole[1])} in batch {batch_idx} of epoch {self.current_epoch} "
                 f"(training rows {batch['index'].tolist()}): lower model.optimizer.lr, set "
                 "trainer.gradient_clip_val, or use a wider precision (model.dtype, trainer.precision)"
             )
-        self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["index"]))
-        self._step_tokens.append(whole_tokens)
+        self._step_sums.append(whole)
         # DDP takes the mean over processes, and Lightning that over accumulated batches.
         averaged = isinstance(self.trainer.strategy, DDPStrategy)
         scale = (world_size() if averaged else 1) * self.trainer.accumulate_grad_batches
-        return loss * (scale / self._step_tokens[0])
+        return loss * (scale / self._step_sums[0][1])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the gradients those of the token mean; refuse to step on one that is not finite."""
+        """Make the gradients those of the token mean, log it; refuse to step on one that is not finite."""
         parameters = [p for p in self.parameters() if p.grad is not None]
         if self._sharded:
             self.trainer.strategy.reduce_gradients(parameters)  # type: ignore[attr-defined]
-        tokens, self._step_tokens = self._step_tokens, []
-        if len(tokens) > 1:
-            factor = tokens[0] / torch.stack(tokens).sum()
+        first, (loss, tokens) = self._step_sums[0], torch.stack(self._step_sums).sum(dim=0)
+        self._step_sums = []
+        self.log("train/loss", loss / tokens, prog_bar=True)
+        if first[1] != tokens:
+            factor = first[1] / tokens
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # the scaler of float16 overflows on purpose, and skips such steps itself

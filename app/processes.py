@@ -1,5 +1,7 @@
 """What the processes of a run tell each other; with one process, nothing."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +15,21 @@ def world_size() -> int:
 def rank() -> int:
     """Return this process's number, 0 to world_size - 1."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_first_process() -> bool:
+    """Return whether this is the first process of the run, also before the processes have met.
+
+    Launchers say so in the environment: torchrun by RANK, Slurm by SLURM_PROCID, Lightning by NODE_RANK
+    and LOCAL_RANK.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    for names in (("RANK",), ("NODE_RANK", "LOCAL_RANK"), ("SLURM_PROCID",)):
+        told = [os.environ[name] for name in names if name in os.environ]
+        if told:
+            return not any(map(int, told))
+    return True
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
@@ -48,3 +65,10 @@ def gather_numbers(number: int, device: torch.device) -> list[int]:
 def agree(flag: bool, device: torch.device) -> bool:
     """Return whether the flag is set on any process."""
     return bool(sum_over_processes(torch.tensor(float(flag), device=device)) > 0)
+
+
+def leave() -> None:
+    """End the talk with the other processes, if there was any; all of them do."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
+from app.processes import rank
+
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -19,6 +21,9 @@ def on_terminal() -> bool:
 
 def track(items: Sequence[T], label: str) -> Iterator[T]:
     """Yield the items and show the progress under `label`."""
+    if rank() > 0:
+        yield from items
+        return
     if on_terminal():
         yield from tqdm(items, desc=label, leave=False, dynamic_ncols=True)
         return

@@ -9,6 +9,7 @@ from typing import Literal
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from app.errors import InputError
+from app.processes import is_first_process
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
@@ -43,11 +44,13 @@ def make_loggers(settings: OutputSettings) -> list[Logger]:
         settings: Where to write. The folder's number is the first free one.
 
     Returns:
-        The CSV logger first: its `log_dir` is the run folder.
+        The CSV logger first: its `log_dir` is the run folder. Only the first process has one.
 
     Raises:
         InputError: If the folder cannot be written.
     """
+    if not is_first_process():
+        return []
     folder = _new_folder(Path(settings.root) / settings.name)
     table = CSVLogger(settings.root, name=settings.name, version=folder.name)
     loggers: list[Logger] = [table]

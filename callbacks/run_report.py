@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from app.adapters import lora_pairs, save_adapter
 from app.errors import InputError
 from app.plots import read_metrics, write_plots
+from app.processes import sum_over_processes
 from app.run_folder import ADAPTER_FOLDER, CONFIG_FILE, SUMMARY_FILE
 
 
@@ -26,6 +28,7 @@ class RunReport(Callback):
         self.seed = seed
         self._start = self._paused = self._pause = 0.0
         self._samples = 0
+        self._counts: list[torch.Tensor] = []
         self._first_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -37,7 +40,7 @@ class RunReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the samples."""
-        self._samples += len(batch["index"]) * trainer.world_size
+        self._counts.append((batch["index"] >= 0).sum())  # without padding rows
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock while validating."""
@@ -50,6 +53,8 @@ class RunReport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Record how long training took, before the final scores."""
         seconds = time.perf_counter() - self._start - self._paused
+        if self._counts:
+            self._samples += int(sum_over_processes(torch.stack(self._counts).sum()))
         pl_module.record.train = {
             "steps": trainer.global_step - self._first_step,
             "seconds": seconds,
@@ -67,7 +72,7 @@ class RunReport(Callback):
         """Remove the folder of a run that a wrong setting ended before anything was measured."""
         measured = pl_module.record.metrics  # type: ignore[union-attr]
         if isinstance(exception, InputError) and trainer.loggers and not measured:
-            folder = Path(str(trainer.log_dir))
+            folder = Path(str(trainer.loggers[0].log_dir))
             config = folder / CONFIG_FILE
             if folder.is_dir() and set(folder.iterdir()) <= {config}:
                 config.unlink(missing_ok=True)
@@ -79,7 +84,7 @@ class RunReport(Callback):
         if not trainer.loggers:  # trainer.fast_dev_run logs nowhere
             rank_zero_info(f"\n{record.score_table()}")
             return
-        folder = Path(str(trainer.log_dir))
+        folder = Path(str(trainer.loggers[0].log_dir))
         record.seed = self.seed
         record.data = trainer.datamodule.describe()  # type: ignore[attr-defined]
         for logger in trainer.loggers:

@@ -1,0 +1,145 @@
+"""One process, DDP and FSDP2 train alike: same gradient, same start, same losses, same scores."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests.distributed.worker import keep_from_now_on
+
+STRATEGIES = ("ddp", "fsdp")
+STEPS = 20
+
+
+def arguments(tiny_run, model, root, batch_size, *more):
+    """Return the options of a run whose sizes nothing divides."""
+    return [
+        "fit",
+        f"--config={tiny_run}",
+        f"--model.name={model}",
+        f"--trainer.max_steps={STEPS}",
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.gradient_clip_val=0.5",
+        "--trainer.accelerator=cpu",
+        f"--data.batch_size={batch_size}",
+        "--data.validation_size=17",
+        "--init.num_samples=13",
+        "--init.estimator.kind=exact",
+        "--init.gamma=32",
+        f"--output.root={root}",
+        *more,
+    ]
+
+
+def losses(root):
+    """Return the training losses of the only run below a folder."""
+    (folder,) = (root / "tiny").iterdir()
+    with (folder / "metrics.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return [float(row["train/loss"]) for row in rows if row.get("train/loss")]
+
+
+def summary(root):
+    (folder,) = (root / "tiny").iterdir()
+    return json.loads((folder / "summary.json").read_text())
+
+
+def relative(found, wanted):
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def assert_alike(root, alone, processes):
+    """Compare a run on several processes with that on one."""
+    kept, reference = root / "kept", alone / "kept"
+    shares = [torch.load(kept / f"gradients_{rank}.pt") for rank in range(processes)]
+    assert all(shares), "every process owns layers"
+    gradients = {name: value for share in shares for name, value in share.items()}
+    wanted = torch.load(reference / "gradients_0.pt")
+    assert gradients.keys() == wanted.keys()
+    assert sum(map(len, shares)) == len(wanted)
+    for name, gradient in wanted.items():
+        assert relative(gradients[name], gradient) < 1e-5
+    start = [torch.load(kept / f"factors_{rank}.pt") for rank in range(processes)]
+    trained = [torch.load(kept / f"trained_{rank}.pt") for rank in range(processes)]
+    for moments in (start, trained):
+        for name, factors in moments[0].items():
+            for other in moments[1:]:
+                assert all(map(torch.equal, factors, other[name])), "the same on every process"
+    for name, (lora_A, lora_B) in torch.load(reference / "factors_0.pt").items():
+        found_A, found_B = start[0][name]
+        assert relative(found_B @ found_A, lora_B @ lora_A) < 1e-4
+    assert losses(root) == pytest.approx(losses(alone), rel=1e-4)
+    assert len(losses(root)) == STEPS
+    found, wanted = summary(root), summary(alone)
+    for moment, scores in wanted["metrics"].items():
+        assert found["metrics"][moment] == pytest.approx(scores, rel=1e-4), moment
+    assert found["train"]["samples"] == wanted["train"]["samples"]
+    assert len(found["init"]["peak_bytes"]) == processes
+
+
+@pytest.fixture(scope="session")
+def models_without_dropout(tmp_path_factory, run_models, tiny_t5, tiny_gpt2):
+    """Return a folder with `llama`, `t5` and `gpt2`: dropout is each process's own."""
+    folder = tmp_path_factory.mktemp("parity")
+    shutil.copytree(run_models, folder, dirs_exist_ok=True)
+    tiny_t5(dropout_rate=0.0).save_pretrained(folder / "t5")
+    tiny_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).save_pretrained(folder / "gpt2")
+    return folder
+
+
+@pytest.mark.parametrize("model", ["llama", "t5", "gpt2"])
+def test_tiny_models(
+    model, tiny_run, models_without_dropout, command, torchrun, tmp_path, monkeypatch
+):
+    run_models = models_without_dropout
+    alone = tmp_path / "alone"
+    keep_from_now_on(alone / "kept", monkeypatch.setattr)
+    assert command(*arguments(tiny_run, run_models / model, alone, 8)) == 0
+    jobs = []
+    for strategy in STRATEGIES:
+        root = tmp_path / strategy
+        options = (f"--config=strategies/{strategy}.yaml", "--trainer.devices=2")
+        argv = arguments(tiny_run, run_models / model, root, 4, *options)
+        jobs.append({"argv": argv, "keep": str(root / "kept")})
+    torchrun(jobs)
+    for strategy in STRATEGIES:
+        assert_alike(tmp_path / strategy, alone, 2)
+
+
+@pytest.mark.smollm2
+def test_smollm2(smollm2_dir, command, torchrun, tmp_path, monkeypatch):
+    def argv(root, batch_size, *more):
+        return [
+            "fit",
+            "--config=quickstart.yaml",
+            f"--model.name={smollm2_dir}",
+            f"--trainer.max_steps={STEPS}",
+            "--trainer.accumulate_grad_batches=2",
+            "--trainer.gradient_clip_val=0.5",
+            "--trainer.accelerator=cpu",
+            f"--data.batch_size={batch_size}",
+            "--model.optimizer.lr=1e-4",  # higher ones amplify the rounding of sums beyond the tolerance
+            "--data.validation_size=11",
+            "--init.num_samples=5",
+            "--init.micro_batch_size=2",
+            "--init.estimator.kind=exact",
+            "--output.wandb=disabled",
+            "--output.name=tiny",
+            f"--output.root={root}",
+            *more,
+        ]
+
+    alone = tmp_path / "alone"
+    with monkeypatch.context() as patch:
+        keep_from_now_on(alone / "kept", patch.setattr)
+        assert command(*argv(alone, 2)) == 0
+    jobs = []
+    for strategy in STRATEGIES:
+        root = tmp_path / strategy
+        options = (f"--config=strategies/{strategy}.yaml", "--trainer.devices=2")
+        jobs.append({"argv": argv(root, 1, *options), "keep": str(root / "kept")})
+    torchrun(jobs)
+    for strategy in STRATEGIES:
+        assert_alike(tmp_path / strategy, alone, 2)

@@ -1,0 +1,78 @@
+"""Run commands of the project on the processes that torchrun starts, and keep what tests compare.
+
+    torchrun --nproc_per_node 2 worker.py JOBS.json
+
+JOBS.json is a list of {"argv": [...], "keep": FOLDER}. All jobs run in one start of the processes, since
+importing Lightning takes longer than a tiny run. FOLDER gets `gradients_RANK.pt` (this process's sums, as
+the mean over tokens), `factors_RANK.pt` (after the initialisation) and `trained_RANK.pt`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+import app.cli
+import callbacks.run_report
+from app.cli import LoraCLI, main
+from app.gradient_store import ExactStore
+from app.processes import rank
+
+
+def keep_from_now_on(folder: Path, patch=setattr) -> None:
+    """Write what tests compare into a folder, from the runs that follow.
+
+    Args:
+        folder: Made if absent.
+        patch: How to replace an attribute; pytest's undoes it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    estimates = ExactStore.estimates
+
+    def watched(store, rank_wanted, scale):
+        sums = {name: scale * found.total for name, found in store.sums.items()}
+        torch.save(sums, folder / f"gradients_{rank()}.pt")
+        return estimates(store, rank_wanted, scale)
+
+    def factors(module):
+        pairs = module.lora_pairs()
+        return {p.name: (p.lora_A.detach().clone(), p.lora_B.detach().clone()) for p in pairs}
+
+    class Keep(Callback):
+        """Writes the factors when the initialisation is done and when training is."""
+
+        def on_train_start(self, trainer, pl_module):
+            torch.save(factors(pl_module), folder / f"factors_{rank()}.pt")
+
+        def on_train_end(self, trainer, pl_module):
+            torch.save(factors(pl_module), folder / f"trained_{rank()}.pt")
+
+    original = LoraCLI.instantiate_trainer
+
+    def with_keeper(cli, **options):
+        trainer = original(cli, **options)
+        trainer.callbacks.append(Keep())
+        return trainer
+
+    patch(ExactStore, "estimates", watched)
+    patch(LoraCLI, "instantiate_trainer", with_keeper)
+
+
+def run(jobs: list[dict]) -> None:
+    """Run each job; stop at the first that fails."""
+    leave, app.cli.leave = app.cli.leave, lambda: None  # one meeting of the processes for all jobs
+    callbacks.run_report.write_plots = lambda *_: []
+    untouched = ExactStore.estimates, LoraCLI.instantiate_trainer
+    for job in jobs:
+        ExactStore.estimates, LoraCLI.instantiate_trainer = untouched
+        keep_from_now_on(Path(job["keep"]))
+        status = main(job["argv"])
+        if status != 0:
+            sys.exit(status)
+    leave()
+
+
+if __name__ == "__main__":
+    run(json.loads(Path(sys.argv[1]).read_text()))
