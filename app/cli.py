@@ -2,13 +2,14 @@
 
 import difflib
 import logging
+import os
 import pickle
 import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import set_parsing_settings
@@ -23,9 +24,10 @@ import data_modules.glue
 import data_modules.movie_reviews  # noqa: F401
 from app.errors import InputError
 from app.export import export_command
+from app.heartbeat import lost_contact, silent_processes
 from app.module import LoraModule
 from app.parser import Parser, PlainHelp, causes
-from app.processes import leave
+from app.processes import leave, world_size
 from app.progress import on_terminal
 from app.run_folder import (
     ADAPTER_FOLDER,
@@ -35,6 +37,7 @@ from app.run_folder import (
     make_loggers,
 )
 from callbacks.lora_one_init import LoraOneInit
+from callbacks.meeting import Meeting
 from callbacks.plain_progress import PlainProgress
 from callbacks.run_report import RunReport
 from callbacks.score_at import ScoreAt
@@ -67,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     _silence()
     status = 1
+    lost: RuntimeError | None = None
     try:
         if arguments[0] == "export":
             export_command(arguments[1:])
@@ -95,12 +99,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {told}", file=sys.stderr)
         status = 2
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        lost = error
     else:
         status = 0
         leave()
     finally:
         _finish_wandb(status)
+    if lost is not None:
+        _leave_without(lost)
     return status
+
+
+def _leave_without(lost: RuntimeError) -> NoReturn:
+    """Say which process is gone, and end this one without waiting for it."""
+    silent = silent_processes()
+    who = f"process {', '.join(map(str, silent))}" if silent else "another process"
+    print(
+        f"error: {who} of {world_size()} does not answer any more ({str(lost).splitlines()[0]}). "
+        "Look at what it printed last; `--ckpt_path last` goes on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)  # leaving in order would wait for it
 
 
 def _finish_wandb(status: int) -> None:
@@ -269,11 +292,17 @@ class LoraCLI(LightningCLI):
         parser.add_class_arguments(OutputSettings, "output")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
+    def _settings(self) -> str:
+        """Return the resolved configuration as YAML."""
+        return str(
+            self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)
+        )
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with the run's loggers and the project's callbacks."""
         init = self._get(self.config_init, "init")
         output = self._get(self.config_init, "output")
-        extra: list[Callback] = []
+        extra: list[Callback] = [Meeting(self._settings())]
         if self._get(self.config_init, "trainer")["enable_progress_bar"] is not False:
             extra.append(TQDMProgressBar() if on_terminal() else PlainProgress())
         own = self._get(self.config_init, "trainer")["logger"]

@@ -155,8 +155,9 @@ class LoraModule(LightningModule):
             base.enable_input_require_grads()
         if self._sharded:
             self.trainer.strategy.shard(self.model)  # type: ignore[attr-defined]
-        # The adapter is drawn alike everywhere; dropout is not.
-        torch.manual_seed(torch.initial_seed() + rank())
+        if rank() > 0:
+            # The adapter was drawn alike everywhere; dropout is each process's own.
+            torch.manual_seed(torch.initial_seed() + rank())
         # Checkpoints load in evaluation mode and Lightning leaves modes alone: dropout belongs to training.
         self.model.train()
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

@@ -14,7 +14,7 @@ WORKER = Path(__file__).with_name("worker.py")
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Return `torchrun(jobs, processes=2)`, which runs the worker's jobs and returns its output."""
+    """Return `torchrun(jobs, ...)`, which runs the worker's jobs and returns status and output."""
 
     def run(jobs, processes=2, timeout=600):
         file = tmp_path / "jobs.json"
@@ -28,8 +28,6 @@ def torchrun(tmp_path):
             timeout=timeout,
             check=False,
         )
-        told = done.stdout + done.stderr
-        assert done.returncode == 0, told[-6000:]
-        return told
+        return done.returncode, done.stdout + done.stderr
 
     return run

@@ -103,9 +103,50 @@ def test_tiny_models(
         options = (f"--config=strategies/{strategy}.yaml", "--trainer.devices=2")
         argv = arguments(tiny_run, run_models / model, root, 4, *options)
         jobs.append({"argv": argv, "keep": str(root / "kept")})
-    torchrun(jobs)
+    status, told = torchrun(jobs)
+    assert status == 0, told[-6000:]
     for strategy in STRATEGIES:
         assert_alike(tmp_path / strategy, alone, 2)
+
+
+VARIANTS = {
+    "recomputed": ["--model.gradient_checkpointing=true"],
+    "offloaded": ["--trainer.strategy.cpu_offload=true"],
+    "kept": ["--trainer.strategy.reshard_after_forward=false"],
+    "sketched": ["--init.estimator.kind=sketch"],
+    "sketched_3": ["--init.estimator.kind=sketch", "--init.estimator.passes=3"],
+    "bfloat16": ["--trainer.strategy.param_dtype=bfloat16"],
+}
+
+
+def test_options_of_fsdp(
+    tiny_run, models_without_dropout, command, torchrun, tmp_path, monkeypatch
+):
+    """They change memory and speed, and the sketch and 16 bits the result within their error."""
+    model, alone = models_without_dropout / "llama", tmp_path / "alone"
+    keep_from_now_on(alone / "kept", monkeypatch.setattr)
+    assert command(*arguments(tiny_run, model, alone, 8)) == 0
+    jobs = []
+    for name, options in VARIANTS.items():
+        root = tmp_path / name
+        strategy = ("--config=strategies/fsdp.yaml", "--trainer.devices=2")
+        argv = arguments(tiny_run, model, root, 4, *strategy, *options)
+        jobs.append({"argv": argv, "keep": str(root / "kept")})
+    status, told = torchrun(jobs)
+    assert status == 0, told[-6000:]
+    for name in ("recomputed", "offloaded", "kept"):
+        assert_alike(tmp_path / name, alone, 2)
+    wanted = torch.load(alone / "kept" / "factors_0.pt")
+    for name, limit in (("sketched", 0.05), ("sketched_3", 0.005), ("bfloat16", 0.1)):
+        start = [torch.load(tmp_path / name / "kept" / f"factors_{rank}.pt") for rank in (0, 1)]
+        errors = []
+        for layer, (lora_A, lora_B) in wanted.items():
+            assert all(map(torch.equal, start[0][layer], start[1][layer]))
+            found_A, found_B = start[0][layer]
+            errors.append(relative(found_B @ found_A, lora_B @ lora_A))
+        print(name, sum(errors) / len(errors), max(errors))
+        assert sum(errors) / len(errors) < limit
+        assert losses(tmp_path / name) == pytest.approx(losses(alone), rel=0.02)
 
 
 @pytest.mark.smollm2
@@ -140,6 +181,7 @@ def test_smollm2(smollm2_dir, command, torchrun, tmp_path, monkeypatch):
         root = tmp_path / strategy
         options = (f"--config=strategies/{strategy}.yaml", "--trainer.devices=2")
         jobs.append({"argv": argv(root, 1, *options), "keep": str(root / "kept")})
-    torchrun(jobs)
+    status, told = torchrun(jobs)
+    assert status == 0, told[-6000:]
     for strategy in STRATEGIES:
         assert_alike(tmp_path / strategy, alone, 2)

@@ -2,12 +2,15 @@
 
     torchrun --nproc_per_node 2 worker.py JOBS.json
 
-JOBS.json is a list of {"argv": [...], "keep": FOLDER}. All jobs run in one start of the processes, since
-importing Lightning takes longer than a tiny run. FOLDER gets `gradients_RANK.pt` (this process's sums, as
+JOBS.json is a list of {"argv": [...], "keep": FOLDER}, and optionally {"die": [RANK, MOMENT]}: that process
+kills itself when it comes to `gradient`, `training` or `checkpoint`. All jobs run in one start of the
+processes, since importing Lightning takes longer than a tiny run. FOLDER gets `gradients_RANK.pt` (this process's sums, as
 the mean over tokens), `factors_RANK.pt` (after the initialisation) and `trained_RANK.pt`.
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,7 +20,8 @@ from lightning.pytorch import Callback
 import app.cli
 import callbacks.run_report
 from app.cli import LoraCLI, main
-from app.gradient_store import ExactStore
+from app.gradient_store import ExactStore, SketchStore
+from app.module import LoraModule
 from app.processes import rank
 
 
@@ -60,6 +64,16 @@ def keep_from_now_on(folder: Path, patch=setattr) -> None:
     patch(LoraCLI, "instantiate_trainer", with_keeper)
 
 
+def die_at(moment: str, patch=setattr) -> None:
+    """Kill this process, as the kernel would, when it comes to a moment."""
+    owner, name = {
+        "gradient": (SketchStore, "end_batch"),
+        "training": (LoraModule, "on_before_optimizer_step"),
+        "checkpoint": (LoraModule, "on_save_checkpoint"),
+    }[moment]
+    patch(owner, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+
 def run(jobs: list[dict]) -> None:
     """Run each job; stop at the first that fails."""
     leave, app.cli.leave = app.cli.leave, lambda: None  # one meeting of the processes for all jobs
@@ -68,6 +82,8 @@ def run(jobs: list[dict]) -> None:
     for job in jobs:
         ExactStore.estimates, LoraCLI.instantiate_trainer = untouched
         keep_from_now_on(Path(job["keep"]))
+        if "die" in job and job["die"][0] == int(os.environ["RANK"]):
+            die_at(job["die"][1])
         status = main(job["argv"])
         if status != 0:
             sys.exit(status)

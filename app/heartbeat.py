@@ -1,0 +1,77 @@
+"""Find out which process of a run has died, when the others notice only that somebody has."""
+
+import threading
+import time
+
+import torch.distributed as dist
+
+from app.processes import rank, world_size
+
+PERIOD = 1.0  # seconds between two beats; a process that misses four is taken for dead
+
+
+class Heartbeat(threading.Thread):
+    """Count up in the processes' common store once a second, whatever the main thread waits for."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="heartbeat")
+        self._store = _store()
+        self._stopped = threading.Event()
+        self._beats = 0
+        self._beat()
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.set(str(rank()), str(self._beats))
+
+    def run(self) -> None:
+        """Beat until stopped, or until the store is gone."""
+        while not self._stopped.wait(PERIOD):
+            try:
+                self._beat()
+            except RuntimeError:
+                return
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+
+
+def silent_processes() -> list[int]:
+    """Return the processes whose heart has stopped beating; takes four periods."""
+    try:
+        before = _beats()
+        time.sleep(4 * PERIOD)
+        after = _beats()
+    except RuntimeError:
+        return [0]  # the store lives in the first process, or dies with the launcher that serves it
+    return [other for other in range(world_size()) if before[other] == after[other]]
+
+
+def _store() -> dist.Store:
+    # torch keeps the store of the processes' meeting to itself.
+    return dist.PrefixStore("heartbeat", dist.distributed_c10d._get_default_store())
+
+
+def _beats() -> list[bytes]:
+    store = _store()
+    return [store.get(str(other)) for other in range(world_size())]
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Return whether an exception means that another process does not answer any more."""
+    if world_size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+        return True
+    told = str(error).lower()
+    signs = (
+        "closed by peer",
+        "connection reset",
+        "timed out",
+        "broken pipe",
+        "socket",
+        "gloo",
+        "nccl",
+    )
+    return any(sign in told for sign in signs)
