@@ -13,6 +13,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from app.processes import sum_in_one_buffer
@@ -62,16 +63,30 @@ class Fsdp2Strategy(ModelParallelStrategy):
         """
         trainable = {p for p in model.parameters() if p.requires_grad}
         dtype = None if self.param_dtype is None else getattr(torch, self.param_dtype)
+        offload: OffloadPolicy = OffloadPolicy()
+        if self.cpu_offload:
+            offload = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
         options: dict[str, Any] = {
             "mesh": self.device_mesh["data_parallel"],
             "mp_policy": MixedPrecisionPolicy(param_dtype=dtype),
-            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+            "offload_policy": offload,
             "reshard_after_forward": self.reshard_after_forward,
             "ignored_params": trainable,
         }
         for block in blocks(model):
             fully_shard(block, **options)
         fully_shard(model, **options)
+
+    @override
+    def model_to_device(self) -> None:
+        """Move what is not sharded, and the shards too unless they stay in host memory."""
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        assert self.model is not None
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(self.root_device)
 
     def reduce_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Sum the gradients of whole parameters over all processes, in place.

@@ -4,8 +4,9 @@
 
 JOBS.json is a list of {"argv": [...], "keep": FOLDER}, and optionally {"die": [RANK, MOMENT]}: that process
 kills itself when it comes to `gradient`, `training` or `checkpoint`. All jobs run in one start of the
-processes, since importing Lightning takes longer than a tiny run. FOLDER gets `gradients_RANK.pt` (this process's sums, as
-the mean over tokens), `factors_RANK.pt` (after the initialisation) and `trained_RANK.pt`.
+processes, since importing Lightning takes longer than a tiny run. FOLDER gets `gradients_RANK.pt` (this
+process's sums, as the mean over tokens), `factors_RANK.pt` (after the initialisation) and
+`trained_RANK.pt`.
 """
 
 import json
