@@ -61,7 +61,7 @@ class ExactStore:
         self.layers = {layer.name: layer for layer in layers}
         self.device = device
         self.sent_bytes = 0
-        self.buckets = _buckets(layers, world_size())
+        self.buckets = assign_buckets(layers, world_size())
         self.bucket_of = {
             layer.name: i for i, (_, members) in enumerate(self.buckets) for layer in members
         }
@@ -153,12 +153,7 @@ class SketchStore:
             layer.name: SketchedGradient(layer.m, layer.n, width, device, generator(layer.name))
             for layer in layers
         }
-        # Spread by the cost of the merge, which grows with m + n.
-        loads = [0] * world_size()
-        self.owners = {}
-        for layer in layers:
-            self.owners[layer.name] = loads.index(min(loads))
-            loads[self.owners[layer.name]] += layer.m + layer.n
+        self.owners = assign_owners(layers, world_size())
 
     def update(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
         """Take one micro-batch of (x, delta) into the layer's sketch."""
@@ -216,7 +211,7 @@ class SketchStore:
         return _share(mine, self.layers, self.owners, widths, self)
 
 
-def _buckets(layers: Sequence[Layer], processes: int) -> list[tuple[int, list[Layer]]]:
+def assign_buckets(layers: Sequence[Layer], processes: int) -> list[tuple[int, list[Layer]]]:
     """Group neighbouring layers, last first as the backward pass meets them, and give each an owner."""
     groups: list[list[Layer]] = []
     share = sum(m * n for _, m, n in layers) // processes
@@ -235,6 +230,16 @@ def _buckets(layers: Sequence[Layer], processes: int) -> list[tuple[int, list[La
         loads[owner] += sum(m * n for _, m, n in group)
         owned.append((owner, group))
     return owned
+
+
+def assign_owners(layers: Sequence[Layer], processes: int) -> dict[str, int]:
+    """Spread layers over processes by m + n, which the cost of merging and sending a sketch follows."""
+    loads = [0] * processes
+    owners = {}
+    for layer in layers:
+        owners[layer.name] = loads.index(min(loads))
+        loads[owners[layer.name]] += layer.m + layer.n
+    return owners
 
 
 def _unpack(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

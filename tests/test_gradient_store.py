@@ -1,0 +1,72 @@
+"""Sketches of several processes become one, and layers are spread over processes."""
+
+import pytest
+import torch
+
+from app.gradient import SketchedGradient
+from app.gradient_store import BUCKET_NUMBERS, Layer, assign_buckets, assign_owners
+from tests.test_gradient import CPU, RANK, best, decaying, gradient, product, relative, stream
+
+WIDTH = RANK + 8
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3, 4])
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_merged_sketches_are_as_near_as_one(processes, passes):
+    """Each process sees its share of the micro-batches; all draw the same probes."""
+    pairs = stream(80, 120, decaying(80, 0.75), batches=10, tokens=20)
+    kept = [
+        SketchedGradient(80, 120, WIDTH, CPU, torch.Generator().manual_seed(1))
+        for _ in range(processes)
+    ]
+    for number in range(passes):
+        if number:
+            for sketch in kept:
+                sketch.left, sketch.right = kept[0].left, kept[0].right
+                sketch.next_pass()
+        for i, (x, delta) in enumerate(pairs):
+            kept[i % processes].update(x, delta)
+        # The first process owns the layer.
+        kept[0].merge([sketch.partial() for sketch in kept])
+    found, wanted = kept[0].estimate(RANK, 1.0), best(gradient(pairs), RANK)
+    error = relative(product(found.svd, RANK), wanted)
+    assert error < (0.02, 0.01, 1e-3, 1e-4)[passes - 1]
+    assert 0.4 < found.rank_error / error < 3
+    assert found.norm == pytest.approx(float(gradient(pairs).norm()), rel=0.02)
+
+
+def test_a_process_without_rows_changes_nothing():
+    pairs = stream(30, 40, decaying(6), batches=3, tokens=9)
+    busy, idle = (
+        SketchedGradient(30, 40, WIDTH, CPU, torch.Generator().manual_seed(1)) for _ in range(2)
+    )
+    for x, delta in pairs:
+        busy.update(x, delta)
+        idle.update(x, torch.zeros_like(delta))
+    idle.merge([idle.partial(), busy.partial()])
+    assert relative(product(idle.estimate(6, 1.0).svd), gradient(pairs)) < 1e-4
+
+
+@pytest.mark.parametrize("processes", [1, 2, 7, 300])
+def test_every_layer_has_one_owner_and_loads_are_even(processes):
+    shapes = ([(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]) * 8
+    layers = [Layer(str(i), m, n) for i, (m, n) in enumerate(shapes)]
+    buckets = assign_buckets(layers, processes)
+    order = [layer for _, group in buckets for layer in group]
+    assert order == layers[::-1]
+    largest = max(m * n for _, m, n in layers)
+    for owner, group in buckets:
+        assert 0 <= owner < processes
+        assert len(group) == 1 or sum(m * n for _, m, n in group) <= BUCKET_NUMBERS
+    loads = [0] * processes
+    for owner, group in buckets:
+        loads[owner] += sum(m * n for _, m, n in group)
+    assert max(loads) <= sum(loads) / processes + largest
+    owners = assign_owners(layers, processes)
+    assert owners.keys() == {layer.name for layer in layers}
+    assert set(owners.values()) == set(range(min(processes, len(layers))))
+
+
+def test_small_models_give_every_process_something():
+    layers = [Layer(str(i), 16, 16) for i in range(14)]
+    assert {owner for owner, _ in assign_buckets(layers, 2)} == {0, 1}
