@@ -109,6 +109,17 @@ def test_tiny_models(
         assert_alike(tmp_path / strategy, alone, 2)
 
 
+def test_four_processes(tiny_run, models_without_dropout, command, torchrun, tmp_path, monkeypatch):
+    model, alone = models_without_dropout / "llama", tmp_path / "alone"
+    keep_from_now_on(alone / "kept", monkeypatch.setattr)
+    assert command(*arguments(tiny_run, model, alone, 8)) == 0
+    options = ("--config=strategies/fsdp.yaml", "--trainer.devices=4")
+    argv = arguments(tiny_run, model, tmp_path / "four", 2, *options)
+    status, told = torchrun([{"argv": argv, "keep": str(tmp_path / "four" / "kept")}], 4)
+    assert status == 0, told[-6000:]
+    assert_alike(tmp_path / "four", alone, 4)
+
+
 VARIANTS = {
     "recomputed": ["--model.gradient_checkpointing=true"],
     "offloaded": ["--trainer.strategy.cpu_offload=true"],
