@@ -27,6 +27,7 @@ from app.loss import Batch, SupervisedLogits, summed_loss, supervised_logits
 from app.precond_adamw import PreconditionedAdamW
 from app.pretrained import (
     ModelSource,
+    empty_model,
     load_config,
     load_model,
     load_tokenizer,
@@ -140,7 +141,9 @@ class LoraModule(LightningModule):
                 "or train every weight with --config strategies/ddp.yaml"
             )
         dtype = getattr(torch, self.dtype_name)
-        base = load_model(self.source, dtype, self.attn_implementation)
+        # A sharded model is read by the first process alone, which hands out the shards.
+        make = empty_model if self._sharded and rank() > 0 else load_model
+        base = make(self.source, dtype, self.attn_implementation)
         parameters = sum(p.numel() for p in base.parameters())
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -294,7 +297,30 @@ class LoraModule(LightningModule):
         return groups
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only trainable weights in the checkpoint."""
+        """Keep only trainable weights in the checkpoint, and what they belong to."""
         trainable = {name for name, p in self.named_parameters() if p.requires_grad}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in trainable}
+        checkpoint["base"] = {name: self.record.model[name] for name in ("name", "fingerprint")}
+        checkpoint["method"] = self.record.method
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another base model or of another adapter."""
+        theirs, ours = checkpoint["base"], self.record.model
+        if theirs["fingerprint"] != ours["fingerprint"]:
+            raise InputError(
+                f"the checkpoint belongs to the base model {theirs['name']} ({theirs['fingerprint']}), but "
+                f"model.name is {ours['name']} ({ours['fingerprint']}): set model.name or ckpt_path"
+            )
+        trainable = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
+        saved = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        for name in (*saved, *trainable):
+            if saved.get(name) != trainable.get(name):
+                shapes = [
+                    "no weight" if shape is None else f"one of shape {list(shape)}"
+                    for shape in (saved.get(name), trainable.get(name))
+                ]
+                raise InputError(
+                    f"the checkpoint has {shapes[0]} for {name.removeprefix('model.')}, but this model "
+                    f"trains {shapes[1]}: set model.adapter as that run had it, or another ckpt_path"
+                )

@@ -102,6 +102,19 @@ def load_model(
     return model
 
 
+def empty_model(
+    source: ModelSource,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Build what `load_model` would load on the meta device: shapes and types without numbers."""
+    config = load_config(source)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _loading(source), torch.device("meta"):
+        model = _auto_class(config).from_config(config, dtype=dtype, **options)
+    return model.eval()
+
+
 def model_fingerprint(source: ModelSource) -> str:
     """Return what identifies the weights: `namespace/name@commit`, or `sha256:` and a checksum."""
     arguments = source.load_args

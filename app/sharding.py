@@ -5,8 +5,10 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
@@ -31,7 +33,8 @@ class Fsdp2Strategy(ModelParallelStrategy):
         cpu_offload: Keep each process's shard in host memory between uses.
         reshard_after_forward: Free a block's gathered weights between its forward and its backward pass;
             false gathers once a step and holds the whole model meanwhile.
-        process_group_backend: torch.distributed backend; null chooses nccl on CUDA and gloo on CPU.
+        process_group_backend: torch.distributed backend; null chooses nccl on CUDA (and gloo beside it for
+            what stays in host memory) and gloo on CPU.
         timeout: Longest wait for another process.
     """
 
@@ -58,9 +61,13 @@ class Fsdp2Strategy(ModelParallelStrategy):
     def shard(self, model: nn.Module) -> None:
         """Replace every frozen parameter of a model by this process's shard, in place.
 
+        The first process has the weights and hands them out, one at a time; the others hold no more than
+        their shards and one weight.
+
         Args:
-            model: The module whose call runs the model; every process has the same weights.
+            model: The module whose call runs the model; on the meta device on all processes but the first.
         """
+        weights = model.state_dict() if self.global_rank == 0 else {}
         trainable = {p for p in model.parameters() if p.requires_grad}
         dtype = None if self.param_dtype is None else getattr(torch, self.param_dtype)
         offload: OffloadPolicy = OffloadPolicy()
@@ -76,6 +83,19 @@ class Fsdp2Strategy(ModelParallelStrategy):
         for block in blocks(model):
             fully_shard(block, **options)
         fully_shard(model, **options)
+        device = torch.device("cpu") if self.cpu_offload else self.root_device
+        if self.global_rank == 0:
+            model.to(device)
+        else:
+            model.to_empty(device=device)
+        set_model_state_dict(
+            model,
+            weights,
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False),
+        )
+        # Tables that the model computes when it is built are in no state_dict.
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
     @override
     def model_to_device(self) -> None:
@@ -95,6 +115,13 @@ class Fsdp2Strategy(ModelParallelStrategy):
             parameters: The same on every process; those without a gradient are left alone.
         """
         sum_in_one_buffer([p.grad for p in parameters if p.grad is not None])
+
+    @override
+    def _get_process_group_backend(self) -> str:
+        chosen = super()._get_process_group_backend()
+        if self._process_group_backend is None and self.cpu_offload and chosen == "nccl":
+            return "cpu:gloo,cuda:nccl"
+        return chosen
 
     @property
     @override

@@ -142,7 +142,7 @@ def test_options_of_fsdp(
         root = tmp_path / name
         strategy = ("--config=strategies/fsdp.yaml", "--trainer.devices=2")
         argv = arguments(tiny_run, model, root, 4, *strategy, *options)
-        jobs.append({"argv": argv, "keep": str(root / "kept")})
+        jobs.append({"argv": argv, "keep": str(root / "kept"), "first_reads": True})
     status, told = torchrun(jobs)
     assert status == 0, told[-6000:]
     for name in ("recomputed", "offloaded", "kept"):

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 2 worker.py JOBS.json
 
 JOBS.json is a list of {"argv": [...], "keep": FOLDER}, and optionally {"die": [RANK, MOMENT]}: that process
-kills itself when it comes to `gradient`, `training` or `checkpoint`. All jobs run in one start of the
+kills itself when it comes to `gradient`, `training` or `checkpoint`; and {"first_reads": true}: no process
+but the first may read the weights. All jobs run in one start of the
 processes, since importing Lightning takes longer than a tiny run. FOLDER gets `gradients_RANK.pt` (this
 process's sums, as the mean over tokens), `factors_RANK.pt` (after the initialisation) and
 `trained_RANK.pt`.
@@ -19,6 +20,7 @@ import torch
 from lightning.pytorch import Callback
 
 import app.cli
+import app.module
 import callbacks.run_report
 from app.cli import LoraCLI, main
 from app.gradient_store import ExactStore, SketchStore
@@ -83,6 +85,8 @@ def run(jobs: list[dict]) -> None:
     for job in jobs:
         ExactStore.estimates, LoraCLI.instantiate_trainer = untouched
         keep_from_now_on(Path(job["keep"]))
+        if job.get("first_reads") and int(os.environ["RANK"]) > 0:
+            app.module.load_model = None
         if "die" in job and job["die"][0] == int(os.environ["RANK"]):
             die_at(job["die"][1])
         status = main(job["argv"])
