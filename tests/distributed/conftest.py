@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,13 @@ def torchrun(tmp_path):
         return done.returncode, done.stdout + done.stderr
 
     return run
+
+
+@pytest.fixture(scope="session")
+def models_without_dropout(tmp_path_factory, run_models, tiny_t5, tiny_gpt2):
+    """Return a folder with `llama`, `t5` and `gpt2`: dropout is each process's own."""
+    folder = tmp_path_factory.mktemp("parity")
+    shutil.copytree(run_models, folder, dirs_exist_ok=True)
+    tiny_t5(dropout_rate=0.0).save_pretrained(folder / "t5")
+    tiny_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).save_pretrained(folder / "gpt2")
+    return folder

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 
 import pytest
 import torch
@@ -77,16 +76,6 @@ def assert_alike(root, alone, processes):
         assert found["metrics"][moment] == pytest.approx(scores, rel=1e-4), moment
     assert found["train"]["samples"] == wanted["train"]["samples"]
     assert len(found["init"]["peak_bytes"]) == processes
-
-
-@pytest.fixture(scope="session")
-def models_without_dropout(tmp_path_factory, run_models, tiny_t5, tiny_gpt2):
-    """Return a folder with `llama`, `t5` and `gpt2`: dropout is each process's own."""
-    folder = tmp_path_factory.mktemp("parity")
-    shutil.copytree(run_models, folder, dirs_exist_ok=True)
-    tiny_t5(dropout_rate=0.0).save_pretrained(folder / "t5")
-    tiny_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).save_pretrained(folder / "gpt2")
-    return folder
 
 
 @pytest.mark.parametrize("model", ["llama", "t5", "gpt2"])

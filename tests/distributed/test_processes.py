@@ -20,7 +20,7 @@ def job(tiny_run, root, *more):
 @pytest.mark.parametrize(("dead", "moment"), [(1, "gradient"), (0, "training"), (0, "checkpoint")])
 def test_a_launcher_names_the_process_that_died(dead, moment, tiny_run, torchrun, tmp_path):
     argv = job(tiny_run, tmp_path / "dies")
-    jobs = [{"argv": argv, "keep": str(tmp_path / "kept"), "die": [dead, moment]}]
+    jobs = [{"argv": argv, "keep": str(tmp_path / "kept"), "die": [dead, moment, 1]}]
     status, told = torchrun(jobs, timeout=90)
     assert status != 0
     assert f"rank      : {dead} (local_rank: {dead})" in told
@@ -61,7 +61,7 @@ def by_hand(jobs_of, tmp_path, timeout=120):
 @pytest.mark.parametrize(("dead", "moment"), [(1, "training"), (0, "gradient")])
 def test_the_others_name_the_process_that_died(dead, moment, tiny_run, tmp_path):
     argv = job(tiny_run, tmp_path / "dies")
-    jobs = [{"argv": argv, "keep": str(tmp_path / "kept"), "die": [dead, moment]}]
+    jobs = [{"argv": argv, "keep": str(tmp_path / "kept"), "die": [dead, moment, 1]}]
     ends = by_hand(lambda _: jobs, tmp_path)
     assert ends[dead][0] == -signal.SIGKILL
     status, told = ends[1 - dead]

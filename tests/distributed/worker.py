@@ -2,14 +2,15 @@
 
     torchrun --nproc_per_node 2 worker.py JOBS.json
 
-JOBS.json is a list of {"argv": [...], "keep": FOLDER}, and optionally {"die": [RANK, MOMENT]}: that process
-kills itself when it comes to `gradient`, `training` or `checkpoint`; and {"first_reads": true}: no process
-but the first may read the weights. All jobs run in one start of the
+JOBS.json is a list of {"argv": [...], "keep": FOLDER}; optionally with {"die": [RANK, MOMENT, TIMES]}: that
+process kills itself when it comes to `gradient`, `training` or `checkpoint` for the TIMES-th time; and with
+{"first_reads": true}: no process but the first may read the weights. All jobs run in one start of the
 processes, since importing Lightning takes longer than a tiny run. FOLDER gets `gradients_RANK.pt` (this
 process's sums, as the mean over tokens), `factors_RANK.pt` (after the initialisation) and
 `trained_RANK.pt`.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -67,14 +68,21 @@ def keep_from_now_on(folder: Path, patch=setattr) -> None:
     patch(LoraCLI, "instantiate_trainer", with_keeper)
 
 
-def die_at(moment: str, patch=setattr) -> None:
-    """Kill this process, as the kernel would, when it comes to a moment."""
+def die_at(moment: str, times: int) -> None:
+    """Kill this process, as the kernel would, when it comes to a moment for the given time."""
     owner, name = {
         "gradient": (SketchStore, "end_batch"),
         "training": (LoraModule, "on_before_optimizer_step"),
         "checkpoint": (LoraModule, "on_save_checkpoint"),
     }[moment]
-    patch(owner, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    original, come = getattr(owner, name), itertools.count(1)
+
+    def dying(*arguments):
+        if next(come) == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    setattr(owner, name, dying)
 
 
 def run(jobs: list[dict]) -> None:
@@ -88,7 +96,7 @@ def run(jobs: list[dict]) -> None:
         if job.get("first_reads") and int(os.environ["RANK"]) > 0:
             app.module.load_model = None
         if "die" in job and job["die"][0] == int(os.environ["RANK"]):
-            die_at(job["die"][1])
+            die_at(*job["die"][1:])
         status = main(job["argv"])
         if status != 0:
             sys.exit(status)
