@@ -27,6 +27,7 @@ from app.export import export_command
 from app.heartbeat import lost_contact, silent_processes
 from app.module import LoraModule
 from app.parser import Parser, PlainHelp, causes
+from app.plan import PlanTrainer, plan_trainer
 from app.processes import leave, world_size
 from app.progress import on_terminal
 from app.run_folder import (
@@ -50,6 +51,7 @@ DESCRIPTION = """Fine-tune a language model with LoRA-One.
 
   python train.py fit --config quickstart.yaml            train; writes runs/quickstart/version_0
   python train.py fit --config glue_sst2.yaml --config methods/lora.yaml     later files win
+  python train.py plan --config quickstart.yaml           does it fit? no weights are loaded
   python train.py test --run runs/quickstart/version_0    score a finished run's adapter
   python train.py export --run runs/quickstart/version_0 --merge    write a merged model
 """
@@ -65,19 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; None takes the process's own.
 
     Returns:
-        Exit status: 0, or 2 after an error that is the user's to mend.
+        Exit status: 0; 1 where `plan` finds too little memory; 2 after an error that is the user's to mend.
     """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     _silence()
-    status = 1
+    status, ended = 1, 0
     lost: RuntimeError | None = None
     try:
         if arguments[0] == "export":
             export_command(arguments[1:])
         else:
-            LoraCLI(
+            ended = LoraCLI(
                 LoraModule,
                 TextDataModule,
+                trainer_class=PlanTrainer,
                 subclass_mode_data=True,
                 parser_class=Parser,
                 parser_kwargs={"parser_mode": "omegaconf+"},
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 },
                 auto_configure_optimizers=False,
                 args=expand(arguments),
-            )
+            ).status
     except ValueError as error:
         # The parser wraps what a class says of its arguments.
         told = next((e for e in causes(error) if isinstance(e, InputError)), None)
@@ -104,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         lost = error
     else:
-        status = 0
+        status = ended
         leave()
     finally:
         _finish_wandb(status)
@@ -230,13 +233,17 @@ class RunConfig(SaveConfigCallback):
 
 
 class LoraCLI(LightningCLI):
-    """`fit`, `validate` and `test` of a LoraModule on a TextDataModule."""
+    """`fit`, `plan`, `validate` and `test` of a LoraModule on a TextDataModule."""
+
+    status = 0
+    """Exit status of the command."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """List the commands and the arguments that the command line does not set."""
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "plan": {"model", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
             "test": {"model", "dataloaders", "datamodule"},
         }
@@ -323,6 +330,13 @@ class LoraCLI(LightningCLI):
             kwargs["logger"] = False
         trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         try:
+            if self.subcommand == "plan":
+                return plan_trainer(trainer_config, init)
             return self._instantiate_trainer(trainer_config, extra)
         except (ValueError, MisconfigurationException) as error:
             raise InputError(f"the settings in trainer cannot be used: {error}") from error
+
+    def after_plan(self) -> None:
+        """Let the exit status say whether the run fits."""
+        trainer: Any = self.trainer
+        self.status = 0 if trainer.fits else 1

@@ -61,13 +61,13 @@ class Parser(LightningArgumentParser):
         choice = re.search(r"invalid choice: '([^']*)'", text)
         if choice or '"subcommand"' in text:
             got = f"there is no command {choice[1]!r}" if choice else "no command is given"
-            raise InputError(f"{got}: expected fit, validate, test or export") from ex
+            raise InputError(f"{got}: expected fit, plan, validate, test or export") from ex
         extra = re.match("unrecognized arguments: (.*)", text)
         if extra:
             raise InputError(f"{extra[1]!r} belongs to no setting: expected --NAME VALUE") from ex
         required = re.match("the following arguments are required: (.*)", text)
         if required:
-            names = re.sub(r"\b(fit|validate|test)\.", "", required[1])
+            names = re.sub(r"\b(fit|plan|validate|test)\.", "", required[1])
             raise InputError(
                 f"no value is given for {names}: name a file with --config, such as quickstart.yaml"
             ) from ex

@@ -1,0 +1,230 @@
+"""How many bytes a run takes on each process: arithmetic on shapes, without weights."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from app.adapters import LoraPair
+from app.dry_pass import PassMemory
+from app.gradient import SketchedGradient
+from app.gradient_store import BUCKET_NUMBERS
+from app.sharding import blocks
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a run's processes put the weights.
+
+    Attributes:
+        strategy: The trainer's name of it, for the reader.
+        devices: Processes on each node.
+        num_nodes: Nodes.
+        sharded: Whether frozen weights are spread over all processes; otherwise each holds everything.
+        gather_dtype: Type in which sharded weights are gathered; None is their own.
+        cpu_offload: Whether the shards live in host memory.
+        reshard_after_forward: Whether a block's gathered weights are freed after its forward pass.
+    """
+
+    strategy: str
+    devices: int = 1
+    num_nodes: int = 1
+    sharded: bool = False
+    gather_dtype: torch.dtype | None = None
+    cpu_offload: bool = False
+    reshard_after_forward: bool = True
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.devices * self.num_nodes
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """Bytes on each process, part by part.
+
+    Attributes:
+        frozen: Frozen weights and buffers: the whole, or this process's share.
+        gathered: Weights of other processes that are here while a block is computed.
+        trained: Trained weights.
+        gradients: Their gradients.
+        loading: Host memory of the process that reads the weights, before they are sharded.
+        exchange: The buffer in which gradients are summed over processes.
+        optimizer: The optimizer's states.
+        training: The pass over a training batch.
+        evaluation: The pass over a validation batch.
+        observation: The pass over an initialisation batch; None without LoRA-One's start.
+        sketch: What the sketch estimator keeps of all gradients.
+        exact: What the exact estimator keeps of them.
+        estimator: Which of the two the run uses.
+    """
+
+    frozen: int
+    gathered: int
+    trained: int
+    gradients: int
+    loading: int
+    exchange: int
+    optimizer: int
+    training: PassMemory
+    evaluation: PassMemory
+    observation: PassMemory | None = None
+    sketch: int = 0
+    exact: int = 0
+    estimator: str | None = None
+
+    @property
+    def weights(self) -> int:
+        """All weights that are here at a time."""
+        return self.frozen + self.gathered + self.trained
+
+    def initialisation_peak(self, estimator: str) -> int:
+        """Most bytes during LoRA-One's start, which comes before the optimizer has states."""
+        assert self.observation is not None
+        kept = self.sketch if estimator == "sketch" else self.exact
+        return self.weights + self.observation.peak + kept
+
+    @property
+    def training_peak(self) -> int:
+        """Most bytes during a training step; an optimizer step makes a copy of the gradients."""
+        resident = self.weights + self.gradients + self.optimizer
+        return resident + max(self.training.peak, self.exchange + self.gradients)
+
+    @property
+    def evaluation_peak(self) -> int:
+        """Most bytes during validation between training steps."""
+        return self.weights + self.optimizer + self.evaluation.peak
+
+    @property
+    def peak(self) -> int:
+        """Most bytes during the whole run."""
+        start = 0 if self.estimator is None else self.initialisation_peak(self.estimator)
+        return max(start, self.training_peak, self.evaluation_peak)
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Sum numel * itemsize."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def frozen_bytes(model: nn.Module, placement: Placement) -> int:
+    """Return the bytes of frozen weights and buffers on the device of one process.
+
+        whole: m * n * itemsize        shard: ceil(m / world size) * n * itemsize
+
+    Args:
+        model: The model, also on the meta device; tied weights count once.
+        placement: How the weights are spread; a share in host memory is none on the device.
+    """
+    buffers = tensor_bytes(model.buffers())
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    if not placement.sharded:
+        return tensor_bytes(frozen) + buffers
+    if placement.cpu_offload:
+        return buffers
+    shards = (
+        -(-p.shape[0] // placement.world_size) * (p.numel() // p.shape[0]) * p.element_size()
+        for p in frozen
+    )
+    return sum(shards) + buffers
+
+
+def gathered_bytes(model: nn.Module, placement: Placement) -> int:
+    """Return the bytes of whole weights that a process holds while it computes with shards.
+
+    The two largest neighbouring blocks at once (one computes, the next one arrives) and what is in no
+    block (embeddings, LM head); all of them if a block is kept until its backward pass.
+    """
+    if not placement.sharded:
+        return 0
+
+    def whole(parameters: Iterable[nn.Parameter]) -> int:
+        dtype = placement.gather_dtype
+        return sum(
+            p.numel() * (p.element_size() if dtype is None else dtype.itemsize)
+            for p in parameters
+            if not p.requires_grad
+        )
+
+    units = list(blocks(model))
+    inside = {p for unit in units for p in unit.parameters()}
+    sizes = [whole(unit.parameters()) for unit in units]
+    root = whole(p for p in model.parameters() if p not in inside)
+    if not placement.reshard_after_forward:
+        return root + sum(sizes)
+    return root + max((sum(sizes[i : i + 2]) for i in range(len(sizes))), default=0)
+
+
+def exchange_bytes(gradients: int, placement: Placement) -> int:
+    """Return the buffer in which gradients meet: as large as they are, with several processes."""
+    return gradients if placement.world_size > 1 else 0
+
+
+def optimizer_bytes(make_optimizer: Any, parameters: Iterable[nn.Parameter]) -> int:
+    """Return the bytes of an optimizer's states after its first step.
+
+    The optimizer is run once on a small matrix of each dtype; its states are taken to be as large a
+    multiple of every other parameter (AdamW 2, SGD 0, with momentum 1).
+
+    Args:
+        make_optimizer: From parameters or groups to an optimizer.
+        parameters: Those it will train, also on the meta device.
+    """
+    parameters = list(parameters)
+    total = 0
+    for dtype in {p.dtype for p in parameters}:
+        sample = nn.Parameter(torch.zeros(16, 16, dtype=dtype))
+        sample.grad = torch.ones_like(sample)
+        optimizer = make_optimizer([sample])
+        optimizer.step()
+        states = [s for s in optimizer.state[sample].values() if isinstance(s, torch.Tensor)]
+        fixed = tensor_bytes(s for s in states if s.ndim == 0)
+        growing = tensor_bytes(s for s in states if s.ndim > 0)
+        for p in parameters:
+            if p.dtype == dtype:
+                total += fixed + growing * p.numel() // sample.numel()
+    return total
+
+
+def sketch_bytes(pairs: Sequence[LoraPair], oversampling: int) -> int:
+    """Return what the sketch keeps on each process.
+
+        sum over layers of (m + n) * (min(r + oversampling, m, n) + 2 * probes) * 4 bytes
+
+    Args:
+        pairs: The adapted layers, also on the meta device.
+        oversampling: Columns of the sketch beyond the rank.
+    """
+    total = 0
+    for m, n, r in _shapes(pairs):
+        width = min(r + oversampling, m, n)
+        total += (m + n) * (width + 2 * SketchedGradient.PROBES)
+    return total * FLOAT32
+
+
+def exact_bytes(pairs: Sequence[LoraPair], world_size: int) -> int:
+    """Return the most that the exact estimator keeps on a process.
+
+        one process: sum over layers of m * n * 4 bytes
+        several:     that sum / world size, and two buckets: one above the average, one under way
+
+    Args:
+        pairs: The adapted layers, also on the meta device.
+        world_size: Number of processes.
+    """
+    sizes = [m * n for m, n, _ in _shapes(pairs)]
+    if world_size == 1:
+        return sum(sizes) * FLOAT32
+    bucket = max(min(BUCKET_NUMBERS, sum(sizes) // world_size), max(sizes))
+    own = min(sum(sizes) // world_size + bucket, sum(sizes))
+    return (own + bucket) * FLOAT32
+
+
+def _shapes(pairs: Sequence[LoraPair]) -> list[tuple[int, int, int]]:
+    """List (m, n, r) of each layer."""
+    return [(p.lora_B.shape[0], p.lora_A.shape[1], p.lora_A.shape[0]) for p in pairs]
