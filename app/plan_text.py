@@ -165,6 +165,10 @@ def memory_text(needed: RunMemory, placement: Placement) -> str:
     if placement.sharded:
         note = "in the first process, which reads the weights"
         lines.append(_line("host memory while loading", size_text(needed.loading), note))
+    lines.append(
+        "  not counted: the interpreter and its libraries (or the CUDA context), about half a GiB, and"
+    )
+    lines.append("  what the allocator keeps aside")
     return "\n".join(lines)
 
 
