@@ -3,7 +3,6 @@
 import difflib
 import logging
 import os
-import pickle
 import re
 import sys
 import warnings
@@ -17,18 +16,21 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 import data_modules.glue
 import data_modules.movie_reviews  # noqa: F401
+from app.checkpoint_io import CheckpointFiles
+from app.continuation import Continuation, find_continuation
 from app.errors import InputError
 from app.export import export_command
 from app.heartbeat import lost_contact, silent_processes
 from app.module import LoraModule
 from app.parser import Parser, PlainHelp, causes
 from app.plan import PlanTrainer, plan_trainer
-from app.processes import leave, world_size
+from app.processes import is_first_process, leave, world_size
 from app.progress import on_terminal
 from app.run_folder import (
     ADAPTER_FOLDER,
@@ -37,9 +39,13 @@ from app.run_folder import (
     check_run_folder,
     make_loggers,
 )
+from app.stopping import Stopped, StopSignals
+from callbacks.checkpoints import Checkpoints
 from callbacks.lora_one_init import LoraOneInit
 from callbacks.meeting import Meeting
 from callbacks.plain_progress import PlainProgress
+from callbacks.preemption import Preemption
+from callbacks.run_position import RunPosition
 from callbacks.run_report import RunReport
 from callbacks.score_at import ScoreAt
 from data_modules.text import TextDataModule
@@ -67,8 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; None takes the process's own.
 
     Returns:
-        Exit status: 0; 1 where `plan` finds too little memory; 2 after an error that is the user's to mend.
+        Exit status: 0; 1 where `plan` finds too little memory; 2 after an error that is the user's to mend;
+        143 after SIGTERM and 130 after Ctrl-C, with a checkpoint.
     """
+    with StopSignals() as signals:
+        return _main(argv, signals)
+
+
+def _main(argv: Sequence[str] | None, signals: StopSignals) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     _silence()
     status, ended = 1, 0
@@ -94,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 },
                 auto_configure_optimizers=False,
                 args=expand(arguments),
+                signals=signals,
             ).status
     except ValueError as error:
         # The parser wraps what a class says of its arguments.
@@ -106,6 +119,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not lost_contact(error):
             raise
         lost = error
+    except Stopped as stopped:
+        status = stopped.status
+        if is_first_process():
+            print(stopped.line, file=sys.stderr, flush=True)
+        if stopped.together:
+            leave()
+        elif world_size() > 1:
+            os._exit(status)  # leaving in order would wait for the others
     else:
         status = ended
         leave()
@@ -142,7 +163,8 @@ def _silence() -> None:
         logging.getLogger(name).addFilter(_says_something)
     for inside in (
         "Experiment logs directory .* exists and is not empty",  # make_loggers has just made it
-        "The dirpath has changed from",  # a resumed run gets a folder of its own
+        "The dirpath has changed from",  # a run that goes on from another folder's checkpoint
+        "You're resuming from a checkpoint that ended before",  # the data module knows its position
         "`is_gradient_checkpointing` is deprecated",
         "`gradient_checkpointing_enable` is deprecated",
         r"`isinstance\(treespec, LeafSpec\)`",
@@ -220,13 +242,10 @@ class RunConfig(SaveConfigCallback):
             return
         folder = Path(str(trainer.loggers[0].log_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(
-            self.config,
-            str(folder / CONFIG_FILE),
-            skip_unset=False,
-            overwrite=True,
-            multifile=False,
-        )
+        if not (folder / CONFIG_FILE).exists():  # a continued run keeps its own
+            self.parser.save(
+                self.config, str(folder / CONFIG_FILE), skip_unset=False, multifile=False
+            )
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # would write the same again as hparams.yaml
                 logger.log_hyperparams(self.config.as_dict())
@@ -237,6 +256,11 @@ class LoraCLI(LightningCLI):
 
     status = 0
     """Exit status of the command."""
+
+    def __init__(self, *args: Any, signals: StopSignals, **kwargs: Any) -> None:
+        self.signals = signals
+        self.continuation: Continuation | None = None
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -268,24 +292,14 @@ class LoraCLI(LightningCLI):
         return super().init_parser(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
-        """Refuse a file that is no checkpoint, or holds more than plain data, in one line."""
-        try:
-            super()._parse_ckpt_path()
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            path = self.config[self.config.subcommand].ckpt_path
-            raise InputError(
-                f"ckpt_path is {str(path)!r}, which cannot be read as a checkpoint: it is damaged, or it "
-                "is none of this program's"
-            ) from error
-
-    def before_instantiate_classes(self) -> None:
-        """Look for the checkpoint before a model is loaded."""
-        path = self._get(self.config, "ckpt_path")
-        if path is not None and not Path(path).exists():
-            raise InputError(
-                f"ckpt_path is {str(path)!r}, which does not exist: expected a checkpoint file, such as "
-                "runs/NAME/version_0/checkpoints/epoch=0-step=100.ckpt"
-            )
+        """Look for the checkpoint before a model is loaded, and read it once."""
+        settings = self.config[self.config.subcommand]
+        if settings.get("ckpt_path") is None:
+            return
+        runs = Path(settings.output.root) / settings.output.name
+        self.continuation = find_continuation(str(settings.ckpt_path), runs, settings.model.method)
+        found = self.continuation
+        settings.ckpt_path = None if found is None else str(found.checkpoint)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections `init` and `output`, and one seed for everything."""
@@ -310,24 +324,36 @@ class LoraCLI(LightningCLI):
         init = self._get(self.config_init, "init")
         output = self._get(self.config_init, "output")
         extra: list[Callback] = [Meeting(self._settings())]
+        seed = self._get(self.config, "seed_everything")
         if self._get(self.config_init, "trainer")["enable_progress_bar"] is not False:
             extra.append(TQDMProgressBar() if on_terminal() else PlainProgress())
         own = self._get(self.config_init, "trainer")["logger"]
         kwargs["logger"] = own
         if self.subcommand == "fit":
             dry = self._get(self.config_init, "trainer")["fast_dev_run"]
-            loggers = [] if dry else make_loggers(output)
+            going_on = self.continuation
+            folder, wandb_id = (
+                (None, None) if going_on is None else (going_on.folder, going_on.wandb_id)
+            )
+            loggers = [] if dry else make_loggers(output, folder, wandb_id)
             given = [] if own in (None, True, False) else own if isinstance(own, list) else [own]
             kwargs["logger"] = loggers + given or False
-            extra.append(ScoreAt("zero_shot"))
+            extra += [RunPosition(seed, folder is not None), ScoreAt("zero_shot")]
             if init is not None:
                 extra += [init, ScoreAt("after_init")]
             else:
                 extra.append(ScoreAt("after_init", same_as="zero_shot"))
-            seed = self._get(self.config, "seed_everything")
             extra += [RunReport(seed), ScoreAt("final")]
+            checkpoints = Checkpoints(output.checkpoint_every_n_steps)
+            keeps = self._get(self.config_init, "trainer")["enable_checkpointing"] is not False
+            extra.append(Preemption(self.signals, checkpoints.save if keeps else None))
+            extra += [checkpoints] if keeps else []
         elif own is None:
             kwargs["logger"] = False
+        plugins = self._get(self.config_init, "trainer")["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, CheckpointFiles()]
         trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         try:
             if self.subcommand == "plan":

@@ -2,18 +2,21 @@
 
 import itertools
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 from app.errors import InputError
+from app.metrics_table import MetricsTable
 from app.processes import is_first_process
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 ADAPTER_FOLDER = "adapter"
+CHECKPOINT_FOLDER = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class OutputSettings:
         wandb_project: W&B project.
         wandb_group: W&B group, for comparing runs of one task; null for none.
         wandb_tags: W&B tags.
+        checkpoint_every_n_steps: Optimizer steps between two checkpoints; there is one at the end, too.
     """
 
     name: str = "run"
@@ -35,13 +39,25 @@ class OutputSettings:
     wandb_project: str = "lora-one"
     wandb_group: str | None = None
     wandb_tags: list[str] = field(default_factory=list)
+    checkpoint_every_n_steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every_n_steps < 1:
+            raise InputError(
+                f"output.checkpoint_every_n_steps must be >= 1, got {self.checkpoint_every_n_steps}; "
+                "trainer.enable_checkpointing: false turns checkpoints off"
+            )
 
 
-def make_loggers(settings: OutputSettings) -> list[Logger]:
+def make_loggers(
+    settings: OutputSettings, continued: Path | None = None, wandb_id: str | None = None
+) -> list[Logger]:
     """Make the run folder's CSV logger, and W&B's beside it.
 
     Args:
         settings: Where to write. The folder's number is the first free one.
+        continued: The folder of an interrupted run that goes on, instead of a new one.
+        wandb_id: The W&B run that goes on; None for a new one.
 
     Returns:
         The CSV logger first: its `log_dir` is the run folder. Only the first process has one.
@@ -51,14 +67,15 @@ def make_loggers(settings: OutputSettings) -> list[Logger]:
     """
     if not is_first_process():
         return []
-    folder = _new_folder(Path(settings.root) / settings.name)
-    table = CSVLogger(settings.root, name=settings.name, version=folder.name)
+    folder = continued or _new_folder(Path(settings.root) / settings.name)
+    table = MetricsTable(str(folder.parent.parent), folder.parent.name, folder.name)
     loggers: list[Logger] = [table]
     if settings.wandb != "disabled":
         os.environ.setdefault("WANDB_SILENT", "true")
         offline = settings.wandb == "offline" or (settings.wandb == "auto" and not _has_key())
         logger = WandbLogger(
-            name=f"{settings.name}/{folder.name}",
+            name=f"{folder.parent.name}/{folder.name}",
+            id=wandb_id,
             project=settings.wandb_project,
             save_dir=str(folder),
             offline=offline,
@@ -90,6 +107,23 @@ def _new_folder(runs: Path) -> Path:
             ) from error
         return folder
     raise AssertionError("unreachable")
+
+
+def run_folders(runs: Path) -> list[Path]:
+    """Return version_0, version_1, ... below a folder, in the order of their numbers."""
+    found = [path for path in runs.glob("version_*") if re.fullmatch(r"version_\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("version_")))
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the file name of the checkpoint of an optimizer step."""
+    return f"step={step}.ckpt"
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in a folder, the oldest first."""
+    found = [path for path in folder.glob("step=*.ckpt") if re.fullmatch(r"step=\d+", path.stem)]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("step=")))
 
 
 def _has_key() -> bool:

@@ -15,6 +15,7 @@ from app.errors import InputError
 from app.plots import read_metrics, write_plots
 from app.processes import sum_over_processes
 from app.run_folder import ADAPTER_FOLDER, CONFIG_FILE, SUMMARY_FILE
+from app.stopping import Stopped
 
 
 class RunReport(Callback):
@@ -26,41 +27,58 @@ class RunReport(Callback):
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = seed
-        self._start = self._paused = self._pause = 0.0
+        self._seconds = (
+            0.0  # of training without validation, up to the time when the clock was started
+        )
+        self._clock: float | None = None  # when it was started; None while it stands still
         self._samples = 0
+        self._steps = 0
         self._counts: list[torch.Tensor] = []
-        self._first_step = 0
+        self._trained = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep what the parts of an interrupted run add up to."""
+        self._count()
+        return {"seconds": self._now(), "samples": self._samples, "steps": self._steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what the interrupted run has done."""
+        self._seconds, self._samples = state_dict["seconds"], state_dict["samples"]
+        self._steps = state_dict["steps"]
+
+    def _now(self) -> float:
+        running = 0.0 if self._clock is None else time.perf_counter() - self._clock
+        return self._seconds + running
+
+    def _count(self) -> None:
+        if self._counts:
+            self._samples += int(sum_over_processes(torch.stack(self._counts).sum()))
+            self._counts.clear()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._start = time.perf_counter()
-        self._first_step = trainer.global_step
+        self._clock = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the samples."""
         self._counts.append((batch["index"] >= 0).sum())  # without padding rows
+        self._steps = trainer.global_step
+        self._trained = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock while validating."""
-        self._pause = time.perf_counter()
+        self._seconds, self._clock = self._now(), None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the clock again."""
-        self._paused += time.perf_counter() - self._pause
+        self._clock = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Record how long training took, before the final scores."""
-        seconds = time.perf_counter() - self._start - self._paused
-        if self._counts:
-            self._samples += int(sum_over_processes(torch.stack(self._counts).sum()))
-        pl_module.record.train = {
-            "steps": trainer.global_step - self._first_step,
-            "seconds": seconds,
-            "samples": self._samples,
-            "samples_per_second": self._samples / seconds,
-        }
+        self._seconds, self._clock = self._now(), None
+        self._count()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder."""
@@ -69,9 +87,9 @@ class RunReport(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Remove the folder of a run that a wrong setting ended before anything was measured."""
+        """Remove the folder of a run that ended before anything was measured."""
         measured = pl_module.record.metrics  # type: ignore[union-attr]
-        if isinstance(exception, InputError) and trainer.loggers and not measured:
+        if isinstance(exception, InputError | Stopped) and trainer.loggers and not measured:
             folder = Path(str(trainer.loggers[0].log_dir))
             config = folder / CONFIG_FILE
             if folder.is_dir() and set(folder.iterdir()) <= {config}:
@@ -85,6 +103,18 @@ class RunReport(Callback):
             rank_zero_info(f"\n{record.score_table()}")
             return
         folder = Path(str(trainer.loggers[0].log_dir))
+        if not self._trained and (folder / SUMMARY_FILE).is_file():
+            rank_zero_info(
+                f"the run in {folder} was finished at step {self._steps} already, and stays as it is: raise "
+                "trainer.max_steps or trainer.max_epochs to train it further"
+            )
+            return
+        record.train = {
+            "steps": self._steps,
+            "seconds": self._seconds,
+            "samples": self._samples,
+            "samples_per_second": self._samples / self._seconds if self._seconds else 0.0,
+        }
         record.seed = self.seed
         record.data = trainer.datamodule.describe()  # type: ignore[attr-defined]
         for logger in trainer.loggers:

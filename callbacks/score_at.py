@@ -24,6 +24,7 @@ class ScoreAt(Callback):
         self.moment = moment
         self.same_as = same_as
         self.scores: dict[str, float] = {}
+        self._step = -1
         self._validated_at = -1
 
     @property
@@ -33,16 +34,19 @@ class ScoreAt(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the scores, which a resumed run cannot measure again."""
-        return {"scores": self.scores}
+        return {"scores": self.scores, "step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the scores of the interrupted run."""
-        self.scores = state_dict["scores"]
+        self.scores, self._step = state_dict["scores"], state_dict["step"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score at `zero_shot` and `after_init`, unless the run is a resumed one."""
+        module: Any = pl_module
         if self.moment != "final":
             self._record(trainer, pl_module)
+        elif self.scores:  # the run goes on behind its end, or has nothing left to do
+            module.record.metrics["final"] = self.scores
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember when the whole set was validated last: that may be the final model already."""
@@ -59,7 +63,7 @@ class ScoreAt(Callback):
         record = pl_module.record
         if self.same_as is not None:
             self.scores = record.metrics[self.same_as]
-        elif not self.scores or self.moment == "final":
+        elif not self.scores or (self.moment == "final" and self._step != trainer.global_step):
             if self._validated_at == trainer.global_step:
                 logged_by_loop = trainer.callback_metrics.items()
                 self.scores = {
@@ -69,6 +73,7 @@ class ScoreAt(Callback):
                 }
             else:
                 self.scores = self._measure(trainer, pl_module)
+            self._step = trainer.global_step
             logged = {f"{self.moment}/{name}": value for name, value in self.scores.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(logged, step=trainer.global_step)

@@ -1,0 +1,77 @@
+"""Signals that end a run: a request while it trains, the end of it at any other time."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(BaseException):
+    """A run ends because a signal asked for it: no error, and no library may take it for one.
+
+    Args:
+        status: Exit status of the program.
+        line: What to say.
+        together: Whether all processes of the run stop at the same place.
+    """
+
+    def __init__(self, status: int, line: str, together: bool = False) -> None:
+        super().__init__(line)
+        self.status = status
+        self.line = line
+        self.together = together
+
+
+class StopSignals:
+    """Handlers of SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) while this context lasts.
+
+    Attributes:
+        received: The signal that asked to stop; None so far.
+        deferred: Whether a signal is only noted, for the training loop to stop at its next step.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.deferred = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.getsignal(number) for number in STOPPING}
+        self.take()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def take(self) -> None:
+        """Install the handlers, also over those that somebody else has installed since."""
+        if threading.current_thread() is threading.main_thread():  # others may install none
+            for number in STOPPING:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = self.received is not None and number == signal.SIGINT
+        self.received = signal.Signals(number)
+        name = self.received.name
+        if again:
+            os.write(2, b"\nCtrl-C again: stopped at once; complete checkpoints stay\n")
+            os._exit(exit_status(self.received))
+        if not self.deferred:
+            raise Stopped(exit_status(self.received), f"{name}: stopped before the first step")
+        # print() is not allowed to interrupt itself
+        os.write(2, f"\n{name}: stops after this step, with a checkpoint\n".encode())
+
+
+def exit_status(number: signal.Signals) -> int:
+    """Return what a shell reports of a program that a signal has ended."""
+    return 128 + int(number)

@@ -1,0 +1,98 @@
+"""Save and stop when a signal asks for it; ask Slurm to start the run again."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from app.processes import agree, world_size
+from app.stopping import Stopped, StopSignals, exit_status
+
+
+class Preemption(Callback):
+    """Stop after the optimizer step during which a signal came, with a checkpoint.
+
+    Args:
+        signals: Who notes the signals.
+        save: Writes a checkpoint on all processes and returns the newest complete one; None if the run
+            has no checkpoints.
+    """
+
+    def __init__(self, signals: StopSignals, save: Callable[[Trainer], Path | None] | None) -> None:
+        self.signals = signals
+        self.save = save
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From now on signals are noted only: Lightning has just installed its own handlers."""
+        self.signals.take()
+        self.signals.deferred = True
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop if any process was asked to; never between two optimizer steps."""
+        stepped = trainer.global_step != self._last_step
+        self._last_step = trainer.global_step
+        # After the last step only the final scores are missing.
+        if stepped and trainer.global_step < trainer.estimated_stepping_batches:
+            self._stop_if_asked(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        """Stop in the middle of a validation, too: the resumed run makes it from its beginning."""
+        loop = trainer.fit_loop.epoch_loop
+        last = trainer.global_step >= trainer.estimated_stepping_batches
+        if self.signals.deferred and not last and not loop._should_accumulate():
+            self._stop_if_asked(trainer, pl_module)
+
+    def _stop_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        asked = self.signals.received is not None
+        if world_size() > 1:
+            asked = agree(asked, pl_module.device)
+        if not asked:
+            return
+        number = self.signals.received or signal.SIGTERM  # another process knows which
+        step, path = trainer.global_step, None
+        if self.save is not None:
+            path = self.save(trainer)
+        status = exit_status(number)
+        requeues = number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ
+        if requeues and (not trainer.is_global_zero or requeue()):
+            status = 0
+        kept = (
+            f"the last checkpoint is {path}; the same command with `--ckpt_path last` goes on from it"
+            if path is not None
+            else "there is no checkpoint"
+        )
+        raise Stopped(status, f"{number.name}: stopped after step {step}; {kept}", together=True)
+
+
+def requeue() -> bool:
+    """Ask Slurm to start this job again.
+
+    Returns:
+        Whether it will.
+    """
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(
+            ["scontrol", "requeue", job], capture_output=True, text=True, check=False, timeout=60
+        )
+        told = done.stderr.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        told = str(error)
+    else:
+        if done.returncode == 0:
+            return True
+    rank_zero_warn(f"Slurm did not requeue job {job} ({told}): submit it again")
+    return False
