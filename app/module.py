@@ -34,7 +34,7 @@ from app.pretrained import (
     model_fingerprint,
     resolve_model,
 )
-from app.processes import rank, sum_over_processes, world_size
+from app.processes import from_first_process, rank, sum_over_processes, world_size
 from app.run_record import RunRecord
 from app.sharding import Fsdp2Strategy
 
@@ -170,7 +170,8 @@ class LoraModule(LightningModule):
         )
         self.record.model = {
             "name": self.source.name,
-            "fingerprint": model_fingerprint(self.source),
+            # Reads every byte of a local model, which one process does for all.
+            "fingerprint": from_first_process(lambda: model_fingerprint(self.source)),
             "parameters": parameters,
             "trainable_parameters": trainable,
         }

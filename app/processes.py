@@ -1,10 +1,14 @@
 """What the processes of a run tell each other; with one process, nothing."""
 
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -30,6 +34,14 @@ def is_first_process() -> bool:
         if told:
             return not any(map(int, told))
     return True
+
+
+def from_first_process(make: Callable[[], T]) -> T:
+    """Return what the first process makes, to every process."""
+    made: list[Any] = [make() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(made, src=0)
+    return made[0]
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
