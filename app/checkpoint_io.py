@@ -84,9 +84,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         InputError: It cannot be read, or holds something else.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        stream = path.open("rb")
     except OSError as error:
         raise InputError(f"ckpt_path is {str(path)!r}: {error.strerror or error}") from error
+    try:
+        with stream:
+            checkpoint = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # damage surfaces as anything, such as a KeyError of the unpickler
         state = "is empty" if path.stat().st_size == 0 else "cannot be read as a checkpoint"
         raise InputError(

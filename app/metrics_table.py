@@ -77,8 +77,12 @@ def rewind_table(path: Path, step: int, validation_due: bool) -> None:
         return
 
     def stands(row: dict[str, str]) -> bool:
-        if not row["step"].isdigit() or int(row["step"]) >= step:
+        if not row["step"].isdigit() or int(row["step"]) > step:
             return False
+        if (
+            int(row["step"]) == step
+        ):  # steps count from 0; the final scores stand behind the last one
+            return any(value and name.startswith("final/") for name, value in row.items())
         again = validation_due and int(row["step"]) == step - 1
         return not (again and any(value and name.startswith("val/") for name, value in row.items()))
 

@@ -2,15 +2,23 @@
 
 import csv
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 import zlib
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 
 import callbacks.lora_one_init
+from app.checkpoint_io import read_checkpoint
+from app.metrics_table import has_value, rewind_table
 from app.module import LoraModule
+from app.stopping import STOPPING
 
 LONG = ("--trainer.max_epochs=3", "--trainer.max_steps=-1", "--output.checkpoint_every_n_steps=3")
 DROPOUT = ("--model.adapter.lora_dropout=0.3",)
@@ -125,3 +133,204 @@ def test_a_run_killed_at_any_step_has_the_losses_of_one_that_was_not(
 def same_adapters(left, right):
     left, right = adapter(left), adapter(right)
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_run_that_is_trained_further_is_the_longer_run(command, tiny_run, tmp_path):
+    """The shorter run ends in the middle of an epoch."""
+    options = ("fit", "--config", tiny_run, *DROPOUT)
+    assert command(*options, "--output.name=whole", "--trainer.max_steps=12") == 0
+    assert command(*options, "--output.name=parts", "--trainer.max_steps=7") == 0
+    more = (*options, "--output.name=parts", "--trainer.max_steps=12", "--ckpt_path=last")
+    assert command(*more) == 0
+    whole, parts = (tmp_path / "runs" / name / "version_0" for name in ("whole", "parts"))
+    assert values(parts, "train/loss") == values(whole, "train/loss")
+    assert same_adapters(parts, whole)
+    assert summary(parts)["metrics"] == summary(whole)["metrics"]
+    assert summary(parts)["train"]["samples"] == summary(whole)["train"]["samples"]
+
+
+def test_rows_that_the_dead_run_logged_are_made_again_once(tmp_path):
+    path = tmp_path / "metrics.csv"
+    header = "epoch,final/loss,step,train/loss,val/loss\n"
+    rows = ("0,,0,1.5,", "0,,1,1.4,", "0,,1,,1.3", "0,,2,1.2,", "0,9.0,4,,", "0,,3,1.")
+    path.write_text(header + "\n".join(rows))
+    rewind_table(path, 2, validation_due=True)
+    assert path.read_text().split() == [header.strip(), "0,,0,1.5,", "0,,1,1.4,"]
+    path.write_text(header + "\n".join(rows))
+    rewind_table(path, 2, validation_due=False)
+    assert path.read_text().split() == [header.strip(), *rows[:3]]
+    path.write_text(header + "\n".join(rows))
+    rewind_table(path, 4, validation_due=False)
+    assert path.read_text().split() == [header.strip(), *rows[:5]]
+    assert has_value(path, 1, "val/loss")
+    assert not has_value(path, 0, "val/loss")
+
+
+# Signals
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Return `signalled(method, number, when)`: the process sends itself a signal inside a hook."""
+
+    def send(method, number, when=lambda module: True):
+        original = getattr(LoraModule, method)
+
+        def sending(module, *args):
+            if when(module):
+                os.kill(os.getpid(), number)
+            return original(module, *args)
+
+        monkeypatch.setattr(LoraModule, method, sending)
+
+    return send
+
+
+def at_step(step):
+    return lambda module: module.global_step == step
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 128 + signal.SIGUSR1)]
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_signal_saves_and_stops(
+    name, status, accumulate, command, tiny_run, tmp_path, monkeypatch, capfd
+):
+    options = ("fit", "--config", tiny_run, *DROPOUT, "--trainer.max_steps=8")
+    options += (f"--trainer.accumulate_grad_batches={accumulate}",)
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    assert command(*options, "--output.name=whole") == 0
+    parts = (*options, "--output.name=parts", "--ckpt_path=last")
+    with monkeypatch.context() as patched:
+        original = LoraModule.training_step
+
+        def step(module, batch, batch_idx):
+            if module.global_step == 3 and batch_idx % accumulate == 0:  # once
+                os.kill(os.getpid(), signal.Signals[name])
+            return original(module, batch, batch_idx)
+
+        patched.setattr(LoraModule, "training_step", step)
+        assert command(*parts) == status
+    told = capfd.readouterr().err
+    assert f"{name}: stopped after step 4; the last checkpoint is" in told
+    assert "step=4.ckpt; the same command with `--ckpt_path last` goes on from it" in told
+    assert {number: signal.getsignal(number) for number in STOPPING} == before
+    assert command(*parts) == 0
+    whole, parts = (tmp_path / "runs" / name / "version_0" for name in ("whole", "parts"))
+    assert values(parts, "train/loss") == values(whole, "train/loss")
+    assert same_adapters(parts, whole)
+
+
+def test_a_signal_during_validation_stops_there(command, tiny_run, tmp_path, monkeypatch):
+    options = ("fit", "--config", tiny_run, *DROPOUT)
+    options += ("--trainer.max_steps=8", "--trainer.val_check_interval=2")
+    assert command(*options, "--output.name=whole") == 0
+    parts = (*options, "--output.name=parts", "--ckpt_path=last")
+    seen = []
+    with monkeypatch.context() as patched:
+        original = LoraModule.validation_step
+
+        def step(module, batch, batch_idx):
+            seen.append(batch_idx)
+            if module.global_step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(module, batch, batch_idx)
+
+        patched.setattr(LoraModule, "validation_step", step)
+        assert command(*parts) == 143
+    assert seen == [0, 1, 2, 0]
+    assert command(*parts) == 0
+    whole, parts = (tmp_path / "runs" / name / "version_0" for name in ("whole", "parts"))
+    for name in ("train/loss", "val/loss", "final/loss"):
+        assert values(parts, name) == values(whole, name)
+    assert same_adapters(parts, whole)
+
+
+def test_a_signal_before_training_ends_the_run_at_once(
+    command, tiny_run, tmp_path, monkeypatch, capfd
+):
+    def stop(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the pass went on")
+
+    monkeypatch.setattr("callbacks.lora_one_init.one_step_gradients", stop)
+    assert command("fit", "--config", tiny_run) == 143
+    assert "SIGTERM: stopped before the first step" in capfd.readouterr().err
+
+
+def test_a_signal_at_the_last_step_lets_the_run_finish(command, tiny_run, tmp_path, signalled):
+    signalled("training_step", signal.SIGTERM, at_step(2))
+    assert command("fit", "--config", tiny_run) == 0
+    assert (tmp_path / "runs" / "tiny" / "version_0" / "summary.json").is_file()
+
+
+def test_a_second_ctrl_c_leaves_at_once(command, tiny_run, tmp_path, signalled, monkeypatch):
+    class Left(BaseException):
+        pass
+
+    def leave(status):
+        raise Left(status)
+
+    monkeypatch.setattr("app.stopping.os._exit", leave)
+    signalled("training_step", signal.SIGINT, at_step(2))
+    signalled("on_before_optimizer_step", signal.SIGINT, at_step(2))
+    options = ("--trainer.max_steps=6", "--output.checkpoint_every_n_steps=1")
+    with pytest.raises(Left, match="130"):
+        command("fit", "--config", tiny_run, *options)
+    [path] = (tmp_path / "runs" / "tiny" / "version_0" / "checkpoints").iterdir()
+    assert read_checkpoint(path)["global_step"] == 2
+
+
+@pytest.mark.parametrize("array", [False, True])
+@pytest.mark.parametrize("works", [False, True])
+def test_slurm_is_asked_to_start_the_run_again(
+    array, works, command, tiny_run, tmp_path, signalled, monkeypatch
+):
+    told = tmp_path / "scontrol.txt"
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!/bin/sh\necho $@ > {told}\necho no such job >&2\nexit {0 if works else 1}\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    if array:
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    signalled("training_step", signal.SIGUSR1, at_step(1))
+    if works:
+        assert command("fit", "--config", tiny_run) == 0
+    else:
+        with pytest.warns(UserWarning, match=r"requeue job .* .no such job"):
+            assert command("fit", "--config", tiny_run) == 128 + signal.SIGUSR1
+    assert told.read_text() == f"requeue {'70_3' if array else '77'}\n"
+    assert (tmp_path / "runs" / "tiny" / "version_0" / "checkpoints" / "step=2.ckpt").is_file()
+
+
+def test_a_run_without_checkpoints_says_so(command, tiny_run, signalled, capfd):
+    signalled("training_step", signal.SIGTERM, at_step(1))
+    assert command("fit", "--config", tiny_run, "--trainer.enable_checkpointing=false") == 143
+    assert "SIGTERM: stopped after step 2; there is no checkpoint" in capfd.readouterr().err
+
+
+def test_the_wandb_run_goes_on(command, tiny_run, tmp_path, signalled):
+    options = ("fit", "--config", tiny_run, "--output.wandb=offline", "--ckpt_path=last")
+    signalled("training_step", signal.SIGTERM, at_step(0))
+    assert command(*options) == 143
+    assert command(*options) == 0  # goes on behind step 0
+    folder = tmp_path / "runs" / "tiny" / "version_0"
+    ids = {path.name.rpartition("-")[2] for path in folder.glob("wandb/offline-run-*")}
+    assert len(ids) == 1
+    [path] = (folder / "checkpoints").iterdir()
+    assert read_checkpoint(path)["wandb_id"] in ids
+
+
+@pytest.mark.parametrize("arguments", [("--rounds=2",), ("--rounds=1", "--signal=TERM")])
+def test_rounds_of_real_kills(arguments):
+    """Real processes: the benchmark that anyone can run, shortened."""
+    command = [sys.executable, "benchmarks/kill_rounds.py", "--steps=80", "--every=10", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same, bit for bit; adapter file: the same bytes" in done.stdout
