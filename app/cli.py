@@ -1,6 +1,5 @@
 """The command line: LightningCLI with the project's parts, config lookup and plain errors."""
 
-import difflib
 import logging
 import os
 import re
@@ -8,9 +7,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -23,20 +21,19 @@ from omegaconf.errors import OmegaConfBaseException
 import data_modules.glue
 import data_modules.movie_reviews  # noqa: F401
 from app.checkpoint_io import CheckpointFiles
+from app.config_files import expand
 from app.continuation import Continuation, find_continuation
 from app.errors import InputError
 from app.export import export_command
-from app.heartbeat import lost_contact, silent_processes
+from app.heartbeat import leave_without, lost_contact
 from app.module import LoraModule
 from app.parser import Parser, PlainHelp, causes
 from app.plan import PlanTrainer, plan_trainer
 from app.processes import is_first_process, leave, world_size
 from app.progress import on_terminal
 from app.run_folder import (
-    ADAPTER_FOLDER,
     CONFIG_FILE,
     OutputSettings,
-    check_run_folder,
     make_loggers,
 )
 from app.stopping import Stopped, StopSignals
@@ -49,9 +46,6 @@ from callbacks.run_position import RunPosition
 from callbacks.run_report import RunReport
 from callbacks.score_at import ScoreAt
 from data_modules.text import TextDataModule
-
-PROJECT = Path(__file__).resolve().parent.parent
-CONFIGS = PROJECT / "configs"
 
 DESCRIPTION = """Fine-tune a language model with LoRA-One.
 
@@ -133,21 +127,8 @@ def _main(argv: Sequence[str] | None, signals: StopSignals) -> int:
     finally:
         _finish_wandb(status)
     if lost is not None:
-        _leave_without(lost)
+        leave_without(lost)
     return status
-
-
-def _leave_without(lost: RuntimeError) -> NoReturn:
-    """Say which process is gone, and end this one without waiting for it."""
-    silent = silent_processes()
-    who = f"process {', '.join(map(str, silent))}" if silent else "another process"
-    print(
-        f"error: {who} of {world_size()} does not answer any more ({str(lost).splitlines()[0]}). "
-        "Look at what it printed last; `--ckpt_path last` goes on from the last checkpoint",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)  # leaving in order would wait for it
 
 
 def _finish_wandb(status: int) -> None:
@@ -175,62 +156,6 @@ def _silence() -> None:
 
 def _says_something(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(("💡", "TPU available", "Seed set"))
-
-
-def expand(arguments: Sequence[str]) -> list[str]:
-    """Replace config names by paths, and `--run FOLDER` by that run's config and adapter."""
-    expanded: list[str] = []
-    waiting = iter(arguments)
-    for argument in waiting:
-        option, equals, value = argument.partition("=")
-        if option not in ("--config", "-c", "--run"):
-            expanded.append(argument)
-            continue
-        if not equals:
-            value = next(waiting, "")
-        if option == "--run":
-            folder = Path(value)
-            check_run_folder(folder)
-            expanded += [f"--config={folder / CONFIG_FILE}"]
-            expanded += [f"--model.adapter_path={folder / ADAPTER_FOLDER}"]
-        else:
-            path = find_config(value)
-            _check_yaml(path)
-            expanded.append(f"--config={path}")
-    return expanded
-
-
-def find_config(name: str) -> Path:
-    """Find a configuration file: as given, then below `configs/`.
-
-    Raises:
-        InputError: If there is none; names the closest and lists all.
-    """
-    for candidate in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
-        if candidate.is_file():
-            return candidate
-    known = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
-    stems = {path.removesuffix(".yaml"): path for path in known}
-    wanted = name.removesuffix(".yaml")
-    close = difflib.get_close_matches(wanted, stems, n=1, cutoff=0.5)
-    hint = f" Did you mean {stems[close[0]]}?" if close else ""
-    raise InputError(
-        f"--config is {name!r}, which is neither a file nor a name in configs/.{hint} "
-        f"There are: {', '.join(known)}"
-    )
-
-
-def _check_yaml(path: Path) -> None:
-    """Refuse a file that is no YAML mapping, by its name: the parser names none."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        told = " ".join(str(error).replace('"<unicode string>"', "it").split())
-        raise InputError(f"--config {path} cannot be read as YAML: {told}") from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"--config {path} holds {type(content).__name__}: expected sections such as model:, data:"
-        )
 
 
 class RunConfig(SaveConfigCallback):

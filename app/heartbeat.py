@@ -1,7 +1,10 @@
 """Find out which process of a run has died, when the others notice only that somebody has."""
 
+import os
+import sys
 import threading
 import time
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -75,3 +78,16 @@ def lost_contact(error: BaseException) -> bool:
         "nccl",
     )
     return any(sign in told for sign in signs)
+
+
+def leave_without(lost: RuntimeError) -> NoReturn:
+    """Say which process is gone, and end this one without waiting for it."""
+    silent = silent_processes()
+    who = f"process {', '.join(map(str, silent))}" if silent else "another process"
+    print(
+        f"error: {who} of {world_size()} does not answer any more ({str(lost).splitlines()[0]}). "
+        "Look at what it printed last; `--ckpt_path last` goes on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)  # leaving in order would wait for it

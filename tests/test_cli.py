@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import app.cli
+import app.config_files
 from app.package_file import file_sha256
 
 
@@ -72,7 +73,7 @@ def edited(tiny_run, old, new):
 
 @pytest.mark.parametrize("name", ["quickstart.yaml", "quickstart", "configs/quickstart.yaml"])
 def test_configs_are_found_by_name(name, parsed, monkeypatch):
-    monkeypatch.chdir(app.cli.PROJECT)
+    monkeypatch.chdir(app.config_files.PROJECT)
     config = parsed("fit", "--config", name)
     assert config.output.name == "quickstart"
     assert config.data.class_path == "data_modules.movie_reviews.MovieReviewsDataModule"

@@ -4,14 +4,15 @@ import pytest
 import yaml
 
 import app.cli
+import app.config_files
 
-FILES = sorted(app.cli.CONFIGS.rglob("*.yaml"))
-COMPLETE = [file for file in FILES if file.parent == app.cli.CONFIGS]
-OVERLAYS = [file for file in FILES if file.parent != app.cli.CONFIGS]
+FILES = sorted(app.config_files.CONFIGS.rglob("*.yaml"))
+COMPLETE = [file for file in FILES if file.parent == app.config_files.CONFIGS]
+OVERLAYS = [file for file in FILES if file.parent != app.config_files.CONFIGS]
 
 
 def name_of(file):
-    return str(file.relative_to(app.cli.CONFIGS))
+    return str(file.relative_to(app.config_files.CONFIGS))
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def parsed(monkeypatch, command):
 
 
 def test_all_are_here():
-    assert len(FILES) == 10
+    assert len(FILES) == 12
     assert len(COMPLETE) == 6
 
 
@@ -56,7 +57,13 @@ def test_overlays(file, parsed):
     before = parsed("--config", "glue_sst2.yaml").as_dict()
     after = parsed("--config", "glue_sst2.yaml", "--config", file).as_dict()
     content = yaml.safe_load(file.read_text())
-    assert set(content) <= {"model", "init"}
+    sections = {"strategies": {"trainer"}}.get(file.parent.name, {"model", "init"})
+    assert set(content) <= sections
+    if file.parent.name == "strategies":
+        assert set(content["trainer"]) == {"strategy"}
+        content = {"trainer": {}}
+        before["trainer"] = {**before["trainer"], "strategy": after["trainer"]["strategy"]}
+        assert after["trainer"] == before["trainer"]
     for section in set(before) - {"config", *content}:
         assert after[section] == before[section]
     assert after["model"]["adapter"] == before["model"]["adapter"]
