@@ -72,7 +72,7 @@ class Checkpoints(Checkpoint):
             path = self.folder / checkpoint_name(trainer.global_step)
             for logger in trainer.loggers:
                 logger.save()  # what a resumed run continues must be on the disk, too
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             if files.complete == path:
                 for other in checkpoint_files(self.folder):
                     if other != path:

@@ -16,6 +16,7 @@ class PlainProgress(ProgressBar):
         super().__init__()
         self._enabled = True
         self._start = self._last = 0.0
+        self._first_step = 0
 
     def disable(self) -> None:
         """Stop printing (Lightning calls this on all ranks but the first)."""
@@ -28,6 +29,7 @@ class PlainProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._start = self._last = time.perf_counter()
+        self._first_step = trainer.global_step  # of this process: a resumed run does not start at 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -38,7 +40,8 @@ class PlainProgress(ProgressBar):
         if now - self._last >= SECONDS_BETWEEN_LINES or trainer.global_step == total:
             self._last = now
             elapsed = now - self._start
-            left = elapsed / max(1, trainer.global_step) * (total - trainer.global_step)
+            made = trainer.global_step - self._first_step
+            left = elapsed / max(1, made) * (total - trainer.global_step)
             self._say(
                 f"epoch {trainer.current_epoch}, step {trainer.global_step}/{total}"
                 f"{self._metrics(trainer, pl_module)}, {elapsed:.0f} s, {left:.0f} s left"
