@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,7 +30,7 @@ from app.heartbeat import leave_without, lost_contact
 from app.module import LoraModule
 from app.parser import Parser, PlainHelp, causes
 from app.plan import PlanTrainer, plan_trainer
-from app.processes import is_first_process, leave, world_size
+from app.processes import check_rendezvous, is_first_process, leave, world_size
 from app.progress import on_terminal
 from app.run_folder import (
     CONFIG_FILE,
@@ -80,6 +81,7 @@ def _main(argv: Sequence[str] | None, signals: StopSignals) -> int:
     status, ended = 1, 0
     lost: RuntimeError | None = None
     try:
+        check_rendezvous()
         if arguments[0] == "export":
             export_command(arguments[1:])
         else:
@@ -246,6 +248,12 @@ class LoraCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with the run's loggers and the project's callbacks."""
+        strategy = self._get(self.config_init, "trainer")["strategy"]
+        if isinstance(strategy, FSDPStrategy) or str(strategy).startswith("fsdp"):
+            raise InputError(
+                f"trainer.strategy is {strategy!r}, which is FSDP1: give --config strategies/fsdp.yaml, which "
+                "is FSDP2, instead"
+            )
         init = self._get(self.config_init, "init")
         output = self._get(self.config_init, "output")
         extra: list[Callback] = [Meeting(self._settings())]

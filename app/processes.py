@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from app.errors import InputError
+
 T = TypeVar("T")
 
 
@@ -34,6 +36,19 @@ def is_first_process() -> bool:
         if told:
             return not any(map(int, told))
     return True
+
+
+def check_rendezvous() -> None:
+    """Raise InputError if this is one of several processes that cannot find each other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "SLURM_PROCID" in os.environ:
+        return
+    needed = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"the environment has WORLD_SIZE={os.environ['WORLD_SIZE']}, but not {', '.join(missing)}: "
+            "start the processes with torchrun, which sets them all (launch/node.sh), or unset WORLD_SIZE"
+        )
 
 
 def from_first_process(make: Callable[[], T]) -> T:

@@ -1,0 +1,146 @@
+"""The launch recipes: one node, two nodes, Slurm, and what is refused."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.conftest import ROOT
+from tests.distributed.test_parity import arguments, losses
+from tests.distributed.two_nodes import two_nodes
+
+LAUNCH = ROOT / "launch"
+STRATEGIES = ("ddp", "fsdp")
+
+
+def environment(**own):
+    """Return this environment with its Python first, and one thread a process."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **own}
+
+
+def ends(processes, timeout=180):
+    told = [process.communicate(timeout=timeout)[0] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, told, strict=True)]
+
+
+def pipes():
+    return {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+
+
+@pytest.fixture
+def alone(tiny_run, models_without_dropout, command, tmp_path):
+    """Return the losses of the run on one process."""
+    root = tmp_path / "alone"
+    assert command(*arguments(tiny_run, models_without_dropout / "llama", root, 8)) == 0
+    return losses(root)
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and ip"
+)
+def test_two_nodes(alone, tiny_run, models_without_dropout, tmp_path):
+    for strategy in STRATEGIES:
+        root = tmp_path / strategy
+        argv = arguments(tiny_run, models_without_dropout / "llama", root, 4)
+        argv.append(f"--config={ROOT}/configs/strategies/{strategy}.yaml")
+        with two_nodes() as nodes:
+            own = [
+                environment(
+                    NODES="2",
+                    NODE_RANK=str(i),
+                    MASTER_ADDR=nodes[0].address,
+                    GLOO_SOCKET_IFNAME=node.interface,
+                )
+                for i, node in enumerate(nodes)
+            ]
+            told = ends(
+                [
+                    node.popen([str(LAUNCH / "node.sh"), "1", *argv], env=env, **pipes())
+                    for node, env in zip(nodes, own, strict=True)
+                ]
+            )
+        assert [status for status, _ in told] == [0, 0], told[0][1][-4000:] + told[1][1][-4000:]
+        assert "run folder" in told[0][1]
+        assert "run folder" not in told[1][1]
+        assert losses(root) == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
+def test_one_node(launcher, alone, tiny_run, models_without_dropout, tmp_path):
+    root = tmp_path / launcher
+    argv = arguments(tiny_run, models_without_dropout / "llama", root, 4)
+    argv.append(f"--config={ROOT}/configs/strategies/ddp.yaml")
+    start = [str(LAUNCH / "one_node.sh"), "2"]
+    if launcher == "lightning":
+        start = [sys.executable, str(ROOT / "train.py")]
+        argv.append("--trainer.devices=2")
+    ((status, told),) = ends([subprocess.Popen([*start, *argv], env=environment(), **pipes())])
+    assert status == 0, told[-4000:]
+    assert told.count("run folder") == 1
+    assert losses(root) == pytest.approx(alone, rel=1e-4)
+
+
+SRUN = """#!/usr/bin/env bash
+# Starts the tasks of one node here.
+echo "$@" > "{folder}/srun.txt"
+shift  # --kill-on-bad-exit
+for task in 0 1; do
+    SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" &
+    tasks+=($!)
+done
+for task in "${{tasks[@]}}"; do wait "$task"; done
+"""
+
+
+def test_slurm(alone, tiny_run, models_without_dropout, tmp_path):
+    """The job script with a stand-in for srun: two tasks, as Slurm describes them to a program."""
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "srun").write_text(SRUN.format(folder=tmp_path))
+    (fake / "srun").chmod(0o755)
+    root = tmp_path / "slurm"
+    argv = arguments(tiny_run, models_without_dropout / "llama", root, 4)
+    argv.append(f"--config={ROOT}/configs/strategies/ddp.yaml")
+    own = environment(
+        SLURM_JOB_ID="4711",
+        SLURM_JOB_NAME="lora-one",
+        SLURM_JOB_NUM_NODES="1",
+        SLURM_NNODES="1",
+        SLURM_NTASKS="2",
+        SLURM_NTASKS_PER_NODE="2",
+        SLURM_NODELIST="localhost",
+        SLURM_JOB_NODELIST="localhost",
+        SLURM_SUBMIT_DIR=str(ROOT),
+    )
+    own["PATH"] = f"{fake}:{own['PATH']}"
+    job = ["bash", str(LAUNCH / "slurm.sbatch"), *argv]
+    ((status, told),) = ends([subprocess.Popen(job, env=own, **pipes())])
+    assert status == 0, told[-4000:]
+    assert "--ckpt_path last" in (tmp_path / "srun.txt").read_text()
+    assert "starting anew" in told
+    assert told.count("run folder") == 1
+    assert losses(root) == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "told"),
+    [
+        (["--trainer.strategy=fsdp"], {}, "--config strategies/fsdp.yaml"),
+        (["--trainer.strategy=fsdp_cpu_offload"], {}, "--config strategies/fsdp.yaml"),
+        (["--trainer.strategy=fdsp"], {}, "fdsp"),
+        ([], {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "MASTER_ADDR"),
+        ([], {"WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "MASTER_PORT"),
+    ],
+)
+def test_what_cannot_be_started(options, variables, told, tiny_run, command, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert command("fit", "--config", tiny_run, *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert told in error
+    assert len(error.splitlines()) == 1
