@@ -207,6 +207,28 @@ def test_accumulation(fit):
     assert told["metrics"]["final"]["loss"] < told["metrics"]["after_init"]["loss"]
 
 
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_accumulated_batches_of_different_sizes_make_one_token_mean(clip, fit):
+    """Twelve rows as 5 + 5 + 2 and as one batch: the same loss, and the same step of plain SGD."""
+    options = (
+        "--trainer.max_steps=1",
+        f"--trainer.gradient_clip_val={clip}",
+        "--data.train_size=12",
+        "--init.num_samples=8",
+        "--model.optimizer=torch.optim.SGD",
+        "--model.optimizer.lr=1.0",
+    )
+    whole = fit("--data.batch_size=12", *options)
+    parts = fit("--data.batch_size=5", "--trainer.accumulate_grad_batches=3", *options)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-6)
+    start = adapter(fit("--data.batch_size=12", *options, "--model.optimizer.lr=0.0"))
+    one, other = adapter(whole), adapter(parts)
+    for name, value in start.items():
+        moved, wanted = other[name] - value, one[name] - value
+        assert float(wanted.norm()) > 0
+        assert float((moved - wanted).norm() / wanted.norm()) < 1e-3
+
+
 def test_clipping_reaches_the_optimizer(fit):
     # With an epsilon of 1 a step is as long as the gradient: clipped to nothing, it moves nothing.
     options = ("--data.batch_size=40", "--model.optimizer.eps=1", "--model.optimizer.damping=1")

@@ -3,7 +3,8 @@ import itertools
 import pytest
 import torch
 
-from app.gradient import ExactGradient, SketchedGradient
+from app.gradient import ExactGradient, SketchedGradient, _rank_error
+from app.spectral_init import SVD
 
 CPU = torch.device("cpu")
 RANK = 4
@@ -224,3 +225,45 @@ def test_update_tells_when_something_is_not_finite(kind, value, where):
         assert accumulator.update(x, delta).isfinite().all()
         (x if where == "x" else delta)[2, 3] = value
         assert not accumulator.update(x, delta).isfinite().all()
+
+
+def hadamard(n):
+    """Return n probes of entries +1 and -1 that make every estimate exact: Phi Phi^T = n I."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < n:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+@pytest.mark.parametrize("inside", [0.0, 1.0, -1.0, 3.0])
+@pytest.mark.parametrize("gap", [0.3, 0.004])
+def test_rank_error_is_that_of_the_perturbed_matrix(gap, inside):
+    """With exact probes: against the float64 SVD of H + E, also where E decides what the start holds."""
+    m = n = 64
+    g = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(64, 8, generator=g).double())[0] for _ in range(2))
+    S = torch.tensor([1.0, 0.8, 0.6, 0.5, 0.5 - gap, 0.1, 0.05, 0.02]).double()
+    E = 1e-4 * torch.randn(m, n, generator=g).double()
+    # Moves the fourth direction against the fifth: small beside a wide gap, decisive in a narrow one.
+    E = E + inside * 1e-3 * (torch.outer(U[:, 4], V[:, 4]) + torch.outer(U[:, 3], V[:, 4]))
+    H, G = U * S @ V.T, U * S @ V.T + E
+    wanted = relative(best(H, RANK), best(G, RANK))
+    probes = hadamard(64)
+    svd = SVD(U.float(), S.float(), V.float())
+    found = _rank_error(svd, RANK, E.float() @ probes, E.float().T @ probes, probes, probes)
+    assert found == pytest.approx(wanted, rel=0.1)
+
+
+def test_norm_and_energy_where_most_is_missed():
+    """A flat spectrum, of which the sketch holds a small part: probes have to tell the rest."""
+    g = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(200, 120, generator=g), torch.randn(200, 80, generator=g))]
+    G = gradient(pairs)
+    energies, norms = [], []
+    for seed in range(10):
+        found = sketched(pairs, width=RANK + 2, seed=seed).estimate(RANK, 1.0)
+        norms.append(found.norm / float(G.norm()))
+        left = relative(product(found.svd, RANK), G) ** 2
+        energies.append((1 - found.captured_energy) / left)
+    assert sum(norms) / 10 == pytest.approx(1, rel=0.03)
+    assert sum(energies) / 10 == pytest.approx(1, rel=0.05)
