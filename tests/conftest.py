@@ -1,8 +1,13 @@
 """Fixtures for all tests: tiny models and a tokenizer built in code, and the real SmolLM2-135M."""
 
+import os
 import random
 import string
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: with a thread for each core in each of them they would wait for each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest

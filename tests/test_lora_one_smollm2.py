@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from app import gradient_store
 from app.adapters import LoraSettings, add_lora, lora_pairs
-from app.gradient import ExactGradient
+from app.gradient_store import ExactStore
 from app.loss import summed_loss, supervised_logits
 from app.one_step import Estimator, one_step_gradients
 from app.pretrained import load_model, load_tokenizer, resolve_model
@@ -30,18 +29,17 @@ def observed(smollm2_dir):
     base = load_model(source)
     model = add_lora(base, LoraSettings(r=RANK)).train()
     pairs = lora_pairs(model)
-    sums = []
+    gradients = {}
+    estimates = ExactStore.estimates
 
-    class Kept(ExactGradient):
-        def __init__(self, *args):
-            super().__init__(*args)
-            sums.append(self)
+    def keeping(store, rank_wanted, scale):
+        gradients.update({name: scale * found.total for name, found in store.sums.items()})
+        return estimates(store, rank_wanted, scale)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradient_store, "ExactGradient", Kept)
+        patch.setattr(ExactStore, "estimates", keeping)
         exact = one_step_gradients(model, base, pairs, batches, RANK, Estimator("exact"))
     sketch = one_step_gradients(model, base, pairs, batches, RANK, Estimator())
-    gradients = {p.name: s.total.div_(exact.tokens) for p, s in zip(pairs, sums, strict=True)}
     return SimpleNamespace(
         base=base,
         model=model,
