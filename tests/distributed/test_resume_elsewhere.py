@@ -5,25 +5,16 @@ import shutil
 
 import pytest
 
+from tests.distributed.test_parity import arguments as parity_arguments
+
 STEPS = 14
 DIES_AT = 8
 EVERY = 3  # optimizer steps between two checkpoints: the last before the end is that of step 6
 
 
 def arguments(tiny_run, model, root, batch_size, *more):
-    return [
-        "fit",
-        f"--config={tiny_run}",
-        f"--model.name={model}",
-        f"--trainer.max_steps={STEPS}",
-        "--trainer.accumulate_grad_batches=2",
-        "--trainer.gradient_clip_val=0.5",
-        "--trainer.accelerator=cpu",
-        f"--data.batch_size={batch_size}",
-        f"--output.checkpoint_every_n_steps={EVERY}",
-        f"--output.root={root}",
-        *more,
-    ]
+    own = (f"--trainer.max_steps={STEPS}", f"--output.checkpoint_every_n_steps={EVERY}")
+    return parity_arguments(tiny_run, model, root, batch_size, *own, *more)
 
 
 def on(strategy):
