@@ -108,5 +108,5 @@ class Evaluation(ABC):
     def score_names(self, questions: Sequence[Question]) -> list[str]:
         """Return every name that `score` gives to any of these questions, the most important first."""
 
-    def check(self) -> None:
-        """Raise InputError if the benchmark cannot run here, before anything expensive."""  # noqa: B027
+    def check(self) -> None:  # noqa: B027
+        """Raise InputError if the benchmark cannot run here, before anything expensive."""

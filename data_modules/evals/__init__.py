@@ -1,0 +1,1 @@
+"""One file a benchmark: prompt, decoding, extraction, version."""
