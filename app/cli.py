@@ -1,10 +1,8 @@
 """The command line: LightningCLI with the project's parts, config lookup and plain errors."""
 
-import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,12 +28,20 @@ from app.heartbeat import leave_without, lost_contact
 from app.module import LoraModule
 from app.parser import Parser, PlainHelp, causes
 from app.plan import PlanTrainer, plan_trainer
-from app.processes import check_rendezvous, is_first_process, leave, world_size
+from app.processes import (
+    check_number_of_processes,
+    check_rendezvous,
+    is_first_process,
+    leave,
+    world_size,
+)
 from app.progress import on_terminal
+from app.quiet import silence
 from app.run_folder import (
     CONFIG_FILE,
     OutputSettings,
     make_loggers,
+    remove_empty_folder,
 )
 from app.stopping import Stopped, StopSignals
 from callbacks.checkpoints import Checkpoints
@@ -77,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None, signals: StopSignals) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    _silence()
+    silence()
     status, ended = 1, 0
     lost: RuntimeError | None = None
     try:
@@ -138,26 +144,6 @@ def _finish_wandb(status: int) -> None:
     wandb = sys.modules.get("wandb")  # importing it is slow, and of no use to a run without it
     if wandb is not None and wandb.run is not None:
         wandb.finish(exit_code=status)
-
-
-def _silence() -> None:
-    """Drop what no user can act on: advertisements, absent hardware, deprecations inside libraries."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(_says_something)
-    for inside in (
-        "Experiment logs directory .* exists and is not empty",  # make_loggers has just made it
-        "The dirpath has changed from",  # a run that goes on from another folder's checkpoint
-        "You're resuming from a checkpoint that ended before",  # the data module knows its position
-        "`is_gradient_checkpointing` is deprecated",
-        "`gradient_checkpointing_enable` is deprecated",
-        r"`isinstance\(treespec, LeafSpec\)`",
-        "It is recommended to use `self.log",  # what is logged has been reduced over processes already
-    ):
-        warnings.filterwarnings("ignore", message=inside)
-
-
-def _says_something(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(("💡", "TPU available", "Seed set"))
 
 
 class RunConfig(SaveConfigCallback):
@@ -291,9 +277,18 @@ class LoraCLI(LightningCLI):
         try:
             if self.subcommand == "plan":
                 return plan_trainer(trainer_config, init)
-            return self._instantiate_trainer(trainer_config, extra)
-        except (ValueError, MisconfigurationException) as error:
+            trainer = self._instantiate_trainer(trainer_config, extra)
+            check_number_of_processes(trainer.num_nodes, trainer.num_devices)
+            environment = getattr(trainer.strategy, "cluster_environment", None)
+            if environment is not None:  # Slurm's tasks; Lightning would look at them too late
+                environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+        except (ValueError, ImportError, MisconfigurationException) as error:
+            if self.subcommand == "fit" and self.continuation is None:
+                remove_empty_folder(loggers)
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"the settings in trainer cannot be used: {error}") from error
+        return trainer
 
     def after_plan(self) -> None:
         """Let the exit status say whether the run fits."""

@@ -51,6 +51,22 @@ def check_rendezvous() -> None:
         )
 
 
+def check_number_of_processes(num_nodes: int, num_devices: int) -> None:
+    """Raise InputError unless the launcher started as many processes as the trainer counts on.
+
+    Args:
+        num_nodes: `trainer.num_nodes`.
+        num_devices: Devices of a node, which is what `trainer.devices` comes to.
+    """
+    started = int(os.environ.get("WORLD_SIZE", num_nodes * num_devices))
+    if started != num_nodes * num_devices:
+        raise InputError(
+            f"the launcher started {started} processes (WORLD_SIZE), but trainer.num_nodes={num_nodes} times "
+            f"trainer.devices={num_devices} are {num_nodes * num_devices}: start as many, or set these two; "
+            "several processes need --config strategies/ddp.yaml or strategies/fsdp.yaml"
+        )
+
+
 def from_first_process(make: Callable[[], T]) -> T:
     """Return what the first process makes, to every process."""
     made: list[Any] = [make() if rank() == 0 else None]

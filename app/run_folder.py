@@ -109,6 +109,17 @@ def _new_folder(runs: Path) -> Path:
     raise AssertionError("unreachable")
 
 
+def remove_empty_folder(loggers: list[Logger]) -> None:
+    """Remove the folder of a run that did not begin, if nothing but its settings is in it."""
+    if not loggers:
+        return
+    folder = Path(str(loggers[0].log_dir))
+    config = folder / CONFIG_FILE
+    if folder.is_dir() and set(folder.iterdir()) <= {config}:
+        config.unlink(missing_ok=True)
+        folder.rmdir()
+
+
 def run_folders(runs: Path) -> list[Path]:
     """Return version_0, version_1, ... below a folder, in the order of their numbers."""
     found = [path for path in runs.glob("version_*") if re.fullmatch(r"version_\d+", path.name)]

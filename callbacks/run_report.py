@@ -14,7 +14,7 @@ from app.adapters import lora_pairs, save_adapter
 from app.errors import InputError
 from app.plots import read_metrics, write_plots
 from app.processes import sum_over_processes
-from app.run_folder import ADAPTER_FOLDER, CONFIG_FILE, SUMMARY_FILE
+from app.run_folder import ADAPTER_FOLDER, SUMMARY_FILE, remove_empty_folder
 from app.stopping import Stopped
 
 
@@ -89,12 +89,8 @@ class RunReport(Callback):
     ) -> None:
         """Remove the folder of a run that ended before anything was measured."""
         measured = pl_module.record.metrics  # type: ignore[union-attr]
-        if isinstance(exception, InputError | Stopped) and trainer.loggers and not measured:
-            folder = Path(str(trainer.loggers[0].log_dir))
-            config = folder / CONFIG_FILE
-            if folder.is_dir() and set(folder.iterdir()) <= {config}:
-                config.unlink(missing_ok=True)
-                folder.rmdir()
+        if isinstance(exception, InputError | Stopped) and not measured:
+            remove_empty_folder(trainer.loggers)
 
     @rank_zero_only
     def _write(self, trainer: Trainer, pl_module: Any) -> None:

@@ -126,6 +126,28 @@ def test_slurm(alone, tiny_run, models_without_dropout, tmp_path):
     assert losses(root) == pytest.approx(alone, rel=1e-4)
 
 
+TORCHRUN = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "1",
+    "GROUP_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_NAME": "lora-one",
+    "SLURM_NTASKS": "3",
+    "SLURM_NTASKS_PER_NODE": "3",
+    "SLURM_NODELIST": "localhost",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+
+
 @pytest.mark.parametrize(
     ("options", "variables", "told"),
     [
@@ -134,13 +156,22 @@ def test_slurm(alone, tiny_run, models_without_dropout, tmp_path):
         (["--trainer.strategy=fdsp"], {}, "fdsp"),
         ([], {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "MASTER_ADDR"),
         ([], {"WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "MASTER_PORT"),
+        ([], TORCHRUN, "started 2 processes (WORLD_SIZE), but trainer.num_nodes=1 times"),
+        (["--config=strategies/ddp.yaml", "--trainer.devices=3"], TORCHRUN, "trainer.devices=3"),
+        (["--config=strategies/ddp.yaml", "--trainer.devices=2"], SLURM, "--ntasks-per-node=3"),
+        (["--trainer.accelerator=tpu"], {}, "torch_xla"),
+        (["--trainer.accelerator=gpv"], {}, "gpv"),
     ],
 )
-def test_what_cannot_be_started(options, variables, told, tiny_run, command, monkeypatch, capsys):
+def test_what_cannot_be_started(
+    options, variables, told, tiny_run, command, monkeypatch, capsys, tmp_path
+):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert command("fit", "--config", tiny_run, *options) == 2
+    root = tmp_path / "not_begun"
+    assert command("fit", "--config", tiny_run, f"--output.root={root}", *options) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert told in error
     assert len(error.splitlines()) == 1
+    assert not list(root.glob("tiny/*")), "no run folder for a run that did not begin"
