@@ -4,13 +4,15 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from app.processes import rank, world_size
 
-PERIOD = 1.0  # seconds between two beats; a process that misses four is taken for dead
+PERIOD = 1.0  # seconds between two beats
+SILENCE = 4 * PERIOD  # a process that is silent for so long is taken for dead
 
 
 class Heartbeat(threading.Thread):
@@ -41,12 +43,12 @@ class Heartbeat(threading.Thread):
 
 
 def silent_processes() -> list[int]:
-    """Return the processes whose heart has stopped beating; takes four periods."""
-    try:
-        before = _beats()
-        time.sleep(4 * PERIOD)
-        after = _beats()
-    except RuntimeError:
+    """Return the processes whose heart has stopped beating; takes at most three times four periods."""
+    before = _beats()
+    if before is not None:
+        time.sleep(SILENCE)
+    after = _beats()
+    if before is None or after is None:
         return [0]  # the store lives in the first process, or dies with the launcher that serves it
     return [other for other in range(world_size()) if before[other] == after[other]]
 
@@ -56,9 +58,20 @@ def _store() -> dist.Store:
     return dist.PrefixStore("heartbeat", dist.distributed_c10d._get_default_store())
 
 
-def _beats() -> list[bytes]:
-    store = _store()
-    return [store.get(str(other)) for other in range(world_size())]
+def _beats() -> list[bytes] | None:
+    """Return every process's count, or None if the store does not answer."""
+    found: list[bytes] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            store = _store()
+            found.extend([store.get(str(other)) for other in range(world_size())])
+
+    # A store whose process is stopped, not dead, lets its clients wait without end.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(SILENCE)
+    return found if len(found) == world_size() else None
 
 
 def lost_contact(error: BaseException) -> bool:

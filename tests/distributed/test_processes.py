@@ -27,14 +27,16 @@ def test_a_launcher_names_the_process_that_died(dead, moment, tiny_run, torchrun
     assert "Signal 9 (SIGKILL)" in told
 
 
-def by_hand(jobs_of, tmp_path, timeout=120):
+def by_hand(jobs_of, tmp_path, timeout=120, hangs=None):
     """Start two processes without a launcher that watches them; return each one's end.
 
     Args:
         jobs_of: The worker's jobs for a process number.
         tmp_path: Where the jobs are written.
         timeout: Seconds for both together.
+        hangs: The process that has to be killed when the other has ended.
     """
+    order = (0, 1) if hangs is None else (1 - hangs, hangs)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,7 +56,11 @@ def by_hand(jobs_of, tmp_path, timeout=120):
                 text=True,
             )
         )
-    told = [process.communicate(timeout=timeout)[0] for process in processes]
+    told = ["", ""]
+    for rank in order:
+        told[rank] = processes[rank].communicate(timeout=timeout)[0]
+        if order[0] == rank and hangs is not None:
+            processes[1 - rank].kill()
     return [(process.returncode, text) for process, text in zip(processes, told, strict=True)]
 
 
@@ -68,6 +74,17 @@ def test_the_others_name_the_process_that_died(dead, moment, tiny_run, tmp_path)
     assert status == 1
     assert f"error: process {dead} of 2 does not answer any more" in told
     assert "--ckpt_path last" in told
+
+
+@pytest.mark.parametrize("hangs", [0, 1])
+def test_the_others_name_the_process_that_hangs(hangs, tiny_run, tmp_path):
+    """A stopped process keeps its connections: only the configured timeout tells."""
+    argv = job(tiny_run, tmp_path / "hangs", "--trainer.strategy.timeout=0:00:10")
+    jobs = [{"argv": argv, "keep": str(tmp_path / "kept"), "hang": [hangs, "training", 2]}]
+    ends = by_hand(lambda _: jobs, tmp_path, hangs=hangs)
+    status, told = ends[1 - hangs]
+    assert status == 1
+    assert f"error: process {hangs} of 2 does not answer any more" in told
 
 
 def test_processes_with_other_settings_are_refused(tiny_run, tmp_path):

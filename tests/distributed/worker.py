@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 worker.py JOBS.json
 
 JOBS.json is a list of {"argv": [...], "keep": FOLDER}; optionally with {"die": [RANK, MOMENT, TIMES]}: that
-process kills itself when it comes to `gradient`, `training` or `checkpoint` for the TIMES-th time; and with
-{"first_reads": true}: no process but the first may read the weights. All jobs run in one start of the
+process kills itself when it comes to `gradient`, `training` or `checkpoint` for the TIMES-th time; with
+{"hang": ...} it stops there for ever instead; and with {"first_reads": true}: no process but the first may read the weights. All jobs run in one start of the
 processes, since importing Lightning takes longer than a tiny run. FOLDER gets `gradients_RANK.pt` (this
 process's sums, as the mean over tokens), `factors_RANK.pt` (after the initialisation) and
 `trained_RANK.pt`.
@@ -68,8 +68,8 @@ def keep_from_now_on(folder: Path, patch=setattr) -> None:
     patch(LoraCLI, "instantiate_trainer", with_keeper)
 
 
-def die_at(moment: str, times: int) -> None:
-    """Kill this process, as the kernel would, when it comes to a moment for the given time."""
+def end_at(last: signal.Signals, moment: str, times: int) -> None:
+    """Send this process a signal, as the kernel would, when it comes to a moment for the given time."""
     owner, name = {
         "gradient": (SketchStore, "end_batch"),
         "training": (LoraModule, "on_before_optimizer_step"),
@@ -79,7 +79,7 @@ def die_at(moment: str, times: int) -> None:
 
     def dying(*arguments):
         if next(come) == times:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), last)
         return original(*arguments)
 
     setattr(owner, name, dying)
@@ -95,8 +95,9 @@ def run(jobs: list[dict]) -> None:
         keep_from_now_on(Path(job["keep"]))
         if job.get("first_reads") and int(os.environ["RANK"]) > 0:
             app.module.load_model = None
-        if "die" in job and job["die"][0] == int(os.environ["RANK"]):
-            die_at(*job["die"][1:])
+        for end, last in (("die", signal.SIGKILL), ("hang", signal.SIGSTOP)):
+            if end in job and job[end][0] == int(os.environ["RANK"]):
+                end_at(last, *job[end][1:])
         status = main(job["argv"])
         if status != 0:
             sys.exit(status)
