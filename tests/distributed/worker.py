@@ -4,8 +4,9 @@
 
 JOBS.json is a list of {"argv": [...], "keep": FOLDER}; optionally with {"die": [RANK, MOMENT, TIMES]}: that
 process kills itself when it comes to `gradient`, `training` or `checkpoint` for the TIMES-th time; with
-{"hang": ...} it stops there for ever instead; and with {"first_reads": true}: no process but the first may read the weights. All jobs run in one start of the
-processes, since importing Lightning takes longer than a tiny run. FOLDER gets `gradients_RANK.pt` (this
+{"hang": ...} it stops there for ever instead; and with {"first_reads": true}: no process but the first
+may read the weights. All jobs run in one start of the processes, since importing Lightning takes longer
+than a tiny run. FOLDER gets `gradients_RANK.pt` (this
 process's sums, as the mean over tokens), `factors_RANK.pt` (after the initialisation) and
 `trained_RANK.pt`.
 """
