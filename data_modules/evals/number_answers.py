@@ -1,0 +1,64 @@
+"""Numbers in texts, read as a person reads them: for the answers of GSM8K.
+
+Where lm-evaluation-harness takes a run of digits, signs and dots and compares it as text, these read
+a number and compare its value; docs/evaluation.md lists every case in which that changes a verdict.
+"""
+
+import re
+from collections.abc import Iterable
+from fractions import Fraction
+
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_UNSIGNED = rf"(?:{_DIGITS})(?:/(?:{_DIGITS}))?"
+_LATEX = rf"\\[dt]?frac\{{(?P<upper>[-−]?(?:{_DIGITS}))\}}\{{(?P<lower>(?:{_DIGITS}))\}}"
+# A minus belongs to the number unless something that is subtracted from, or a range's start, is before it.
+_MINUS = r"(?:(?<![0-9A-Za-z)\]}%])[-−])?"
+_EXPONENT = r"(?<!\^)(?<!\^\{)"
+_ANYWHERE = re.compile(
+    rf"(?P<sign>{_MINUS})\\?\$?(?:{_LATEX}|{_EXPONENT}(?<![0-9])(?P<plain>{_UNSIGNED}))"
+)
+
+
+def number_behind(text: str, marker: str) -> Fraction | None:
+    """Return the number of the first `marker` that one space and a number follow.
+
+    Args:
+        text: An output or a solution.
+        marker: Such as "####".
+
+    Returns:
+        Its value, exact; a fraction a/b is one number; None where no marker has a number.
+    """
+    for match in re.finditer(rf"{re.escape(marker)} (?P<number>[-−]?{_UNSIGNED})", text):
+        if (value := _value(match["number"])) is not None:
+            return value
+    return None
+
+
+def last_number(text: str) -> Fraction | None:
+    r"""Return the last number of a text, or None.
+
+    A number may have a sign, a dollar sign, thousands commas and decimals; a/b and \frac{a}{b} are one
+    number. Exponents, as in cm^2, are none.
+    """
+    text = text.replace("{,}", ",")  # LaTeX's thousands comma
+    for match in reversed(list(_ANYWHERE.finditer(text))):
+        number = match["plain"] or f"{match['upper']}/{match['lower']}"
+        value = _value(number)
+        if value is not None:
+            return -value if match["sign"] else value
+    return None
+
+
+def share(verdicts: Iterable[bool]) -> float:
+    """Return the share of verdicts that are true."""
+    counted = list(verdicts)
+    return sum(counted) / len(counted)
+
+
+def _value(number: str) -> Fraction | None:
+    parts = number.replace(",", "").replace("−", "-").split("/")
+    try:
+        return Fraction(parts[0]) / Fraction("/".join(parts[1:]) or 1)
+    except ZeroDivisionError:
+        return None
