@@ -64,6 +64,15 @@ def test_reading(place):
 
 @pytest.mark.parametrize(
     ("output", "read"),
+    [("1 080", "80"), ("1.080.000", "0"), ("1.8e4", "4"), ("3 1/2", "1/2"), ("18 m2", "2")],
+)
+def test_what_is_not_read_as_a_person_does(output, read):
+    """The limits that docs/evaluation.md admits."""
+    assert last_number(output) == Fraction(read)
+
+
+@pytest.mark.parametrize(
+    ("output", "read"),
     [
         ("#### 18", 18),
         ("####18 apples", 18),

@@ -4,7 +4,7 @@ Run in an environment of its own, `pip install "lm_eval[hf]==0.4.13"`; its Hub d
 by the local files, its tasks, prompts, filters and metrics are the package's own:
 
     python tests/oracles/make_lm_eval.py prompts DATA tests/oracles/prompts.json
-    python tests/oracles/make_lm_eval.py mmlu DATA mmlu_scores.json MODEL
+    python tests/oracles/make_lm_eval.py mmlu DATA tests/oracles/mmlu_scores.json MODEL
     python tests/oracles/make_lm_eval.py gsm8k_outputs DATA tests/oracles/gsm8k_outputs.json MODEL
     python tests/oracles/make_lm_eval.py gsm8k_verdicts DATA tests/oracles/gsm8k_verdicts.json
 
@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import pathlib
+import re
 import sys
 import tarfile
 import tempfile
@@ -120,34 +121,27 @@ def digest(texts):
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-def mmlu(data, folder, model, limit=None):
+def mmlu(data, folder, model):
     """Log-likelihoods of the four letters of every question of the subjects `SCORED`."""
     from lm_eval.models.huggingface import HFLM
 
-    limit = limit and int(limit)
     tasks = dict(mmlu_tasks(data, folder, SCORED))
     lm = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=1)
     for task in tasks.values():
         task.set_config("num_fewshot", 5)
-    subjects = {}
+    accuracies, subjects = {}, {}
     for subject, task in tasks.items():
         asked = {"tasks": {f"mmlu_{subject}": task}, "groups": {}, "group_map": {}}
-        results = lm_eval.evaluate(lm, asked, limit=limit, log_samples=True)
+        results = lm_eval.evaluate(lm, asked, log_samples=True)
         samples = results["samples"][f"mmlu_{subject}"]
-        subjects[subject] = {
-            "acc": results["results"][f"mmlu_{subject}"]["acc,none"],
-            "log_likelihoods": [
-                [round(float(answer[0]), 5) for answer in sample["filtered_resps"]]
-                for sample in sorted(samples, key=lambda sample: sample["doc_id"])
-            ],
-            "gold": "".join(LETTERS[task.doc_to_target(doc)] for doc in task.test_docs()),
-        }
-        print(subject, subjects[subject]["acc"], len(samples), flush=True)
-    return {
-        "lm_eval": lm_eval.__version__,
-        "model": "SmolLM2-135M-Instruct.Q4_1",
-        "subjects": subjects,
-    }
+        accuracies[subject] = results["results"][f"mmlu_{subject}"]["acc,none"]
+        subjects[subject] = [
+            [round(float(answer[0]), 5) for answer in sample["filtered_resps"]]
+            for sample in sorted(samples, key=lambda sample: sample["doc_id"])
+        ]
+        print(subject, accuracies[subject], len(samples), flush=True)
+    told = {"lm_eval": lm_eval.__version__, "model": "SmolLM2-135M-Instruct.Q4_1"}
+    return told | {"accuracies": accuracies, "subjects": subjects}
 
 
 def gsm8k_tasks(data, folder):
@@ -211,7 +205,10 @@ def main():
     what, data, target, *model = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         made = globals()[what](pathlib.Path(data), pathlib.Path(folder), *model)
-    pathlib.Path(target).write_text(json.dumps(made, indent=1) + "\n")
+    text = json.dumps(made, indent=1)
+    # Numbers of one question on one line.
+    text = re.sub(r"\[([-0-9.,\s]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    pathlib.Path(target).write_text(text + "\n")
 
 
 if __name__ == "__main__":
