@@ -88,6 +88,13 @@ def test_the_authors_reading(output, read):
     assert lora_one_number(output) == read
 
 
+def test_a_run_of_digits_without_end_is_no_number():
+    """A model that repeats itself must not stop the evaluation: int() refuses 5000 digits."""
+    assert last_number("It is 18, or " + 5000 * "9") == 18
+    assert number_behind("#### " + 5000 * "9", "####") is None
+    assert lora_one_number("#### " + 5000 * "9") == 0
+
+
 def test_the_authors_reading_misreads_both_sides():
     scored = Gsm8k().score(question("direct", "1080", "#### 1,080"), ["#### 1,999"])
     assert scored == {"strict": 0.0, "flexible": 0.0, "lora_one": 1.0}

@@ -49,7 +49,7 @@ class Commonsense(Evaluation):
     def __init__(
         self,
         path: str,
-        task: str | list[str] | None = None,
+        task: list[str] | str | None = None,
         max_new_tokens: int = 32,
         temperature: float = 0.0,
         top_p: float = 1.0,

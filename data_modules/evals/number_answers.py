@@ -57,8 +57,8 @@ def share(verdicts: Iterable[bool]) -> float:
 
 
 def _value(number: str) -> Fraction | None:
-    parts = number.replace(",", "").replace("−", "-").split("/")
+    upper, _, lower = number.replace(",", "").replace("−", "-").partition("/")
     try:
-        return Fraction(parts[0]) / Fraction("/".join(parts[1:]) or 1)
-    except ZeroDivisionError:
+        return Fraction(upper) / Fraction(lower or 1)
+    except (ZeroDivisionError, ValueError):  # Python converts no more than 4300 digits
         return None
