@@ -1,0 +1,131 @@
+"""Judge a program that a model wrote by the tests of its problem, in a sandbox."""
+
+import json
+import shutil
+import signal
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+from app.errors import InputError
+from app.sandbox import HERE, SandboxMode, interpreter, sandbox_command
+
+START_S = 60.0  # a sandbox starts in a twentieth of a second; a busy machine is no verdict
+GRACE_S = 30.0  # by which the judge ends itself sooner than it is ended
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a program.
+
+    Attributes:
+        passed: Whether all tests passed in time.
+        reason: Why not; empty if they did.
+    """
+
+    passed: bool
+    reason: str = ""
+
+
+def judge(
+    program: str,
+    entry_point: str,
+    tests: str,
+    setup: str = "",
+    timeout: float = 3.0,
+    sandbox: SandboxMode = "bubblewrap",
+) -> Verdict:
+    """Run a program in the sandbox and its tests outside, each in a process of its own.
+
+    Thread-safe; several calls at once run in parallel.
+
+    Args:
+        program: Python source. Nobody trusts it.
+        entry_point: The function that the tests call.
+        tests: Python source that defines `check(candidate)`, which raises unless the function is right.
+        setup: Python source that the tests need, such as helper functions.
+        timeout: Seconds of wall time for loading the program and all tests; starting does not count.
+        sandbox: See `app.sandbox`.
+
+    Returns:
+        The verdict. A function that returns or changes anything but plain data (`app.plain_data`) fails.
+
+    Raises:
+        RuntimeError: There is no verdict, because the sandbox does not start or the tests are broken.
+        InputError: There is no bubblewrap.
+    """
+    folder = tempfile.mkdtemp(prefix="lora-one-") if sandbox == "unprotected" else None
+    job = {
+        "command": sandbox_command(sandbox, timeout),
+        "folder": folder,
+        "program": program,
+        "entry_point": entry_point,
+        "setup": setup,
+        "tests": tests,
+        "timeout": timeout,
+        "start_s": START_S,
+    }
+    command = [interpreter(), "-I", "-S", "-B", str(HERE / "judge_process.py")]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(job).encode(),
+            capture_output=True,
+            timeout=START_S + timeout + GRACE_S,
+            check=False,
+            env={},
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired:
+        return Verdict(False, "timed out")
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    if done.returncode == -signal.SIGPROF:
+        return Verdict(False, "timed out")
+    if done.returncode < 0:
+        return Verdict(False, f"the judge was ended by signal {-done.returncode}")
+    if done.returncode > 0 or not done.stdout:
+        raise RuntimeError(f"no verdict: {done.stderr.decode(errors='replace')[-2000:]}")
+    verdict = json.loads(done.stdout)
+    if verdict["status"] == "broken":
+        raise RuntimeError(f"sandbox={sandbox}: {verdict['reason']}")
+    return Verdict(verdict["status"] == "passed", verdict["reason"])
+
+
+def check_judge(sandbox: SandboxMode) -> None:
+    """Try the sandbox on a program that fails to leave it.
+
+    Raises:
+        InputError: The sandbox does not work on this machine.
+    """
+    try:
+        verdict = judge(PROBE, "probe", PROBE_TESTS, sandbox=sandbox, timeout=30.0)
+        reason = verdict.reason
+    except (RuntimeError, OSError) as error:
+        reason = str(error)
+    if reason:
+        raise InputError(
+            f"sandbox={sandbox} does not work on this machine ({reason}). Bubblewrap needs version 0.7 and "
+            "user namespaces, which containers and some distributions deny (docs/sandbox.md says how to "
+            "allow them); sandbox=unprotected does without, with your rights to your files"
+        )
+
+
+PROBE = """
+import os, socket
+
+def probe(attempt):
+    try:
+        {"fork": os.fork, "socket": socket.socket, "kill": lambda: os.kill(os.getppid(), 0)}[attempt]()
+    except PermissionError:
+        return "denied"
+    if attempt == "fork":
+        os._exit(0)
+    return "done"
+"""
+PROBE_TESTS = """
+def check(candidate):
+    for attempt in ("fork", "socket", "kill"):
+        assert candidate(attempt) == "denied", attempt + " is not denied"
+"""

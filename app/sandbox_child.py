@@ -1,0 +1,81 @@
+"""The process in which the program under test runs: it loads it, and calls its function when asked.
+
+Started as `python -I -S sandbox_child.py LIMITS`, with requests on stdin and replies on stdout, in the
+frames of plain_data. Nothing here is trusted by the judge: once the program runs, it can do in this process
+whatever it likes. This file imports the standard library alone.
+"""
+
+import json
+import os
+import resource
+import sys
+import types
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from plain_data import NotPlainDataError, decode, encode, read_frame, write_frame  # noqa: E402
+from system_calls import die_with_parent, give_up_privileges  # noqa: E402
+
+del sys.path[0]
+
+
+def main() -> None:
+    """Give up what can be given up, say so, load the program, and answer calls until nobody asks."""
+    die_with_parent()
+    requests, replies = os.dup(0), os.dup(1)
+    for name, limit in json.loads(sys.argv[1]).items():
+        resource.setrlimit(getattr(resource, name), (limit, limit))
+    null = os.open(os.devnull, os.O_RDWR)
+    give_up_privileges()
+    write_frame(replies, "ready")
+    # Errors until here are told on stderr, which the judge reads; the program's own words are dropped.
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    os.close(null)
+    os.environ.clear()
+    sys.argv[:] = [""]
+    source, entry_point = read_frame(requests)
+    try:
+        function = load(source, entry_point)
+    except BaseException as error:  # noqa: BLE001 - also what the program raises to end the process
+        write_frame(replies, failure(error))
+        return
+    write_frame(replies, {"loaded": True})
+    while True:
+        write_frame(replies, answer(function, read_frame(requests)))
+
+
+def load(source: str, entry_point: str) -> Any:
+    """Run the program as a module and return its function.
+
+    Its name is not "__main__", so that a program's own demonstration does not run.
+    """
+    module = types.ModuleType("candidate")
+    sys.modules["candidate"] = module  # dataclasses look their module up
+    exec(compile(source, "<candidate>", "exec"), module.__dict__)
+    return module.__dict__[entry_point]
+
+
+def answer(function: Any, request: list[Any]) -> dict[str, Any]:
+    """Call the function; return its value, and the arguments where the call has changed them."""
+    try:
+        arguments = decode(request)
+        reply = {"value": encode(function(*arguments))}
+        after = encode(arguments)
+        return reply if after == request else {**reply, "arguments": after}
+    except BaseException as error:  # noqa: BLE001
+        return failure(error)
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """Return the reply that tells of an exception: the names of its classes, and its words."""
+    if isinstance(error, NotPlainDataError):
+        return {"not_plain": str(error)[:200]}
+    return {"raised": [kind.__name__ for kind in type(error).__mro__], "text": str(error)[:200]}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except EOFError:  # the judge has heard enough
+        pass
