@@ -18,14 +18,14 @@ from collections import deque
 from typing import Any, NoReturn
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from plain_data import (  # noqa: E402
+from plain_data import (
     NotPlainDataError,
     decode,
     encode,
     read_frame,
     write_frame,
 )
-from system_calls import die_with_parent, hide_from_same_user  # noqa: E402
+from system_calls import die_with_parent, hide_from_same_user
 
 del sys.path[0]
 
@@ -58,7 +58,9 @@ class Judge:
             env={},
             start_new_session=True,
         )
-        assert self.sandbox.stdin and self.sandbox.stdout and self.sandbox.stderr
+        assert self.sandbox.stdin is not None
+        assert self.sandbox.stdout is not None
+        assert self.sandbox.stderr is not None
         self.requests, self.replies = self.sandbox.stdin.fileno(), self.sandbox.stdout.fileno()
         self.complaints = self.sandbox.stderr
 

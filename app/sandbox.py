@@ -62,7 +62,7 @@ def sandbox_command(mode: SandboxMode, timeout: float) -> list[str]:
 @cache
 def interpreter() -> str:
     """Return the interpreter that runs in the sandbox: the one below a virtual environment."""
-    return os.path.realpath(sys._base_executable)
+    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
 @cache

@@ -13,8 +13,8 @@ import types
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from plain_data import NotPlainDataError, decode, encode, read_frame, write_frame  # noqa: E402
-from system_calls import die_with_parent, give_up_privileges  # noqa: E402
+from plain_data import NotPlainDataError, decode, encode, read_frame, write_frame
+from system_calls import die_with_parent, give_up_privileges
 
 del sys.path[0]
 
@@ -37,12 +37,16 @@ def main() -> None:
     source, entry_point = read_frame(requests)
     try:
         function = load(source, entry_point)
-    except BaseException as error:  # noqa: BLE001 - also what the program raises to end the process
+    except BaseException as error:  # SystemExit too
         write_frame(replies, failure(error))
         return
     write_frame(replies, {"loaded": True})
     while True:
-        write_frame(replies, answer(function, read_frame(requests)))
+        try:
+            request = read_frame(requests)
+        except EOFError:  # the judge has heard enough
+            return
+        write_frame(replies, answer(function, request))
 
 
 def load(source: str, entry_point: str) -> Any:
@@ -63,7 +67,7 @@ def answer(function: Any, request: list[Any]) -> dict[str, Any]:
         reply = {"value": encode(function(*arguments))}
         after = encode(arguments)
         return reply if after == request else {**reply, "arguments": after}
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:
         return failure(error)
 
 
@@ -75,7 +79,4 @@ def failure(error: BaseException) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except EOFError:  # the judge has heard enough
-        pass
+    main()
