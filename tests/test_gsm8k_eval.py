@@ -155,6 +155,12 @@ def test_settings():
 ROW = {"question": "Why?", "answer": "So.\n#### 3"}
 
 
+def test_gold_is_behind_the_last_marker(tmp_path):
+    path = write(tmp_path / "test.jsonl", {**ROW, "answer": "#### 1\n#### 1,003 "})
+    assert Gsm8k(path).load()[0].reference == {"number": 1003, "lora_one": 1}
+    assert Gsm8kCot(path).load()[0].reference == 1003
+
+
 @pytest.mark.parametrize("evaluation", [Gsm8k, Gsm8kCot])
 @pytest.mark.parametrize(
     ("bad", "told"),
@@ -206,8 +212,9 @@ def test_the_hub_out_of_reach(monkeypatch, tmp_path):
     def unreachable(*_, **__):
         raise ConnectionError("no network")
 
+    before = rows.datasets.config.HF_HUB_OFFLINE
     monkeypatch.setattr(rows.HfApi, "dataset_info", unreachable)
     monkeypatch.setattr(rows.datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(InputError, match=r"cannot load openai/gsm8k.*path of the benchmark gsm8k"):
         Gsm8k().load()
-    assert not rows.datasets.config.HF_HUB_OFFLINE
+    assert rows.datasets.config.HF_HUB_OFFLINE == before

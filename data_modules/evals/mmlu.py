@@ -172,7 +172,7 @@ def _members(archive: pathlib.Path) -> dict[str, bytes]:
 def _csv_rows(content: bytes, name: str) -> Iterator[tuple[str, list[str]]]:
     """Read quoted cells as text: 'None' and 'TRUE' are options, and a cell may have several lines."""
     try:
-        reader = csv.reader(io.StringIO(content.decode("utf-8"), newline=""))
+        reader = csv.reader(io.StringIO(content.decode("utf-8")))
         for number, cells in enumerate(reader):
             where = f"row {number} of {name}"
             yield where, _checked(cells, where)

@@ -85,6 +85,7 @@ HAND_MADE = [
     Case("direct", "18", "#### 1,8", "1", "8", "list"),
     Case("direct", "345", "Tom, Ann and Bo have 3,4,5.", None, "5", "list"),
     Case("direct", "5", "Tom, Ann and Bo have 3, 4, 5.", None, "5"),
+    Case("direct", "1000", "Ann and Bo have 3,1000.", None, "1000", "list"),
     Case("direct", "-5", "#### -5", "-5", "-5"),
     Case("direct", "5", "#### -5", "-5", "-5"),
     Case("direct", "-5", "#### 5", "5", "5"),
@@ -110,6 +111,7 @@ HAND_MADE = [
     Case("direct", "18", "The rug has 18 m^2.", None, "18", "exponent"),
     Case("direct", "18", r"The rug has 18 \text{ cm}^{2}", None, "18", "exponent"),
     Case("direct", "18", "The rug has 18 m².", None, "18"),
+    Case("direct", "2", "It is 2 (not 2^12)", None, "2", "exponent"),
     # decimals
     Case("direct", "18", "#### 18.00", "18", "18", "value"),
     Case("direct", "18", "She pays $18.00.", None, "18", "value"),
@@ -128,6 +130,7 @@ HAND_MADE = [
     Case("direct", "18", r"So \frac{36}{2}", None, "18", "fraction"),
     Case("direct", "2", r"So \dfrac{1}{2}", None, "1/2", "fraction"),
     Case("direct", "-2", r"So -\frac{4}{2}", None, "-2", "fraction"),
+    Case("direct", "-2", r"So \frac{-4}{2}", None, "-2", "fraction"),
     Case("direct", "18", r"The answer is \boxed{18}.", None, "18"),
     Case("direct", "18", r"#### \boxed{18}", None, "18"),
     Case("direct", "18", "#### $18$", None, "18"),
