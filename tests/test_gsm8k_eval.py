@@ -217,4 +217,4 @@ def test_the_hub_out_of_reach(monkeypatch, tmp_path):
     monkeypatch.setattr(rows.datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(InputError, match=r"cannot load openai/gsm8k.*path of the benchmark gsm8k"):
         Gsm8k().load()
-    assert rows.datasets.config.HF_HUB_OFFLINE == before
+    assert rows.datasets.config.HF_HUB_OFFLINE is before
