@@ -101,7 +101,7 @@ def check_judge(sandbox: SandboxMode) -> None:
     """
     try:
         verdict = judge(PROBE, "probe", PROBE_TESTS, sandbox=sandbox, timeout=30.0)
-        reason = verdict.reason
+        reason = verdict.reason  # empty only if everything was denied
     except (RuntimeError, OSError) as error:
         reason = str(error)
     if reason:
@@ -115,13 +115,15 @@ def check_judge(sandbox: SandboxMode) -> None:
 PROBE = """
 import os, socket
 
+def fork():
+    if os.fork() == 0:
+        os._exit(0)
+
 def probe(attempt):
     try:
-        {"fork": os.fork, "socket": socket.socket, "kill": lambda: os.kill(os.getppid(), 0)}[attempt]()
+        {"fork": fork, "socket": socket.socket, "kill": lambda: os.kill(os.getppid(), 0)}[attempt]()
     except PermissionError:
         return "denied"
-    if attempt == "fork":
-        os._exit(0)
     return "done"
 """
 PROBE_TESTS = """

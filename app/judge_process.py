@@ -29,7 +29,7 @@ from system_calls import die_with_parent, hide_from_same_user
 
 del sys.path[0]
 
-MEMORY_BYTES = 4 * 2**30  # of this process, which holds what the program returns
+MEMORY_BYTES = 2 * 2**30  # of this process, which holds what the program returns
 END_S = 5.0  # after which a killed sandbox should be gone
 
 

@@ -103,8 +103,10 @@ def bubblewrap_options() -> tuple[str, ...]:
 def _system_folders() -> list[Path]:
     """Return the folders of shared libraries and of Python's standard library."""
     system = [Path(name) for name in ("/usr/lib", "/usr/lib64", "/lib", "/lib64")]
-    own = [Path(sys.base_prefix) / "lib", Path(sys.base_prefix) / "lib64"]
-    own += [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
+    # Of the installation below a virtual environment, never of that environment itself.
+    prefixes = (Path(sys.base_prefix), Path(sys.base_exec_prefix))
+    own = [prefix / name for prefix in prefixes for name in ("lib", "lib64")]
+    own.append(Path(sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix})))
     if interpreter().startswith("/nix/"):
         own.append(Path("/nix/store"))
     found = [path for path in system if path.exists()]
@@ -117,5 +119,7 @@ def _system_folders() -> list[Path]:
 def _packages() -> list[Path]:
     """Return the folders of installed packages inside what `_system_folders` shows."""
     places = [folder for folder in _system_folders() if not folder.is_symlink()]
-    names = ("site-packages", "dist-packages")
-    return [path for f in places for n in names for path in sorted(f.glob(f"python3*/{n}"))]
+    patterns = [
+        f"{above}{name}-packages" for name in ("site", "dist") for above in ("", "python3*/")
+    ]
+    return [path for folder in places for p in patterns for path in sorted(folder.glob(p))]

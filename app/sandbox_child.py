@@ -57,6 +57,8 @@ def load(source: str, entry_point: str) -> Any:
     module = types.ModuleType("candidate")
     sys.modules["candidate"] = module  # dataclasses look their module up
     exec(compile(source, "<candidate>", "exec"), module.__dict__)
+    if entry_point not in module.__dict__:
+        raise NameError(f"name {entry_point!r} is not defined")
     return module.__dict__[entry_point]
 
 

@@ -1,0 +1,245 @@
+"""Programs that try to reach what is outside of the sandbox."""
+
+ESCAPES = {
+    "kill_everyone": (
+        "os.kill(-1, SIGKILL)",
+        """
+import os
+def square(x):
+    os.kill(-1, 9)
+    return x * x
+""",
+    ),
+    "kill_the_parent": (
+        "kills its parent, by every call that sends signals",
+        """
+import ctypes, os, signal
+libc = ctypes.CDLL(None)
+def square(x):
+    parent = os.getppid()
+    sent = libc.kill(parent, 9) == 0 or libc.syscall(234, parent, parent, 9) == 0
+    return x * x if sent else 0
+""",
+    ),
+    "read_environment": (
+        "reads the environment",
+        """
+import os
+def square(x):
+    return x * x if os.environ or os.environb else 0
+""",
+    ),
+    "read_home": (
+        "reads a file in the home directory",
+        """
+def square(x):
+    return x * x if open(HOME + "/secret").read() == "secret" else 0
+""",
+    ),
+    "read_project": (
+        "reads the project's files",
+        """
+import os
+def square(x):
+    return x * x if "app" in os.listdir(PROJECT) else 0
+""",
+    ),
+    "read_passwd": (
+        "reads /etc/passwd",
+        """
+def square(x):
+    return x * x if "root" in open("/etc/passwd").read() else 0
+""",
+    ),
+    "read_packages": (
+        "reads packages that are installed",
+        """
+import glob, os, sys
+def square(x):
+    found = []
+    for prefix in (VENV, sys.prefix, "/usr", "/usr/local"):
+        for folder in glob.glob(prefix + "/lib*/python3*/*-packages"):
+            found += os.listdir(folder)
+    return x * x if found else 0
+""",
+    ),
+    "list_processes": (
+        "looks at other processes",
+        """
+import os
+def square(x):
+    return x * x if [name for name in os.listdir("/proc") if name.isdigit()] else 0
+""",
+    ),
+    "write_outside": (
+        "writes a file outside of its folder",
+        """
+def square(x):
+    with open(OUTSIDE + "/written", "w") as file:
+        file.write("x")
+    return x * x
+""",
+    ),
+    "write_through_symlink": (
+        "writes through a symbolic link in its folder",
+        """
+import os
+def square(x):
+    if not os.path.islink("link"):
+        os.symlink(OUTSIDE, "link")
+    with open("link/linked", "w") as file:
+        file.write("x")
+    return x * x
+""",
+    ),
+    "write_dotdot": (
+        "writes through ../..",
+        """
+import os
+def square(x):
+    with open(os.path.relpath(OUTSIDE) + "/climbed", "w") as file:
+        file.write("x")
+    return x * x
+""",
+    ),
+    "write_everywhere": (
+        "makes a folder wherever it may, other than in its own",
+        """
+import glob, os, sys
+own = os.getcwd()
+places = ["/", "/dev", "/dev/shm", "/run", "/var/tmp", "/home", "/root", "/etc", "/usr", "/usr/lib", "/sandbox"]
+places += [sys.prefix, sys.prefix + "/lib"] + glob.glob(sys.prefix + "/lib/python3*/*-packages")
+places += glob.glob("/usr/lib/python3*/*-packages")
+places += [os.path.dirname(f"/{path}") for path in glob.glob("*/*/", root_dir="/")]
+def square(x):
+    written = []
+    for place in places:
+        name = os.path.join(place, f"hostile-{os.getpid()}")
+        try:
+            if not (os.path.realpath(place) + "/").startswith(own + "/"):
+                os.mkdir(name)
+                os.rmdir(name)
+                written.append(name)
+        except OSError:
+            pass
+    return x * x if written else 0
+""",
+    ),
+    "rewrite_the_harness": (
+        "overwrites the file of its own harness, and Python's library",
+        """
+import json, sys
+def square(x):
+    for file in (sys.modules["__main__"].__file__, json.__file__):
+        open(file, "r+").close()
+    return x * x
+""",
+    ),
+    "connect": (
+        "connects to a port of this machine",
+        """
+import socket
+def square(x):
+    with socket.create_connection(("127.0.0.1", PORT), timeout=0.5):
+        return x * x
+""",
+    ),
+    "resolve": (
+        "sends a datagram, as a name look-up does",
+        """
+import socket
+def square(x):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(b"x", ("127.0.0.1", PORT))
+    return x * x
+""",
+    ),
+    "unix_socket": (
+        "opens a socket of the file system",
+        """
+import socket
+def square(x):
+    socket.socket(socket.AF_UNIX).close()
+    return x * x
+""",
+    ),
+    "other_program": (
+        "becomes a shell",
+        """
+import os
+def square(x):
+    os.execv("/bin/sh", ["sh", "-c", "kill -9 $PPID; sleep 3600"])
+""",
+    ),
+    "subprocess": (
+        "starts another program",
+        """
+import subprocess, sys
+def square(x):
+    subprocess.run([sys.executable, "-c", "pass"], check=True)
+    return x * x
+""",
+    ),
+    "new_namespace": (
+        "makes itself root of a user namespace",
+        """
+import ctypes
+libc = ctypes.CDLL(None)
+def square(x):
+    return x * x if libc.unshare(0x10000000) == 0 else 0
+""",
+    ),
+    "mount": (
+        "mounts a file system over its own",
+        """
+import ctypes
+libc = ctypes.CDLL(None)
+def square(x):
+    return x * x if libc.mount(b"none", b"/tmp", b"tmpfs", 0, None) == 0 else 0
+""",
+    ),
+    "trace_the_parent": (
+        "attaches to its parent as a debugger, and opens its memory",
+        """
+import ctypes, os
+libc = ctypes.CDLL(None)
+def square(x):
+    parent = os.getppid()
+    if libc.ptrace(16, parent, 0, 0) == 0:
+        return x * x
+    with open(f"/proc/{parent}/mem", "r+b"):
+        return x * x
+""",
+    ),
+    "other_numbering": (
+        "makes system calls by another table (x32)",
+        """
+import ctypes
+libc = ctypes.CDLL(None)
+def square(x):
+    return x * x if libc.syscall(0x40000000 + 39) > 0 else 0
+""",
+    ),
+    "fill_the_disk": (
+        "writes 64 MiB of files",
+        """
+def square(x):
+    for number in range(8):
+        with open(f"file{number}", "wb") as file:
+            file.write(bytes(8 * 2**20))
+    return x * x
+""",
+    ),
+    "shared_memory": (
+        "leaves 8 MiB in /dev/shm",
+        """
+import os
+def square(x):
+    name = f"/dev/shm/hostile-{os.getpid()}"
+    with open(name, "wb") as file:
+        file.write(bytes(8 * 2**20))
+    os.remove(name)
+    return x * x
+""",
+    ),
+}
