@@ -6,9 +6,13 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import ROOT
 
+from app.choices import choice_log_likelihoods
 from app.errors import InputError
+from app.pretrained import load_model, load_tokenizer, resolve_model
+from data_modules.encoding import encode_prompts
 from data_modules.evals import rows
 from data_modules.evals.mmlu import CATEGORY_OF, Mmlu
 
@@ -163,3 +167,32 @@ def test_the_hub(monkeypatch):
     assert len(Mmlu(subjects=["anatomy"]).load()) == 5
     splits = [(name, split) for name in ("all", "anatomy") for split in ("dev", "test")]
     assert hub.asked == tuple(("cais/mmlu", *asked) for asked in splits)
+
+
+@real_files
+@pytest.mark.smollm2
+def test_scores_of_a_real_model_are_those_of_lm_eval(smollm2_dir):
+    """20 questions each of three subjects; benchmarks/mmlu_agreement.py takes 1,020."""
+    oracle = json.loads((ORACLES / "mmlu_scores.json").read_text())["subjects"]
+    evaluation = Mmlu(str(REAL), ["world_religions", "management", "abstract_algebra"])
+    asked = [q for q in evaluation.load() if int(q.key.split("/")[1]) < 20]
+    theirs = torch.tensor([row for subject in evaluation.subjects for row in oracle[subject][:20]])
+    source = resolve_model(str(smollm2_dir))
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    prompts = encode_prompts([question.prompt for question in asked], tokenizer, False)
+    choices = [tokenizer(choice)["input_ids"] for choice in evaluation.choices]
+    ours = torch.cat(
+        [
+            choice_log_likelihoods(model, model, prompts[start : start + 20], choices)
+            for start in range(0, len(prompts), 20)
+        ]
+    )
+    assert ours.shape == theirs.shape == (60, 4)
+    torch.testing.assert_close(ours.float(), theirs, atol=2e-4, rtol=0)
+
+    def accuracy(found):
+        outputs = [evaluation.choices[place] for place in found.argmax(1)]
+        scores = [evaluation.score(q, [output]) for q, output in zip(asked, outputs, strict=True)]
+        return sum(score["accuracy"] for score in scores)
+
+    assert accuracy(ours) == accuracy(theirs) > 0
