@@ -29,7 +29,9 @@ class SupervisedLogits(NamedTuple):
 
 
 @contextmanager
-def _head_sees_only(head: nn.Module, chosen: Tensor) -> Iterator[None]:
+def head_sees_only(head: nn.Module, chosen: Tensor) -> Iterator[None]:
+    """Let only the chosen (B, T) positions of the hidden states into the LM head, in row-major order."""
+
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0][chosen].unsqueeze(0), *args[1:])
 
@@ -64,7 +66,7 @@ def supervised_logits(model: nn.Module, base: PreTrainedModel, batch: Batch) -> 
         wanted = torch.full_like(labels, UNSUPERVISED)
         wanted[:, :-1] = labels[:, 1:]
     chosen = wanted != UNSUPERVISED
-    with _head_sees_only(base.get_output_embeddings(), chosen):  # type: ignore[arg-type]
+    with head_sees_only(base.get_output_embeddings(), chosen):  # type: ignore[arg-type]
         logits = model(**inputs, use_cache=False).logits[0]
     per_row = chosen.sum(dim=1)
     return SupervisedLogits(logits, wanted[chosen], per_row.cumsum(0) - per_row)
