@@ -15,9 +15,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import yaml
-from app.choices import choice_log_likelihoods
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from app.choices import choice_log_likelihoods
 from app.pretrained import local_directory, resolve_model
 from data_modules.evals.mmlu import Mmlu
 
