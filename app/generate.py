@@ -27,7 +27,7 @@ class Generated:
     """One output.
 
     Attributes:
-        text: What follows the prompt, without special tokens and without the stop string that ended it.
+        text: What follows the prompt, without special tokens, EOS, and the stop string that ended it.
         num_tokens: Tokens generated, those that ended it among them.
         finished: Whether EOS or a stop string ended it, and not the lack of room.
     """
@@ -152,6 +152,7 @@ class _Output:
     def __init__(self, key: str, before: int | None, limit: int) -> None:
         self.key, self.before, self.limit = key, before, limit
         self.tokens: list[int] = []
+        self.has_end_token = False
         self.finished = False
 
     @property
@@ -166,7 +167,8 @@ class _Output:
                 "trainer.precision)"
             )
         self.tokens.append(token)
-        self.finished = token in ends or stop.just_came(self)
+        self.has_end_token = token in ends
+        self.finished = self.has_end_token or stop.just_came(self)
 
 
 class _StopStrings:
@@ -188,7 +190,8 @@ class _StopStrings:
 
     def cut(self, output: _Output) -> Generated:
         """Return what came before the first stop string."""
-        text = self._text(output.before, output.tokens, skip_special_tokens=True)
+        tokens = output.tokens[:-1] if output.has_end_token else output.tokens
+        text = self._text(output.before, tokens, skip_special_tokens=True)
         places = [place for place in map(text.find, self.strings) if place >= 0]
         return Generated(
             text[: min(places, default=len(text))],

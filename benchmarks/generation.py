@@ -1,0 +1,146 @@
+r"""Speed of batched generation on GSM8K questions, on the real SmolLM2-135M, greedy in float32.
+
+    OMP_NUM_THREADS=1 python benchmarks/generation.py DATA [--questions 50] [--batch_size 25]
+        [--max_new_tokens 128] [--rounds 3] [--write_oracle FILE]
+
+DATA is GSM8K's test.jsonl; its first questions are asked as "Question: ...\nAnswer:", the longest first.
+Contenders take turns for `--rounds` rounds, and the table shows medians:
+
+    loop     transformers' `generate`, one prompt at a time
+    batched  transformers' `generate`, batches padded on the left, in the same order
+    ours     app.generate.generate, the same batches
+
+All three must write the same texts, or the benchmark ends with an error. `--write_oracle` keeps what the
+loop wrote for tests/test_generate.py.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from app.evaluation import Decoding
+from app.generate import generate
+from app.pretrained import load_model, load_tokenizer, resolve_model
+
+ORACLE_TOKENS = 32
+LABELS = {
+    "loop": "`generate`, one prompt at a time",
+    "batched": "`generate`, batches padded on the left",
+    "ours": "ours",
+}
+
+
+def main() -> None:
+    """Parse the command line, run the contenders in turns, compare their texts, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="test.jsonl of GSM8K")
+    parser.add_argument("--questions", type=int, default=50)
+    parser.add_argument("--batch_size", type=int, default=25)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write_oracle", type=Path, help="file for the test's oracle")
+    args = parser.parse_args()
+
+    overlay = yaml.safe_load((ROOT / "configs" / "models" / "smollm2.yaml").read_text())
+    source = resolve_model(overlay["model"]["name"])
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    tokenizer.padding_side = "left"
+    lines = args.data.read_text().splitlines()[: args.questions]
+    asked = [f"Question: {json.loads(line)['question']}\nAnswer:" for line in lines]
+    prompts = tokenizer(asked)["input_ids"]
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    prompts = [prompts[row] for row in order]
+    greedy = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
+    starts = range(0, len(prompts), args.batch_size)
+    batches = [prompts[start : start + args.batch_size] for start in starts]
+
+    def texts(outputs: list[list[int]]) -> list[str]:
+        return tokenizer.batch_decode(outputs, skip_special_tokens=True)
+
+    def loop() -> list[str]:
+        found = []
+        for prompt in prompts:
+            out = model.generate(input_ids=torch.tensor([prompt]), **greedy)
+            found.append(out[0, len(prompt) :].tolist())
+        if args.write_oracle:
+            write_oracle(args.write_oracle, dict(zip(order, found, strict=True)))
+        return texts(found)
+
+    def batched() -> list[str]:
+        found = []
+        for batch in batches:
+            padded = tokenizer.pad({"input_ids": batch}, return_tensors="pt")
+            out = model.generate(**padded, **greedy)
+            found += out[:, padded["input_ids"].shape[1] :].tolist()
+        return texts(found)
+
+    tokens = 0
+
+    def ours() -> list[str]:
+        nonlocal tokens
+        found = []
+        for batch in batches:
+            keys = [str(row) for row in range(len(batch))]
+            found += generate(model, model, tokenizer, batch, keys, Decoding(args.max_new_tokens))
+        tokens = sum(output.num_tokens for (output,) in found)
+        return [output.text for (output,) in found]
+
+    contenders = {"loop": loop, "batched": batched, "ours": ours}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    written: dict[str, list[str]] = {}
+    for _ in range(args.rounds):
+        for name, run in contenders.items():
+            start, cpu_start = time.perf_counter(), time.process_time()
+            written[name] = run()
+            seconds[name].append(time.perf_counter() - start)
+            cpu_seconds[name].append(time.process_time() - cpu_start)
+            print(name, seconds[name][-1], cpu_seconds[name][-1], file=sys.stderr, flush=True)
+        for name in ("batched", "ours"):
+            different = sum(a != b for a, b in zip(written[name], written["loop"], strict=True))
+            if different:
+                sys.exit(f"{name} wrote {different} of {len(prompts)} texts that the loop did not")
+    print(
+        f"SmolLM2-135M, {len(prompts)} GSM8K questions ({sum(map(len, prompts))} tokens), {tokens} tokens "
+        f"written, at most {args.max_new_tokens} each; batches of {args.batch_size}, {args.rounds} rounds, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}. All texts are equal.\n"
+    )
+    report(seconds, cpu_seconds, len(prompts), tokens)
+
+
+def write_oracle(file: Path, written: dict[int, list[int]]) -> None:
+    """Write the first tokens of each output, by the question's row in the data, as JSON."""
+    rows = [{"row": row, "tokens": written[row][:ORACLE_TOKENS]} for row in sorted(written)]
+    file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def report(
+    seconds: dict[str, list[float]],
+    cpu_seconds: dict[str, list[float]],
+    samples: int,
+    tokens: int,
+) -> None:
+    """Print medians, and ratios of samples per second, as a Markdown table."""
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    cpu = {name: statistics.median(times) for name, times in cpu_seconds.items()}
+    print("| contender | seconds | CPU s | samples/s | tokens/s | x loop | x batched |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, median in medians.items():
+        print(
+            f"| {LABELS[name]} | {median:.1f} | {cpu[name]:.1f} | {samples / median:.3f} | "
+            f"{tokens / median:.1f} | {medians['loop'] / median:.2f} | "
+            f"{medians['batched'] / median:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
