@@ -14,7 +14,7 @@ from app.loss import head_sees_only
 from app.processes import agree
 
 SHORTEST_PREFIX = 64
-"""Tokens from which on a pass of its own over what all prompts begin with is worth it."""
+"""Tokens from which on a pass of its own over what several prompts begin with is worth it."""
 
 
 @torch.no_grad()
@@ -30,8 +30,9 @@ def choice_log_likelihoods(
         log p(choice | prompt) = sum over t of log softmax(logits)[choice_t],    given prompt and choice_<t
 
     Choices that differ in their last token alone share a forward pass, so that single tokens take one;
-    only the positions that predict a choice reach the LM head of a causal model. What all its prompts
-    begin with runs once, and its keys and values serve all rows.
+    only the positions that predict a choice reach the LM head of a causal model. What several of its
+    prompts begin with, such as solved examples, runs once, and its keys and values serve all of them
+    (of a sharded model, only what all prompts begin with: every pass gathers the weights).
 
     Args:
         model: What is called: the model itself or a wrapper around it.
@@ -65,15 +66,20 @@ def choice_log_likelihoods(
                 f"a prompt has {len(prompt)} tokens and a choice {longest}, which do not fit into the "
                 "model's context: set --data.long_prompts=cut, or change model.name"
             )
-    kind = _Decoder if base.config.is_encoder_decoder else _Causal
+    encodes = base.config.is_encoder_decoder
+    kind = _Decoder if encodes else _Causal
+    families = [list(range(len(prompts)))] if encodes or together else _families(prompts)
     with evaluation_mode(model):
-        reader = kind(model, base, prompts or [[PAD]], device, together)
-        for fed in dict.fromkeys(tuple(choice[:-1]) for choice in choices):
-            own = [number for number, choice in enumerate(choices) if tuple(choice[:-1]) == fed]
-            logs = reader.logits(fed).float().log_softmax(dim=-1)[: len(prompts)]
-            tokens = torch.tensor([list(choices[number]) for number in own], device=device)
-            places = torch.arange(len(fed) + 1, device=device)
-            found[:, own] = logs[:, places, tokens].sum(dim=-1)
+        for rows in families:
+            family = [prompts[row] for row in rows] or [[PAD]]
+            reader = kind(model, base, family, device, together)
+            for fed in dict.fromkeys(tuple(choice[:-1]) for choice in choices):
+                own = [number for number, choice in enumerate(choices) if tuple(choice[:-1]) == fed]
+                logs = reader.logits(fed).float().log_softmax(dim=-1)[: len(rows)]
+                tokens = torch.tensor([list(choices[number]) for number in own], device=device)
+                places = torch.arange(len(fed) + 1, device=device)
+                sums = logs[:, places, tokens].sum(dim=-1)
+                found[torch.tensor(rows, dtype=torch.int64)[:, None], torch.tensor(own)] = sums
     return found
 
 
@@ -149,13 +155,28 @@ class _Decoder:
         return out.logits
 
 
+def _families(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Group the rows whose prompts begin alike; those that are like no other form one group."""
+    families: list[list[int]] = []
+    for row in sorted(range(len(prompts)), key=lambda row: tuple(prompts[row])):
+        if families and _common([prompts[families[-1][-1]], prompts[row]]) >= SHORTEST_PREFIX:
+            families[-1].append(row)
+        else:
+            families.append([row])
+    alone = [rows[0] for rows in families if len(rows) == 1]
+    return [rows for rows in families if len(rows) > 1] + ([alone] if alone else [])
+
+
 def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all prompts begin with, short of a whole prompt; 0 if too few to count."""
-    if len(prompts) < 2:
-        return 0
+    shared = min(_common(prompts), min(map(len, prompts)) - 1)
+    return shared if len(prompts) > 1 and shared >= SHORTEST_PREFIX else 0
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with."""
     # What the first and the last in the order of a dictionary share, all those between them share.
     first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
-    longest = min(map(len, prompts)) - 1
     pairs = enumerate(zip(first, last, strict=False))
-    shared = min(next((place for place, (a, b) in pairs if a != b), longest), longest)
-    return shared if shared >= SHORTEST_PREFIX else 0
+    shortest = min(len(first), len(last))
+    return next((place for place, (a, b) in pairs if a != b), shortest)

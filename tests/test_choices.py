@@ -14,6 +14,15 @@ LONG = list(range(4, 4 + SHORTEST_PREFIX + 30))
 PROMPTS = {
     "of all lengths": [[9], [50, 51, 52, 53], [50, 51], [60, 61, 62, 63, 64, 65, 66]],
     "with a long beginning in common": [[*LONG, 5], [*LONG, 6, 7, 8], LONG, [*LONG, 6, 7]],
+    "of two families and strangers": [
+        [*LONG, 5],
+        [7, *LONG],
+        [9, 8],
+        [*LONG, 6, 7, 8],
+        [50],
+        [7, *LONG, 9, 9],
+        [*LONG, 6],
+    ],
     "all the same": [LONG, LONG],
     "alone": [LONG],
 }
@@ -99,6 +108,16 @@ def test_what_is_shared_runs_once(choices, fed, scored, tiny_llama):
     rests = [shape for length in fed for shape in [(4, 4 + length)]]
     logits = [(1, 4 * length, 128) for length in scored]
     assert passes[2:] == [shape for pair in zip(rests, logits, strict=True) for shape in pair]
+
+
+def test_each_family_of_prompts_runs_its_beginning_once(tiny_llama):
+    model = tiny_llama()
+    passes = watched(model)
+    choice_log_likelihoods(model, model, PROMPTS["of two families and strangers"], SINGLE)
+    beginnings = [shape for shape in passes[::2] if shape[0] == 1]
+    rests = [shape for shape in passes[::2] if shape[0] > 1]
+    assert beginnings == [(1, len(LONG)), (1, len(LONG))]
+    assert sorted(rests) == [(2, 2), (2, 3), (3, 3)]
 
 
 def test_a_short_beginning_is_not_worth_a_pass(tiny_llama):
