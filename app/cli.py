@@ -45,6 +45,7 @@ from app.run_folder import (
 )
 from app.stopping import Stopped, StopSignals
 from callbacks.checkpoints import Checkpoints
+from callbacks.exams import Exams
 from callbacks.lora_one_init import LoraOneInit
 from callbacks.meeting import Meeting
 from callbacks.plain_progress import PlainProgress
@@ -52,7 +53,7 @@ from callbacks.preemption import Preemption
 from callbacks.run_position import RunPosition
 from callbacks.run_report import RunReport
 from callbacks.score_at import ScoreAt
-from data_modules.text import TextDataModule
+from data_modules.benchmark_data import BenchmarkDataModule
 
 DESCRIPTION = """Fine-tune a language model with LoRA-One.
 
@@ -93,7 +94,7 @@ def _main(argv: Sequence[str] | None, signals: StopSignals) -> int:
         else:
             ended = LoraCLI(
                 LoraModule,
-                TextDataModule,
+                BenchmarkDataModule,
                 trainer_class=PlanTrainer,
                 subclass_mode_data=True,
                 parser_class=Parser,
@@ -165,7 +166,7 @@ class RunConfig(SaveConfigCallback):
 
 
 class LoraCLI(LightningCLI):
-    """`fit`, `plan`, `validate` and `test` of a LoraModule on a TextDataModule."""
+    """`fit`, `plan`, `validate` and `test` of a LoraModule on a data module."""
 
     status = 0
     """Exit status of the command."""
@@ -262,13 +263,15 @@ class LoraCLI(LightningCLI):
                 extra += [init, ScoreAt("after_init")]
             else:
                 extra.append(ScoreAt("after_init", same_as="zero_shot"))
-            extra += [RunReport(seed), ScoreAt("final")]
+            extra += [Exams(), RunReport(seed), ScoreAt("final")]
             checkpoints = Checkpoints(output.checkpoint_every_n_steps)
             keeps = self._get(self.config_init, "trainer")["enable_checkpointing"] is not False
             extra.append(Preemption(self.signals, checkpoints.save if keeps else None))
             extra += [checkpoints] if keeps else []
-        elif own is None:
-            kwargs["logger"] = False
+        else:
+            extra.append(Exams(self._test_folder(output)))
+            if own is None:
+                kwargs["logger"] = False
         plugins = self._get(self.config_init, "trainer")["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -289,6 +292,13 @@ class LoraCLI(LightningCLI):
                 raise
             raise InputError(f"the settings in trainer cannot be used: {error}") from error
         return trainer
+
+    def _test_folder(self, output: OutputSettings) -> Path:
+        """Return where a test keeps answers: the run's folder, or that of the experiment's name."""
+        adapter = self._get(self.config, "model").get("adapter_path")
+        if adapter is not None and (Path(adapter).parent / CONFIG_FILE).is_file():
+            return Path(adapter).parent
+        return Path(output.root) / output.name
 
     def after_plan(self) -> None:
         """Let the exit status say whether the run fits."""

@@ -41,18 +41,22 @@ class LabelScores(torch.nn.Module):
     Matthews correlation is 0 where it is undefined (one class only), as in scikit-learn.
 
     Args:
-        label_token_ids: First token of each label word, in the order of the classes.
+        label_token_ids: First token of each label word, in the order of the classes; empty where rows have
+            no classes and only the loss is scored.
     """
 
     def __init__(self, label_token_ids: Sequence[int]) -> None:
         super().__init__()
         self.register_buffer("label_token_ids", torch.tensor(label_token_ids), persistent=False)
         classes = len(label_token_ids)
-        metrics: dict[str, Metric | MetricCollection] = {
-            "accuracy": MulticlassAccuracy(classes, average="micro"),
-            "f1": BinaryF1Score() if classes == 2 else MulticlassF1Score(classes, average="macro"),
-            "mcc": MatthewsCorrelation(classes),
-        }
+        metrics: dict[str, Metric | MetricCollection] = {}
+        if classes:
+            two = classes == 2
+            metrics = {
+                "accuracy": MulticlassAccuracy(classes, average="micro"),
+                "f1": BinaryF1Score() if two else MulticlassF1Score(classes, average="macro"),
+                "mcc": MatthewsCorrelation(classes),
+            }
         self.metrics = MetricCollection(metrics, compute_groups=False)
         # Not MeanMetric, which leaves out batches that are not a number.
         self.loss, self.tokens = (SumMetric(nan_strategy="disable") for _ in range(2))
@@ -65,19 +69,14 @@ class LabelScores(torch.nn.Module):
             target: (B,) class of each example; -1 in a padding row, which does not count.
         """
         counted = target >= 0
-        target, first = target[counted], found.first[counted]
-        predicted = found.logits[first][:, self.label_token_ids].argmax(dim=1)  # type: ignore[index]
-        if len(target):
-            self.metrics.update(predicted, target)
+        if self.metrics and counted.any():
+            first = found.first[counted]
+            predicted = found.logits[first][:, self.label_token_ids].argmax(dim=1)  # type: ignore[index]
+            self.metrics.update(predicted, target[counted])
         self.loss.update(summed_loss(found))
         self.tokens.update(found.labels.numel())
 
     def compute(self) -> dict[str, Tensor]:
-        """Return `loss` (token mean), `accuracy`, `f1` and `mcc`."""
-        return {"loss": self.loss.compute() / self.tokens.compute(), **self.metrics.compute()}
-
-    def reset(self) -> None:
-        """Forget everything seen."""
-        self.metrics.reset()
-        self.loss.reset()
-        self.tokens.reset()
+        """Return `loss` (token mean) and, of rows with classes, `accuracy`, `f1` and `mcc`."""
+        scores = self.metrics.compute() if self.metrics else {}
+        return {"loss": self.loss.compute() / self.tokens.compute(), **scores}

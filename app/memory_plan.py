@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from app.adapters import LoraPair
 from app.dry_pass import PassMemory
@@ -58,6 +59,7 @@ class RunMemory:
         optimizer: The optimizer's states.
         training: The pass over a training batch.
         evaluation: The pass over a validation batch.
+        generation: Keys and values of the largest batch of benchmark questions; 0 without benchmarks.
         observation: The pass over an initialisation batch; None without LoRA-One's start.
         sketch: What the sketch estimator keeps of all gradients.
         exact: What the exact estimator keeps of them.
@@ -73,6 +75,7 @@ class RunMemory:
     optimizer: int
     training: PassMemory
     evaluation: PassMemory
+    generation: int = 0
     observation: PassMemory | None = None
     sketch: int = 0
     exact: int = 0
@@ -98,7 +101,7 @@ class RunMemory:
     @property
     def evaluation_peak(self) -> int:
         """Most bytes during validation between training steps."""
-        return self.weights + self.optimizer + self.evaluation.peak
+        return self.weights + self.optimizer + max(self.evaluation.peak, self.generation)
 
     @property
     def peak(self) -> int:
@@ -189,6 +192,25 @@ def optimizer_bytes(make_optimizer: Any, parameters: Iterable[nn.Parameter]) -> 
             if p.dtype == dtype:
                 total += fixed + growing * p.numel() // sample.numel()
     return total
+
+
+def cache_bytes(config: PreTrainedConfig, rows: int, tokens: int, itemsize: int) -> int:
+    """Return the bytes of all keys and values while a batch of outputs is generated.
+
+        2 * layers * rows * tokens * key-value heads * head size * itemsize
+
+    Args:
+        config: A causal or sequence-to-sequence model's: the latter keeps the prompt's positions once, for
+            the decoder to look at, and the output's.
+        rows: Outputs that are generated at once.
+        tokens: Most tokens of prompt and output together.
+        itemsize: Bytes of a number.
+    """
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    size = size or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * rows * tokens * kept * size * itemsize
 
 
 def sketch_bytes(pairs: Sequence[LoraPair], oversampling: int) -> int:

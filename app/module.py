@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
@@ -22,7 +23,6 @@ from app.adapters import (
     lora_pairs,
 )
 from app.errors import InputError
-from app.label_scores import LabelScores
 from app.loss import Batch, SupervisedLogits, summed_loss, supervised_logits
 from app.precond_adamw import PreconditionedAdamW
 from app.pretrained import (
@@ -36,6 +36,7 @@ from app.pretrained import (
 )
 from app.processes import from_first_process, rank, sum_over_processes, world_size
 from app.run_record import RunRecord
+from app.scoring import Scoring
 from app.sharding import Fsdp2Strategy
 
 
@@ -97,6 +98,8 @@ class LoraModule(LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._config: PreTrainedConfig | None = None
         self.model: nn.Module | None = None
+        self.answers_folder: Path | None = None
+        self.scoring: Scoring
         self._step_sums: list[Tensor] = []  # (loss, tokens) of each batch since the last step
 
     @property
@@ -121,6 +124,13 @@ class LoraModule(LightningModule):
         return bool(self._config.is_encoder_decoder)
 
     @property
+    def context_length(self) -> int | None:
+        """Number of positions that the model knows; None if they are relative (T5)."""
+        if self._config is None:
+            self._config = load_config(self.source)
+        return getattr(self._config, "max_position_embeddings", None)
+
+    @property
     def base(self) -> PreTrainedModel:
         """The transformers model inside."""
         assert self.model is not None
@@ -135,7 +145,9 @@ class LoraModule(LightningModule):
         """Load the base model and add the adapter; called once by every stage."""
         if self.model is not None:
             return
-        if self._sharded and self.adapter is None and self.adapter_path is None:
+        plain = self.adapter is None and self.adapter_path is None
+        fitting = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        if self._sharded and plain and fitting:
             raise InputError(
                 "model.adapter is null, but this strategy shards frozen weights only: set model.adapter, "
                 "or train every weight with --config strategies/ddp.yaml"
@@ -152,7 +164,7 @@ class LoraModule(LightningModule):
         elif self.adapter is not None:
             self.model = add_lora(base, self.adapter)
         else:
-            self.model = base.requires_grad_(True)
+            self.model = base.requires_grad_(not self._sharded)
         if self.gradient_checkpointing:
             # Without re-entry a block is recomputed only if its input is in the graph.
             base.enable_input_require_grads()
@@ -190,9 +202,16 @@ class LoraModule(LightningModule):
         assert self.model is not None
         return supervised_logits(self.model, self.base, batch)
 
-    def new_scores(self) -> LabelScores:
-        """Make an empty score keeper for the data module's label words."""
-        return LabelScores(self.trainer.datamodule.label_token_ids()).to(self.device)  # type: ignore
+    def new_scoring(self, moment: str, split: str) -> Scoring:
+        """Make ready to score the data module's rows and benchmarks.
+
+        Args:
+            moment: Names the folder of the answers, such as "final".
+            split: "validation" or "test".
+        """
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        folder = None if self.answers_folder is None else self.answers_folder / moment
+        return Scoring(self, data.label_token_ids(), data.exams(split), folder, self._sharded)
 
     def setup(self, stage: str) -> None:
         """Check the length of training, and prepare the scores of the validation or test loop."""
@@ -201,7 +220,6 @@ class LoraModule(LightningModule):
                 "trainer.max_steps and trainer.max_epochs are both -1, so the learning rate's schedule "
                 "has no end: set one of them"
             )
-        self.scores = self.new_scores()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss whose gradients, summed up to the next optimizer step, are the token mean's.
@@ -251,29 +269,29 @@ class LoraModule(LightningModule):
                 "wider precision (model.dtype, trainer.precision)"
             )
 
-    def _score_step(self, batch: Batch) -> None:
-        self.scores.update(self.supervised_logits(batch), batch["target"])
+    def on_validation_start(self) -> None:
+        """Make ready to score, with answers in a folder of this step."""
+        self.scoring = self.new_scoring(f"step_{self.global_step}", "validation")
 
-    def _log_scores(self, prefix: str) -> None:
-        scores = {f"{prefix}/{name}": value for name, value in self.scores.compute().items()}
-        self.log_dict(scores, prog_bar=True)
-        self.scores.reset()
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Take one batch into the validation scores."""
-        self._score_step(batch)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Take one batch of rows or of questions into the validation scores."""
+        self.scoring.take(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation scores as `val/...`."""
-        self._log_scores("val")
+        self.log_dict({f"val/{k}": v for k, v in self.scoring.compute().items()}, prog_bar=True)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Take one batch into the test scores."""
-        self._score_step(batch)
+    def on_test_start(self) -> None:
+        """Make ready to score."""
+        self.scoring = self.new_scoring("test", "test")
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Take one batch of rows or of questions into the test scores."""
+        self.scoring.take(batch)
 
     def on_test_epoch_end(self) -> None:
         """Log the test scores as `test/...`."""
-        self._log_scores("test")
+        self.log_dict({f"test/{k}": v for k, v in self.scoring.compute().items()}, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""

@@ -19,6 +19,7 @@ from app.errors import InputError
 from app.memory_plan import (
     Placement,
     RunMemory,
+    cache_bytes,
     exact_bytes,
     exchange_bytes,
     frozen_bytes,
@@ -255,7 +256,7 @@ def run_memory(trainer: PlanTrainer, module: LoraModule, data: Any, model: nn.Mo
     context = trainer.precision_plugin.forward_context
     dry = DryModel(model, base_model(model), context, gathered_as)
     # The longest rows come first in all batches, and in the first process's share.
-    train, validation = (next(iter(x)) for x in (data.train_dataloader(), data.val_dataloader()))
+    train, validation = (next(iter(x)) for x in (data.train_dataloader(), data.val_dataloader()[0]))
     needed = RunMemory(
         frozen=frozen,
         loading=loading,
@@ -266,6 +267,7 @@ def run_memory(trainer: PlanTrainer, module: LoraModule, data: Any, model: nn.Mo
         optimizer=optimizer_bytes(module.make_optimizer, trained),
         training=dry.training(train),
         evaluation=dry.evaluation(validation),
+        generation=generation_bytes(module, data),
     )
     if init is None:
         return needed
@@ -278,3 +280,18 @@ def run_memory(trainer: PlanTrainer, module: LoraModule, data: Any, model: nn.Mo
         exact=exact_bytes(pairs, world),
         estimator=init.estimator.kind,
     )
+
+
+def generation_bytes(module: LoraModule, data: Any) -> int:
+    """Return the keys and values of the largest batch of benchmark questions in validation."""
+    largest = 0
+    for exam in data.exams("validation"):
+        decoding = exam.evaluation.decoding
+        samples, new = (
+            (1, 1) if decoding is None else (decoding.num_samples, decoding.max_new_tokens)
+        )
+        rows = min(data.eval_batch_size, len(exam.questions)) * samples
+        tokens = max(map(len, exam.questions)) + new
+        itemsize = getattr(torch, module.dtype_name).itemsize
+        largest = max(largest, cache_bytes(module.base.config, rows, tokens, itemsize))
+    return largest

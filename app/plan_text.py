@@ -50,6 +50,12 @@ def data_text(trainer: Trainer, module: LoraModule, data: Any, placement: Placem
         longest = max(map(len, rows[split]))
         note = f"longest {longest} tokens; {cut} prompts cut to data.max_length={data.max_length}"
         lines.append(_line(f"{split} rows", f"{len(rows[split]):,}", note))
+    for exam in data.exams("validation"):
+        decoding = exam.evaluation.decoding
+        longest = max(map(len, exam.questions))
+        told = "likeliest choice" if decoding is None else f"up to {decoding.max_new_tokens} new"
+        note = f"longest {longest} tokens; {told}"
+        lines.append(_line(f"{exam.evaluation.name}", f"{len(exam.questions):,} questions", note))
     lines.append(_line("tokens an epoch", f"{tokens:,}", f"{supervised:,} supervised"))
     made = f"data.batch_size {data.batch_size} x {placement.world_size} processes x {accumulated}"
     lines.append(_line("rows an optimizer step", f"{batch:,}", f"{made} accumulated"))
@@ -143,6 +149,9 @@ def memory_text(needed: RunMemory, placement: Placement) -> str:
         ),
         _line("validation batch", size_text(needed.evaluation.peak), "without gradients"),
     ]
+    if needed.generation:
+        note = "keys and values of the largest batch"
+        lines.append(_line("benchmark questions", size_text(needed.generation), note))
     if needed.observation is not None:
         lines += [
             _line(

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from tqdm.auto import tqdm
@@ -19,13 +19,16 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-def track(items: Sequence[T], label: str) -> Iterator[T]:
-    """Yield the items and show the progress under `label`."""
+def track(items: Sequence[T], label: str, note: Callable[[], str] = str) -> Iterator[T]:
+    """Yield the items and show the progress under `label`, with a note of the moment."""
     if rank() > 0:
         yield from items
         return
     if on_terminal():
-        yield from tqdm(items, desc=label, leave=False, dynamic_ncols=True)
+        with tqdm(items, desc=label, leave=False, dynamic_ncols=True) as bar:
+            for item in bar:
+                yield item
+                bar.set_postfix_str(note())
         return
     start = last = time.perf_counter()
     for i, item in enumerate(items):
@@ -33,4 +36,5 @@ def track(items: Sequence[T], label: str) -> Iterator[T]:
         now = time.perf_counter()
         if now - last >= SECONDS_BETWEEN_LINES or i + 1 == len(items):
             last = now
-            print(f"{label}: {i + 1}/{len(items)} batches, {now - start:.0f} s", flush=True)
+            told = f", {note()}" if note() else ""
+            print(f"{label}: {i + 1}/{len(items)} batches, {now - start:.0f} s{told}", flush=True)

@@ -17,6 +17,8 @@ CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 ADAPTER_FOLDER = "adapter"
 CHECKPOINT_FOLDER = "checkpoints"
+ANSWERS_FOLDER = "answers"
+SCORES_FILE = "benchmarks.json"
 
 
 @dataclass(frozen=True)

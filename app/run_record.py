@@ -30,18 +30,29 @@ class RunRecord:
 
     def write(self, path: Path) -> None:
         """Write the record as JSON, whole or not at all."""
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        part.replace(path)
+        write_json(path, asdict(self))
 
     def score_table(self) -> str:
         """Return the scores as an aligned text table, a row for each moment."""
-        names = [name for name in ("accuracy", "f1", "mcc", "loss") if self._has(name)]
-        lines = ["".join(f"{title:>12}" for title in ["", *names])]
+        found = list(dict.fromkeys(name for scores in self.metrics.values() for name in scores))
+        # A score over a part of a benchmark has two slashes: those are in metrics.csv.
+        first = ["accuracy", "f1", "mcc", "loss"]
+        names = [name for name in first if name in found]
+        names += [name for name in found if name not in names and name.count("/") < 2]
+        widths = [max(12, len(name) + 2) for name in names]
+        titles = zip(names, widths, strict=True)
+        lines = [" " * 12 + "".join(f"{title:>{width}}" for title, width in titles)]
         for moment, scores in self.metrics.items():
-            cells = "".join(f"{scores.get(name, float('nan')):12.4f}" for name in names)
-            lines.append(f"{moment:>12}{cells}")
+            cells = (
+                f"{scores.get(name, float('nan')):{width}.4f}"
+                for name, width in zip(names, widths, strict=True)
+            )
+            lines.append(f"{moment:>12}{''.join(cells)}")
         return "\n".join(lines)
 
-    def _has(self, name: str) -> bool:
-        return any(name in scores for scores in self.metrics.values())
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write JSON data to a file, whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=2) + "\n")
+    part.replace(path)

@@ -1,6 +1,7 @@
 """Training progress as plain lines, for log files."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,7 +16,7 @@ class PlainProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
-        self._start = self._last = 0.0
+        self._start = self._last = self._evaluation = 0.0
         self._first_step = 0
 
     def disable(self) -> None:
@@ -46,6 +47,49 @@ class PlainProgress(ProgressBar):
                 f"epoch {trainer.current_epoch}, step {trainer.global_step}/{total}"
                 f"{self._metrics(trainer, pl_module)}, {elapsed:.0f} s, {left:.0f} s left"
             )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of an evaluation."""
+        self._evaluation = self._last = time.perf_counter()
+
+    on_test_start = on_validation_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Print how far the validation is when it is time."""
+        place = (batch_idx, dataloader_idx)
+        self._say_evaluation("validation", trainer.num_val_batches, *place, pl_module)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Print how far the test is when it is time."""
+        place = (batch_idx, dataloader_idx)
+        self._say_evaluation("test", trainer.num_test_batches, *place, pl_module)
+
+    def _say_evaluation(
+        self, name: str, batches: Sequence[int | float], batch: int, loader: int, module: Any
+    ) -> None:
+        now, done = time.perf_counter(), sum(batches[:loader]) + batch + 1
+        if now - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = now
+            speed = module.scoring.speed()
+            told = f", {speed}" if speed else ""
+            elapsed = now - self._evaluation
+            self._say(f"{name}: {done:.0f}/{sum(batches):.0f} batches, {elapsed:.0f} s{told}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the scores."""

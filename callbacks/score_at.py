@@ -50,8 +50,8 @@ class ScoreAt(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember when the whole set was validated last: that may be the final model already."""
-        whole = len(trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
-        if sum(trainer.num_val_batches) == whole:
+        loaders = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        if trainer.num_val_batches == [len(loader) for loader in loaders]:
             self._validated_at = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,16 +81,17 @@ class ScoreAt(Callback):
 
     @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: Any) -> dict[str, float]:
-        batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        keeper = pl_module.new_scores()
+        scoring = pl_module.new_scoring(self.moment, "validation")
         training = [module for module in pl_module.modules() if module.training]
         pl_module.eval()
         try:
-            for batch in track(batches, f"score, {self.moment.replace('_', ' ')}"):
-                moved = trainer.strategy.batch_to_device(batch, pl_module.device)
-                with trainer.precision_plugin.forward_context():
-                    keeper.update(pl_module.supervised_logits(moved), moved["target"])
+            for loader in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+                label = f"score, {self.moment.replace('_', ' ')}"
+                for batch in track(loader, label, scoring.speed):
+                    moved = trainer.strategy.batch_to_device(batch, pl_module.device)
+                    with trainer.precision_plugin.forward_context():
+                        scoring.take(moved)
         finally:
             for module in training:
                 module.training = True
-        return {name: float(value) for name, value in keeper.compute().items()}
+        return {name: float(value) for name, value in scoring.compute().items()}

@@ -76,6 +76,46 @@ def answer_prefix(tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) 
     return "" if str(tokenizer.convert_ids_to_tokens(first_id)).startswith(("▁", "Ġ")) else " "
 
 
+def encode_prompts(
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    is_encoder_decoder: bool,
+    chat_template: bool = False,
+) -> list[list[int]]:
+    """Tokenise prompts as a model reads them before it answers; the same in training and evaluation.
+
+    Args:
+        prompts: Spaces at the end are dropped: an answer begins with its own.
+        tokenizer: A fast tokenizer.
+        is_encoder_decoder: Whether the prompt is a sequence of its own, with the tokenizer's special tokens.
+        chat_template: Put each prompt into the tokenizer's chat template, as the user's message.
+
+    Returns:
+        Token ids, with BOS only where the tokenizer adds it unasked.
+
+    Raises:
+        InputError: `chat_template` with a tokenizer that has none.
+    """
+    if chat_template:
+        if tokenizer.chat_template is None:
+            raise InputError(
+                f"--data.chat_template=true, but the tokenizer {tokenizer.name_or_path!r} has no "
+                "chat template: expected an instruct model; set it to false or change --model.name"
+            )
+        prompts = [
+            tokenizer.apply_chat_template(  # type: ignore[misc]
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            for prompt in prompts
+        ]
+        return tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    texts = [prompt.rstrip(" ") for prompt in prompts]
+    first_id = tokenizer("a")["input_ids"][0]
+    bos = [first_id] if first_id == tokenizer.bos_token_id and not is_encoder_decoder else []
+    found = tokenizer(texts, add_special_tokens=is_encoder_decoder)["input_ids"]
+    return [bos + ids for ids in found]
+
+
 def encode(
     rows: Sequence[TextRow],
     tokenizer: PreTrainedTokenizerBase,

@@ -6,14 +6,15 @@ prompt and answer they have.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from app.errors import InputError
+from app.evaluation import Evaluation
+from data_modules.benchmark_data import BenchmarkDataModule
 from data_modules.encoding import (
     Batch,
     EncodedRow,
@@ -26,7 +27,7 @@ from data_modules.encoding import (
 from data_modules.sampling import LengthGroupedSampler, draw, longest_first
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(BenchmarkDataModule):
     """Serve a text-to-text task to training, evaluation and the LoRA-One initialisation.
 
     Args:
@@ -34,16 +35,17 @@ class TextDataModule(LightningDataModule):
         max_length: Most tokens of an example: of prompt and answer (causal LM), or of the prompt
             (encoder-decoder). A longer prompt loses the end of its text, never its last line.
         batch_size: Training examples of a batch, on each process.
-        eval_batch_size: Examples of a validation or test batch, on each process.
+        eval_batch_size: Examples or questions of a validation or test batch, on each process.
         num_workers: Processes that prepare batches; 0 prepares them in the main process.
         seed: Fixes the order of training, the subset `train_size` and the initialisation rows. The
             rows held out for validation and test do not depend on it.
         train_size: Number of training rows to use, drawn by `seed`; null uses all.
         validation_size: Number of training rows set aside for validation.
+        evals: Benchmarks to ask in validation and test, beside the rows.
+        chat_template: Put every prompt into the tokenizer's chat template, as the user's message.
+        long_prompts: What to do with a question that leaves no room for its answer in the model's context:
+            `cut` drops its beginning, `refuse` stops before anything is asked.
     """
-
-    task_name: str
-    label_words: tuple[str, ...]
 
     def __init__(
         self,
@@ -55,20 +57,20 @@ class TextDataModule(LightningDataModule):
         seed: int = 0,
         train_size: int | None = None,
         validation_size: int | None = None,
+        evals: list[Evaluation] | None = None,
+        chat_template: bool = False,
+        long_prompts: Literal["cut", "refuse"] = "cut",
     ) -> None:
-        super().__init__()
+        super().__init__(evals, eval_batch_size, chat_template, long_prompts, seed)
         self.path = path
         self.max_length = max_length
         self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
-        self.seed = seed
         self.train_size = train_size
         self.validation_size = validation_size
         for name, least in (
             ("max_length", 1),
             ("batch_size", 1),
-            ("eval_batch_size", 1),
             ("num_workers", 0),
         ):
             if getattr(self, name) < least:
@@ -76,8 +78,6 @@ class TextDataModule(LightningDataModule):
         self.source = path or ""
         self.dropped_rows: dict[str, int] = {}
         self.cut_prompts: dict[str, int] = {}
-        self.tokenizer: PreTrainedTokenizerBase | None = None
-        self.is_encoder_decoder = False
         self._train_sampler: LengthGroupedSampler | None = None
         self._position: dict[str, int] = {}
         self._rows: dict[str, list[TextRow]] | None = None
@@ -87,11 +87,16 @@ class TextDataModule(LightningDataModule):
         """Return the rows of "train", "validation" and "test"; each source writes this."""
         raise NotImplementedError
 
-    def attach(self, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> None:
+    def attach(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        is_encoder_decoder: bool,
+        context_length: int | None = None,
+    ) -> None:
         """Set what depends on the model; `setup` does it from the trainer's module."""
         if tokenizer is not self.tokenizer or is_encoder_decoder != self.is_encoder_decoder:
             self._encoded.clear()
-        self.tokenizer, self.is_encoder_decoder = tokenizer, is_encoder_decoder
+        super().attach(tokenizer, is_encoder_decoder, context_length)
 
     def prepare_data(self) -> None:
         """Download published data, once for all processes of a node."""
@@ -101,12 +106,11 @@ class TextDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read the rows and encode those of the stage, so that bad input stops the run here."""
         self.rows("train")  # before the tokenizer: it may be a long download away
-        if self.trainer is not None:
-            module: Any = self.trainer.lightning_module
-            self.attach(module.tokenizer, module.is_encoder_decoder)
+        super().setup(stage)
         stages = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}
         for split in stages.get(stage or "", ["train", "validation", "test"]):
             self.encoded(split)
+        self.label_token_ids()
 
     def rows(self, split: str) -> list[TextRow]:
         """Return the rows of "train", "validation" or "test" as text."""
@@ -140,13 +144,15 @@ class TextDataModule(LightningDataModule):
         """Return every training row once an epoch, in an order fixed by seed and epoch."""
         return self._loader("train", self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[EncodedRow]:
-        """Return the validation rows, longest first."""
-        return self._loader("validation", self.eval_batch_size, shuffle=False)
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Return the validation rows, longest first, and the benchmarks' questions."""
+        rows = self._loader("validation", self.eval_batch_size, shuffle=False)
+        return [rows, *super().val_dataloader()]
 
-    def test_dataloader(self) -> DataLoader[EncodedRow]:
-        """Return the test rows, longest first."""
-        return self._loader("test", self.eval_batch_size, shuffle=False)
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Return the test rows, longest first, and the benchmarks' questions."""
+        rows = self._loader("test", self.eval_batch_size, shuffle=False)
+        return [rows, *super().test_dataloader()]
 
     def state_dict(self) -> dict[str, int]:
         """Return how far training is in the order of its rows.
@@ -248,14 +254,8 @@ class TextDataModule(LightningDataModule):
             "source": self.source,
             "cut_prompts": dict(self.cut_prompts),
             "dropped_rows": dict(self.dropped_rows),
+            **super().describe(),
         }
-
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise RuntimeError(
-                "no tokenizer: call attach(tokenizer, is_encoder_decoder) or setup() first"
-            )
-        return self.tokenizer
 
     def _collate(self) -> Callable[[Sequence[EncodedRow]], Batch]:
         pad_id = self._tokenizer().pad_token_id or 0
@@ -263,11 +263,8 @@ class TextDataModule(LightningDataModule):
 
     def _loader(self, split: str, batch_size: int, shuffle: bool) -> DataLoader[EncodedRow]:
         rows = self.encoded(split)
-        rank, world_size = 0, 1
-        if self.trainer is not None:
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
         lengths = [len(row) for row in rows]
-        place = (batch_size, shuffle, self.seed, rank, world_size)
+        place = (batch_size, shuffle, self.seed, *self._rank_and_world_size())
         if split == "train":
             group_size, done = self._position.get("group_size"), self._position.get("done", 0)
             sampler = LengthGroupedSampler(lengths, *place, group_size, done)

@@ -14,6 +14,7 @@ from app.gradient_store import ExactStore, Layer
 from app.loss import summed_loss
 from app.memory_plan import (
     Placement,
+    cache_bytes,
     exact_bytes,
     frozen_bytes,
     gathered_bytes,
@@ -395,3 +396,24 @@ def test_the_trainer_is_lightnings(run_models):
     assert trainer.world_size == 1
     assert trainer.placement.world_size == 64
     assert not lora_pairs(planned(run_models / "llama", adapter=None).model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_keys_and_values_are_as_large_as_those_of_a_model(kind, run_models):
+    module = loaded(run_models / kind)
+    prompts = torch.randint(4, 100, (3, 29))
+    with torch.no_grad():
+        cache = module.model(prompts, use_cache=True).past_key_values
+    kept = tensor_bytes(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    assert cache_bytes(module.base.config, rows=3, tokens=29, itemsize=4) == kept
+
+
+def test_keys_and_values_of_an_encoder_decoder(run_models):
+    """Its own and those of the prompt, each with 29 positions."""
+    module = loaded(run_models / "t5")
+    tokens = torch.randint(4, 100, (3, 29))
+    with torch.no_grad():
+        cache = module.model(tokens, decoder_input_ids=tokens, use_cache=True).past_key_values
+    layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    kept = tensor_bytes(tensor for layer in layers for tensor in (layer.keys, layer.values))
+    assert cache_bytes(module.base.config, rows=3, tokens=58, itemsize=4) == kept

@@ -260,18 +260,18 @@ def test_position_in_the_order_is_kept_and_checked(causal):
 
 def test_evaluation_keeps_every_row_in_a_fixed_order(causal):
     data = attached(causal)
-    for loader, num_rows in ((data.val_dataloader(), 5), (data.test_dataloader(), 5)):
+    for loader, num_rows in ((data.val_dataloader()[0], 5), (data.test_dataloader()[0], 5)):
         seen = indices(loader)
         assert [len(part) for part in seen] == [2, 2, 1]
         assert sorted(flat(seen)) == list(range(num_rows))
         assert seen == indices(loader)
-    lengths = [int(n) for batch in data.val_dataloader() for n in batch["attention_mask"].sum(1)]
+    lengths = [int(n) for batch in data.val_dataloader()[0] for n in batch["attention_mask"].sum(1)]
     assert lengths == sorted(lengths, reverse=True)
 
 
 def test_worker_processes_give_the_same_batches(causal):
-    assert indices(attached(causal, num_workers=1).val_dataloader()) == indices(
-        attached(causal).val_dataloader()
+    assert indices(attached(causal, num_workers=1).val_dataloader()[0]) == indices(
+        attached(causal).val_dataloader()[0]
     )
 
 
@@ -279,6 +279,7 @@ class Recorder(pl.LightningModule):
     """Offers what a data module asks of a model and notes the rows it meets."""
 
     is_encoder_decoder = False
+    context_length = None
 
     def __init__(self, tokenizer):
         super().__init__()

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 worker.py JOBS.json
 
 JOBS.json is a list of {"argv": [...], "keep": FOLDER}; optionally with {"die": [RANK, MOMENT, TIMES]}: that
-process kills itself when it comes to `gradient`, `training` or `checkpoint` for the TIMES-th time; with
+process kills itself when it comes to `gradient`, `training`, `checkpoint` or `exam` for the TIMES-th time; with
 {"hang": ...} it stops there for ever instead; and with {"first_reads": true}: no process but the first
 may read the weights. All jobs run in one start of the processes, since importing Lightning takes longer
 than a tiny run. FOLDER gets `gradients_RANK.pt` (this
@@ -25,6 +25,7 @@ import app.cli
 import app.module
 import callbacks.run_report
 from app.cli import LoraCLI, main
+from app.examiner import Examiner
 from app.gradient_store import ExactStore, SketchStore
 from app.module import LoraModule
 from app.processes import rank
@@ -75,6 +76,7 @@ def end_at(last: signal.Signals, moment: str, times: int) -> None:
         "gradient": (SketchStore, "end_batch"),
         "training": (LoraModule, "on_before_optimizer_step"),
         "checkpoint": (LoraModule, "on_save_checkpoint"),
+        "exam": (Examiner, "ask"),
     }[moment]
     original, come = getattr(owner, name), itertools.count(1)
 

@@ -1,0 +1,206 @@
+"""Ask a model the questions of a benchmark, batch by batch, and keep answers and scores."""
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from app.answers_file import Answer, AnswersFile
+from app.choices import choice_log_likelihoods
+from app.evaluation import Evaluation, Question
+from app.generate import generate
+from app.mean_scores import MeanScores
+from app.processes import sum_over_processes
+
+NOT_WHAT_IS_ASKED = (
+    "path",
+    "limit",
+    "validation_size",
+)  # which rows, not what an answer depends on
+
+
+@dataclass(frozen=True)
+class EncodedQuestion:
+    """A question as the model reads it."""
+
+    question: Question
+    prompt_ids: Sequence[int]
+    prompt_hash: str
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A benchmark made ready for a model.
+
+    Attributes:
+        evaluation: The benchmark.
+        questions: Those to ask, encoded.
+        choice_ids: Token ids of the evaluation's `choices`; empty where the model writes.
+    """
+
+    evaluation: Evaluation
+    questions: Sequence[EncodedQuestion]
+    choice_ids: Sequence[Sequence[int]]
+
+
+def trained_weights_digest(model: nn.Module) -> str:
+    """Return a short name of the values of all trainable weights, the adapter's for an adapted model."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            values = parameter.detach().float().cpu().contiguous()
+            found.update(name.encode() + b"\0" + values.numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+class Examiner:
+    """Asks one benchmark's questions once and adds the scores up over all processes.
+
+    Args:
+        exam: Benchmark and questions.
+        folder: Where answers are kept; None keeps none.
+        identity: What answers depend on beside the benchmark: the model and its weights. JSON data.
+        device: Where the processes add the scores up.
+    """
+
+    def __init__(
+        self, exam: Exam, folder: Path | None, identity: dict[str, Any], device: torch.device
+    ) -> None:
+        self.exam = exam
+        self.metric = MeanScores(
+            exam.evaluation.score_names([q.question for q in exam.questions])
+        ).to(device)
+        self.tokens = 0  # that this process has generated, or read where choices are compared
+        self.seconds = 0.0
+        self.asked = self.known = 0
+        self.scores: dict[str, Tensor] = {}
+        self.counts: dict[str, float | None] = {}
+        self.identity = {**self._own_identity(), **identity}
+        self.file = None if folder is None else AnswersFile(folder, self.name, self.identity)
+
+    @property
+    def name(self) -> str:
+        """The benchmark's name."""
+        return self.exam.evaluation.name
+
+    def _own_identity(self) -> dict[str, Any]:
+        evaluation = self.exam.evaluation
+        settings = {k: v for k, v in vars(evaluation).items() if k not in NOT_WHAT_IS_ASKED}
+        public = {k: str(v) for k, v in settings.items() if not k.startswith("_")}
+        decoding = evaluation.decoding and asdict(evaluation.decoding)
+        told = {"name": self.name, "version": evaluation.version}
+        return {**told, "settings": public, "decoding": str(decoding)}
+
+    def ask(self, module: Any, index: Sequence[int], together: bool) -> None:
+        """Ask the questions of one batch that have no answer yet, judge and keep the answers.
+
+        Args:
+            module: The `LoraModule`, in evaluation mode.
+            index: (B,) places in the exam's questions; -1 is a padding row, which nobody asks.
+            together: Whether the processes must run the model in step, since it is sharded.
+        """
+        questions = [self.exam.questions[i] for i in index if i >= 0]
+        to_ask = []
+        for encoded in questions:
+            before = self._scores_before(encoded)
+            if before is None:
+                to_ask.append(encoded)
+            else:
+                self.known += 1
+                self.metric.update(before)
+        if not to_ask and not together:
+            return
+        start = time.perf_counter()
+        way = self._compare if self.exam.choice_ids else self._write
+        answers = way(module, to_ask, together)
+        self.seconds += time.perf_counter() - start
+        self._judge(to_ask, answers)
+
+    def _scores_before(self, encoded: EncodedQuestion) -> dict[str, float] | None:
+        if self.file is None:
+            return None
+        return self.file.scores_before(encoded.question.key, encoded.prompt_hash)
+
+    def _write(self, module: Any, asked: Sequence[EncodedQuestion], together: bool) -> list[Answer]:
+        evaluation = self.exam.evaluation
+        assert evaluation.decoding is not None
+        written = generate(
+            module.model,
+            module.base,
+            module.tokenizer,
+            [encoded.prompt_ids for encoded in asked],
+            [encoded.question.key for encoded in asked],
+            evaluation.decoding,
+            together=together,
+        )
+        self.tokens += sum(text.num_tokens for texts in written for text in texts)
+        return [
+            {
+                "outputs": [text.text for text in texts],
+                "tokens": [text.num_tokens for text in texts],
+                "finished": [text.finished for text in texts],
+            }
+            for texts in written
+        ]
+
+    def _compare(
+        self, module: Any, asked: Sequence[EncodedQuestion], together: bool
+    ) -> list[Answer]:
+        evaluation = self.exam.evaluation
+        found = choice_log_likelihoods(
+            module.model,
+            module.base,
+            [encoded.prompt_ids for encoded in asked],
+            self.exam.choice_ids,
+            together=together,
+        )
+        self.tokens += sum(len(encoded) for encoded in asked)
+        return [
+            {"outputs": [evaluation.choices[int(row.argmax())]], "log_likelihoods": row.tolist()}
+            for row in found
+        ]
+
+    def _judge(self, asked: Sequence[EncodedQuestion], answers: Sequence[Answer]) -> None:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # code is judged in processes of its own
+            outputs = [answer["outputs"] for answer in answers]
+            scores = list(
+                pool.map(self.exam.evaluation.score, [e.question for e in asked], outputs)
+            )
+        self.asked += len(asked)
+        whole = []
+        for encoded, answer, found in zip(asked, answers, scores, strict=True):
+            self.metric.update(found)
+            named = {"key": encoded.question.key, "prompt_hash": encoded.prompt_hash}
+            whole.append({**named, **answer, "scores": found})
+        if self.file is not None and whole:
+            self.file.add(whole)
+
+    def finish(self) -> dict[str, Tensor]:
+        """Join the answers of all processes and return the scores, the same on every process."""
+        if self.file is not None:
+            self.file.join({q.question.key: i for i, q in enumerate(self.exam.questions)})
+        self.scores = self.metric.compute()
+        told = torch.tensor([self.asked, self.known, self.tokens], device=self.metric.device)
+        asked, known, tokens = sum_over_processes(told).tolist()
+        self.counts = {
+            "questions": asked + known,
+            "answered_before": known,
+            "tokens": tokens,
+            "tokens_per_second": tokens / self.seconds if self.seconds else None,
+        }
+        return {f"{self.name}/{name}": value for name, value in self.scores.items()}
+
+    def result(self) -> tuple[str, dict[str, Any]]:
+        """Return the name of the file of answers, and scores and counts as JSON data; after `finish`."""
+        told = {**self.identity, "scores": {k: float(v) for k, v in self.scores.items()}}
+        return self.file.stem if self.file else self.name, {**told, **self.counts}
