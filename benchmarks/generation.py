@@ -4,7 +4,7 @@ r"""Speed of batched generation on GSM8K questions, on the real SmolLM2-135M, gr
         [--max_new_tokens 128] [--rounds 3] [--write_oracle FILE]
 
 DATA is GSM8K's test.jsonl; its first questions are asked as "Question: ...\nAnswer:", the longest first.
-Contenders take turns for `--rounds` rounds, and the table shows medians:
+Contenders take turns, batch by batch, for `--rounds` rounds, and the table shows medians:
 
     loop     transformers' `generate`, one prompt at a time
     batched  transformers' `generate`, batches padded on the left, in the same order
@@ -66,49 +66,50 @@ def main() -> None:
     def texts(outputs: list[list[int]]) -> list[str]:
         return tokenizer.batch_decode(outputs, skip_special_tokens=True)
 
-    def loop() -> list[str]:
+    alone: list[list[int]] = []  # what the loop wrote
+
+    def loop(batch: list[list[int]]) -> list[str]:
         found = []
-        for prompt in prompts:
+        for prompt in batch:
             out = model.generate(input_ids=torch.tensor([prompt]), **greedy)
             found.append(out[0, len(prompt) :].tolist())
-        if args.write_oracle:
-            write_oracle(args.write_oracle, dict(zip(order, found, strict=True)))
+        alone.extend(found)
         return texts(found)
 
-    def batched() -> list[str]:
-        found = []
-        for batch in batches:
-            padded = tokenizer.pad({"input_ids": batch}, return_tensors="pt")
-            out = model.generate(**padded, **greedy)
-            found += out[:, padded["input_ids"].shape[1] :].tolist()
-        return texts(found)
+    def batched(batch: list[list[int]]) -> list[str]:
+        padded = tokenizer.pad({"input_ids": batch}, return_tensors="pt")
+        out = model.generate(**padded, **greedy)
+        return texts(out[:, padded["input_ids"].shape[1] :].tolist())
 
-    tokens = 0
-
-    def ours() -> list[str]:
-        nonlocal tokens
-        found = []
-        for batch in batches:
-            keys = [str(row) for row in range(len(batch))]
-            found += generate(model, model, tokenizer, batch, keys, Decoding(args.max_new_tokens))
-        tokens = sum(output.num_tokens for (output,) in found)
+    def ours(batch: list[list[int]]) -> list[str]:
+        keys = [str(row) for row in range(len(batch))]
+        found = generate(model, model, tokenizer, batch, keys, Decoding(args.max_new_tokens))
         return [output.text for (output,) in found]
 
     contenders = {"loop": loop, "batched": batched, "ours": ours}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    written: dict[str, list[str]] = {}
-    for _ in range(args.rounds):
-        for name, run in contenders.items():
-            start, cpu_start = time.perf_counter(), time.process_time()
-            written[name] = run()
-            seconds[name].append(time.perf_counter() - start)
-            cpu_seconds[name].append(time.process_time() - cpu_start)
-            print(name, seconds[name][-1], cpu_seconds[name][-1], file=sys.stderr, flush=True)
-        for name in ("batched", "ours"):
-            different = sum(a != b for a, b in zip(written[name], written["loop"], strict=True))
-            if different:
-                sys.exit(f"{name} wrote {different} of {len(prompts)} texts that the loop did not")
+    for number in range(args.rounds):
+        names = [*contenders][number % 3 :] + [*contenders][: number % 3]
+        wall, cpu = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        for batch in batches:
+            written = {}
+            for name in names:
+                start, cpu_start = time.perf_counter(), time.process_time()
+                written[name] = contenders[name](batch)
+                wall[name] += time.perf_counter() - start
+                cpu[name] += time.process_time() - cpu_start
+            for name in ("batched", "ours"):
+                pairs = zip(written[name], written["loop"], strict=True)
+                if different := sum(theirs != right for theirs, right in pairs):
+                    sys.exit(f"{name} wrote {different} of {len(batch)} texts otherwise")
+        print("seconds", wall, "CPU", cpu, file=sys.stderr, flush=True)
+        for name in names:
+            seconds[name].append(wall[name])
+            cpu_seconds[name].append(cpu[name])
+    if args.write_oracle:
+        write_oracle(args.write_oracle, dict(zip(order, alone, strict=False)))
+    tokens = sum(map(len, alone)) // args.rounds
     print(
         f"SmolLM2-135M, {len(prompts)} GSM8K questions ({sum(map(len, prompts))} tokens), {tokens} tokens "
         f"written, at most {args.max_new_tokens} each; batches of {args.batch_size}, {args.rounds} rounds, "
@@ -132,13 +133,15 @@ def report(
     """Print medians, and ratios of samples per second, as a Markdown table."""
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     cpu = {name: statistics.median(times) for name, times in cpu_seconds.items()}
-    print("| contender | seconds | CPU s | samples/s | tokens/s | x loop | x batched |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| contender | seconds | samples/s | tokens/s | x loop | x batched | CPU s | x loop | x batched |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, median in medians.items():
         print(
-            f"| {LABELS[name]} | {median:.1f} | {cpu[name]:.1f} | {samples / median:.3f} | "
-            f"{tokens / median:.1f} | {medians['loop'] / median:.2f} | "
-            f"{medians['batched'] / median:.2f} |"
+            f"| {LABELS[name]} | {median:.1f} | {samples / median:.3f} | {tokens / median:.1f} | "
+            f"{medians['loop'] / median:.2f} | {medians['batched'] / median:.2f} | {cpu[name]:.1f} | "
+            f"{cpu['loop'] / cpu[name]:.2f} | {cpu['batched'] / cpu[name]:.2f} |"
         )
 
 

@@ -95,23 +95,26 @@ def test_every_output_is_that_of_its_prompt_alone(kind, attention, build, tiny_t
 @pytest.mark.skipif(not GSM8K.is_file(), reason="GSM8K is not beside the project")
 def test_fifty_questions_of_gsm8k(smollm2_dir):
     """The oracle, by benchmarks/generation.py, holds what `generate` writes to each question alone."""
-    new = 24
+    new = 20
     oracle = json.loads((ROOT / "tests" / "oracles" / "gsm8k_greedy.json").read_text())
     source = resolve_model(str(smollm2_dir))
     model, tokenizer = load_model(source), load_tokenizer(source)
     lines = GSM8K.read_text().splitlines()
-    questions = [json.loads(lines[row["row"]])["question"] for row in oracle]
-    prompts = [tokenizer(f"Question: {q}\nAnswer:")["input_ids"] for q in questions]
+    pairs = []
+    for row in oracle:
+        question = json.loads(lines[row["row"]])["question"]
+        pairs.append((tokenizer(f"Question: {question}\nAnswer:")["input_ids"], row["tokens"]))
+    pairs.sort(key=lambda pair: -len(pair[0]))
+    prompts = [prompt for prompt, _ in pairs]
     assert len(prompts) == 50
     assert len(set(map(len, prompts))) > 10
-    expected = [tokenizer.decode(row["tokens"][:new], skip_special_tokens=True) for row in oracle]
-    ended = [len(row["tokens"]) for row in oracle if len(row["tokens"]) < new]
-    assert len(ended) > 5
-    found = in_batches(model, tokenizer, prompts, 25, Decoding(new))
-    assert [output.text for (output,) in found] == expected
-    assert sorted(o.num_tokens for (o,) in found if o.num_tokens < new) == sorted(ended)
-    alone = one_at_a_time(model, tokenizer, prompts[:2], new)
-    assert [text for text, *_ in alone] == expected[:2]
+    ended = [len(tokens) <= new and tokens[-1] == 2 for _, tokens in pairs]
+    assert 5 < sum(ended) < 45
+    texts = [tokenizer.decode(tokens[:new], skip_special_tokens=True) for _, tokens in pairs]
+    lengths = [min(len(tokens), new) for _, tokens in pairs]
+    expected = list(zip(texts, lengths, ended, strict=True))
+    assert greedy(model, tokenizer, prompts, 25, Decoding(new)) == expected
+    assert one_at_a_time(model, tokenizer, prompts[-1:], new) == expected[-1:]
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
