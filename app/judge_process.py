@@ -161,14 +161,15 @@ def rewrite(ours: Any, theirs: Any) -> None:
 
 def exception(reply: dict[str, Any]) -> Exception:
     """Return the nearest of Python's own exceptions to the one that the program raised."""
-    for name in reply["raised"] if isinstance(reply["raised"], list) else ():
-        kind = getattr(builtins, name, None) if isinstance(name, str) else None
+    names = [str(name) for name in reply["raised"]] if isinstance(reply["raised"], list) else []
+    for name in names:
+        kind = getattr(builtins, name, None)
         if isinstance(kind, type) and issubclass(kind, Exception) and kind is not Exception:
             try:
                 return kind(str(reply.get("text")))
             except TypeError:  # UnicodeDecodeError and its like take more than a text
                 break
-    return CandidateError(str(reply["raised"])[:200], str(reply.get("text")))
+    return CandidateError(": ".join([*names[:1], str(reply.get("text"))]))
 
 
 def main() -> None:

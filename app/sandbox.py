@@ -72,7 +72,7 @@ def bubblewrap_options() -> tuple[str, ...]:
     Python is at its usual paths, without installed packages, which could hold a benchmark's solutions.
 
     Raises:
-        InputError: There is no bubblewrap, or it is too old.
+        InputError: There is no bubblewrap.
     """
     program = shutil.which("bwrap")
     if program is None:

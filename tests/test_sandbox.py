@@ -72,7 +72,7 @@ def outcomes(mark, tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch, stage(folder) as places:
                 (folder / "temporary").mkdir()
                 patch.setattr(tempfile, "tempdir", str(folder / "temporary"))
-                with ThreadPoolExecutor(4) as pool:
+                with ThreadPoolExecutor(8) as pool:
                     verdicts = list(pool.map(lambda name: attack(name, mode, places), PROGRAMS))
                 left = [*places.outside.iterdir(), *(folder / "temporary").iterdir()]
                 secret = (places.home / "secret").read_text()

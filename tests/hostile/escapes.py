@@ -126,12 +126,11 @@ def square(x):
 """,
     ),
     "rewrite_the_harness": (
-        "overwrites the file of its own harness, and Python's library",
+        "opens the file of its own harness to overwrite it",
         """
-import json, sys
+import sys
 def square(x):
-    for file in (sys.modules["__main__"].__file__, json.__file__):
-        open(file, "r+").close()
+    open(sys.modules["__main__"].__file__, "r+").close()
     return x * x
 """,
     ),
