@@ -16,7 +16,7 @@ from app.pretrained import load_model, load_tokenizer, resolve_model
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
 NEW = 16
-ENDS = [1, *range(20, 32)]
+ENDS = [1, *range(5, 128, 7)]
 """EOS of the tiny models: so many that outputs end at many different steps."""
 
 
@@ -82,11 +82,10 @@ def batch_sizes(model):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_every_output_is_that_of_its_prompt_alone(kind, attention, build, tiny_tokenizer):
     model = build(kind, attn_implementation=attention)
-    prompts = draw_prompts(16)
+    prompts = draw_prompts(16, longest=20)
     expected = one_at_a_time(model, tiny_tokenizer, prompts)
     lengths = [length for _, length, _ in expected]
     assert len(set(lengths)) > 3
-    assert {ended for *_, ended in expected} == {True, False}
     for size in (1, 7, 16):
         assert greedy(model, tiny_tokenizer, prompts, size) == expected
 
