@@ -129,9 +129,8 @@ class TextDataModule(BenchmarkDataModule):
         """Return the rows of a split as token ids; tells once how many prompts were cut."""
         if split not in self._encoded:
             name = f"{self.task_name} {split}"
-            self._encoded[split], num_cut = encode(
-                self.rows(split), self._tokenizer(), self.is_encoder_decoder, self.max_length, name
-            )
+            place = (self._tokenizer(), self.is_encoder_decoder, self.max_length, name)
+            self._encoded[split], num_cut = encode(self.rows(split), *place, self.chat_template)
             self.cut_prompts[split] = num_cut
             if num_cut:
                 rank_zero_warn(
@@ -146,13 +145,15 @@ class TextDataModule(BenchmarkDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Return the validation rows, longest first, and the benchmarks' questions."""
-        rows = self._loader("validation", self.eval_batch_size, shuffle=False)
-        return [rows, *super().val_dataloader()]
+        return [*self._evaluation_rows("validation"), *super().val_dataloader()]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Return the test rows, longest first, and the benchmarks' questions."""
-        rows = self._loader("test", self.eval_batch_size, shuffle=False)
-        return [rows, *super().test_dataloader()]
+        return [*self._evaluation_rows("test"), *super().test_dataloader()]
+
+    def _evaluation_rows(self, split: str) -> list[DataLoader[Any]]:
+        has_rows = bool(self.rows(split))  # a source of training rows alone has none to test
+        return [self._loader(split, self.eval_batch_size, shuffle=False)] if has_rows else []
 
     def state_dict(self) -> dict[str, int]:
         """Return how far training is in the order of its rows.

@@ -70,7 +70,7 @@ def test_small_angles_are_not_lost_in_rounding():
 
 
 def test_a_factor_of_zeros_has_no_span(pairs):
-    lora_A, lora_B, reference = pairs
+    lora_A, _, reference = pairs
     found = look_inside(lora_A, [torch.zeros(M, R)] * PAIRS, SCALING, reference)
     assert torch.equal(found.norm, torch.zeros(PAIRS, dtype=torch.float64))
     for measure in (found.angle_B, found.captured, found.effective_rank):

@@ -1,0 +1,60 @@
+"""Code-Feedback: 157,000 programming questions with answers that hold code."""
+
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from data_modules.evals.rows import hub_rows, json_rows
+from data_modules.generative import GenerativeDataModule
+from data_modules.instructions import instruction_prompt
+
+HUB_ID = "m-a-p/CodeFeedback-Filtered-Instruction"
+FIRST_BLOCK = re.compile(r".*?```.*?```", re.DOTALL)
+
+
+class CodeFeedbackDataModule(GenerativeDataModule):
+    """Train on Code-Feedback as the LoRA-One paper does.
+
+    A row needs a block of code in its answer, which is kept up to the end of the first one.
+
+    Args:
+        path: JSON list or JSON lines, plain or gzipped, with `query` and `answer`; null takes
+            m-a-p/CodeFeedback-Filtered-Instruction from the Hub.
+        max_length: Most tokens of a row; the authors keep rows below 1024.
+        max_rows: Train on the first so many rows; the authors' subset has 100,000.
+        validation_size: Rows that validate: those behind the training rows.
+        **options: See `TextDataModule`.
+
+    Source: the LoRA-One repository, data.py. Differs: EOS counts as a token of the row; a block that is
+    never closed is none.
+    """
+
+    task_name = "code_feedback"
+
+    def __init__(
+        self,
+        path: str | None = None,
+        max_length: int = 1023,
+        max_rows: int | None = 100_000,
+        validation_size: int = 10_000,
+        **options: Any,
+    ) -> None:
+        super().__init__(path, max_length, max_rows, validation_size, **options)
+        self.source = path or HUB_ID
+
+    def examples(self) -> Iterator[tuple[str, str]]:
+        """Yield prompt and answer of each row with a block of code."""
+        fields = ("query", "answer")
+        if self.path is None:
+            rows = hub_rows(HUB_ID, "default", "train", fields, "--data.path")
+        else:
+            rows = json_rows(pathlib.Path(self.path), fields, "--data.path")
+        without = 0
+        for _, row in rows:
+            block = FIRST_BLOCK.match(row["answer"])
+            if block is None:
+                without += 1
+                continue
+            yield instruction_prompt(row["query"]), block[0]
+        self.dropped_rows["without_code"] = without

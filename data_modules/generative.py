@@ -1,0 +1,143 @@
+"""What sources of questions and free answers share: which rows are taken, and which validate."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from app.errors import InputError
+from data_modules.encoding import EncodedRow, TextRow, encode
+from data_modules.sampling import split_off
+from data_modules.text import TextDataModule
+
+
+class GenerativeDataModule(TextDataModule):
+    """Train on prompts and free answers, of which only the loss is scored; benchmarks score the rest.
+
+    Rows are taken in the order of the file. An empty answer, and a row of more than `max_length` tokens, is
+    dropped and counted: cutting would lose the end of a question or of an answer.
+
+    Args:
+        path: Local file; null takes the published rows.
+        max_length: Most tokens of prompt and answer with EOS; a longer row is dropped.
+        max_rows: Train on the first so many rows that are left; null takes all.
+        validation_size: Rows that validate: those that follow the training rows, or, where none follow,
+            rows drawn from them.
+        **options: See `TextDataModule`.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        max_length: int = 1024,
+        max_rows: int | None = None,
+        validation_size: int = 1000,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            path=path, max_length=max_length, validation_size=validation_size, **options
+        )
+        if max_rows is not None and max_rows < 1:
+            raise InputError(f"--data.max_rows={max_rows}: expected at least 1, or null for all")
+        if validation_size < 1:
+            raise InputError(f"--data.validation_size={validation_size}: expected at least 1")
+        self.max_rows = max_rows
+        self._candidates: list[TextRow] | None = None
+        self._tokens: dict[int, EncodedRow] = {}
+
+    def examples(self) -> Iterator[tuple[str, str]]:
+        """Yield prompt and answer of each row, in the order of the file; each source writes this."""
+        raise NotImplementedError
+
+    def load(self) -> dict[str, list[TextRow]]:
+        """Return the rows by their use; the model's tokenizer decides which are too long.
+
+        Raises:
+            InputError: No row is left, or too few to validate.
+        """
+        kept = self._kept()
+        held, size = kept[: self.max_rows], self.validation_size or 0
+        after = kept[len(held) : len(held) + size]
+        if len(after) < size:
+            held, after = split_off(held, size, "data.validation_size")
+        return {"train": held, "validation": after, "test": []}
+
+    def _kept(self) -> list[TextRow]:
+        """Return the rows that are short enough, and remember their tokens."""
+        rows = self._read()
+        place = (self._tokenizer(), self.is_encoder_decoder, self.max_length, self.task_name)
+        encoded, dropped = encode(rows, *place, self.chat_template, too_long="drop")
+        self.dropped_rows["too_long"] = dropped
+        if not encoded:
+            raise InputError(
+                f"no row of {self.task_name} has at most --data.max_length={self.max_length} tokens: raise it"
+            )
+        if dropped:
+            rank_zero_info(
+                f"{dropped:,} of {len(rows):,} rows of {self.task_name} have more than "
+                f"--data.max_length={self.max_length} tokens and are left out"
+            )
+        chosen = [(rows[tokens.index], tokens) for tokens in encoded]
+        self._tokens = {id(row): tokens for row, tokens in chosen}
+        return [row for row, _ in chosen]
+
+    def encoded(self, split: str) -> list[EncodedRow]:
+        """Return the rows of a split as token ids; none is cut."""
+        if split not in self._encoded:
+            rows = self.rows(split)
+            self._encoded[split] = [
+                dataclasses.replace(self._tokens[id(row)], index=i) for i, row in enumerate(rows)
+            ]
+            self.cut_prompts[split] = 0
+        return self._encoded[split]
+
+    def attach(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        is_encoder_decoder: bool,
+        context_length: int | None = None,
+    ) -> None:
+        """Set what depends on the model; which rows are short enough does."""
+        if tokenizer is not self.tokenizer:
+            self._rows = None
+        super().attach(tokenizer, is_encoder_decoder, context_length)
+
+    def _read(self) -> list[TextRow]:
+        if self._candidates is None:
+            rows = list(self.examples())
+            self._candidates = [TextRow(p, a) for p, a in rows if a.strip()]
+            self.dropped_rows["empty_answer"] = len(rows) - len(self._candidates)
+            if not self._candidates:
+                raise InputError(
+                    f"{self.source} has no row of {self.task_name} with an answer: change --data.path"
+                )
+        return self._candidates
+
+    def prepare_data(self) -> None:
+        """Download published rows, once for all processes of a node."""
+        if self.path is None:
+            self._read()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the rows before the tokenizer, which may be a long download away, and encode them."""
+        if stage != "test":
+            self._read()
+            self._attach_to_module()
+            super().setup(stage)
+            return
+        if not self.evals:
+            raise InputError(
+                f"{self.task_name} has no rows to test, and --data.evals is empty: give a benchmark, such as "
+                "--config eval/gsm8k.yaml"
+            )
+        self._attach_to_module()
+        self.exams("test")
+
+    def _evaluation_rows(self, split: str) -> list[Any]:
+        return [] if split == "test" else super()._evaluation_rows(split)
+
+    def describe(self) -> dict[str, Any]:
+        """Return where the rows come from and how many there are, for the summary of a run."""
+        return {**super().describe(), "max_rows": self.max_rows}

@@ -1,0 +1,50 @@
+"""GSM8K's training questions: 7,473 of grade-school mathematics, answered step by step by people."""
+
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from data_modules.evals.gsm8k import HUB_ID, PROMPT
+from data_modules.evals.rows import hub_rows, json_rows
+from data_modules.generative import GenerativeDataModule
+
+CALCULATION = re.compile(r"<<[^<>]*>>")
+
+
+class Gsm8kDataModule(GenerativeDataModule):
+    """Train on GSM8K in the form in which its benchmark asks: "Q:", "A:", and "#### NUMBER" at the end.
+
+    Args:
+        path: train.jsonl or train.jsonl.gz of GSM8K; null takes openai/gsm8k from the Hub.
+        calculations: Keep the marks of calculations such as <<48/2=24>>, which are there for a
+            calculator that would fill in what follows "=".
+        max_length: Most tokens of a row; a longer one is dropped.
+        validation_size: Rows set aside for validation.
+        **options: See `GenerativeDataModule`.
+    """
+
+    task_name = "gsm8k"
+
+    def __init__(
+        self,
+        path: str | None = None,
+        calculations: bool = False,
+        max_length: int = 512,
+        validation_size: int = 500,
+        **options: Any,
+    ) -> None:
+        super().__init__(path, max_length, validation_size=validation_size, **options)
+        self.calculations = calculations
+        self.source = path or HUB_ID
+
+    def examples(self) -> Iterator[tuple[str, str]]:
+        """Yield prompt and answer of each row."""
+        fields = ("question", "answer")
+        if self.path is None:
+            rows = hub_rows(HUB_ID, "main", "train", fields, "--data.path")
+        else:
+            rows = json_rows(pathlib.Path(self.path), fields, "--data.path")
+        for _, row in rows:
+            answer = row["answer"] if self.calculations else CALCULATION.sub("", row["answer"])
+            yield PROMPT.format(question=row["question"]), answer

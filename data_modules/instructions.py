@@ -1,0 +1,78 @@
+"""Instructions in Alpaca's form: Alpaca, WizardLM, Code Alpaca, the commonsense sets of LLM-Adapters."""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from data_modules.evals.rows import hub_rows, json_rows
+from data_modules.generative import GenerativeDataModule
+
+BEGINNING = "Below is an instruction that describes a task"
+REQUEST = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+REFUSALS = ("sorry", "as an ai")
+
+
+def instruction_prompt(instruction: str, context: str = "") -> str:
+    """Return Alpaca's prompt for an instruction, and for its input where it has one.
+
+    Source: the Stanford Alpaca repository, which the LoRA-One and LLM-Adapters code follow.
+    """
+    if not context:
+        return f"{BEGINNING}. {REQUEST}{instruction}\n\n### Response:\n"
+    paired = f"{BEGINNING}, paired with an input that provides further context. {REQUEST}"
+    return f"{paired}{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+
+
+class InstructionDataModule(GenerativeDataModule):
+    """Train on instructions and their answers.
+
+    Args:
+        path: JSON list or JSON lines, plain or gzipped, with `instruction`, `output` and mostly `input`:
+            Alpaca's files, Code Alpaca's, commonsense_170k.json; null takes `hub_id` from the Hub.
+        hub_id: `yahma/alpaca-cleaned` is what the LoRA-One paper trains on before MMLU;
+            `silk-road/Wizard-LM-Chinese-instruct-evol` what LoRA-GA trains on.
+        drop_refusals: Leave out answers with "sorry" or "as an ai", as the authors do with WizardLM.
+        max_length: Most tokens of a row; a longer one is dropped.
+        validation_size: Rows set aside for validation.
+        **options: See `GenerativeDataModule`.
+
+    Source: the LoRA-One repository, data.py. Differs: the authors draw the validation rows of Alpaca from
+    rows that are trained on, too, and cut what is too long; with `chat_template` the instruction
+    and its input are the user's message, without Alpaca's words around them.
+    """
+
+    task_name = "instructions"
+
+    def __init__(
+        self,
+        path: str | None = None,
+        hub_id: str = "yahma/alpaca-cleaned",
+        drop_refusals: bool = False,
+        max_length: int = 1024,
+        validation_size: int = 1000,
+        **options: Any,
+    ) -> None:
+        super().__init__(path, max_length, validation_size=validation_size, **options)
+        self.hub_id = hub_id
+        self.drop_refusals = drop_refusals
+        self.source = path or hub_id
+
+    def examples(self) -> Iterator[tuple[str, str]]:
+        """Yield prompt and answer of each row that is no refusal."""
+        fields = ("instruction", "output")
+        if self.path is None:
+            rows = hub_rows(self.hub_id, "default", "train", fields, "--data.path")
+        else:
+            rows = json_rows(pathlib.Path(self.path), fields, "--data.path")
+        refused = 0
+        for _, row in rows:
+            if self.drop_refusals and any(word in row["output"].lower() for word in REFUSALS):
+                refused += 1
+                continue
+            context = row.get("input") or ""
+            if self.chat_template:
+                message = f"{row['instruction']}\n\n{context}" if context else row["instruction"]
+                yield message, row["output"]
+            else:
+                yield instruction_prompt(row["instruction"], context), row["output"]
+        self.dropped_rows["refusal"] = refused
