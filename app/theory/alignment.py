@@ -41,7 +41,7 @@ def angles(settings: TheorySettings) -> list[Picture]:
     label = "bound of the linearised descent, any variance"
     curves.append(Curve(inputs, label, run.steps[1:], run.linearised[1:], kind="bound"))
     title = f"Alignment from LoRA's start, {_told(settings)}"
-    return [Picture("alignment", title, Axis(STEP), Axis(ANGLE, "log"), curves)]
+    return [Picture("alignment", title, Axis(STEP), Axis(ANGLE, "log"), curves, False)]
 
 
 def angle_by_size(settings: TheorySettings) -> list[Picture]:
@@ -173,7 +173,8 @@ def paths(settings: TheorySettings) -> list[Picture]:
     rng = np.random.default_rng(settings.problem.seed)
     target = torch.tensor([[[2.0, 1.0]]], dtype=torch.float64)
     problem = LinearProblem(target, second_moment_of(normal(rng, 1, 4, 2)))
-    panel, lr, steps = f"lr 0.1, {1000} steps", 0.1, 1000
+    lr, steps = 0.1, 1000
+    panel = f"lr {lr}, {steps} steps"
     curves = []
     starts = [(f"LoRA, draw {i + 1}", random_start(rng, problem, 1, 1.0)) for i in range(3)]
     for label, start in [*starts, ("spectral start", spectral_start(problem, 1))]:

@@ -55,7 +55,6 @@ EXPERIMENTS: dict[str, tuple[Experiment, ...]] = {
         experiments.loss_by_kappa,
         experiments.steps_by_kappa,
         experiments.error_by_rank,
-        experiments.convergence_bounds,
     ),
     "relu": (
         relu.angles,
@@ -64,7 +63,6 @@ EXPERIMENTS: dict[str, tuple[Experiment, ...]] = {
         experiments.loss_by_kappa,
         experiments.steps_by_kappa,
         experiments.error_by_rank,
-        experiments.convergence_bounds,
     ),
 }
 """The figures of each kind of problem."""
@@ -109,9 +107,9 @@ def run(settings: TheorySettings, folder: Path) -> int:
         rng = np.random.default_rng(settings.problem.seed)
         checks.extend(theorem(rng, settings.output.instances))
 
-    def show(experiment: Experiment) -> None:
-        for picture in experiment(settings):
-            pictures.append(picture)
+    def show(found: list[Picture]) -> None:
+        pictures.extend(found)
+        for picture in found:
             draw(picture, folder)
 
     parts: list[tuple[str, Callable[[], None]]] = [
@@ -119,8 +117,15 @@ def run(settings: TheorySettings, folder: Path) -> int:
         for name, theorem in THEOREMS[kind].items()
     ]
     parts += [
-        (f"figure: {e.__name__.replace('_', ' ')}", lambda e=e: show(e)) for e in EXPERIMENTS[kind]
+        (f"figure: {e.__name__.replace('_', ' ')}", lambda e=e: show(e(settings)))
+        for e in EXPERIMENTS[kind]
     ]
+    parts.append(
+        (
+            "figure: convergence bounds",
+            lambda: show(experiments.convergence_bounds([c for c in checks if c.over_steps])),
+        )
+    )
     bar = tqdm(parts, leave=False, dynamic_ncols=True, disable=not on_terminal())
     for i, (label, part) in enumerate(bar):
         bar.set_description(label)

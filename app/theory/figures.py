@@ -8,13 +8,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from app.theory.picture import Curve, Picture
 
 # Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart in grey.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+STYLES = ("-", "--", "-.", (0, (2, 1)), (0, (5, 1, 1, 1, 1, 1)), ":")
+BOUND_STYLES = ((0, (4, 2)), (0, (1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+GREEK = {"Delta": "Δ", "Sigma": "Σ", "kappa": "κ", "theta": "θ", "gamma": "γ"}
 
 
 def draw(picture: Picture, folder: Path) -> Path:
@@ -26,7 +31,7 @@ def draw(picture: Picture, folder: Path) -> Path:
         1,
         len(panels),
         figsize=(max(5.6, 3.4 * len(panels)), 4.2),
-        sharey=True,
+        sharey=picture.share_y,
         squeeze=False,
         layout="constrained",
     )
@@ -35,20 +40,23 @@ def draw(picture: Picture, folder: Path) -> Path:
         for curve in picture.curves:
             if curve.panel == panel:
                 place = (bounds if curve.kind == "bound" else labels).index(curve.label)
-                handles[curve.label] = _plot(axes, curve, place)
-        axes.set(title=panel, xscale=picture.x.scale, yscale=picture.y.scale)
-        axes.title.set_fontsize(10)
-        axes.set_xlabel(picture.x.label)
-        axes.set_xlim(left=picture.x.low)
-        axes.set_ylim(bottom=picture.y.low)
+                handles[_greek(curve.label)] = _plot(axes, curve, place)
+        axes.set(xscale=picture.x.scale, yscale=picture.y.scale, xlabel=_greek(picture.x.label))
+        axes.set_title(_greek(panel), fontsize=10)
         axes.grid(alpha=0.3)
-    grid[0][0].set_ylabel(picture.y.label)
-    figure.suptitle(picture.title, fontsize=11)
+    for axes in grid[0]:  # after all curves: a limit ends the axis's own choice
+        low, high = axes.get_ylim()
+        if picture.y.low is not None and low < picture.y.low < high:
+            axes.set_ylim(bottom=picture.y.low)
+    grid[0][0].set_ylabel(_greek(picture.y.label))
+    figure.suptitle(_greek(picture.title), fontsize=11)
+    widest = max(map(len, handles))
+    fitting = int(figure.get_figwidth() * 14 / (widest + 7))  # characters of size 8 in an inch
     figure.legend(
         handles.values(),
         handles.keys(),
         loc="outside lower center",
-        ncols=min(3 if len(panels) > 1 else 2, len(handles)),
+        ncols=max(1, min(fitting, len(handles))),
         fontsize=8,
     )
     path = folder / f"{picture.name}.png"
@@ -57,15 +65,23 @@ def draw(picture: Picture, folder: Path) -> Path:
     return path
 
 
-def _plot(axes: Axes, curve: Curve, place: int) -> object:
+def _greek(text: str) -> str:
+    for word, letter in GREEK.items():
+        text = text.replace(word, letter)
+    return text
+
+
+def _plot(axes: Axes, curve: Curve, place: int) -> Line2D:
     x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
     if curve.kind == "bound":
-        dashes = ((0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))[place % 3]
-        return axes.plot(x, y, color="black", linewidth=1.2, linestyle=dashes, zorder=3)[0]
-    color = COLORS[place % len(COLORS)]
+        style = BOUND_STYLES[place % len(BOUND_STYLES)]
+        return axes.plot(x, y, color="black", linewidth=1.3, linestyle=style, zorder=3)[0]
+    color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
     if curve.kind == "points":
-        marker = MARKERS[place % len(MARKERS)]
-        return axes.plot(x, y, marker, color=color, markersize=5, alpha=0.8, linestyle="none")[0]
+        size = 9 if len(x) == 1 else 5
+        return axes.plot(
+            x, y, marker, color=color, markersize=size, alpha=0.8, linestyle="none", zorder=4
+        )[0]
     style = STYLES[place % len(STYLES)]
-    marker = MARKERS[place % len(MARKERS)] if len(x) <= 12 else None
-    return axes.plot(x, y, color=color, linestyle=style, marker=marker, markersize=5)[0]
+    few = marker if len(x) <= 12 else None
+    return axes.plot(x, y, color=color, linestyle=style, marker=few, markersize=5, linewidth=1.6)[0]

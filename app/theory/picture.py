@@ -1,7 +1,7 @@
 """What a figure shows, before it is drawn: curves in panels."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 Scale = Literal["linear", "log"]
@@ -33,7 +33,7 @@ class Axis:
     label: str
     scale: Scale = "linear"
     low: float | None = None
-    """Where it begins; None begins at the data."""
+    """Where it begins at the lowest; None begins at the data."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Picture:
     title: str
     x: Axis
     y: Axis
-    curves: list[Curve] = field(default_factory=list)
+    curves: list[Curve]
+    share_y: bool = True
+    """Whether all panels have the same y axis."""
 
     @property
     def panels(self) -> list[str]:
