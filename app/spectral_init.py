@@ -129,8 +129,9 @@ def spectral_factors(gradient: SVD, gamma: float, normalized: bool = True) -> Lo
     Raises:
         ValueError: If gamma <= 0, or S_1 is zero or not finite.
 
-    Source: arXiv:2502.01235, Algorithm 1; eq. 8 for `normalized=False`. The paper's gamma is 1 / gamma here; ours is the authors'
-    `stable_gamma`. The paper writes W as input x output, so its A is lora_A^T and its B is lora_B^T.
+    Source: arXiv:2502.01235, Algorithm 1, and eq. 8 for `normalized=False`. The paper's gamma is 1 / gamma
+    here; ours is the authors' `stable_gamma`. The paper writes W as input x output, so its A is lora_A^T
+    and its B is lora_B^T.
     """
     if not gamma > 0:
         raise ValueError(f"gamma must be > 0, got {gamma}")

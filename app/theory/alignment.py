@@ -35,13 +35,14 @@ def angles(settings: TheorySettings) -> list[Picture]:
     run = _align(settings, given.outputs, given.inputs)
     output, inputs = "output side: lora_B (exact from step 1)", "input side: lora_A"
     for i, variance in enumerate(settings.alignment.variances):
-        label = f"variance {variance:g} of lora_A's start"
+        label = f"start variance {variance:g}"
         curves.append(Curve(output, label, run.steps[1:], run.output[i, 1:].tolist()))
         curves.append(Curve(inputs, label, run.steps[1:], run.input[i, 1:].tolist()))
-    label = "bound of the linearised descent, any variance"
+    label = "linearised descent, any variance"
     curves.append(Curve(inputs, label, run.steps[1:], run.linearised[1:], kind="bound"))
     title = f"Alignment from LoRA's start, {_told(settings)}"
-    return [Picture("alignment", title, Axis(STEP), Axis(ANGLE, "log"), curves, False)]
+    y = Axis(ANGLE, "log", 0.03)
+    return [Picture("alignment", title, Axis(STEP), y, curves, share_y=False)]
 
 
 def angle_by_size(settings: TheorySettings) -> list[Picture]:
@@ -57,7 +58,9 @@ def angle_by_size(settings: TheorySettings) -> list[Picture]:
     risk = Axis("risk |BA - Delta|_F^2", "log")
     told = _told(settings)
     return [
-        Picture("smallest_angle", f"Smallest angle over the steps, {told}", x, Axis(ANGLE), smallest),
+        Picture(
+            "smallest_angle", f"Smallest angle over the steps, {told}", x, Axis(ANGLE), smallest
+        ),
         Picture("risk", f"Risk from LoRA's start, {told}", x, risk, risks),
     ]
 
@@ -119,7 +122,9 @@ def alignment_time(settings: TheorySettings) -> list[Picture]:
     over angles, step sizes and input lengths, with the start as small as the theorem wants it.
     """
     sweeps: dict[str, list[tuple[float, float, int]]] = {
-        "theta from 0.3 to 0.001": [(theta, 0.1, 64) for theta in (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)],
+        "theta from 0.3 to 0.001": [
+            (theta, 0.1, 64) for theta in (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+        ],
         "lr from 0.005 to 0.5": [(THETA, lr, 64) for lr in (0.005, 0.015, 0.05, 0.15, 0.5)],
         "n from 16 to 512": [(THETA, 0.1, n) for n in (16, 32, 64, 128, 256, 512)],
     }
@@ -185,4 +190,3 @@ def paths(settings: TheorySettings) -> list[Picture]:
     curves.append(Curve(panel, "W", [0.0], [0.0], kind="points"))
     title = "Descent of lora_B lora_A in the plane"
     return [Picture("paths", title, Axis("first entry"), Axis("second entry"), curves)]
-

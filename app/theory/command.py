@@ -4,8 +4,8 @@ import csv
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -26,7 +26,7 @@ from app.theory.settings import (
     TheoryOutput,
     TheorySettings,
 )
-from app.theory.theorems import THEOREMS, Check
+from app.theory.theorems import THEOREMS, Check, Theorem
 
 RESULTS_FILE = "results.csv"
 DESCRIPTION = """Draw the paper's theory figures and check its theorems on random instances, in float64.
@@ -79,13 +79,15 @@ def theory_command(arguments: Sequence[str]) -> int:
     """
     for argument in arguments:
         if argument.partition("=")[0] == "--run":
-            raise InputError("there is no setting run for theory; see python train.py theory --help")
+            raise InputError(
+                "there is no setting run for theory; see python train.py theory --help"
+            )
     parser = Parser(prog="train.py theory", description=DESCRIPTION, formatter_class=PlainHelp)
     parser.add_argument("-c", "--config", action="config", help="Path or name of a YAML file.")
     for name, kind in SECTIONS.items():
         parser.add_class_arguments(kind, name)
     config = parser.parse_args(expand(arguments))
-    made = parser.instantiate_classes(config)
+    made = parser.instantiate(config)
     settings = TheorySettings(**{name: made[name] for name in SECTIONS})
     folder = new_folder(Path(settings.output.root) / settings.output.name)
     parser.save(config, str(folder / CONFIG_FILE), multifile=False)
@@ -103,29 +105,26 @@ def run(settings: TheorySettings, folder: Path) -> int:
     pictures: list[Picture] = []
     checks: list[Check] = []
 
-    def check(theorem: Any) -> None:
+    def check(theorem: Theorem) -> None:
         rng = np.random.default_rng(settings.problem.seed)
         checks.extend(theorem(rng, settings.output.instances))
 
-    def show(found: list[Picture]) -> None:
+    def show(experiment: Experiment) -> None:
+        found = experiment(settings)
         pictures.extend(found)
         for picture in found:
             draw(picture, folder)
 
-    parts: list[tuple[str, Callable[[], None]]] = [
-        (f"theorem: {name}", lambda theorem=theorem: check(theorem))
-        for name, theorem in THEOREMS[kind].items()
-    ]
-    parts += [
-        (f"figure: {e.__name__.replace('_', ' ')}", lambda e=e: show(e(settings)))
-        for e in EXPERIMENTS[kind]
-    ]
-    parts.append(
-        (
-            "figure: convergence bounds",
-            lambda: show(experiments.convergence_bounds([c for c in checks if c.over_steps])),
-        )
-    )
+    def bounds(_: TheorySettings) -> list[Picture]:
+        return experiments.convergence_bounds([check for check in checks if check.over_steps])
+
+    parts: list[tuple[str, Callable[[], None]]] = []
+    for name, theorem in THEOREMS[kind].items():
+        parts.append((f"theorem: {name}", partial(check, theorem)))
+    for experiment in EXPERIMENTS[kind]:
+        name = experiment.__name__.replace("_", " ")
+        parts.append((f"figure: {name}", partial(show, experiment)))
+    parts.append(("figure: convergence bounds", partial(show, bounds)))
     bar = tqdm(parts, leave=False, dynamic_ncols=True, disable=not on_terminal())
     for i, (label, part) in enumerate(bar):
         bar.set_description(label)

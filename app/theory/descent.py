@@ -90,11 +90,10 @@ def descend(
         G = problem.gradient(offset + lora_B @ lora_A)
         grad_A, grad_B = lora_B.mT @ G, G @ lora_A.mT
         if damping is not None:
-            pairs = [list(x.unbind()) for x in (lora_A, lora_B, grad_A, grad_B)]
-            ready_A, ready_B = precondition_pairs(*pairs, damping, cache)
-            grad_A, grad_B = (
-                torch.stack([g for g in ready if g is not None]) for ready in (ready_A, ready_B)
+            ready = precondition_pairs(
+                lora_A.unbind(), lora_B.unbind(), grad_A.unbind(), grad_B.unbind(), damping, cache
             )
+            grad_A, grad_B = (torch.stack([g for g in side if g is not None]) for side in ready)
         lora_A, lora_B = lora_A - lr * grad_A, lora_B - lr * grad_B
         yield LoraFactors(lora_A, lora_B)
 

@@ -82,7 +82,7 @@ def steps_by_kappa(settings: TheorySettings) -> list[Picture]:
     kappas = settings.sweep.many_kappas
     rank = settings.problem.true_rank
     problem = make_problem(settings, np.random.default_rng(settings.problem.seed), kappas)
-    most = math.ceil(12 * max(kappas) / settings.descent.lr)
+    most = math.ceil(20 * max(5, *kappas) / settings.descent.lr)
 
     def reached(update: torch.Tensor) -> torch.Tensor:
         return frobenius(update - problem.change) <= TOLERANCE
@@ -131,7 +131,9 @@ def spectral_error(settings: TheorySettings) -> list[Picture]:
         elif isinstance(problem, ReluProblem):
             G = problem.expected_gradient(torch.zeros_like(problem.change)) / problem.gamma
             row = [float(spectral_norm(-G - problem.change).mean())] * len(per_input)
-            curves.append(Curve(panel, "error for N to infinity, any rank", per_input, row, "bound"))
+            curves.append(
+                Curve(panel, "error for N to infinity, any rank", per_input, row, "bound")
+            )
     title = f"Error of the spectral start, {given.kind} model"
     y = Axis("|BA - Delta|_op / |Delta|_op", "log")
     return [Picture("spectral_error", title, Axis("samples per input N / n", "log"), y, curves)]

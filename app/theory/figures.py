@@ -41,7 +41,11 @@ def draw(picture: Picture, folder: Path) -> Path:
             if curve.panel == panel:
                 place = (bounds if curve.kind == "bound" else labels).index(curve.label)
                 handles[_greek(curve.label)] = _plot(axes, curve, place)
-        axes.set(xscale=picture.x.scale, yscale=picture.y.scale, xlabel=_greek(picture.x.label))
+        axes.set(xscale=picture.x.scale, xlabel=_greek(picture.x.label))
+        if any(
+            value > 0 for curve in picture.curves for value in curve.y
+        ):  # else a log has no place
+            axes.set_yscale(picture.y.scale)
         axes.set_title(_greek(panel), fontsize=10)
         axes.grid(alpha=0.3)
     for axes in grid[0]:  # after all curves: a limit ends the axis's own choice
@@ -51,7 +55,9 @@ def draw(picture: Picture, folder: Path) -> Path:
     grid[0][0].set_ylabel(_greek(picture.y.label))
     figure.suptitle(_greek(picture.title), fontsize=11)
     widest = max(map(len, handles))
-    fitting = int(figure.get_figwidth() * 14 / (widest + 7))  # characters of size 8 in an inch
+    fitting = int(
+        figure.get_figwidth() * 18 / (widest + 7)
+    )  # about 18 letters of size 8 to an inch
     figure.legend(
         handles.values(),
         handles.keys(),
@@ -74,8 +80,8 @@ def _greek(text: str) -> str:
 def _plot(axes: Axes, curve: Curve, place: int) -> Line2D:
     x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
     if curve.kind == "bound":
-        style = BOUND_STYLES[place % len(BOUND_STYLES)]
-        return axes.plot(x, y, color="black", linewidth=1.3, linestyle=style, zorder=3)[0]
+        dashes = BOUND_STYLES[place % len(BOUND_STYLES)]
+        return axes.plot(x, y, color="black", linewidth=1.3, linestyle=dashes, zorder=3)[0]
     color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
     if curve.kind == "points":
         size = 9 if len(x) == 1 else 5

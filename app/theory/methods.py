@@ -58,7 +58,12 @@ def make_problem(
 
 
 def updates(
-    settings: TheorySettings, problem: Problem, method: Method, rank: int, steps: int, singular: bool
+    settings: TheorySettings,
+    problem: Problem,
+    method: Method,
+    rank: int,
+    steps: int,
+    singular: bool,
 ) -> Iterator[Tensor]:
     """Yield lora_B @ lora_A (P, m, n) before and after each step of a method.
 
@@ -113,7 +118,9 @@ def losses(problem: Problem, path: Iterator[Tensor]) -> Tensor:
     return torch.stack([problem.loss(update) for update in path], 1)
 
 
-def steps_until(reached: Callable[[Tensor], Tensor], path: Iterator[Tensor], instances: int) -> Tensor:
+def steps_until(
+    reached: Callable[[Tensor], Tensor], path: Iterator[Tensor], instances: int
+) -> Tensor:
     """Return the first step (P,) at which `reached` holds for each instance; NaN where it never does."""
     first = torch.full((instances,), float("nan"), dtype=torch.float64)
     for t, update in enumerate(path):

@@ -100,9 +100,10 @@ class ReluProblem:
         return self.inputs @ (self.base + update).mT, targets
 
     def expected_gradient(self, update: Tensor) -> Tensor:
-        """Return the gradient for N -> infinity, (P, m, n), with phi the angle of both rows w and v:
+        """Return the gradient (P, m, n) for N to infinity.
 
-            1/2 (w - v) + 1/(2 pi) (phi v - sin(phi) |v| w / |w|),     w of W + update, v of W_target
+        A row is 1/2 (w - v) + 1/(2 pi) (phi v - sin(phi) |v| w / |w|), w being that of W + update, v that
+        of W_target and phi the angle between them.
         """
         rows, wanted = self.base + update, self.base + self.change
         size, other, phi = _angles(rows, wanted)
@@ -122,7 +123,9 @@ def _angles(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the lengths of both and the angle between them, each (P, m, 1), exact for small angles."""
     size, other = (x.norm(dim=-1, keepdim=True) for x in (rows, others))
     one, two = rows / size, others / other
-    half = torch.atan2((one - two).norm(dim=-1, keepdim=True), (one + two).norm(dim=-1, keepdim=True))
+    half = torch.atan2(
+        (one - two).norm(dim=-1, keepdim=True), (one + two).norm(dim=-1, keepdim=True)
+    )
     return size, other, 2 * half
 
 

@@ -10,8 +10,8 @@ from app.theory.methods import make_problem
 from app.theory.picture import Axis, Curve, Picture
 from app.theory.settings import TheorySettings
 
-GAMMAS = tuple(0.5 * 1.25**i for i in range(11))
-"""The paper's gamma, from 0.5 to 4.66; ours is its inverse."""
+GAMMAS = tuple(0.5 + 0.25 * i for i in range(11))
+"""The paper's gamma, from 0.5 to 3; ours is its inverse."""
 
 
 def angles(settings: TheorySettings) -> list[Picture]:

@@ -31,9 +31,14 @@ ROUNDING = 1e-13
 class Shape(NamedTuple):
     """W is m x n and Delta has rank true_rank."""
 
-    m: int = 16
-    n: int = 24
-    true_rank: int = 4
+    m: int
+    n: int
+    true_rank: int
+
+
+USUAL = Shape(16, 24, 4)
+SMALL = Shape(4, 6, 2)
+"""Where samples are drawn one by one, and many are needed."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def linear_instances(
     samples is n (3 kappa / closeness)^2: the deviation is about 2 sqrt(n / N).
     """
     m, n, true_rank = shape
-    kappa = log_uniform(rng, 1, max_kappa, count)
+    kappa = log_uniform(rng, 1, max_kappa, count) if true_rank > 1 else torch.ones(count).double()
     top = log_uniform(rng, 0.1, 10, count)
     change = low_rank_change(rng, top[:, None] * spaced(true_rank, kappa), m, n)
     moments = []
@@ -120,7 +125,7 @@ def _deviation(second_moment: Tensor) -> Tensor:
 
 
 def exact_alignment(
-    rng: np.random.Generator, count: int, shape: Shape = Shape(), steps: int = 200
+    rng: np.random.Generator, count: int, shape: Shape = USUAL, steps: int = 200
 ) -> list[Check]:
     """Check Theorem 3.1: from a random start lora_B's columns lie in the output space of G at every t >= 1.
 
@@ -145,12 +150,14 @@ def exact_alignment(
                 bound.append(rounding * S[:, 0] / S[:, k - 1])
     statement = "angle of lora_B's space to that of G = 0 for all t >= 1 (rounding: m n eps cond)"
     return [
-        Check("Thm 3.1, exact alignment", statement, torch.stack(measured, 1), torch.stack(bound, 1))
+        Check(
+            "Thm 3.1, exact alignment", statement, torch.stack(measured, 1), torch.stack(bound, 1)
+        )
     ]
 
 
 def approximate_alignment(
-    rng: np.random.Generator, count: int, shape: Shape = Shape(), max_kappa: float = 3
+    rng: np.random.Generator, count: int, shape: Shape = USUAL, max_kappa: float = 3
 ) -> list[Check]:
     """Check Theorem 3.2 and Lemma C.6: when lora_A's rows reach the input space of G, rank 2 r*.
 
@@ -211,7 +218,7 @@ def approximate_alignment(
 
 
 def spectral_initialisation(
-    rng: np.random.Generator, count: int, shape: Shape = Shape(), max_kappa: float = 100
+    rng: np.random.Generator, count: int, shape: Shape = USUAL, max_kappa: float = 100
 ) -> list[Check]:
     """Check Theorem 3.3: the error of the spectral start, where |Sigma - I| <= 1 / (2 kappa).
 
@@ -241,7 +248,7 @@ def linear_convergence(
     rng: np.random.Generator,
     count: int,
     preconditioned: bool,
-    shape: Shape = Shape(),
+    shape: Shape = USUAL,
     max_kappa: float | None = None,
 ) -> list[Check]:
     """Check the linear rate from the spectral start (App. C.2 and C.3) with constants of our own.
@@ -279,7 +286,7 @@ def linear_convergence(
 
 
 def relu_convergence(
-    rng: np.random.Generator, count: int, shape: Shape = Shape(4, 6, 2), max_kappa: float = 1.5
+    rng: np.random.Generator, count: int, shape: Shape = SMALL, max_kappa: float = 1.5
 ) -> list[Check]:
     """Check Theorem 4.2: preconditioned descent of the ReLU layer from the spectral start, rank r*.
 
@@ -290,24 +297,19 @@ def relu_convergence(
     chosen so that the inequality holds at t = 0; nothing was chosen for the steps after it.
     """
     m, n, true_rank = shape
+    steps = 12
+    kappas = log_uniform(rng, 1, max_kappa, count) if true_rank > 1 else torch.ones(count).double()
+    tops = log_uniform(rng, 0.1, 10, count)
+    rates = rng.uniform(0.2, 1, count)
     measured, bound = [], []
-    steps = 15
-    for first in range(0, count, 10):  # few at a time: their samples should stay in the cache
-        some = min(10, count - first)
-        kappa = log_uniform(rng, 1, max_kappa, some) if true_rank > 1 else torch.ones(some).double()
-        top = log_uniform(rng, 0.1, 10, some)
-        change = low_rank_change(rng, top[:, None] * spaced(true_rank, kappa), m, n)
-        hardest = true_rank * float(kappa.max())
-        problem = relu_problem(rng, change, math.ceil(256 * (n * hardest) ** 2), 16 * hardest)
-        lr = torch.from_numpy(rng.uniform(0.2, 1, some))
-        start = spectral_start(problem, true_rank)
-        errors = [
-            frobenius(lora_B @ lora_A - change)
-            for lora_A, lora_B in descend(problem, start, column(lr), steps, 0.0)
-        ]
+    for kappa, top, lr in zip(kappas, tops, rates, strict=True):
+        hard = true_rank * float(kappa)
+        change = low_rank_change(rng, top * spaced(true_rank, kappa[None]), m, n)
+        problem = relu_problem(rng, change, math.ceil(256 * (n * hard) ** 2), 16 * hard)
+        path = descend(problem, spectral_start(problem, true_rank), lr, steps, 0.0)
+        errors = [frobenius(lora_B @ lora_A - change) for lora_A, lora_B in path]
         measured.append(torch.stack(errors, 1))
-        decay = (1 - lr[:, None] / 4) ** torch.arange(steps + 1)
-        bound.append(decay * (top / kappa / 20)[:, None])
+        bound.append((1 - lr / 4) ** torch.arange(steps + 1)[None] * top / kappa / 20)
     error, limit = torch.cat(measured), torch.cat(bound)
     name = "Thm 4.2, ReLU, preconditioned"
     return [
@@ -327,7 +329,7 @@ def relu_convergence(
     ]
 
 
-def relu_risk(rng: np.random.Generator, count: int, shape: Shape = Shape()) -> list[Check]:
+def relu_risk(rng: np.random.Generator, count: int, shape: Shape = USUAL) -> list[Check]:
     """Check Sec. 2: the ReLU layer's risk E |y - f(x)|^2 is at most |BA - Delta|_F^2."""
     m, n, true_rank = shape
     change = low_rank_change(rng, spaced(true_rank, log_uniform(rng, 1, 100, count)), m, n)
