@@ -102,6 +102,9 @@ def test_instances_are_what_the_theorems_want():
     assert bool((deviation <= 0.5 / kappa).all())
     assert float((deviation * kappa).max()) > 0.25  # and not by far
     assert float(kappa.max() / kappa.min()) > 30
+    # With one input the deviation varies most: what exceeds the limit has been drawn again.
+    narrow = linear_instances(rng(), 400, Shape(2, 1, 1), 1, 0.5)
+    assert 0.45 < float(narrow.deviation.max()) <= 0.5
 
 
 # Equalities

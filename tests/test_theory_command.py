@@ -224,6 +224,25 @@ def test_a_picture_of_nothing_is_drawn(tmp_path):
     assert app.theory.figures.draw(picture, tmp_path).is_file()
 
 
+@pytest.mark.parametrize("many", [2, 6, 15])
+def test_the_legend_is_inside_the_figure(many, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(app.theory.figures.plt, "close", kept.append)
+    curves = [
+        Curve("panel", f"{i} curves of some method" * (i % 3), [0, 1], [1, 2]) for i in range(many)
+    ]
+    app.theory.figures.draw(Picture("name", "Title", Axis("x"), Axis("y"), curves), tmp_path)
+    [figure] = kept
+    monkeypatch.undo()
+    try:
+        box, [legend] = figure.bbox, figure.legends
+        inside = legend.get_window_extent()
+        assert box.x0 <= inside.x0 < inside.x1 <= box.x1
+        assert box.y0 <= inside.y0 < inside.y1 < figure.axes[0].get_window_extent().y0
+    finally:
+        plt.close(figure)
+
+
 def test_docs_show_every_figure():
     text = (ROOT / "docs" / "theory.md").read_text()
     shown = set(re.findall(r"\((theory/\S+\.png)\)", text))

@@ -54,17 +54,13 @@ def draw(picture: Picture, folder: Path) -> Path:
             axes.set_ylim(bottom=picture.y.low)
     grid[0][0].set_ylabel(_greek(picture.y.label))
     figure.suptitle(_greek(picture.title), fontsize=11)
-    widest = max(map(len, handles))
-    fitting = int(
-        figure.get_figwidth() * 18 / (widest + 7)
-    )  # about 18 letters of size 8 to an inch
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=max(1, min(fitting, len(handles))),
-        fontsize=8,
-    )
+    for columns in range(len(handles), 0, -1):  # as many as fit beside each other
+        legend = figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8
+        )
+        if columns == 1 or legend.get_window_extent().width < 0.98 * figure.bbox.width:
+            break
+        legend.remove()
     path = folder / f"{picture.name}.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
