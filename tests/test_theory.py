@@ -16,6 +16,7 @@ from app.theory.descent import (
     random_start,
     spectral_start,
 )
+from app.theory.instances import USUAL, Shape, column, linear_instances
 from app.theory.measures import frobenius, misalignment, spectral_norm
 from app.theory.problems import (
     LinearProblem,
@@ -29,13 +30,9 @@ from app.theory.problems import (
 )
 from app.theory.theorems import (
     THEOREMS,
-    USUAL,
     Check,
-    Shape,
-    column,
     exact_alignment,
     linear_convergence,
-    linear_instances,
     spectral_initialisation,
 )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from app.spectral_init import LoraFactors
 from app.theory.descent import descend, random_start, spectral_start
 from app.theory.experiments import STEP
+from app.theory.instances import column
 from app.theory.measures import misalignment, outside, spectral_norm
 from app.theory.picture import Axis, Curve, Picture
 from app.theory.problems import (
@@ -21,7 +22,6 @@ from app.theory.problems import (
     spaced,
 )
 from app.theory.settings import TheorySettings
-from app.theory.theorems import column
 
 ANGLE = "sine of the largest angle to the space of G"
 THETA = 0.1
