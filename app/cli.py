@@ -62,6 +62,7 @@ DESCRIPTION = """Fine-tune a language model with LoRA-One.
   python train.py plan --config quickstart.yaml           does it fit? no weights are loaded
   python train.py test --run runs/quickstart/version_0    score a finished run's adapter
   python train.py export --run runs/quickstart/version_0 --merge    write a merged model
+  python train.py theory --config theory/linear.yaml      the paper's theorems and figures, in a minute
 """
 
 # Interpolations are resolved after overrides, so that `${model.adapter.r}` is never stale.
@@ -91,6 +92,10 @@ def _main(argv: Sequence[str] | None, signals: StopSignals) -> int:
         check_rendezvous()
         if arguments[0] == "export":
             export_command(arguments[1:])
+        elif arguments[0] == "theory":
+            from app.theory.command import theory_command  # no other command draws or needs it
+
+            ended = theory_command(arguments[1:])
         else:
             ended = LoraCLI(
                 LoraModule,

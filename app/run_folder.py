@@ -69,7 +69,7 @@ def make_loggers(
     """
     if not is_first_process():
         return []
-    folder = continued or _new_folder(Path(settings.root) / settings.name)
+    folder = continued or new_folder(Path(settings.root) / settings.name)
     table = MetricsTable(str(folder.parent.parent), folder.parent.name, folder.name)
     loggers: list[Logger] = [table]
     if settings.wandb != "disabled":
@@ -93,7 +93,7 @@ def make_loggers(
     return loggers
 
 
-def _new_folder(runs: Path) -> Path:
+def new_folder(runs: Path) -> Path:
     """Make version_0, version_1, ...: the first that is not there, also when two runs start at once."""
     for number in itertools.count():
         folder = runs / f"version_{number}"

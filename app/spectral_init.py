@@ -18,7 +18,7 @@ class SVD(NamedTuple):
 
 
 class LoraFactors(NamedTuple):
-    """A LoRA start: lora_A (r, n) and lora_B (m, r), float32."""
+    """A LoRA start: lora_A (r, n) and lora_B (m, r), float32 (float64 from a float64 gradient)."""
 
     lora_A: Tensor
     lora_B: Tensor
@@ -50,7 +50,8 @@ def truncated_svd(matrix: Tensor, rank: int, generator: torch.Generator | None =
         generator: Source of the random start, on the matrix's device. None: a generator seeded with 0.
 
     Returns:
-        SVD in float32 with `fix_signs` applied.
+        SVD in float32 with `fix_signs` applied; in float64 for a float64 matrix, which is decomposed
+        directly whatever its size.
 
     Raises:
         ValueError: If rank is out of range.
@@ -61,12 +62,13 @@ def truncated_svd(matrix: Tensor, rank: int, generator: torch.Generator | None =
             f"rank must lie in 1..{smaller} for a matrix {tuple(matrix.shape)}, got {rank}"
         )
     width = rank + max(8, rank)
-    if smaller > _DIRECT_SVD_BELOW and 2 * width < smaller:
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    if dtype == torch.float32 and smaller > _DIRECT_SVD_BELOW and 2 * width < smaller:
         found = _subspace_iteration(matrix.float(), rank, width, generator)
         if found is not None:
             return fix_signs(found)
     U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return fix_signs(SVD(U[:, :rank].float(), S[:rank].float(), Vh[:rank].T.float()))
+    return fix_signs(SVD(U[:, :rank].to(dtype), S[:rank].to(dtype), Vh[:rank].T.to(dtype)))
 
 
 def _subspace_iteration(
@@ -105,27 +107,31 @@ def low_rank_svd(left: Tensor, right: Tensor, rank: int) -> SVD:
     return SVD(Q_left @ U[:, :rank].float(), S[:rank].float(), Q_right @ Vh[:rank].T.float())
 
 
-def spectral_factors(gradient: SVD, gamma: float) -> LoraFactors:
+def spectral_factors(gradient: SVD, gamma: float, normalized: bool = True) -> LoraFactors:
     """Turn the leading triplets of a gradient into LoRA-One's start.
 
         U S V^T = SVD(-G)
         lora_B = gamma^(-1/2) U diag(S / S_1)^(1/2)
         lora_A = gamma^(-1/2) diag(S / S_1)^(1/2) V^T
 
-    so that lora_B @ lora_A is the best rank-r approximation of -G, scaled to spectral norm 1 / gamma.
+    so that lora_B @ lora_A is the best rank-r approximation of -G, scaled to spectral norm 1 / gamma;
+    or, with S in the place of S / S_1, divided by gamma.
 
     Args:
         gradient: Leading r triplets of +G, S_1 > 0. U (m, r), S (r,), V (n, r).
         gamma: Divisor of the start, dimensionless, > 0; larger means a smaller first step.
+        normalized: Divide S by S_1, as Algorithm 1 does. False keeps the gradient's own size: the
+            start of the paper's theorems, with gamma 1 (linear model) or 1/2 (ReLU).
 
     Returns:
-        LoraFactors in float32.
+        LoraFactors in the gradient's dtype.
 
     Raises:
         ValueError: If gamma <= 0, or S_1 is zero or not finite.
 
-    Source: arXiv:2502.01235, Algorithm 1. The paper's gamma is 1 / gamma here; ours is the authors'
-    `stable_gamma`. The paper writes W as input x output, so its A is lora_A^T and its B is lora_B^T.
+    Source: arXiv:2502.01235, Algorithm 1, and eq. 8 for `normalized=False`. The paper's gamma is 1 / gamma
+    here; ours is the authors' `stable_gamma`. The paper writes W as input x output, so its A is lora_A^T
+    and its B is lora_B^T.
     """
     if not gamma > 0:
         raise ValueError(f"gamma must be > 0, got {gamma}")
@@ -134,7 +140,7 @@ def spectral_factors(gradient: SVD, gamma: float) -> LoraFactors:
         raise ValueError(
             f"the gradient's largest singular value must be positive and finite, got {top}"
         )
-    root = (gradient.S.double() / top / gamma).sqrt()
+    root = (gradient.S.double() / (top if normalized else 1.0) / gamma).sqrt()
     lora_B = -gradient.U.double() * root
     lora_A = root[:, None] * gradient.V.double().T
-    return LoraFactors(lora_A.float(), lora_B.float())
+    return LoraFactors(lora_A.to(gradient.S.dtype), lora_B.to(gradient.S.dtype))

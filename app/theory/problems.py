@@ -1,0 +1,186 @@
+"""Problems with a known low-rank answer: a linear model and one ReLU layer."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Problem(Protocol):
+    """P independent problems: find `change` (P, m, n), by which the target differs from the base."""
+
+    gamma: ClassVar[float]
+    """The divisor that makes the spectral start estimate `change`; 1 / gamma of the paper."""
+
+    @property
+    def change(self) -> Tensor:
+        """Return Delta = W_target - W (P, m, n)."""
+
+    def loss(self, update: Tensor) -> Tensor:
+        """Return the loss (P,) of W + update, an update being (P, m, n)."""
+
+    def gradient(self, update: Tensor) -> Tensor:
+        """Return the gradient (P, m, n) of the loss by the full weight at W + update."""
+
+    def risk(self, update: Tensor) -> Tensor:
+        """Return E |y - f(x)|^2 (P,) for a new standard normal x."""
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """y = W_target x, from N samples that matter only through their second moment.
+
+        L(W + update) = 1/(2N) sum_i |(update - Delta) x_i|^2 = 1/2 tr(E Sigma E^T),  E = update - Delta
+        dL/dW         = E Sigma,                                           Sigma = 1/N sum_i x_i x_i^T
+
+    Args:
+        change: Delta, shape (P, m, n), float64.
+        second_moment: Sigma, shape (P, n, n), float64.
+
+    Source: arXiv:2502.01235, eqs. 1-5.
+    """
+
+    gamma: ClassVar[float] = 1.0
+    change: Tensor
+    second_moment: Tensor
+
+    def loss(self, update: Tensor) -> Tensor:
+        """Return 1/2 tr(E Sigma E^T)."""
+        error = update - self.change
+        return ((error @ self.second_moment) * error).sum((-2, -1)) / 2
+
+    def gradient(self, update: Tensor) -> Tensor:
+        """Return E Sigma."""
+        return (update - self.change) @ self.second_moment
+
+    def risk(self, update: Tensor) -> Tensor:
+        """Return |E|_F^2, which is E |y - f(x)|^2 exactly."""
+        return (update - self.change).square().sum((-2, -1))
+
+
+@dataclass(frozen=True)
+class ReluProblem:
+    """y = relu(W_target x), one layer of m neurons, from N samples.
+
+        L(W + update) = 1/(2N) sum_i |relu((W + update) x_i) - relu(W_target x_i)|^2
+
+    Args:
+        base: W, shape (P, m, n), float64.
+        change: Delta = W_target - W, shape (P, m, n).
+        inputs: The samples, shape (P, N, n).
+
+    Source: arXiv:2502.01235, Sec. 2 and 4.
+    """
+
+    gamma: ClassVar[float] = 0.5
+    base: Tensor
+    change: Tensor
+    inputs: Tensor
+
+    def __post_init__(self) -> None:
+        targets = (self.inputs @ (self.base + self.change).mT).relu_()
+        object.__setattr__(self, "_targets", targets)
+
+    def loss(self, update: Tensor) -> Tensor:
+        """Return the mean over the samples of half the squared error."""
+        hidden, targets = self._hidden(update)
+        return (hidden.relu() - targets).square().sum((-2, -1)) / (2 * self.inputs.shape[-2])
+
+    def gradient(self, update: Tensor) -> Tensor:
+        """Return 1/N sum_i [(f(x_i) - y_i) * relu'((W + update) x_i)] x_i^T."""
+        hidden, targets = self._hidden(update)
+        residual = (hidden - targets).mul_(hidden > 0)
+        return residual.mT @ self.inputs / self.inputs.shape[-2]
+
+    def _hidden(self, update: Tensor) -> tuple[Tensor, Tensor]:
+        targets: Tensor = self._targets  # type: ignore[attr-defined]
+        return self.inputs @ (self.base + update).mT, targets
+
+    def expected_gradient(self, update: Tensor) -> Tensor:
+        """Return the gradient (P, m, n) for N to infinity.
+
+        A row is 1/2 (w - v) + 1/(2 pi) (phi v - sin(phi) |v| w / |w|), w being that of W + update, v that
+        of W_target and phi the angle between them.
+        """
+        rows, wanted = self.base + update, self.base + self.change
+        size, other, phi = _angles(rows, wanted)
+        turned = phi * wanted - phi.sin() * other * rows / size
+        return (rows - wanted) / 2 + turned / (2 * math.pi)
+
+    def risk(self, update: Tensor) -> Tensor:
+        """Return E |y - f(x)|^2 in closed form (the arc-cosine kernel of first order)."""
+        size, other, phi = _angles(self.base + update, self.base + self.change)
+        # Around phi = 0 the squares cancel; written so that nothing small is a difference of large.
+        bend = phi.sin() - phi * phi.cos()
+        apart = (update - self.change).square().sum(-1, keepdim=True)
+        return (apart / 2 - size * other * bend / math.pi).sum((-2, -1))
+
+
+def _angles(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the lengths of both and the angle between them, each (P, m, 1), exact for small angles."""
+    size, other = (x.norm(dim=-1, keepdim=True) for x in (rows, others))
+    one, two = rows / size, others / other
+    half = torch.atan2(
+        (one - two).norm(dim=-1, keepdim=True), (one + two).norm(dim=-1, keepdim=True)
+    )
+    return size, other, 2 * half
+
+
+def normal(rng: np.random.Generator, *shape: int) -> Tensor:
+    """Draw standard normal numbers in float64."""
+    return torch.from_numpy(rng.standard_normal(shape))
+
+
+def low_rank_change(rng: np.random.Generator, singular_values: Tensor, m: int, n: int) -> Tensor:
+    """Draw Delta (P, m, n) with the given singular values (P, r) and random singular vectors."""
+    instances, rank = singular_values.shape
+    left = torch.linalg.qr(normal(rng, instances, m, rank))[0]
+    right = torch.linalg.qr(normal(rng, instances, n, rank))[0]
+    return left * singular_values[:, None] @ right.mT
+
+
+def spaced(true_rank: int, kappa: Tensor) -> Tensor:
+    """Return singular values (P, true_rank) evenly spaced from 1 down to 1 / kappa, kappa being (P,)."""
+    steps = torch.linspace(0, 1, true_rank, dtype=torch.float64)
+    return 1 - (1 - 1 / kappa[:, None]) * steps
+
+
+def sample_second_moment(rng: np.random.Generator, instances: int, n: int, samples: int) -> Tensor:
+    """Draw Sigma = 1/N sum_i x_i x_i^T (P, n, n) of N standard normal samples without drawing them.
+
+        Sigma = L L^T / N,  L_ii^2 ~ chi^2 with N - i degrees of freedom (i from 0),  L_ij ~ N(0, 1) below
+
+    which is its law (Wishart) for any N >= n, so that theorems can be checked at the N they ask for,
+    which may be 10^12.
+
+    Source: Bartlett's decomposition of the Wishart distribution.
+    """
+    if samples < n:
+        raise ValueError(f"samples must be >= n = {n}, got {samples}")
+    lower = normal(rng, instances, n, n).tril(-1)
+    degrees = samples - np.arange(n)
+    diagonal = torch.from_numpy(np.sqrt(rng.chisquare(degrees, (instances, n))))
+    lower = lower + torch.diag_embed(diagonal)
+    return lower @ lower.mT / samples
+
+
+def second_moment_of(inputs: Tensor) -> Tensor:
+    """Return Sigma (P, n, n) of samples (P, N, n)."""
+    return inputs.mT @ inputs / inputs.shape[-2]
+
+
+def relu_problem(
+    rng: np.random.Generator, change: Tensor, samples: int, signal: float
+) -> ReluProblem:
+    """Draw a base weight whose rows are `signal` times as long as the longest row of Delta, and samples.
+
+    Assumption 4.1 wants rows long against Delta's: |Delta_i| / |w_i| = O(1 / (kappa r*)).
+    """
+    instances, m, n = change.shape
+    rows = normal(rng, instances, m, n)
+    size = signal * change.norm(dim=-1).amax(-1)[:, None, None]
+    base = size * rows / rows.norm(dim=-1, keepdim=True)
+    return ReluProblem(base, change, normal(rng, instances, samples, n))
