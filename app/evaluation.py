@@ -108,5 +108,9 @@ class Evaluation(ABC):
     def score_names(self, questions: Sequence[Question]) -> list[str]:
         """Return every name that `score` gives to any of these questions, the most important first."""
 
+    def combine(self, scores: dict[str, float]) -> dict[str, float]:
+        """Return the benchmark's scores, from the means over questions: those means, unless it has more."""
+        return scores
+
     def check(self) -> None:  # noqa: B027
         """Raise InputError if the benchmark cannot run here, before anything expensive."""

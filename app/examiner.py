@@ -83,7 +83,7 @@ class Examiner:
         self.tokens = 0  # that this process has generated, or read where choices are compared
         self.seconds = 0.0
         self.asked = self.known = 0
-        self.scores: dict[str, Tensor] = {}
+        self.scores: dict[str, float] = {}
         self.counts: dict[str, float | None] = {}
         self.identity = {**self._own_identity(), **identity}
         self.file = None if folder is None else AnswersFile(folder, self.name, self.identity)
@@ -189,7 +189,8 @@ class Examiner:
         """Join the answers of all processes and return the scores, the same on every process."""
         if self.file is not None:
             self.file.join({q.question.key: i for i, q in enumerate(self.exam.questions)})
-        self.scores = self.metric.compute()
+        means = {name: float(value) for name, value in self.metric.compute().items()}
+        self.scores = self.exam.evaluation.combine(means)
         told = torch.tensor([self.asked, self.known, self.tokens], device=self.metric.device)
         asked, known, tokens = sum_over_processes(told).tolist()
         self.counts = {
@@ -198,9 +199,9 @@ class Examiner:
             "tokens": tokens,
             "tokens_per_second": tokens / self.seconds if self.seconds else None,
         }
-        return {f"{self.name}/{name}": value for name, value in self.scores.items()}
+        return {f"{self.name}/{k}": torch.tensor(v) for k, v in self.scores.items()}
 
     def result(self) -> tuple[str, dict[str, Any]]:
         """Return the name of the file of answers, and scores and counts as JSON data; after `finish`."""
-        told = {**self.identity, "scores": {k: float(v) for k, v in self.scores.items()}}
+        told = {**self.identity, "scores": self.scores}
         return self.file.stem if self.file else self.name, {**told, **self.counts}

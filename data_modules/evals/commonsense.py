@@ -7,7 +7,7 @@ outputs in every run.
 
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from app.errors import InputError
 from app.evaluation import Decoding, Evaluation, Question
@@ -101,7 +101,7 @@ class Commonsense(Evaluation):
         names = dict.fromkeys(question.reference[0] for question in questions)
         return ["accuracy", *(f"accuracy/{name}" for name in names)]
 
-    def combine(self, scores: Mapping[str, float]) -> dict[str, float]:
+    def combine(self, scores: dict[str, float]) -> dict[str, float]:
         """Add the mean of the sets, which the field reports: each set counts once, whatever its size."""
         parts = [value for name, value in scores.items() if name.startswith("accuracy/")]
         return {"mean_of_sets": sum(parts) / len(parts), **scores}
