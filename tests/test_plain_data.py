@@ -140,7 +140,9 @@ def test_equality_of_its_own_does_not_travel():
         encode([Anything()])
 
 
-@pytest.mark.parametrize("value", [object(), len, int, NotImplemented, ..., os], ids=str)
+@pytest.mark.parametrize(
+    "value", [object(), len, int, NotImplemented, ..., os], ids=lambda v: type(v).__name__
+)
 def test_other_types_are_refused(value):
     with pytest.raises(NotPlainDataError, match="a value of type"):
         encode(value)

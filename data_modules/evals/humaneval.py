@@ -50,8 +50,9 @@ class HumanEval(Evaluation):
             installing it.
         prompt: `lora_one` asks for the whole function, in the instruction format in which models are
             fine-tuned on Code-Feedback and in which the paper's numbers were taken; `completion` gives the
-            bare beginning of the function, as lm-evaluation-harness does, which suits models that were not
-            fine-tuned to follow instructions.
+            bare beginning of the function, which suits models that were not fine-tuned to follow
+            instructions. As in bigcode-evaluation-harness it is stripped: a model that reads the line break
+            behind the docstring as well (lm-evaluation-harness) often takes the function for finished.
         allow_code_execution: Must be true, since the score runs code that a model wrote (docs/sandbox.md).
         sandbox: `bubblewrap`; or `unprotected`, which runs the code with your rights to your files.
         k: The numbers of attempts of pass@k; each at most `num_samples`.
@@ -126,11 +127,15 @@ class HumanEval(Evaluation):
         rows = [row for _, row in jsonl_rows(file, FIELDS, SETTING)]
         if not rows:
             raise InputError(f"{file} has no problems: expected JSON lines; change {SETTING}")
-        template = LORA_ONE_PROMPT if self.prompt == "lora_one" else "{prompt}"
         return [
-            Question(row["task_id"], template.replace("{prompt}", row["prompt"]), dict(row))
-            for row in rows
+            Question(row["task_id"], self.question_prompt(row["prompt"]), dict(row)) for row in rows
         ]
+
+    def question_prompt(self, beginning: str) -> str:
+        """Return what the model reads for the beginning of a function."""
+        if self.prompt == "lora_one":
+            return LORA_ONE_PROMPT.replace("{prompt}", beginning)
+        return beginning.strip()
 
     def score(self, question: Question, outputs: list[str]) -> dict[str, float]:
         """Run each output's program, and return pass@k for each `k`; thread-safe."""
