@@ -117,14 +117,16 @@ def test_attack_is_real(name, tmp_path):
     assert done.returncode == 0
 
 
-def test_dies_with_the_caller(mode, mark):
+def test_dies_with_the_caller(mode, mark, tmp_path):
     caller = f"""
 from app import sandbox
 from app.code_judge import judge
 sandbox.TEMPORARY_BYTES = {mark}
 judge("while True: pass", "f", "def check(candidate): pass", timeout=300.0, sandbox={mode!r})
 """
-    process = subprocess.Popen([sys.executable, "-c", caller], cwd=ROOT)
+    # Of what is killed, an empty temporary folder stays; here it is cleared away with the test's own.
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", caller], cwd=ROOT, env=environment)
     deadline = time.monotonic() + SLACK_S
     while not any("sandbox_child" in line for line in running(mark)):
         assert time.monotonic() < deadline, "no sandbox has started"
