@@ -1,7 +1,6 @@
 """Code-Feedback: 157,000 programming questions with answers that hold code."""
 
 import pathlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,24 +9,26 @@ from data_modules.generative import GenerativeDataModule
 from data_modules.instructions import instruction_prompt
 
 HUB_ID = "m-a-p/CodeFeedback-Filtered-Instruction"
-FIRST_BLOCK = re.compile(r".*?```.*?```", re.DOTALL)
+FENCE = "```"
 
 
 class CodeFeedbackDataModule(GenerativeDataModule):
     """Train on Code-Feedback as the LoRA-One paper does.
 
-    A row needs a block of code in its answer, which is kept up to the end of the first one.
+    A row needs a block of code in its answer, which is kept up to the end of the first one; a block that is
+    never closed is closed at its end.
 
     Args:
         path: JSON list or JSON lines, plain or gzipped, with `query` and `answer`; null takes
             m-a-p/CodeFeedback-Filtered-Instruction from the Hub.
-        max_length: Most tokens of a row; the authors keep rows below 1024.
+        max_length: Most tokens of prompt and answer with EOS.
+        keep_below: The authors keep rows of fewer than 1024 tokens.
         max_rows: Train on the first so many rows; the authors' subset has 100,000.
         validation_size: Rows that validate: those behind the training rows.
-        **options: See `TextDataModule`.
+        **options: See `GenerativeDataModule`.
 
-    Source: the LoRA-One repository, data.py. Differs: EOS counts as a token of the row; a block that is
-    never closed is none.
+    Source: the LoRA-One repository, data.py; with LLaMA-2's tokenizer the rows are the same. Differs: tokens
+    are the model's own, whichever it is.
     """
 
     task_name = "code_feedback"
@@ -35,12 +36,13 @@ class CodeFeedbackDataModule(GenerativeDataModule):
     def __init__(
         self,
         path: str | None = None,
-        max_length: int = 1023,
+        max_length: int = 1024,
+        keep_below: int | None = 1024,
         max_rows: int | None = 100_000,
         validation_size: int = 10_000,
         **options: Any,
     ) -> None:
-        super().__init__(path, max_length, max_rows, validation_size, **options)
+        super().__init__(path, max_length, keep_below, max_rows, validation_size, **options)
         self.source = path or HUB_ID
 
     def examples(self) -> Iterator[tuple[str, str]]:
@@ -52,9 +54,10 @@ class CodeFeedbackDataModule(GenerativeDataModule):
             rows = json_rows(pathlib.Path(self.path), fields, "--data.path")
         without = 0
         for _, row in rows:
-            block = FIRST_BLOCK.match(row["answer"])
-            if block is None:
+            before, fence, rest = row["answer"].partition(FENCE)
+            if not fence:
                 without += 1
                 continue
-            yield instruction_prompt(row["query"]), block[0]
+            answer = before + FENCE + rest.partition(FENCE)[0] + FENCE
+            yield instruction_prompt(row["query"]), answer
         self.dropped_rows["without_code"] = without

@@ -134,7 +134,8 @@ def answer_end(tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) 
     text = _turns(tokenizer, [user, {"role": "assistant", "content": answer}], False)
     behind = text.rpartition(answer)[2].strip()
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
-    return [*(token for token in ids if token in tokenizer.all_special_ids and token != eos), eos]
+    marks = tokenizer.added_tokens_decoder
+    return [*(token for token in ids if token in marks and token != eos), eos]
 
 
 def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool) -> str:

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from app.errors import InputError
-from data_modules.encoding import EncodedRow, TextRow, encode
+from data_modules.encoding import CHUNK_ROWS, EncodedRow, TextRow, encode
 from data_modules.sampling import split_off
 from data_modules.text import TextDataModule
 
@@ -22,9 +22,12 @@ class GenerativeDataModule(TextDataModule):
     Args:
         path: Local file; null takes the published rows.
         max_length: Most tokens of prompt and answer with EOS; a longer row is dropped.
+        keep_below: Drop rows of so many tokens or more, counted as the authors do: the text of prompt, space
+            and answer in the model's tokens, with BOS and without EOS, whatever the chat template; null
+            keeps all.
         max_rows: Train on the first so many rows that are left; null takes all.
-        validation_size: Rows that validate: those that follow the training rows, or, where none follow,
-            rows drawn from them.
+        validation_size: Rows that validate: those that follow the training rows, or, where too few follow,
+            rows drawn from them, the same for every seed.
         **options: See `TextDataModule`.
     """
 
@@ -32,6 +35,7 @@ class GenerativeDataModule(TextDataModule):
         self,
         path: str | None = None,
         max_length: int = 1024,
+        keep_below: int | None = None,
         max_rows: int | None = None,
         validation_size: int = 1000,
         **options: Any,
@@ -39,10 +43,12 @@ class GenerativeDataModule(TextDataModule):
         super().__init__(
             path=path, max_length=max_length, validation_size=validation_size, **options
         )
-        if max_rows is not None and max_rows < 1:
-            raise InputError(f"--data.max_rows={max_rows}: expected at least 1, or null for all")
+        for name, value in (("keep_below", keep_below), ("max_rows", max_rows)):
+            if value is not None and value < 1:
+                raise InputError(f"--data.{name}={value}: expected at least 1, or null for all")
         if validation_size < 1:
             raise InputError(f"--data.validation_size={validation_size}: expected at least 1")
+        self.keep_below = keep_below
         self.max_rows = max_rows
         self._candidates: list[TextRow] | None = None
         self._tokens: dict[int, EncodedRow] = {}
@@ -65,23 +71,40 @@ class GenerativeDataModule(TextDataModule):
         return {"train": held, "validation": after, "test": []}
 
     def _kept(self) -> list[TextRow]:
-        """Return the rows that are short enough, and remember their tokens."""
-        rows = self._read()
+        """Return the rows that are short enough, up to those needed, and remember their tokens."""
+        rows, seen = self._read(), 0
+        kept: list[TextRow] = []
+        needed = len(rows) if self.max_rows is None else self.max_rows + (self.validation_size or 0)
         place = (self._tokenizer(), self.is_encoder_decoder, self.max_length, self.task_name)
-        encoded, dropped = encode(rows, *place, self.chat_template, too_long="drop")
-        self.dropped_rows["too_long"] = dropped
-        if not encoded:
-            raise InputError(
-                f"no row of {self.task_name} has at most --data.max_length={self.max_length} tokens: raise it"
-            )
+        self._tokens = {}
+        while seen < len(rows) and len(kept) < needed:
+            part = rows[seen : seen + CHUNK_ROWS]
+            seen += len(part)
+            part = self._below(part)
+            for tokens in encode(part, *place, self.chat_template, too_long="drop")[0]:
+                row = part[tokens.index]
+                kept.append(row)
+                self._tokens[id(row)] = tokens
+        self.dropped_rows["too_long"] = dropped = seen - len(kept)
+        settings = f"--data.max_length={self.max_length}"
+        if self.keep_below is not None:
+            settings += f" or --data.keep_below={self.keep_below}"
+        if not kept:
+            raise InputError(f"no row of {self.task_name} is as short as {settings} asks: raise it")
         if dropped:
             rank_zero_info(
-                f"{dropped:,} of {len(rows):,} rows of {self.task_name} have more than "
-                f"--data.max_length={self.max_length} tokens and are left out"
+                f"{dropped:,} of {seen:,} rows of {self.task_name} are longer than {settings} allows and "
+                "are left out"
             )
-        chosen = [(rows[tokens.index], tokens) for tokens in encoded]
-        self._tokens = {id(row): tokens for row, tokens in chosen}
-        return [row for row, _ in chosen]
+        return kept
+
+    def _below(self, rows: list[TextRow]) -> list[TextRow]:
+        """Return the rows whose text has fewer tokens than `keep_below`."""
+        if self.keep_below is None:
+            return rows
+        texts = [f"{row.prompt} {row.answer}" for row in rows]
+        lengths = map(len, self._tokenizer()(texts)["input_ids"])
+        return [row for row, length in zip(rows, lengths, strict=True) if length < self.keep_below]
 
     def encoded(self, split: str) -> list[EncodedRow]:
         """Return the rows of a split as token ids; none is cut."""
@@ -140,4 +163,5 @@ class GenerativeDataModule(TextDataModule):
 
     def describe(self) -> dict[str, Any]:
         """Return where the rows come from and how many there are, for the summary of a run."""
-        return {**super().describe(), "max_rows": self.max_rows}
+        taken = {"max_rows": self.max_rows, "keep_below": self.keep_below}
+        return {**super().describe(), **taken}

@@ -17,11 +17,15 @@ class Gsm8kDataModule(GenerativeDataModule):
 
     Args:
         path: train.jsonl or train.jsonl.gz of GSM8K; null takes openai/gsm8k from the Hub.
-        calculations: Keep the marks of calculations such as <<48/2=24>>, which are there for a
-            calculator that would fill in what follows "=".
+        calculations: Keep the marks of calculations such as <<48/2=24>>, as the authors and the examples of
+            lm-evaluation-harness do. Cobbe et al. let a calculator write what follows "=", which nothing
+            here does.
         max_length: Most tokens of a row; a longer one is dropped.
         validation_size: Rows set aside for validation.
         **options: See `GenerativeDataModule`.
+
+    Source: the LoRA-One repository, data.py. Differs: the authors validate on the test set, here on training
+    rows that are set aside.
     """
 
     task_name = "gsm8k"
@@ -29,7 +33,7 @@ class Gsm8kDataModule(GenerativeDataModule):
     def __init__(
         self,
         path: str | None = None,
-        calculations: bool = False,
+        calculations: bool = True,
         max_length: int = 512,
         validation_size: int = 500,
         **options: Any,

@@ -1,26 +1,26 @@
-"""Instructions in Alpaca's form: Alpaca, WizardLM, Code Alpaca, the commonsense sets of LLM-Adapters."""
+"""Instructions in Alpaca's form: Alpaca, WizardLM, Code Alpaca, the arithmetic of LLM-Adapters."""
 
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from data_modules.evals.commonsense import PROMPT
 from data_modules.evals.rows import hub_rows, json_rows
 from data_modules.generative import GenerativeDataModule
 
-BEGINNING = "Below is an instruction that describes a task"
-REQUEST = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
 REFUSALS = ("sorry", "as an ai")
 
 
 def instruction_prompt(instruction: str, context: str = "") -> str:
     """Return Alpaca's prompt for an instruction, and for its input where it has one.
 
-    Source: the Stanford Alpaca repository, which the LoRA-One and LLM-Adapters code follow.
+    Source: the LoRA-One repository, data.py. Differs from Stanford Alpaca as that does: with an input there
+    is no sentence before the instruction.
     """
     if not context:
-        return f"{BEGINNING}. {REQUEST}{instruction}\n\n### Response:\n"
-    paired = f"{BEGINNING}, paired with an input that provides further context. {REQUEST}"
-    return f"{paired}{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+        return PROMPT.format(instruction=instruction)
+    return PROMPT_WITH_INPUT.format(instruction=instruction, context=context)
 
 
 class InstructionDataModule(GenerativeDataModule):
@@ -28,17 +28,17 @@ class InstructionDataModule(GenerativeDataModule):
 
     Args:
         path: JSON list or JSON lines, plain or gzipped, with `instruction`, `output` and mostly `input`:
-            Alpaca's files, Code Alpaca's, commonsense_170k.json; null takes `hub_id` from the Hub.
+            Alpaca's files, Code Alpaca's, math_10k.json; null takes `hub_id` from the Hub.
         hub_id: `yahma/alpaca-cleaned` is what the LoRA-One paper trains on before MMLU;
-            `silk-road/Wizard-LM-Chinese-instruct-evol` what LoRA-GA trains on.
+            `silk-road/Wizard-LM-Chinese-instruct-evol` what LoRA-GA trains on, with drop_refusals: true,
+            keep_below: 1024 and max_rows: 52000.
         drop_refusals: Leave out answers with "sorry" or "as an ai", as the authors do with WizardLM.
         max_length: Most tokens of a row; a longer one is dropped.
-        validation_size: Rows set aside for validation.
+        validation_size: Rows that validate.
         **options: See `GenerativeDataModule`.
 
-    Source: the LoRA-One repository, data.py. Differs: the authors draw the validation rows of Alpaca from
-    rows that are trained on, too, and cut what is too long; with `chat_template` the instruction
-    and its input are the user's message, without Alpaca's words around them.
+    Source: the LoRA-One repository, data.py. Differs: the authors draw a tenth of Alpaca's rows to validate
+    on and train on them, too, here they are set aside; they cut the end of a row that is too long.
     """
 
     task_name = "instructions"
@@ -69,10 +69,5 @@ class InstructionDataModule(GenerativeDataModule):
             if self.drop_refusals and any(word in row["output"].lower() for word in REFUSALS):
                 refused += 1
                 continue
-            context = row.get("input") or ""
-            if self.chat_template:
-                message = f"{row['instruction']}\n\n{context}" if context else row["instruction"]
-                yield message, row["output"]
-            else:
-                yield instruction_prompt(row["instruction"], context), row["output"]
+            yield instruction_prompt(row["instruction"], row.get("input") or ""), row["output"]
         self.dropped_rows["refusal"] = refused

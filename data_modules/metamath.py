@@ -22,15 +22,18 @@ class MetaMathQADataModule(GenerativeDataModule):
     Args:
         path: A list in MetaMathQA-395K.json, or JSON lines (.jsonl), plain or gzipped, with `query`,
             `response` and `type`; null takes meta-math/MetaMathQA from the Hub.
-        subset: `gsm` takes the rows that come from GSM8K, `all` those of MATH, too.
-        max_length: Most tokens of a row. The authors keep rows below 512 tokens of prompt and answer.
-        max_rows: Train on the first so many rows; the authors' subset has 100,000.
-        validation_size: Rows that validate; the authors take the 10,000 behind the training rows.
-        **options: See `TextDataModule`.
+        subset: `gsm` takes the rows whose type has "GSM", `all` those that come from MATH, too.
+        max_length: Most tokens of prompt and answer with EOS.
+        keep_below: The authors keep rows of fewer than 512 tokens.
+        max_rows: Train on the first so many rows; the authors' subset has 100,000, their full set (null)
+            about 395,000.
+        validation_size: Rows that validate; of the subset the 10,000 behind the training rows, which ask
+            some of the same questions in other words.
+        **options: See `GenerativeDataModule`.
 
-    Source: the LoRA-One repository, data.py. Differs: EOS counts as a token of the row; of the full set
-    the authors validate on the first 1,000 training rows, here rows that are set aside; one space
-    between "A:" and the answer instead of two.
+    Source: the LoRA-One repository, data.py; with LLaMA-2's tokenizer the rows are the same. Differs: tokens
+    are the model's own, whichever it is; of the full set the authors validate on the first 1,000 training
+    rows, here on rows that are set aside; one space between "A:" and the answer instead of two.
     """
 
     task_name = "metamath"
@@ -39,12 +42,13 @@ class MetaMathQADataModule(GenerativeDataModule):
         self,
         path: str | None = None,
         subset: Literal["gsm", "all"] = "gsm",
-        max_length: int = 511,
+        max_length: int = 1024,
+        keep_below: int | None = 512,
         max_rows: int | None = 100_000,
         validation_size: int = 10_000,
         **options: Any,
     ) -> None:
-        super().__init__(path, max_length, max_rows, validation_size, **options)
+        super().__init__(path, max_length, keep_below, max_rows, validation_size, **options)
         self.subset = subset
         self.source = path or HUB_ID
 
@@ -58,4 +62,4 @@ class MetaMathQADataModule(GenerativeDataModule):
         for _, row in rows:
             if self.subset == "all" or "GSM" in row["type"]:
                 answer = row["response"].partition(REPEATED_ANSWER)[0]
-                yield PROMPT.format(question=row["query"]), answer.rstrip()
+                yield PROMPT.format(question=row["query"]), answer

@@ -3,13 +3,16 @@
 import collections
 import gzip
 import json
+import re
 
 import pytest
 from conftest import ROOT
+from transformers import AutoTokenizer
 
 from app.errors import InputError
 from data_modules.code_feedback import CodeFeedbackDataModule
-from data_modules.evals.commonsense import Commonsense
+from data_modules.commonsense import CommonsenseDataModule
+from data_modules.evals.commonsense import Commonsense, first_option
 from data_modules.evals.gsm8k import Gsm8k
 from data_modules.generative import GenerativeDataModule
 from data_modules.gsm8k import Gsm8kDataModule
@@ -40,31 +43,33 @@ def written(path, rows):
     return str(path)
 
 
-def test_every_row_of_gsm8k(attached):
+def test_every_row_of_gsm8k():
+    """As written: thousands commas, minus signs, characters beyond ASCII, marks in most rows."""
     path = DATA / "gsm8k" / "train.jsonl.gz"
-    raw = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
-    data = attached(Gsm8kDataModule, path=str(path), validation_size=473)
-    train, held = texts(data), texts(data, "validation")
-    assert (len(train), len(held)) == (7000, 473)
-    by_prompt = {f"Q: {row['question']}\nA: ": row["answer"] for row in raw}
-    assert len(by_prompt) == 7473
-    assert {prompt for prompt, _ in train + held} == set(by_prompt)
-    for prompt, answer in train + held:
-        assert "<<" not in answer
-        assert answer.rpartition("#### ")[2] == by_prompt[prompt].rpartition("#### ")[2]
-    marks = attached(Gsm8kDataModule, path=str(path), calculations=True)
-    assert dict(texts(marks) + texts(marks, "validation")) == by_prompt
+    raw = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    rows = list(Gsm8kDataModule(str(path)).examples())
+    assert rows == [(f"Q: {row['question']}\nA: ", row["answer"]) for row in raw]
+    numbers = [answer.rpartition("#### ")[2] for _, answer in rows]
+    assert (len(numbers), sum("," in n for n in numbers)) == (7473, 79)
+    assert sum(n.startswith("-") for n in numbers) == 3
+    assert sum(not (prompt + answer).isascii() for prompt, answer in rows) == 651
+    assert sum("<<" not in answer for _, answer in rows) == 95
+    bare = list(Gsm8kDataModule(str(path), calculations=False).examples())
+    assert not any("<<" in answer or ">>" in answer for _, answer in bare)
+    assert [answer.rpartition("#### ")[2] for _, answer in bare] == numbers
+    assert bare[0][1].startswith("Natalia sold 48/2 = 24 clips in May.\n")
 
 
-def test_training_and_benchmark_of_gsm8k_have_one_prompt(attached):
-    data = attached(Gsm8kDataModule, path=str(DATA / "gsm8k" / "test.jsonl"))
-    asked = {question.prompt for question in Gsm8k(str(DATA / "gsm8k" / "test.jsonl")).load()}
-    assert {prompt for prompt, _ in texts(data) + texts(data, "validation")} == asked
+def test_training_and_benchmark_of_gsm8k_have_one_prompt():
+    path = str(DATA / "gsm8k" / "test.jsonl")
+    asked = [question.prompt for question in Gsm8k(path).load()]
+    assert [prompt for prompt, _ in Gsm8kDataModule(path).examples()] == asked
+    assert len(asked) == 923
 
 
 def test_metamath_rows_are_prepared_as_the_authors_do(attached):
     path = str(DATA / "math" / "metamathqa_quoted_rows.json")
-    data = attached(MetaMathQADataModule, path=path, max_rows=4)
+    data = attached(MetaMathQADataModule, path=path, keep_below=None, max_rows=4)
     rows = texts(data) + texts(data, "validation")
     raw = json.loads((DATA / "math" / "metamathqa_quoted_rows.json").read_text())
     gsm = [row for row in raw if row["type"].startswith("GSM")]
@@ -72,7 +77,7 @@ def test_metamath_rows_are_prepared_as_the_authors_do(attached):
     ends = [answer.rpartition("\n")[2] for _, answer in rows]
     assert ends == ["#### 752", "#### 1200", "#### 75", "#### 7", "#### 240"]
     assert not any("The answer is" in answer for _, answer in rows)
-    whole = attached(MetaMathQADataModule, path=path, subset="all")
+    whole = attached(MetaMathQADataModule, path=path, keep_below=None, subset="all")
     answers = [answer for _, answer in texts(whole) + texts(whole, "validation")]
     assert len(answers) == 6
     assert any(answer.endswith("\\boxed{\\sqrt{5}}$ units apart.") for answer in answers)
@@ -90,6 +95,38 @@ def test_the_first_rows_train_and_those_behind_validate(attached, tmp_path):
     assert [prompt[3] for prompt, _ in texts(data, "validation")] == ["4"]
     assert data.describe()["dropped_rows"] == {"empty_answer": 0, "too_long": 1}
     assert [row.index for row in data.encoded("train")] == [0, 1, 2]
+
+
+def test_rows_are_kept_below_a_length_as_the_authors_count_it(attached, tmp_path):
+    """With one token a character: prompt with its space, a space more, the answer; EOS is not counted."""
+    rows = [
+        {"query": "q" * i, "response": "abc\nThe answer is: 1", "type": "GSM"} for i in range(30)
+    ]
+    path = written(tmp_path / "rows.jsonl", rows)
+    data = attached(MetaMathQADataModule, path=path, keep_below=20)
+    lengths = [len(f"Q: {'q' * i}\nA:  abc") for i in range(30)]
+    kept = texts(data) + texts(data, "validation")
+    assert len(kept) == sum(length < 20 for length in lengths) == 9
+    assert max(len(f"{prompt} {answer}") for prompt, answer in kept) == 19
+
+
+@pytest.mark.smollm2
+def test_rows_below_a_length_on_the_real_tokenizer(smollm2_dir):
+    """The paper's rule on GSM8K, against a plain loop over the rows."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    path = DATA / "gsm8k" / "test.jsonl"
+    raw = [json.loads(line) for line in path.open(encoding="utf-8")]
+    data = Gsm8kDataModule(str(path), keep_below=200, max_rows=300, validation_size=100)
+    data.attach(tokenizer, is_encoder_decoder=False)
+    wanted = []
+    for row in raw:
+        prompt = f"Q: {row['question']}\nA: "
+        if len(tokenizer(prompt + " " + row["answer"])["input_ids"]) < 200:
+            wanted.append((prompt, row["answer"]))
+    assert len(wanted) > 400
+    assert len(wanted) < len(raw)
+    assert texts(data) == wanted[:300]
+    assert texts(data, "validation") == wanted[300:400]
 
 
 def test_where_no_rows_follow_some_are_set_aside(attached, tmp_path):
@@ -115,45 +152,70 @@ def test_code_feedback_ends_with_the_first_block(attached, tmp_path):
     ]
     data = attached(CodeFeedbackDataModule, path=written(tmp_path / "rows.jsonl", rows))
     found = dict(texts(data) + texts(data, "validation"))
-    assert len(found) == 3
+    assert len(found) == 4
+    assert found[instruction_prompt("open")] == "```python\nprint(1)```"
     assert found[instruction_prompt("two")] == "Say ```a```"
     assert found[instruction_prompt("one")] == "```python\nprint(1)\n```"
     assert found[instruction_prompt(real["query"])].endswith("Age >= 18;\n```")
-    assert data.describe()["dropped_rows"]["without_code"] == 2
+    assert data.describe()["dropped_rows"]["without_code"] == 1
 
 
 @pytest.mark.parametrize(
     ("file", "rows", "empty", "without_input"),
     [("code_alpaca_2k.json", 2017, 2, 1011), ("new_codealpaca.json.gz", 4535, 0, 955)],
 )
-def test_code_alpaca(file, rows, empty, without_input, attached):
-    data = attached(InstructionDataModule, path=str(DATA / "code" / file))
-    found = texts(data) + texts(data, "validation")
-    assert len(found) == rows - empty
-    assert data.describe()["dropped_rows"]["empty_answer"] == empty
+def test_code_alpaca(file, rows, empty, without_input):
+    data = InstructionDataModule(str(DATA / "code" / file))
+    found = list(data.examples())
+    paired = [prompt for prompt, _ in found if prompt.startswith("### Instruction:\n")]
+    single = [prompt for prompt, _ in found if prompt.startswith("Below is an instruction")]
+    assert (len(found), len(single), len(paired)) == (rows, without_input, rows - without_input)
+    assert all("\n\n### Input:\n" in prompt for prompt in paired)
     assert all(prompt.endswith("\n\n### Response:\n") for prompt, _ in found)
-    paired = sum("\n\n### Input:\n" in prompt for prompt, _ in found)
-    dropped = sum(not row["output"].strip() and not row["input"] for row in _json(file))
-    assert len(found) - paired == without_input - dropped
+    assert sum(not answer.strip() for _, answer in found) == empty
 
 
-def _json(file):
-    path = DATA / "code" / file
-    return json.loads(gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes())
-
-
-def test_commonsense_rows_have_the_prompt_of_their_benchmark(attached):
-    path = str(DATA / "commonsense" / "commonsense_train_2k.json")
-    data = attached(InstructionDataModule, path=path)
-    found = texts(data) + texts(data, "validation")
-    assert len(found) == 2000
-    question = Commonsense(str(DATA / "commonsense"), "boolq").load()[0]
-    start = question.prompt.partition("### Instruction")[0]
-    assert all(
-        prompt.startswith(start) and prompt.endswith("### Response:\n") for prompt, _ in found
+def test_an_empty_answer_is_dropped_and_counted(attached):
+    raw = json.loads((DATA / "code" / "code_alpaca_2k.json").read_bytes())
+    data = attached(
+        InstructionDataModule, path=str(DATA / "code" / "code_alpaca_2k.json"), validation_size=17
     )
-    first = collections.Counter(answer.split(" ")[0] for _, answer in found)
-    assert first == {"the": 2000}
+    assert len(data.rows("train")) == 2017 - 2 - 17
+    assert data.describe()["dropped_rows"]["empty_answer"] == 2
+    empty = {row["instruction"] for row in raw if not row["output"].strip()}
+    kept = texts(data) + texts(data, "validation")
+    assert len(empty) == 2
+    assert not any(
+        f"### Instruction:\n{text}\n\n" in prompt for prompt, _ in kept for text in empty
+    )
+
+
+def test_arithmetic_of_llm_adapters_has_its_prompt_and_rationale():
+    rows = list(
+        InstructionDataModule(str(DATA / "math" / "llm_adapters_math_data.json")).examples()
+    )
+    assert len(rows) == 2205
+    rationales = [answer for _, answer in rows if re.search(r"\n(A|Rationale):", answer)]
+    assert len(rationales) == 2205, "not the field `answer`, which is 4.0, 16 or C"
+    assert sum(answer.startswith("\n") for answer in rationales) == 2201
+    assert all(prompt.startswith("Below is an instruction") for prompt, _ in rows)
+
+
+def test_commonsense_rows_have_the_prompt_of_their_benchmark(tmp_path):
+    found = list(
+        CommonsenseDataModule(str(DATA / "commonsense" / "commonsense_train_2k.json")).examples()
+    )
+    raw = json.loads((DATA / "commonsense" / "commonsense_train_2k.json").read_bytes())
+    assert [answer for _, answer in found] == [row["output"] for row in raw]
+    names = collections.Counter(
+        first_option(("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")[i % 4], answer)
+        for i, (_, answer) in enumerate(found)
+    )
+    assert names == collections.Counter(row["answer"] for row in raw)
+    (tmp_path / "boolq").mkdir()
+    (tmp_path / "boolq" / "test.json").write_text(json.dumps(raw[::4]))
+    asked = [question.prompt for question in Commonsense(str(tmp_path), "boolq").load()]
+    assert asked == [prompt for prompt, _ in found[::4]]
 
 
 def test_refusals_are_left_out_where_asked(attached, tmp_path):
@@ -181,8 +243,9 @@ def test_what_is_supervised(attached, tiny_tokenizer, tmp_path):
     assert tiny_tokenizer.decode(supervised) == "Ok\n<eos>"
     text = tiny_tokenizer.decode(batch["input_ids"][0])
     assert text.endswith("### Response:\nOk\n<eos>")
-    math = attached(Gsm8kDataModule, path=str(DATA / "gsm8k" / "test.jsonl"), train_size=1)
-    (batch,) = math.train_dataloader()
+    questions = [{"question": f"{i}?", "answer": "#### 1"} for i in range(3)]
+    path = written(tmp_path / "math.jsonl", questions)
+    (batch,) = attached(Gsm8kDataModule, path=path, train_size=1).train_dataloader()
     assert "\nA: " in tiny_tokenizer.decode(batch["input_ids"][0])
     assert "\nA:  " not in tiny_tokenizer.decode(batch["input_ids"][0])
 
@@ -199,6 +262,11 @@ WRONG = {
         "--data.max_length=300",
     ),
     "few": (InstructionDataModule, [{"instruction": "a", "output": "b"}], "validation_size"),
+    "commonsense": (
+        CommonsenseDataModule,
+        [{"instruction": "a"}],
+        "line 1 of .*instruction, output",
+    ),
     "no_code": (CodeFeedbackDataModule, [{"query": "a", "answer": "b"}], "code_feedback"),
 }
 
@@ -213,7 +281,25 @@ def test_what_cannot_be_read(case, attached, tmp_path):
         attached(kind, path=path, max_length=300).rows("train")
 
 
-@pytest.mark.parametrize("options", [{"max_rows": 0}, {"validation_size": 0}])
+@pytest.mark.parametrize(
+    "kind", [Gsm8kDataModule, MetaMathQADataModule, CodeFeedbackDataModule, InstructionDataModule]
+)
+def test_a_hub_out_of_reach(kind, attached, monkeypatch):
+    def no_network(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("data_modules.evals.rows.HfApi.dataset_info", no_network)
+    monkeypatch.setattr("data_modules.evals.rows.datasets.load_dataset", no_network)
+    with pytest.raises(InputError, match=r"cannot load \S+/\S+ .*no network.*--data.path"):
+        kind().prepare_data()
+
+
+def test_commonsense_has_no_other_source_than_its_file():
+    with pytest.raises(InputError, match=r"--data.path is not set.*commonsense_170k.json"):
+        CommonsenseDataModule()
+
+
+@pytest.mark.parametrize("options", [{"keep_below": 0}, {"max_rows": 0}, {"validation_size": 0}])
 def test_sizes_below_one(options):
     with pytest.raises(InputError, match=next(iter(options))):
         Gsm8kDataModule(path="x", **options)
