@@ -33,7 +33,7 @@ class CommonsenseDataModule(InstructionDataModule):
     ) -> None:
         if path is None:
             raise InputError(
-                "--data.path is not set: expected commonsense_170k.json, which is in the folder ft-training_set "
-                "of AGI-Edgerunners/LLM-Adapters on GitHub"
+                "--data.path is not set: expected commonsense_170k.json, from the folder ft-training_set of "
+                "AGI-Edgerunners/LLM-Adapters on GitHub"
             )
         super().__init__(path, max_length=max_length, validation_size=validation_size, **options)

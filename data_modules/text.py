@@ -233,7 +233,7 @@ class TextDataModule(BenchmarkDataModule):
             InputError: Two words begin with the same token, so that it cannot tell them apart.
         """
         tokenizer = self._tokenizer()
-        before = answer_prefix(tokenizer, self.is_encoder_decoder)
+        before = answer_prefix(tokenizer, self.is_encoder_decoder, self.chat_template)
         words_by_id: dict[int, str] = {}
         for word in self.label_words:
             first_id = tokenizer(before + word, add_special_tokens=False)["input_ids"][0]

@@ -1,0 +1,43 @@
+"""Training rows that are questions of a benchmark: a score on those tells what was learnt by heart."""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+# Where the question stands in the prompts of this project; the last one, behind worked examples.
+_FORMS = (
+    re.compile(r"(?:.*\n)?Q(?:uestion)?: (.*)\nA(?:nswer)?:\s*", re.DOTALL),
+    re.compile(r".*### Instruction:\n(.*)\n\n### Response:\s*(?:```python\s*)?", re.DOTALL),
+    re.compile(r"(?:.*\n\n)?(.*)\nAnswer:\s*", re.DOTALL),
+)
+
+
+def question_text(prompt: str) -> str:
+    """Return the words of a prompt's question, so that only other words make another question.
+
+    Args:
+        prompt: A prompt of a training row or of a benchmark, or a question by itself.
+
+    Returns:
+        The words in one case, with one space between; without the prompt's form, worked examples before it,
+        and punctuation.
+    """
+    found = next((match for form in _FORMS if (match := form.fullmatch(prompt))), None)
+    text = unicodedata.normalize("NFKC", found[1] if found else prompt)
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def shared_questions(train_prompts: Iterable[str], eval_questions: Iterable[str]) -> int:
+    """Count the training rows whose question is one of a benchmark's, word for word.
+
+    A question in other words, or inside a longer text, is not found.
+
+    Args:
+        train_prompts: Prompts of the training rows.
+        eval_questions: Prompts or questions of the benchmark.
+
+    Returns:
+        The number of training rows; a question that is trained on twice counts twice.
+    """
+    asked = {text for question in eval_questions if (text := question_text(question))}
+    return sum(question_text(prompt) in asked for prompt in train_prompts)
