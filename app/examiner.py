@@ -17,7 +17,7 @@ from app.choices import choice_log_likelihoods
 from app.evaluation import Evaluation, Question
 from app.generate import generate
 from app.mean_scores import MeanScores
-from app.processes import sum_over_processes
+from app.processes import sum_over_processes, world_size
 
 NOT_WHAT_IS_ASKED = (
     "path",
@@ -96,10 +96,11 @@ class Examiner:
     def _own_identity(self) -> dict[str, Any]:
         evaluation = self.exam.evaluation
         settings = {k: v for k, v in vars(evaluation).items() if k not in NOT_WHAT_IS_ASKED}
-        public = {k: str(v) for k, v in settings.items() if not k.startswith("_")}
-        decoding = evaluation.decoding and asdict(evaluation.decoding)
+        public: dict[str, Any] = {k: str(v) for k, v in settings.items() if not k.startswith("_")}
         told = {"name": self.name, "version": evaluation.version}
-        return {**told, "settings": public, "decoding": str(decoding)}
+        if evaluation.decoding is not None:
+            public["decoding"] = asdict(evaluation.decoding)
+        return {**told, "settings": public}
 
     def ask(self, module: Any, index: Sequence[int], together: bool) -> None:
         """Ask the questions of one batch that have no answer yet, judge and keep the answers.
@@ -171,7 +172,9 @@ class Examiner:
         ]
 
     def _judge(self, asked: Sequence[EncodedQuestion], answers: Sequence[Answer]) -> None:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # code is judged in processes of its own
+        # Code is judged in processes of its own, with a limit of wall time: no more than there are cores.
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // neighbours)) as pool:
             outputs = [answer["outputs"] for answer in answers]
             scores = list(
                 pool.map(self.exam.evaluation.score, [e.question for e in asked], outputs)

@@ -164,7 +164,8 @@ class LoraModule(LightningModule):
         elif self.adapter is not None:
             self.model = add_lora(base, self.adapter)
         else:
-            self.model = base.requires_grad_(not self._sharded)
+            # A checkpoint to test holds what was trained.
+            self.model = base.requires_grad_(fitting or self.trainer.ckpt_path is not None)
         if self.gradient_checkpointing:
             # Without re-entry a block is recomputed only if its input is in the graph.
             base.enable_input_require_grads()
@@ -177,8 +178,8 @@ class LoraModule(LightningModule):
         self.model.train()
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         rank_zero_info(
-            f"{self.source.name}: {parameters:,} parameters in {self.dtype_name}; {trainable:,} are "
-            "trained"
+            f"{self.source.name}: {parameters:,} parameters in {self.dtype_name}"
+            + (f"; {trainable:,} are trained" if fitting else "")
         )
         self.record.model = {
             "name": self.source.name,
