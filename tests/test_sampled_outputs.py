@@ -73,6 +73,22 @@ def test_draws_are_uniform_and_unrelated():
     assert torch.corrcoef(draws.T).fill_diagonal_(0).abs().max() < 0.5
 
 
+@pytest.mark.parametrize("draw", [0.0, 1 - 2.0**-53])
+def test_the_extreme_draws_take_possible_tokens(draw, tiny_llama, tiny_tokenizer, monkeypatch):
+    """The first and the last token of the vocabulary that top_p leaves."""
+    monkeypatch.setattr(
+        "app.generate.uniform", lambda *_: torch.tensor([draw], dtype=torch.float64)
+    )
+    model = tiny_llama(vocab_size=len(tiny_tokenizer), initializer_range=0.3)
+    decoding = Decoding(1, temperature=1.0, top_p=0.5)
+    with torch.no_grad():
+        possible = nucleus(model(torch.tensor([[5, 6]])).logits[0, -1], 1.0, 0.5).nonzero()
+    token = int(possible[0] if draw == 0 else possible[-1])
+    assert 3 < token < len(tiny_tokenizer) - 1
+    ((output,),) = generate(model, model, tiny_tokenizer, [[5, 6]], ["q"], decoding)
+    assert output.text == tiny_tokenizer.decode([token])
+
+
 def nucleus(logits, temperature, top_p):
     """Return the distribution of a token by the definition, in float64."""
     p = torch.softmax(logits.double() / temperature, dim=-1)

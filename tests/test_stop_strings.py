@@ -118,34 +118,35 @@ def sentencepiece():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "pieces", "stop", "text"),
+    ("prompt", "pieces", "stop", "text", "tokens"),
     [
-        ("A :", "▁The ▁x", [], " The x"),
-        ("A :", "▁The ▁x", [" x"], " The"),
-        ("A :", "▁x ▁The", [" x"], ""),
-        ("A <0x0A>", "▁▁▁ ▁return ▁x <0x0A> Q : x", ["\nQ:"], "    return x"),
-        ("A <0x0A>", "▁▁▁ ▁return ▁x <0x0A> Q : x", [" return"], "   "),
-        ("A ▁", "x ▁x", [], "x x"),
-        ("A :", "x <0xE2> <0x82> <0xAC> x", ["€"], "x"),
-        ("A :", "x <0xE2> <0x82> <0xAC> x", ["€x"], "x"),
-        ("<s>", "▁The ▁x", [], "The x"),
+        ("A :", "▁The ▁x", [], " The x", 2),
+        ("A :", "▁The ▁x", [" x"], " The", 2),
+        ("A :", "▁x ▁The", [" x"], "", 1),
+        ("A <0x0A>", "▁▁▁ ▁return ▁x <0x0A> Q : x", ["\nQ:"], "    return x", 6),
+        ("A <0x0A>", "▁▁▁ ▁return ▁x <0x0A> Q : x", [" return"], "   ", 2),
+        ("A ▁", "x ▁x", [], "x x", 2),
+        ("A :", "x <0xE2> <0x82> <0xAC> x", ["€"], "x", 4),
+        ("A :", "x <0xE2> <0x82> <0xAC> x", ["€x"], "x", 5),
+        ("<s>", "▁The ▁x", [], "The x", 2),
     ],
 )
-def test_the_first_space_of_a_continuation(prompt, pieces, stop, text, tiny_llama):
+def test_the_first_space_of_a_continuation(prompt, pieces, stop, text, tokens, tiny_llama):
     """Decoded alone it would be lost, and with it the indentation of code."""
     tokenizer, vocabulary = sentencepiece()
     model = tiny_llama(vocab_size=len(vocabulary), eos_token_id=2)
     prompt_ids = [vocabulary[piece] for piece in prompt.split()]
-    tokens = [vocabulary[piece] for piece in pieces.split()]
-    output = written(model, tokenizer, prompt_ids, tokens, stop)
-    assert output.text == text
-    assert output.finished == bool(stop)
+    script = [vocabulary[piece] for piece in pieces.split()]
+    output = written(model, tokenizer, prompt_ids, script, stop)
+    assert (output.text, output.num_tokens, output.finished) == (text, tokens, bool(stop))
 
 
 def test_spaces_before_punctuation_stay(tiny_llama, tiny_tokenizer):
     """Code is not prose, whatever the tokenizer's settings ask for."""
     tiny_tokenizer.clean_up_tokenization_spaces = True
+    tiny_tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     tokens = tiny_tokenizer("x = y . z , 1 != 2")["input_ids"]
+    assert tiny_tokenizer.decode(tokens) != "x = y . z , 1 != 2"
     output = written(tiny_llama(), tiny_tokenizer, [5], tokens)
     assert output.text == "x = y . z , 1 != 2"
 
