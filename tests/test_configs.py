@@ -9,7 +9,8 @@ import app.config_files
 THEORY = app.config_files.CONFIGS / "theory"  # another command's, see test_theory_command.py
 FILES = sorted(f for f in app.config_files.CONFIGS.rglob("*.yaml") if f.parent != THEORY)
 COMPLETE = [file for file in FILES if file.parent == app.config_files.CONFIGS]
-OVERLAYS = [file for file in FILES if file.parent != app.config_files.CONFIGS]
+BENCHMARKS = [file for file in FILES if file.parent.name == "eval"]
+OVERLAYS = [file for file in FILES if file not in COMPLETE + BENCHMARKS]
 
 
 def name_of(file):
@@ -18,23 +19,24 @@ def name_of(file):
 
 @pytest.fixture
 def parsed(monkeypatch, command):
-    """Return the configuration that `fit` comes to."""
+    """Return the configuration that a command comes to."""
 
-    def parse(*argv):
+    def parse(*argv, subcommand="fit"):
         found = []
         monkeypatch.setattr(app.cli.LoraCLI, "instantiate_classes", lambda cli: None)
         monkeypatch.setattr(
             app.cli.LoraCLI, "_run_subcommand", lambda cli, name: found.append(cli.config[name])
         )
-        assert command("fit", *argv) == 0
+        assert command(subcommand, *argv) == 0
         return found[0]
 
     return parse
 
 
 def test_all_are_here():
-    assert len(FILES) == 12
-    assert len(COMPLETE) == 6
+    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) == 23
+    assert len(COMPLETE) == 12
+    assert len(BENCHMARKS) == 5
 
 
 @pytest.mark.parametrize("file", COMPLETE, ids=name_of)
@@ -49,6 +51,58 @@ def test_complete_configs(file, parsed):
     assert config.init.class_path == "callbacks.lora_one_init.LoraOneInit"
     if file.stem.startswith("glue_"):
         assert config.data.init_args.task == file.stem.removeprefix("glue_")
+
+
+PAPER = [file for file in COMPLETE if file.stem.endswith("_llama2_7b")]
+
+
+@pytest.mark.parametrize("file", PAPER, ids=name_of)
+def test_hyperparameters_of_the_paper(file, parsed):
+    """What the authors publish for LLaMA-2-7B, as the options come out."""
+    config = parsed("--config", file)
+    model, data, start = config.model, config.data.init_args, config.init.init_args
+    assert (model.name, model.dtype) == ("meta-llama/Llama-2-7b-hf", "bfloat16")
+    assert (model.adapter.r, model.adapter.lora_alpha) == (8, 16)
+    assert (model.adapter.use_rslora, model.adapter.target_modules) == (True, "all-linear")
+    assert model.optimizer.init_args.lr == 2e-4
+    assert model.optimizer.init_args.weight_decay == 0
+    assert (model.lr_scheduler_type, model.warmup_steps) == ("linear", 100)
+    assert data.batch_size * config.trainer.accumulate_grad_batches == 32
+    assert (data.max_length, data.chat_template) == (1024, False)
+    assert (start.gamma, start.num_samples) == (128, 8)
+    rules = {
+        "metamath_llama2_7b": ("Gsm8k", 1, 512, 100_000, 10_000),
+        "metamath_full_llama2_7b": ("Gsm8k", 4, 512, None, 1000),
+        "code_feedback_llama2_7b": ("HumanEval", 1, 1024, 100_000, 10_000),
+        "alpaca_llama2_7b": ("Mmlu", 1, None, None, 1000),
+    }
+    (asked,) = data.evals
+    found = (data.keep_below, data.max_rows, data.validation_size)
+    assert (asked.class_path.split(".")[-1], config.trainer.max_epochs, *found) == rules[file.stem]
+
+
+def test_rows_come_from_a_file_or_the_hub(parsed):
+    """Both paths of a small run are options of the command line."""
+    small = [file for file in COMPLETE if file.stem in ("gsm8k_smollm2", "code_alpaca_smollm2")]
+    assert len(small) == 2
+    for file in small:
+        config = parsed("--config", file, "--data.path", "a.json", "--data.evals.path", "b.jsonl")
+        assert config.data.init_args.path == "a.json"
+        (asked,) = config.data.init_args.evals
+        assert asked.init_args.path == "b.jsonl"
+        assert asked.init_args.validation_size <= 16
+
+
+@pytest.mark.parametrize("file", BENCHMARKS, ids=name_of)
+def test_benchmarks(file, parsed):
+    """Each asks one benchmark, in a run that is named after it."""
+    assert file.read_text().splitlines()[0].startswith("# Overlay")
+    config = parsed("--config", "quickstart.yaml", "--config", file, subcommand="test")
+    assert config.data.class_path == "data_modules.benchmark_data.BenchmarkDataModule"
+    (asked,) = config.data.init_args.evals
+    assert asked.class_path.startswith(f"data_modules.evals.{file.stem}.")
+    assert config.output.name == file.stem
+    assert config.model.adapter is None
 
 
 @pytest.mark.parametrize("file", OVERLAYS, ids=name_of)
