@@ -85,16 +85,16 @@ class GenerativeDataModule(TextDataModule):
                 row = part[tokens.index]
                 kept.append(row)
                 self._tokens[id(row)] = tokens
-        self.dropped_rows["too_long"] = dropped = seen - len(kept)
+        self.dropped_rows["too_long"] = seen - len(kept)
         settings = f"--data.max_length={self.max_length}"
         if self.keep_below is not None:
             settings += f" or --data.keep_below={self.keep_below}"
         if not kept:
             raise InputError(f"no row of {self.task_name} is as short as {settings} asks: raise it")
-        if dropped:
+        left_out = [f"{count:,} {why}" for why, count in self.dropped_rows.items() if count]
+        if left_out:
             rank_zero_info(
-                f"{dropped:,} of {seen:,} rows of {self.task_name} are longer than {settings} allows and "
-                "are left out"
+                f"rows of {self.task_name} that are left out: {', '.join(left_out)} ({settings})"
             )
         return kept
 
@@ -123,7 +123,7 @@ class GenerativeDataModule(TextDataModule):
         context_length: int | None = None,
     ) -> None:
         """Set what depends on the model; which rows are short enough does."""
-        if tokenizer is not self.tokenizer:
+        if tokenizer is not self.tokenizer or is_encoder_decoder != self.is_encoder_decoder:
             self._rows = None
         super().attach(tokenizer, is_encoder_decoder, context_length)
 

@@ -59,7 +59,11 @@ class MetaMathQADataModule(GenerativeDataModule):
             rows = hub_rows(HUB_ID, "default", "train", fields, "--data.path")
         else:
             rows = json_rows(pathlib.Path(self.path), fields, "--data.path")
+        others = 0
         for _, row in rows:
-            if self.subset == "all" or "GSM" in row["type"]:
-                answer = row["response"].partition(REPEATED_ANSWER)[0]
-                yield PROMPT.format(question=row["query"]), answer
+            if self.subset == "gsm" and "GSM" not in row["type"]:
+                others += 1
+                continue
+            answer = row["response"].partition(REPEATED_ANSWER)[0]
+            yield PROMPT.format(question=row["query"]), answer
+        self.dropped_rows["not_gsm"] = others

@@ -74,6 +74,7 @@ def test_metamath_rows_are_prepared_as_the_authors_do(attached):
     raw = json.loads((DATA / "math" / "metamathqa_quoted_rows.json").read_text())
     gsm = [row for row in raw if row["type"].startswith("GSM")]
     assert [prompt for prompt, _ in rows] == [f"Q: {row['query']}\nA: " for row in gsm]
+    assert data.describe()["dropped_rows"]["not_gsm"] == 1
     ends = [answer.rpartition("\n")[2] for _, answer in rows]
     assert ends == ["#### 752", "#### 1200", "#### 75", "#### 7", "#### 240"]
     assert not any("The answer is" in answer for _, answer in rows)
@@ -93,7 +94,11 @@ def test_the_first_rows_train_and_those_behind_validate(attached, tmp_path):
     data = attached(MetaMathQADataModule, path=path, max_rows=3, max_length=30)
     assert [prompt[3] for prompt, _ in texts(data)] == ["0", "2", "3"]
     assert [prompt[3] for prompt, _ in texts(data, "validation")] == ["4"]
-    assert data.describe()["dropped_rows"] == {"empty_answer": 0, "too_long": 1}
+    assert data.describe()["dropped_rows"] == {
+        "not_gsm": 0,
+        "empty_answer": 0,
+        "too_long": 1,
+    }
     assert [row.index for row in data.encoded("train")] == [0, 1, 2]
 
 
@@ -309,3 +314,19 @@ def test_each_source_writes_its_examples():
     assert len(GenerativeDataModule.__subclasses__()) >= 4
     for kind in GenerativeDataModule.__subclasses__():
         assert kind.examples is not GenerativeDataModule.examples
+
+
+def test_a_run_scores_the_loss_alone(command, tiny_run, tmp_path):
+    """Rows without classes through the whole command: trained, validated, described; nothing to test."""
+    rows = [{"question": f"{i}+{i}?", "answer": f"#### {2 * i}"} for i in range(20)]
+    rows.append({"question": "1" * 300, "answer": "#### 1"})
+    path = written(tmp_path / "train.jsonl", rows)
+    data = f"data_modules.gsm8k.Gsm8kDataModule --data.path {path} --data.max_length 64".split()
+    options = [*data, "--data.validation_size", "4", "--data.batch_size", "4"]
+    assert command("fit", "--config", tiny_run, "--data", *options) == 0
+    folder = tmp_path / "runs" / "tiny" / "version_0"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["data"]["rows"] == {"train": 16, "validation": 4, "test": 0}
+    assert summary["data"]["dropped_rows"] == {"empty_answer": 0, "too_long": 1}
+    assert set(summary["metrics"]["final"]) == {"loss"}
+    assert command("test", "--run", folder) != 0
