@@ -76,9 +76,7 @@ def json_list_rows(
         yield where, with_fields(row, fields, where, setting)
 
 
-def json_rows(
-    file: pathlib.Path, fields: Sequence[str], setting: str
-) -> Iterator[tuple[str, Row]]:
+def json_rows(file: pathlib.Path, fields: Sequence[str], setting: str) -> Iterator[tuple[str, Row]]:
     """Read a file of JSON lines (.jsonl, .jsonl.gz) or one JSON list (.json, .json.gz); see `jsonl_rows`."""
     reader = jsonl_rows if ".jsonl" in file.suffixes else json_list_rows
     yield from reader(file, fields, setting)
