@@ -50,7 +50,7 @@ def writes(tiny_llama, tiny_tokenizer):
         ("\n\nfour", ["\n\n"], "", 2),
         ("four", ["four"], "", 4),
         ("fofour", ["four"], "fo", 6),
-        ("aaab", ["aab", "zz"], "a", 4),
+        ("aaab", ["ab", "aab", "zz"], "a", 4),
         ("x" * 40 + "stop" + "y" * 9, ["stop", "s" * 30], "x" * 40, 44),
     ],
 )
