@@ -102,6 +102,25 @@ def test_the_first_rows_train_and_those_behind_validate(attached, tmp_path):
     assert [row.index for row in data.encoded("train")] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 1024])
+def test_reading_ends_where_enough_rows_are_found(chunk, attached, tmp_path, monkeypatch):
+    """Rows 1, 4, 7, ... are too long; 4 rows train, 3 validate, whatever is encoded at once."""
+    rows = [
+        {"query": f"{i:02}" + "x" * (99 if i % 3 == 1 else 0), "response": "#### 1", "type": "GSM"}
+        for i in range(40)
+    ]
+    monkeypatch.setattr("data_modules.generative.CHUNK_ROWS", chunk)
+    path = written(tmp_path / "rows.jsonl", rows)
+    data = attached(MetaMathQADataModule, path=path, max_rows=4, validation_size=3, keep_below=50)
+    assert [prompt[3:5] for prompt, _ in texts(data)] == ["00", "02", "03", "05"]
+    assert [prompt[3:5] for prompt, _ in texts(data, "validation")] == ["06", "08", "09"]
+    assert data.dropped_rows["too_long"] == {1: 3, 2: 3, 3: 4, 1024: 13}[chunk]
+    learnt = [bytes(row.answer_ids) for row in data.encoded("train") + data.encoded("validation")]
+    assert len(set(learnt)) == 1
+    for row, text in zip(data.encoded("validation"), texts(data, "validation"), strict=True):
+        assert data.tokenizer.decode(row.prompt_ids) == text[0].rstrip()
+
+
 def test_rows_are_kept_below_a_length_as_the_authors_count_it(attached, tmp_path):
     """With one token a character: prompt with its space, a space more, the answer; EOS is not counted."""
     rows = [
@@ -297,6 +316,28 @@ def test_a_hub_out_of_reach(kind, attached, monkeypatch):
     monkeypatch.setattr("data_modules.evals.rows.datasets.load_dataset", no_network)
     with pytest.raises(InputError, match=r"cannot load \S+/\S+ .*no network.*--data.path"):
         kind().prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (
+            "rows.jsonl",
+            b'{"question": "a", "answer": "b"}\n{"question": "a"}',
+            "line 2 of .*answer",
+        ),
+        ("rows.jsonl", b'{"question": "a", "answer": "b"}\n{"questi', "line 2 of .*no JSON"),
+        ("rows.json", b'[{"question": "a", "answer": "b"}, {"question": 7}]', "row 1 of .*answer"),
+        ("rows.json", b'{"question": "a", "answer": "b"}', "JSON dict: expected a list"),
+        ("rows.json", b"question,answer\na,b\n", "no JSON"),
+        ("rows.json.gz", b"[]", "cannot read .*rows.json.gz"),
+        ("rows.jsonl", b'{"question": "a", "answer": 5}', "as text"),
+    ],
+)
+def test_a_file_of_another_form(name, content, told, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"(?s){told}.*--data.path"):
+        list(Gsm8kDataModule(str(tmp_path / name)).examples())
 
 
 def test_commonsense_has_no_other_source_than_its_file():
