@@ -6,6 +6,7 @@ input x output, so its A is lora_A^T, its B is lora_B^T, and left and right sing
 """
 
 import difflib
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -206,7 +207,11 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
     """
     check_adapter_folder(folder)
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        with (
+            warnings.catch_warnings()
+        ):  # of torch, on the meta device: its numbers have nowhere to go
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"the adapter in {str(folder)!r} does not fit the model: {str(error).splitlines()[0]} "

@@ -1,6 +1,5 @@
 """The command line: LightningCLI with the project's parts, config lookup and plain errors."""
 
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -22,19 +21,14 @@ import data_modules.movie_reviews  # noqa: F401
 from app.checkpoint_io import CheckpointFiles
 from app.config_files import expand
 from app.continuation import Continuation, find_continuation
+from app.ending import to_its_end
 from app.errors import InputError
 from app.export import export_command
-from app.heartbeat import leave_without, lost_contact
+from app.meeting import meet
 from app.module import LoraModule
-from app.parser import Parser, PlainHelp, causes
+from app.parser import Parser, PlainHelp
 from app.plan import PlanTrainer, plan_trainer
-from app.processes import (
-    check_number_of_processes,
-    check_rendezvous,
-    is_first_process,
-    leave,
-    world_size,
-)
+from app.processes import check_rendezvous, is_first_process
 from app.progress import on_terminal
 from app.quiet import silence
 from app.run_folder import (
@@ -43,11 +37,11 @@ from app.run_folder import (
     make_loggers,
     remove_empty_folder,
 )
-from app.stopping import Stopped, StopSignals
+from app.stopping import StopSignals
+from app.trainer_checks import check_precision, check_trainer
 from callbacks.checkpoints import Checkpoints
 from callbacks.exams import Exams
 from callbacks.lora_one_init import LoraOneInit
-from callbacks.meeting import Meeting
 from callbacks.plain_progress import PlainProgress
 from callbacks.preemption import Preemption
 from callbacks.run_position import RunPosition
@@ -79,77 +73,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0; 1 where `plan` finds too little memory; 2 after an error that is the user's to mend;
         143 after SIGTERM and 130 after Ctrl-C, with a checkpoint.
     """
-    with StopSignals() as signals:
-        return _main(argv, signals)
-
-
-def _main(argv: Sequence[str] | None, signals: StopSignals) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     silence()
-    status, ended = 1, 0
-    lost: RuntimeError | None = None
-    try:
-        check_rendezvous()
-        if arguments[0] == "export":
-            export_command(arguments[1:])
-        elif arguments[0] == "theory":
-            from app.theory.command import theory_command  # no other command draws or needs it
-
-            ended = theory_command(arguments[1:])
-        else:
-            ended = LoraCLI(
-                LoraModule,
-                BenchmarkDataModule,
-                trainer_class=PlanTrainer,
-                subclass_mode_data=True,
-                parser_class=Parser,
-                parser_kwargs={"parser_mode": "omegaconf+"},
-                save_config_callback=RunConfig,
-                save_config_kwargs={"save_to_log_dir": False},
-                seed_everything_default=0,
-                trainer_defaults={
-                    "num_sanity_val_steps": 0,
-                    "use_distributed_sampler": False,
-                    "enable_model_summary": False,
-                },
-                auto_configure_optimizers=False,
-                args=expand(arguments),
-                signals=signals,
-            ).status
-    except ValueError as error:
-        # The parser wraps what a class says of its arguments.
-        told = next((e for e in causes(error) if isinstance(e, InputError)), None)
-        if told is None:
-            raise
-        print(f"error: {told}", file=sys.stderr)
-        status = 2
-    except RuntimeError as error:
-        if not lost_contact(error):
-            raise
-        lost = error
-    except Stopped as stopped:
-        status = stopped.status
-        if is_first_process():
-            print(stopped.line, file=sys.stderr, flush=True)
-        if stopped.together:
-            leave()
-        elif world_size() > 1:
-            os._exit(status)  # leaving in order would wait for the others
-    else:
-        status = ended
-        leave()
-    finally:
-        _finish_wandb(status)
-    if lost is not None:
-        leave_without(lost)
-    return status
+    with StopSignals() as signals:
+        return to_its_end(lambda: _command(arguments, signals), signals)
 
 
-def _finish_wandb(status: int) -> None:
-    """Write what W&B still holds, and tell it how the run ended."""
-    wandb = sys.modules.get("wandb")  # importing it is slow, and of no use to a run without it
-    if wandb is not None and wandb.run is not None:
-        wandb.finish(exit_code=status)
+def _command(arguments: list[str], signals: StopSignals) -> int:
+    """Run a command; return its exit status."""
+    check_rendezvous()
+    if arguments[0] in ("plan", "export", "theory") and not is_first_process():
+        return 0  # one process is enough
+    if arguments[0] == "export":
+        export_command(arguments[1:])
+        return 0
+    if arguments[0] == "theory":
+        from app.theory.command import theory_command  # no other command draws or needs it
+
+        return theory_command(arguments[1:])
+    return LoraCLI(
+        LoraModule,
+        BenchmarkDataModule,
+        trainer_class=PlanTrainer,
+        subclass_mode_data=True,
+        parser_class=Parser,
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        save_config_callback=RunConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        seed_everything_default=0,
+        trainer_defaults={
+            "num_sanity_val_steps": 0,
+            "use_distributed_sampler": False,
+            "enable_model_summary": False,
+        },
+        auto_configure_optimizers=False,
+        args=expand(arguments),
+        signals=signals,
+    ).status
 
 
 class RunConfig(SaveConfigCallback):
@@ -248,7 +208,7 @@ class LoraCLI(LightningCLI):
             )
         init = self._get(self.config_init, "init")
         output = self._get(self.config_init, "output")
-        extra: list[Callback] = [Meeting(self._settings())]
+        extra: list[Callback] = []
         seed = self._get(self.config, "seed_everything")
         if self._get(self.config_init, "trainer")["enable_progress_bar"] is not False:
             extra.append(TQDMProgressBar() if on_terminal() else PlainProgress())
@@ -284,18 +244,18 @@ class LoraCLI(LightningCLI):
         trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         try:
             if self.subcommand == "plan":
-                return plan_trainer(trainer_config, init)
+                trainer: Trainer = plan_trainer(trainer_config, init)
+                check_precision(trainer)
+                return trainer
             trainer = self._instantiate_trainer(trainer_config, extra)
-            check_number_of_processes(trainer.num_nodes, trainer.num_devices)
-            environment = getattr(trainer.strategy, "cluster_environment", None)
-            if environment is not None:  # Slurm's tasks; Lightning would look at them too late
-                environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+            check_trainer(trainer)
         except (ValueError, ImportError, MisconfigurationException) as error:
             if self.subcommand == "fit" and self.continuation is None:
                 remove_empty_folder(loggers)
             if isinstance(error, InputError):
                 raise
             raise InputError(f"the settings in trainer cannot be used: {error}") from error
+        meet(trainer.strategy, self._settings())
         return trainer
 
     def _test_folder(self, output: OutputSettings) -> Path:

@@ -1,5 +1,6 @@
 """Two ways to keep a layer's one-step gradient while the observer streams it: whole, or as a sketch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,19 +41,26 @@ class ExactGradient:
         self.total = torch.zeros(m, n, device=device, dtype=torch.float32)
 
     def update(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Add delta^T x to the sum."""
+        """Add delta^T x to the sum; return the largest entries of both."""
         x, delta = x.float(), delta.float()
         self.total.addmm_(delta.T, x)
-        return x.sum() + delta.sum()
+        return largest_entries(x, delta)
 
     def estimate(self, rank: int, scale: float) -> GradientEstimate:
         """Return the leading triplets of scale * G."""
-        svd = truncated_svd(self.total, rank)
         # In float64: what is left out is a small difference of the two.
         norm = float(torch.linalg.vector_norm(self.total, dtype=torch.float64))
+        if not math.isfinite(norm):
+            raise ValueError("its sum is not finite")
+        svd = truncated_svd(self.total, rank)
         kept = float(torch.linalg.vector_norm(svd.S, dtype=torch.float64))
         energy = min(1.0, (kept / norm) ** 2) if norm > 0 else 0.0
         return GradientEstimate(SVD(svd.U, svd.S * scale, svd.V), norm * scale, energy, 0.0)
+
+
+def largest_entries(x: Tensor, delta: Tensor) -> Tensor:
+    """Return the largest magnitude in each: finite exactly if all entries are, however many and large."""
+    return torch.stack([torch.linalg.vector_norm(t, ord=float("inf")) for t in (x, delta)])
 
 
 class SketchedGradient:
@@ -187,6 +195,8 @@ class SketchedGradient:
         # orthogonal, so their squares add, and the probes' noise touches the small part alone.
         kept = float(svd.S[:rank].square().sum())
         total = float(svd.S.square().sum()) + outside
+        if not math.isfinite(total):
+            raise ValueError("its sketch is not finite")
         if total == 0:
             return GradientEstimate(scaled, 0.0, 0.0, 0.0)
         return GradientEstimate(

@@ -4,15 +4,17 @@ Several processes each see their share of the samples. A layer has one owner, th
 end holds its sum over all processes and decomposes it; then everybody gets every layer's estimate.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from app.gradient import ExactGradient, GradientEstimate, SketchedGradient
-from app.processes import rank, world_size
+from app.errors import InputError
+from app.gradient import ExactGradient, GradientEstimate, SketchedGradient, largest_entries
+from app.processes import largest_over_processes, rank, together, world_size
 from app.spectral_init import SVD
 
 BUCKET_NUMBERS = 2**24
@@ -42,7 +44,11 @@ class GradientStore(Protocol):
         """Prepare for one more pass over the same samples."""
 
     def estimates(self, rank_wanted: int, scale: float) -> dict[str, GradientEstimate]:
-        """Return all layers' estimates, the same on every process, multiplied by `scale`."""
+        """Return all layers' estimates, the same on every process, multiplied by `scale`.
+
+        Raises:
+            InputError: On every process, if a layer's gradient cannot be decomposed.
+        """
 
 
 class ExactStore:
@@ -51,6 +57,10 @@ class ExactStore:
     Neighbouring layers form buckets. A bucket of products delta^T x is summed to its owner as soon as
     the backward pass has been through its layers, so that a process holds its own sums and the buckets
     under way, and never all gradients.
+
+    Processes may reach different layers (a mixture of experts), in another order, or more than once.
+    They agree without a word: in every micro-batch each process sends every bucket once, in the order
+    of the buckets, empty ones too; what enters a bucket afterwards waits for the next micro-batch.
 
     Args:
         layers: The layers in module order, the same on every process.
@@ -73,7 +83,11 @@ class ExactStore:
         }
         self._staged: dict[int, dict[str, Tensor]] = {}
         self._flat: dict[int, Tensor] = {}
-        self._waiting: dict[int, set[str]] = {}
+        self._start_batch()
+
+    def _start_batch(self) -> None:
+        self._next = 0  # the bucket that is sent next
+        self._waiting = [{layer.name for layer in members} for _, members in self.buckets]
 
     def update(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
         """Add delta^T x, here or, with several processes, to the bucket under way."""
@@ -85,9 +99,10 @@ class ExactStore:
         x, delta = x.float(), delta.float()
         self._staged[bucket][name].addmm_(delta.T, x)
         self._waiting[bucket].discard(name)
-        if not self._waiting[bucket]:
-            self._send(bucket)
-        return x.sum() + delta.sum()
+        while self._next < len(self.buckets) and not self._waiting[self._next]:
+            self._send(self._next)
+            self._next += 1
+        return largest_entries(x, delta)
 
     def _stage(self, bucket: int) -> None:
         members = self.buckets[bucket][1]
@@ -98,12 +113,12 @@ class ExactStore:
             layer.name: part.view(layer.m, layer.n)
             for layer, part in zip(members, parts, strict=True)
         }
-        self._waiting[bucket] = {layer.name for layer in members}
 
     def _send(self, bucket: int) -> None:
+        if bucket not in self._staged:
+            self._stage(bucket)
         owner, staged = self.buckets[bucket][0], self._staged.pop(bucket)
         flat = self._flat.pop(bucket)
-        del self._waiting[bucket]
         dist.reduce(flat, dst=owner)
         if owner == rank():
             for name, part in staged.items():
@@ -112,9 +127,11 @@ class ExactStore:
             self.sent_bytes += flat.nbytes
 
     def end_batch(self) -> None:
-        """Send the buckets that the backward pass left incomplete, or entered once more."""
-        for bucket in sorted(self._staged):
-            self._send(bucket)
+        """Send the buckets that the backward pass left incomplete."""
+        if world_size() > 1:
+            for bucket in range(self._next, len(self.buckets)):
+                self._send(bucket)
+            self._start_batch()
 
     def next_pass(self) -> None:
         """Refuse: one pass is already exact."""
@@ -122,7 +139,9 @@ class ExactStore:
 
     def estimates(self, rank_wanted: int, scale: float) -> dict[str, GradientEstimate]:
         """Decompose the own layers and share the results."""
-        mine = {name: found.estimate(rank_wanted, scale) for name, found in self.sums.items()}
+        if largest_over_processes(len(self._staged), self.device):
+            self.end_batch()  # what entered buckets late in the last one
+        mine = together(lambda: _decompose(self.sums, rank_wanted, scale))
         owners = {layer.name: owner for owner, members in self.buckets for layer in members}
         widths = dict.fromkeys(owners, rank_wanted)
         return _share(mine, list(self.layers.values()), owners, widths, self)
@@ -183,30 +202,21 @@ class SketchStore:
             else torch.empty(0, device=self.device)
             for group in per_owner
         ]
-        mine = per_owner[rank()]
+        mine = {name: self.kept[name] for name in per_owner[rank()]}
         size = packed[rank()].numel()
         received = torch.empty(size * world_size(), device=self.device)
         dist.all_to_all_single(
             received, torch.cat(packed), [size] * world_size(), [p.numel() for p in packed]
         )
         self.sent_bytes += 4 * sum(p.numel() for o, p in enumerate(packed) if o != rank())
-        if not mine:
-            return
-        shapes = [t.shape for n in mine for t in self.kept[n].partial()]
-        partials = [_unpack(part, shapes) for part in received.split(size)]
-        for i, name in enumerate(mine):
-            count = len(self.kept[name].partial())
-            self.kept[name].merge([parts[i * count : (i + 1) * count] for parts in partials])
+        together(lambda: _add_up(mine, received))
 
     def estimates(self, rank_wanted: int, scale: float) -> dict[str, GradientEstimate]:
         """Merge, decompose the own layers and share the results."""
         if world_size() > 1:
             self._merge()
-        mine = {
-            name: found.estimate(rank_wanted, scale)
-            for name, found in self.kept.items()
-            if self.owners[name] == rank()
-        }
+        own = {name: found for name, found in self.kept.items() if self.owners[name] == rank()}
+        mine = together(lambda: _decompose(own, rank_wanted, scale))
         widths = {name: found.left.shape[1] for name, found in self.kept.items()}
         return _share(mine, self.layers, self.owners, widths, self)
 
@@ -240,6 +250,43 @@ def assign_owners(layers: Sequence[Layer], processes: int) -> dict[str, int]:
         owners[layer.name] = loads.index(min(loads))
         loads[owners[layer.name]] += layer.m + layer.n
     return owners
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise InputError(
+            f"the gradient at {layer} cannot be decomposed ({str(error).splitlines()[0]}), though all inputs "
+            "and output gradients were finite: their products overflow. Look at the initialisation rows "
+            "and at the model's weights"
+        ) from error
+
+
+def _decompose(
+    sums: Mapping[str, ExactGradient | SketchedGradient], rank_wanted: int, scale: float
+) -> dict[str, GradientEstimate]:
+    found = {}
+    for name, gradient in sums.items():
+        with _naming(name):
+            found[name] = gradient.estimate(rank_wanted, scale)
+    return found
+
+
+def _add_up(sketches: Mapping[str, SketchedGradient], received: Tensor) -> None:
+    """Merge the sketches of all processes, which lie one process behind the other."""
+    if not sketches:
+        return
+    shapes = [t.shape for sketch in sketches.values() for t in sketch.partial()]
+    shares = received.split(received.numel() // world_size())
+    partials = [_unpack(share, shapes) for share in shares]
+    at = 0
+    for name, sketch in sketches.items():
+        count = len(sketch.partial())
+        with _naming(name):
+            sketch.merge([parts[at : at + count] for parts in partials])
+        at += count
 
 
 def _unpack(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

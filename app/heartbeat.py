@@ -1,10 +1,12 @@
-"""Find out which process of a run has died, when the others notice only that somebody has."""
+"""Who of a run's processes is alive: each one beats, and watches the others."""
 
+import atexit
 import os
 import sys
 import threading
 import time
-from contextlib import suppress
+import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -12,70 +14,130 @@ import torch.distributed as dist
 from app.processes import rank, world_size
 
 PERIOD = 1.0  # seconds between two beats
-SILENCE = 4 * PERIOD  # a process that is silent for so long is taken for dead
+SILENCE = 4  # periods without a beat, after which a process is taken for dead once contact is lost
+PATIENCE = 60
+"""Periods without a beat after which a process is given up unasked.
+
+A beat waits for its interpreter, which a single call (reading a large file, swapped memory) can hold for
+many seconds; nothing here holds it for a minute.
+"""
 
 
-class Heartbeat(threading.Thread):
-    """Count up in the processes' common store once a second, whatever the main thread waits for."""
+class Heartbeat:
+    """Count up in the processes' common store once a period, and follow the others' counts.
 
-    def __init__(self) -> None:
-        super().__init__(daemon=True, name="heartbeat")
-        self._store = _store()
+    Two threads, whatever the main thread waits for: one talks to the store, which can keep it waiting
+    without end; the other notices that, too. Time is counted in periods of this process, so that a whole
+    run that was suspended goes on.
+
+    Args:
+        patience: Periods of silence after which a process is given up, and this one ends.
+    """
+
+    def __init__(self, patience: int = PATIENCE) -> None:
+        self.patience: float = patience
+        # A client of its own: the main thread's is blocked while it waits for a key.
+        # torch keeps the store of the processes' meeting to itself.
+        default = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore("heartbeat", default).clone()  # type: ignore[attr-defined]
+        self._rank, self._world_size = rank(), world_size()
+        self._rounds = 0  # how often the store has answered
+        self._counts: dict[int, bytes] = {}
+        self._missed = [0] * self._world_size
         self._stopped = threading.Event()
-        self._beats = 0
-        self._beat()
+        self._threads = [
+            threading.Thread(target=self._every_period, args=(act,), daemon=True, name="heartbeat")
+            for act in (self._beat, self._watcher())
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def _beat(self) -> None:
-        self._beats += 1
-        self._store.set(str(rank()), str(self._beats))
-
-    def run(self) -> None:
-        """Beat until stopped, or until the store is gone."""
-        while not self._stopped.wait(PERIOD):
+    def _every_period(self, act: Callable[[], None]) -> None:
+        while True:
             try:
-                self._beat()
-            except RuntimeError:
+                act()
+            except RuntimeError:  # the store is gone, and with it this thread's use
+                return
+            if self._stopped.wait(PERIOD):
                 return
 
+    def _beat(self) -> None:
+        self._store.set(str(self._rank), str(self._rounds))
+        if len(self._counts) < self._world_size:
+            # Asking for a count that is not there yet would wait for it.
+            there = [other for other in range(self._world_size) if self._store.check([str(other)])]
+        else:
+            there = list(range(self._world_size))
+        counts = self._store.multi_get([str(other) for other in there])
+        self._counts = dict(zip(there, counts, strict=True))
+        self._rounds += 1
+
+    def _watcher(self) -> Callable[[], None]:
+        rounds, counts = 0, self._counts
+
+        def watch() -> None:
+            nonlocal rounds, counts
+            if self._rounds == rounds:
+                # The store lives in the first process, or dies with the launcher that serves it.
+                self._missed[0] += 1
+            else:
+                for other in range(self._world_size):
+                    still = counts.get(other) == self._counts.get(other)
+                    self._missed[other] = self._missed[other] + 1 if still else 0
+            rounds, counts = self._rounds, self._counts
+            if given_up := self._silent_for(self.patience):
+                seconds = f"no sign of life for {self.patience * PERIOD:.0f} s"
+                _leave_without(given_up, self._world_size, seconds)
+
+        return watch
+
+    def _silent_for(self, periods: float) -> list[int]:
+        missed = enumerate(self._missed)
+        return [other for other, count in missed if count >= periods and other != self._rank]
+
+    def silent(self) -> list[int]:
+        """Return the other processes whose heart stands still; takes a few periods."""
+        time.sleep((SILENCE + 1.5) * PERIOD)
+        return self._silent_for(SILENCE)
+
     def stop(self) -> None:
-        """End the thread."""
+        """End the threads; one that waits for a store without end is left behind."""
         self._stopped.set()
+        for thread in self._threads:
+            thread.join(PERIOD)
 
 
-def silent_processes() -> list[int]:
-    """Return the processes whose heart has stopped beating; takes at most three times four periods."""
-    before = _beats()
-    if before is not None:
-        time.sleep(SILENCE)
-    after = _beats()
-    if before is None or after is None:
-        return [0]  # the store lives in the first process, or dies with the launcher that serves it
-    return [other for other in range(world_size()) if before[other] == after[other]]
+_own: Heartbeat | None = None
 
 
-def _store() -> dist.Store:
-    # torch keeps the store of the processes' meeting to itself.
-    return dist.PrefixStore("heartbeat", dist.distributed_c10d._get_default_store())
+def start() -> None:
+    """Let this process beat and watch from now on, unless it does already or is alone."""
+    global _own
+    if _own is None and world_size() > 1:
+        _own = Heartbeat()
+        # A thread that is inside torch when the interpreter goes would abort the process.
+        atexit.register(_own.stop)
 
 
-def _beats() -> list[bytes] | None:
-    """Return every process's count, or None if the store does not answer."""
-    found: list[bytes] = []
+def only_beat() -> None:
+    """Do not end because of others any more: this process is about to end by itself."""
+    if _own is not None:
+        _own.patience = float("inf")
 
-    def ask() -> None:
-        with suppress(RuntimeError):
-            store = _store()
-            found.extend([store.get(str(other)) for other in range(world_size())])
 
-    # A store whose process is stopped, not dead, lets its clients wait without end.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(SILENCE)
-    return found if len(found) == world_size() else None
+def leave() -> None:
+    """End the talk with the other processes, if there was any; all of them do."""
+    global _own
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        if _own is not None:
+            _own.stop()
+            _own = None
+        dist.destroy_process_group()
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Return whether an exception means that another process does not answer any more."""
+    """Return whether an exception may mean that another process does not answer any more."""
     if world_size() == 1 or not isinstance(error, RuntimeError):
         return False
     if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
@@ -94,11 +156,18 @@ def lost_contact(error: BaseException) -> bool:
 
 
 def leave_without(lost: RuntimeError) -> NoReturn:
-    """Say which process is gone, and end this one without waiting for it."""
-    silent = silent_processes()
-    who = f"process {', '.join(map(str, silent))}" if silent else "another process"
+    """End after `lost_contact`: say which process is gone, or show the error if all are alive."""
+    silent = _own.silent() if _own is not None else []
+    if silent:
+        _leave_without(silent, world_size(), str(lost).splitlines()[0])
+    traceback.print_exception(lost)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _leave_without(silent: list[int], processes: int, why: str) -> NoReturn:
     print(
-        f"error: {who} of {world_size()} does not answer any more ({str(lost).splitlines()[0]}). "
+        f"error: process {', '.join(map(str, silent))} of {processes} does not answer any more ({why}). "
         "Look at what it printed last; `--ckpt_path last` goes on from the last checkpoint",
         file=sys.stderr,
         flush=True,

@@ -111,12 +111,13 @@ def one_step_gradients(
         OneStepResult; its gradients are those of the token mean.
 
     Raises:
-        InputError: If a loss or a layer's gradient is not finite (names the batch and the layer).
-        RuntimeError: If a layer was not reached by the backward pass.
+        InputError: If a loss or a layer's gradient is not finite (names the batch and the layer), or a
+            layer's sum is not.
+        RuntimeError: If a layer was not reached by the backward pass, on any process.
     """
     device = pairs[0].lora_A.device
     store = _store(pairs, rank, estimator, device)
-    watch = _Watch(store)
+    watch = _Watch(store, [pair.name for pair in pairs], device)
     supervised = sum(int((batch["labels"] != -100).sum()) for batch in batches)
     tokens = int(sum_over_processes(torch.tensor(supervised, device=device)))
     total = 0.0
@@ -144,12 +145,12 @@ def one_step_gradients(
                 if loss.requires_grad:
                     loss.backward()
                 store.end_batch()
-                broken = watch.first_broken(device)
+                broken = watch.first_broken()
                 if broken is not None:
                     raise InputError(_not_finite(f"the gradient at {broken}", i, batch))
                 if number == 0:
                     total += whole
-        missed = [name for name in layers if name not in watch.seen]
+        missed = watch.missed()
         if missed:
             raise RuntimeError(
                 f"the backward pass did not reach {len(missed)} of {len(layers)} layers, first {missed[0]}. "
@@ -168,31 +169,41 @@ def one_step_gradients(
 
 
 class _Watch:
-    """Feeds the store, and remembers which layers reported and which broke."""
+    """Feeds the store, and remembers which layers reported and which broke.
 
-    def __init__(self, store: GradientStore) -> None:
+    Processes may reach different layers, in a different order: they compare notes on all of them.
+    """
+
+    def __init__(self, store: GradientStore, layers: Sequence[str], device: torch.device) -> None:
         self.store = store
-        self.seen: set[str] = set()
+        self.layers = layers
+        self.device = device
+        self._seen: set[str] = set()
         self._finite: dict[str, Tensor] = {}
 
     def listener(self, name: str) -> Callable[[Tensor, Tensor], None]:
         def update(x: Tensor, delta: Tensor) -> None:
-            self.seen.add(name)
+            self._seen.add(name)
             finite = self.store.update(name, x, delta).isfinite().all()
             self._finite[name] = finite & self._finite.pop(name, finite)
 
         return update
 
-    def first_broken(self, device: torch.device) -> str | None:
+    def first_broken(self) -> str | None:
         """Name the layer where the last backward pass broke, on any process; those below inherit it."""
-        names, finite = list(self._finite), list(self._finite.values())
+        fine = torch.ones((), dtype=torch.bool, device=self.device)
+        finite = torch.stack([self._finite.get(name, fine) for name in self.layers])
         self._finite = {}
-        broken = torch.zeros(len(self.seen), device=device)
-        if finite:
-            broken[: len(finite)] = (~torch.stack(finite)).float()
         # The host waits for the device here, once a micro-batch.
-        told = sum_over_processes(broken).tolist()
-        return next((name for name, bad in zip(names, told, strict=False) if bad), None)
+        told = sum_over_processes((~finite).float()).tolist()
+        backward = zip(reversed(self.layers), reversed(told), strict=True)
+        return next((name for name, bad in backward if bad), None)
+
+    def missed(self) -> list[str]:
+        """Name the layers that the backward passes have reached on no process."""
+        seen = torch.tensor([float(name in self._seen) for name in self.layers], device=self.device)
+        told = sum_over_processes(seen).tolist()
+        return [name for name, times in zip(self.layers, told, strict=True) if not times]
 
 
 def _store(

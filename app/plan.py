@@ -225,9 +225,7 @@ def build(trainer: PlanTrainer, module: LoraModule) -> nn.Module:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         model: nn.Module = base
         if module.adapter_path is not None:
-            with warnings.catch_warnings():  # of torch: that its numbers have nowhere to go
-                warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
-                model = load_adapter(base, Path(module.adapter_path), trainable=True)
+            model = load_adapter(base, Path(module.adapter_path), trainable=True)
         elif module.adapter is not None:
             model = add_lora(base, module.adapter)
         else:

@@ -67,9 +67,44 @@ def check_number_of_processes(num_nodes: int, num_devices: int) -> None:
         )
 
 
+def together(make: Callable[[], T]) -> T:
+    """Return what this process makes, once all processes have made theirs without an error.
+
+    A process that failed alone would leave the others waiting for it at their next exchange.
+
+    Args:
+        make: What may fail on one process only; all processes call `together` at the same place.
+
+    Raises:
+        InputError: An InputError of any process, or another's failure.
+        Exception: What `make` raises here.
+    """
+    if world_size() == 1:
+        return make()
+    failed: Exception | None = None
+    try:
+        made = make()
+    except Exception as error:
+        failed = error
+    told: list[Any] = [None] * world_size()
+    mine = None if failed is None else (isinstance(failed, InputError), _named(failed))
+    dist.all_gather_object(told, mine)
+    if failed is not None:
+        raise failed
+    for other, failure in enumerate(told):
+        if failure is not None:
+            theirs_to_mend, text = failure
+            raise InputError(text if theirs_to_mend else f"process {other} failed: {text}")
+    return made
+
+
+def _named(error: Exception) -> str:
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+
+
 def from_first_process(make: Callable[[], T]) -> T:
-    """Return what the first process makes, to every process."""
-    made: list[Any] = [make() if rank() == 0 else None]
+    """Return what the first process makes, to every process; if it fails, all raise (see `together`)."""
+    made: list[Any] = [together(lambda: make() if rank() == 0 else None)]
     if world_size() > 1:
         dist.broadcast_object_list(made, src=0)
     return made[0]
@@ -105,13 +140,14 @@ def gather_numbers(number: int, device: torch.device) -> list[int]:
     return sum_over_processes(told).tolist()
 
 
+def largest_over_processes(number: int, device: torch.device) -> int:
+    """Return the largest of all processes' numbers."""
+    told = torch.tensor(number, device=device)
+    if world_size() > 1:
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+    return int(told)
+
+
 def agree(flag: bool, device: torch.device) -> bool:
     """Return whether the flag is set on any process."""
     return bool(sum_over_processes(torch.tensor(float(flag), device=device)) > 0)
-
-
-def leave() -> None:
-    """End the talk with the other processes, if there was any; all of them do."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()

@@ -31,11 +31,13 @@ class StopSignals:
     Attributes:
         received: The signal that asked to stop; None so far.
         deferred: Whether a signal is only noted, for the training loop to stop at its next step.
+        ending: Whether the run is ending anyway, so that only a second Ctrl-C counts.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.deferred = False
+        self.ending = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -66,6 +68,8 @@ class StopSignals:
         if again:
             os.write(2, b"\nCtrl-C again: stopped at once; complete checkpoints stay\n")
             os._exit(exit_status(self.received))
+        if self.ending:
+            return
         if not self.deferred:
             raise Stopped(exit_status(self.received), f"{name}: stopped before the first step")
         # print() is not allowed to interrupt itself

@@ -10,8 +10,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from app.processes import agree, world_size
+from app.processes import from_first_process, largest_over_processes
 from app.stopping import Stopped, StopSignals, exit_status
+
+PRECEDENCE = (None, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""If processes have got different signals, the last of them counts for all: Slurm's warning."""
 
 
 class Preemption(Callback):
@@ -54,18 +57,16 @@ class Preemption(Callback):
             self._stop_if_asked(trainer, pl_module)
 
     def _stop_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        asked = self.signals.received is not None
-        if world_size() > 1:
-            asked = agree(asked, pl_module.device)
-        if not asked:
+        mine = PRECEDENCE.index(self.signals.received)
+        number = PRECEDENCE[largest_over_processes(mine, pl_module.device)]
+        if number is None:
             return
-        number = self.signals.received or signal.SIGTERM  # another process knows which
         step, path = trainer.global_step, None
         if self.save is not None:
             path = self.save(trainer)
         status = exit_status(number)
         requeues = number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ
-        if requeues and (not trainer.is_global_zero or requeue()):
+        if requeues and from_first_process(requeue):
             status = 0
         kept = (
             f"the last checkpoint is {path}; the same command with `--ckpt_path last` goes on from it"

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.metrics_table import TABLE_FILE, has_value, rewind_table
+from app.processes import from_first_process
 from app.run_state import (
     count_batches,
     gather_states,
@@ -111,7 +112,11 @@ class RunPosition(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop what the interrupted run has logged after its checkpoint."""
-        if self._resumed and self.continues and trainer.is_global_zero and trainer.loggers:
+        if self._resumed and self.continues:
+            from_first_process(lambda: self._rewind(trainer))
+
+    def _rewind(self, trainer: Trainer) -> None:
+        if trainer.loggers:
             table = Path(str(trainer.loggers[0].log_dir)) / TABLE_FILE
             rewind_table(table, self._resumed["step"], self._resumed["validation_due"])
 

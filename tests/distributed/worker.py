@@ -3,10 +3,12 @@
     torchrun --nproc_per_node 2 worker.py JOBS.json
 
 JOBS.json is a list of {"argv": [...], "keep": FOLDER}; optionally with {"die": [RANK, MOMENT, TIMES]}: that
-process kills itself when it comes to `gradient`, `training`, `checkpoint` or `exam` for the TIMES-th time; with
-{"hang": ...} it stops there for ever instead; and with {"first_reads": true}: no process but the first
-may read the weights. All jobs run in one start of the processes, since importing Lightning takes longer
-than a tiny run. FOLDER gets `gradients_RANK.pt` (this
+process kills itself when it comes to `gradient`, `training` or `checkpoint` for the TIMES-th time; with
+{"hang": ...} it stops there for ever instead, with {"term": ...} and {"usr1": ...} it gets SIGTERM or SIGUSR1,
+and with {"fail": ...} its disk is full; another moment is `report`. With {"first_reads": true} no
+process but the first may read the weights, and {"slow_finish": SECONDS} is how long the first one has to
+do at the end. All jobs run in one start of the processes, since importing Lightning takes longer than a
+tiny run. FOLDER gets `gradients_RANK.pt` (this
 process's sums, as the mean over tokens), `factors_RANK.pt` (after the initialisation) and
 `trained_RANK.pt`.
 """
@@ -16,12 +18,13 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
 
-import app.cli
+import app.ending
 import app.module
 import callbacks.run_report
 from app.cli import LoraCLI, main
@@ -70,9 +73,23 @@ def keep_from_now_on(folder: Path, patch=setattr) -> None:
     patch(LoraCLI, "instantiate_trainer", with_keeper)
 
 
-def end_at(last: signal.Signals, moment: str, times: int) -> None:
-    """Send this process a signal, as the kernel would, when it comes to a moment for the given time."""
+ENDS = {
+    "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hang": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "usr1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+    "fail": lambda: full_disk(),
+}
+
+
+def full_disk() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def end_at(last, moment: str, times: int) -> None:
+    """Call `last` when this process comes to a moment for the given time."""
     owner, name = {
+        "report": (callbacks.run_report, "save_adapter"),
         "gradient": (SketchStore, "end_batch"),
         "training": (LoraModule, "on_before_optimizer_step"),
         "checkpoint": (LoraModule, "on_save_checkpoint"),
@@ -82,7 +99,7 @@ def end_at(last: signal.Signals, moment: str, times: int) -> None:
 
     def dying(*arguments):
         if next(come) == times:
-            os.kill(os.getpid(), last)
+            last()
         return original(*arguments)
 
     setattr(owner, name, dying)
@@ -90,21 +107,30 @@ def end_at(last: signal.Signals, moment: str, times: int) -> None:
 
 def run(jobs: list[dict]) -> None:
     """Run each job; stop at the first that fails."""
-    leave, app.cli.leave = app.cli.leave, lambda: None  # one meeting of the processes for all jobs
+    number = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    leave = app.ending.leave
+    commands = LoraCLI.subcommands()
     callbacks.run_report.write_plots = lambda *_: []
     untouched = ExactStore.estimates, LoraCLI.instantiate_trainer
     for job in jobs:
         ExactStore.estimates, LoraCLI.instantiate_trainer = untouched
         keep_from_now_on(Path(job["keep"]))
-        if job.get("first_reads") and int(os.environ["RANK"]) > 0:
+        # One meeting of the processes for all jobs.
+        app.ending.leave = leave if job is jobs[-1] else lambda: None
+        # Building the parsers of the other commands takes longer than a tiny run.
+        LoraCLI.subcommands = staticmethod(
+            lambda job=job: {job["argv"][0]: commands[job["argv"][0]]}
+        )
+        if job.get("first_reads") and number > 0:
             app.module.load_model = None
-        for end, last in (("die", signal.SIGKILL), ("hang", signal.SIGSTOP)):
-            if end in job and job[end][0] == int(os.environ["RANK"]):
-                end_at(last, *job[end][1:])
+        for end in ENDS.keys() & job.keys():
+            if job[end][0] == number:
+                end_at(ENDS[end], *job[end][1:])
+        if "slow_finish" in job and number == 0:
+            app.ending._finish_wandb = lambda _, job=job: time.sleep(job["slow_finish"])
         status = main(job["argv"])
         if status != 0:
             sys.exit(status)
-    leave()
 
 
 if __name__ == "__main__":
