@@ -42,6 +42,7 @@ class Heartbeat:
         self._store = dist.PrefixStore("heartbeat", default).clone()  # type: ignore[attr-defined]
         self._rank, self._world_size = rank(), world_size()
         self._rounds = 0  # how often the store has answered
+        self._looks = 0  # how often the others have been looked at
         self._counts: dict[int, bytes] = {}
         self._missed = [0] * self._world_size
         self._stopped = threading.Event()
@@ -85,6 +86,7 @@ class Heartbeat:
                     still = counts.get(other) == self._counts.get(other)
                     self._missed[other] = self._missed[other] + 1 if still else 0
             rounds, counts = self._rounds, self._counts
+            self._looks += 1
             if given_up := self._silent_for(self.patience):
                 seconds = f"no sign of life for {self.patience * PERIOD:.0f} s"
                 _leave_without(given_up, self._world_size, seconds)
@@ -97,7 +99,9 @@ class Heartbeat:
 
     def silent(self) -> list[int]:
         """Return the other processes whose heart stands still; takes a few periods."""
-        time.sleep((SILENCE + 1.5) * PERIOD)
+        until = self._looks + SILENCE + 2
+        while self._looks < until:
+            time.sleep(PERIOD / 10)
         return self._silent_for(SILENCE)
 
     def stop(self) -> None:

@@ -55,7 +55,7 @@ def forks():
 
 @pytest.fixture
 def by_hand(forks, tmp_path):
-    """Return `by_hand(jobs, ...)`, which runs a worker's jobs on two processes that no launcher watches.
+    """Return `by_hand(jobs, ...)`: a worker's jobs, or a part, on two processes that no launcher watches.
 
     It returns each one's status (None if it had to be killed) and output. `hangs` is the process that is
     killed when the other has ended; `folders` are their working directories; `environment` is added to theirs.

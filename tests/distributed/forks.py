@@ -1,7 +1,8 @@
 """Start processes without a launcher, forked from one that has imported Lightning already.
 
 Reads lines {"processes": [{"jobs": FILE, "log": FILE, "folder": FOLDER, "environment": {...}}, ...],
-"timeout": SECONDS, "hangs": NUMBER or null} and answers each with the list of the exit statuses, None for a
+"timeout": SECONDS, "hangs": NUMBER or null}; FILE has a worker's jobs, or {"part": NAME, "options": {...}},
+which is a function of parts.py. Answers each with the list of the exit statuses, None for a
 process that had to be killed. `hangs` is killed as soon as the others have ended.
 """
 
@@ -12,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.distributed import worker
+from tests.distributed import parts, worker
 
 
 def fork(one: dict) -> int:
@@ -63,4 +64,9 @@ def serve() -> Path | None:
 if __name__ == "__main__":
     jobs = serve()
     if jobs is not None:
-        worker.run(json.loads(jobs.read_text()))
+        asked = json.loads(jobs.read_text())
+        if isinstance(asked, list):
+            worker.run(asked)
+        else:
+            name, options = asked.values()
+            getattr(parts, name)(**options)
