@@ -18,7 +18,6 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from app.errors import InputError
 from app.processes import sum_in_one_buffer
 
 
@@ -47,11 +46,6 @@ class Fsdp2Strategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
-        if cpu_offload and process_group_backend == "nccl":
-            raise InputError(
-                "trainer.strategy.process_group_backend is nccl, which sends nothing that cpu_offload keeps in "
-                "host memory: leave process_group_backend null, or set it to cpu:gloo,cuda:nccl"
-            )
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self.param_dtype = param_dtype
         self.cpu_offload = cpu_offload

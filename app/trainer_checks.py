@@ -4,6 +4,7 @@ from lightning.pytorch import Trainer
 
 from app.errors import InputError
 from app.processes import check_number_of_processes
+from app.sharding import Fsdp2Strategy
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
@@ -27,8 +28,20 @@ def check_device(trainer: Trainer) -> None:
         )
 
 
+def check_offload(trainer: Trainer) -> None:
+    """Raise InputError if what stays in host memory would be sent by NCCL."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, Fsdp2Strategy) or not strategy.cpu_offload:
+        return
+    if strategy.process_group_backend == "nccl":
+        raise InputError(
+            "trainer.strategy.process_group_backend is nccl, which sends nothing that cpu_offload keeps in "
+            "host memory: leave process_group_backend null, or set it to cpu:gloo,cuda:nccl"
+        )
+
+
 def check_trainer(trainer: Trainer) -> None:
-    """Raise InputError for a precision, a device or a number of processes that cannot work.
+    """Raise InputError for settings that cannot work.
 
     Raises:
         ValueError: What Lightning says of the launcher's environment, which it would look at too late.
@@ -39,3 +52,4 @@ def check_trainer(trainer: Trainer) -> None:
     if environment is not None:  # Slurm's tasks
         environment.validate_settings(trainer.num_devices, trainer.num_nodes)
     check_device(trainer)
+    check_offload(trainer)

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import peft
 import pytest
@@ -160,3 +161,13 @@ def test_a_target_pattern_selects(tiny_llama):
         for p in lora_pairs(add_lora(tiny_llama(), LoraSettings(r=4, target_modules=pattern)))
     ]
     assert names == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+
+
+def test_a_saved_adapter_on_a_model_without_numbers_warns_of_nothing(tiny_llama, tmp_path):
+    """As on the processes of a sharded run that do not read the weights."""
+    save_adapter(trained(tiny_llama()), tmp_path, "base")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loaded = load_adapter(tiny_llama().to("meta"), tmp_path, trainable=True)
+    assert len(lora_pairs(loaded)) == 14
+    assert not [w for w in told if "meta" in str(w.message)]

@@ -245,9 +245,13 @@ def test_recomputing_activations_changes_nothing(fit):
     assert list(recomputed.values()) == pytest.approx(list(plain.values()), abs=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_half_precision(precision, fit):
-    told = summary(fit(f"--trainer.precision={precision}"))
+@pytest.mark.parametrize(
+    "options",
+    [["--trainer.precision=bf16-mixed"], ["--model.dtype=bfloat16"]],
+    ids=["mixed", "model"],
+)
+def test_half_precision(options, fit):
+    told = summary(fit(*options))
     assert told["metrics"]["final"]["loss"] < told["metrics"]["zero_shot"]["loss"]
     assert told["init"]["captured_energy"]["min"] > 0.5
 

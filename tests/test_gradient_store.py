@@ -3,8 +3,16 @@
 import pytest
 import torch
 
+from app.errors import InputError
 from app.gradient import SketchedGradient
-from app.gradient_store import BUCKET_NUMBERS, Layer, assign_buckets, assign_owners
+from app.gradient_store import (
+    BUCKET_NUMBERS,
+    ExactStore,
+    Layer,
+    SketchStore,
+    assign_buckets,
+    assign_owners,
+)
 from tests.test_gradient import CPU, RANK, best, decaying, gradient, product, relative, stream
 
 WIDTH = RANK + 8
@@ -70,3 +78,35 @@ def test_every_layer_has_one_owner_and_loads_are_even(processes):
 def test_small_models_give_every_process_something():
     layers = [Layer(str(i), 16, 16) for i in range(14)]
     assert {owner for owner, _ in assign_buckets(layers, 2)} == {0, 1}
+
+
+def stores():
+    layers = [Layer("small", 8, 9), Layer("other", 8, 9)]
+    sketch = SketchStore(layers, 4, CPU, lambda name: torch.Generator().manual_seed(1))
+    return ExactStore(layers, CPU), sketch
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["x", "delta"])
+def test_what_is_not_finite_is_reported_at_once(bad, place):
+    for store in stores():
+        given = {"x": torch.ones(3, 9), "delta": torch.ones(3, 8)}
+        assert bool(store.update("other", *given.values()).isfinite().all())
+        given[place][1, 2] = bad
+        assert not store.update("small", *given.values()).isfinite().all()
+
+
+def test_many_large_numbers_are_no_false_alarm():
+    for store in stores():
+        large, none = torch.full((30, 9), 3e37), torch.zeros(30, 8)
+        assert bool(store.update("small", large, none).isfinite().all())
+
+
+def test_a_sum_that_overflows_names_its_layer():
+    exact, sketch = stores()
+    huge = torch.full((3, 9), 1e20), torch.full((3, 8), 1e20)
+    assert bool(exact.update("small", *huge).isfinite().all())
+    assert not sketch.update("small", *huge).isfinite().all()
+    exact.update("other", torch.ones(3, 9), torch.ones(3, 8))
+    with pytest.raises(InputError, match="the gradient at small cannot be decomposed"):
+        exact.estimates(2, 1.0)

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch.accelerators import MPSAccelerator
 
 from tests.distributed.conftest import ROOT
 from tests.distributed.test_parity import arguments, losses
@@ -161,6 +163,17 @@ SLURM = {
         (["--config=strategies/ddp.yaml", "--trainer.devices=2"], SLURM, "--ntasks-per-node=3"),
         (["--trainer.accelerator=tpu"], {}, "torch_xla"),
         (["--trainer.accelerator=gpv"], {}, "gpv"),
+        (["--trainer.precision=bf16-true"], {}, "float32 always. Set model.dtype"),
+        (["--trainer.precision=16-true"], {}, "bf16-mixed to compute in 16 bits"),
+        (
+            [
+                "--config=strategies/fsdp.yaml",
+                "--trainer.strategy.cpu_offload=true",
+                "--trainer.strategy.process_group_backend=nccl",
+            ],
+            {},
+            "process_group_backend is nccl",
+        ),
     ],
 )
 def test_what_cannot_be_started(
@@ -175,3 +188,27 @@ def test_what_cannot_be_started(
     assert told in error
     assert len(error.splitlines()) == 1
     assert not list(root.glob("tiny/*")), "no run folder for a run that did not begin"
+
+
+def test_apples_gpu_is_refused(tiny_run, command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: True)
+    monkeypatch.setattr(MPSAccelerator, "parse_devices", lambda devices: [0])
+    monkeypatch.setattr(
+        MPSAccelerator, "get_parallel_devices", lambda devices: [torch.device("mps", 0)]
+    )
+    options = ["--trainer.accelerator=mps", f"--output.root={tmp_path / 'not_begun'}"]
+    assert command("fit", "--config", tiny_run, *options) == 2
+    assert "no float64: set trainer.accelerator cpu" in capsys.readouterr().err
+    assert not list((tmp_path / "not_begun").glob("tiny/*"))
+
+
+def test_one_process_plans_for_all(tiny_run, command, monkeypatch, capsys):
+    """torchrun starts every process, whatever the command."""
+    for name, value in {**TORCHRUN, "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert command("plan", "--config", tiny_run) == 0
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert command("plan", "--config", tiny_run) == 0
+    assert "fits: " in capsys.readouterr().out

@@ -67,6 +67,15 @@ def test_the_others_name_the_process_that_cannot_write_at_the_end(tiny_run, by_h
     assert "Traceback" not in told
 
 
+def test_an_error_that_only_sounds_like_lost_contact_is_shown(tiny_run, by_hand, tmp_path):
+    (others, told), (status, error) = by_hand([job(tiny_run, tmp_path, stall=[1, "training", 2])])
+    assert (others, status) == (1, 1)
+    assert "Traceback" in error
+    assert error.rstrip().endswith("RuntimeError: DataLoader timed out after 5 seconds")
+    assert "does not answer" not in error
+    assert "error: process 1 of 2 does not answer any more" in told
+
+
 def test_a_signal_before_the_first_step_is_told_where_it_came(tiny_run, by_hand, tmp_path):
     (others, told), (status, own) = by_hand([job(tiny_run, tmp_path, term=[1, "gradient", 1])])
     assert (status, others) == (143, 1), told + own

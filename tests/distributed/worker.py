@@ -4,13 +4,12 @@
 
 JOBS.json is a list of {"argv": [...], "keep": FOLDER}; optionally with {"die": [RANK, MOMENT, TIMES]}: that
 process kills itself when it comes to `gradient`, `training` or `checkpoint` for the TIMES-th time; with
-{"hang": ...} it stops there for ever instead, with {"term": ...} and {"usr1": ...} it gets SIGTERM or SIGUSR1,
-and with {"fail": ...} its disk is full; another moment is `report`. With {"first_reads": true} no
-process but the first may read the weights, and {"slow_finish": SECONDS} is how long the first one has to
-do at the end. All jobs run in one start of the processes, since importing Lightning takes longer than a
-tiny run. FOLDER gets `gradients_RANK.pt` (this
-process's sums, as the mean over tokens), `factors_RANK.pt` (after the initialisation) and
-`trained_RANK.pt`.
+{"hang": ...} it stops there for ever instead, with {"term": ...} and {"usr1": ...} it gets SIGTERM or
+SIGUSR1, with {"fail": ...} its disk is full, and with {"stall": ...} its data loader waits in vain; another
+moment is `report`. With {"first_reads": true} no process but the first may read the weights, and
+{"slow_finish": SECONDS} is how long the first one has to do at the end. All jobs run in one start of the
+processes, since importing Lightning takes longer than a tiny run. FOLDER gets `gradients_RANK.pt` (this
+process's sums, as the mean over tokens), `factors_RANK.pt` (after the initialisation) and `trained_RANK.pt`.
 """
 
 import itertools
@@ -78,12 +77,13 @@ ENDS = {
     "hang": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "usr1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
-    "fail": lambda: full_disk(),
+    "fail": lambda: fail(OSError(28, "No space left on device")),
+    "stall": lambda: fail(RuntimeError("DataLoader timed out after 5 seconds")),
 }
 
 
-def full_disk() -> None:
-    raise OSError(28, "No space left on device")
+def fail(error: Exception) -> None:
+    raise error
 
 
 def end_at(last, moment: str, times: int) -> None:
