@@ -41,10 +41,10 @@ class ExactGradient:
         self.total = torch.zeros(m, n, device=device, dtype=torch.float32)
 
     def update(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Add delta^T x to the sum; return the largest entries of both."""
+        """Add delta^T x to the sum; return the extremes of both."""
         x, delta = x.float(), delta.float()
         self.total.addmm_(delta.T, x)
-        return largest_entries(x, delta)
+        return extremes(x, delta)
 
     def estimate(self, rank: int, scale: float) -> GradientEstimate:
         """Return the leading triplets of scale * G."""
@@ -58,9 +58,12 @@ class ExactGradient:
         return GradientEstimate(SVD(svd.U, svd.S * scale, svd.V), norm * scale, energy, 0.0)
 
 
-def largest_entries(x: Tensor, delta: Tensor) -> Tensor:
-    """Return the largest magnitude in each: finite exactly if all entries are, however many and large."""
-    return torch.stack([torch.linalg.vector_norm(t, ord=float("inf")) for t in (x, delta)])
+def extremes(x: Tensor, delta: Tensor) -> Tensor:
+    """Return smallest and largest entry of each: finite exactly if all are, however many and large."""
+    if len(x) == 0:  # an expert without tokens
+        return x.new_zeros(4)
+    # A norm would say the same, and takes a third of the product's time on a CPU.
+    return torch.stack([*torch.aminmax(x), *torch.aminmax(delta)])
 
 
 class SketchedGradient:

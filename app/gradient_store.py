@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from app.errors import InputError
-from app.gradient import ExactGradient, GradientEstimate, SketchedGradient, largest_entries
+from app.gradient import ExactGradient, GradientEstimate, SketchedGradient, extremes
 from app.processes import largest_over_processes, rank, together, world_size
 from app.spectral_init import SVD
 
@@ -102,7 +102,7 @@ class ExactStore:
         while self._next < len(self.buckets) and not self._waiting[self._next]:
             self._send(self._next)
             self._next += 1
-        return largest_entries(x, delta)
+        return extremes(x, delta)
 
     def _stage(self, bucket: int) -> None:
         members = self.buckets[bucket][1]

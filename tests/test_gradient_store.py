@@ -96,6 +96,11 @@ def test_what_is_not_finite_is_reported_at_once(bad, place):
         assert not store.update("small", *given.values()).isfinite().all()
 
 
+def test_no_tokens_change_nothing():
+    for store in stores():
+        assert bool(store.update("small", torch.ones(0, 9), torch.ones(0, 8)).isfinite().all())
+
+
 def test_many_large_numbers_are_no_false_alarm():
     for store in stores():
         large, none = torch.full((30, 9), 3e37), torch.zeros(30, 8)
