@@ -5,9 +5,9 @@
 JOBS.json is a list of {"argv": [...], "keep": FOLDER}; optionally with {"die": [RANK, MOMENT, TIMES]}: that
 process kills itself when it comes to `gradient`, `training` or `checkpoint` for the TIMES-th time; with
 {"hang": ...} it stops there for ever instead, with {"term": ...} and {"usr1": ...} it gets SIGTERM or
-SIGUSR1, with {"fail": ...} its disk is full, and with {"stall": ...} its data loader waits in vain; another
-moment is `report`. With {"first_reads": true} no process but the first may read the weights, and
-{"slow_finish": SECONDS} is how long the first one has to do at the end. All jobs run in one start of the
+SIGUSR1, with {"fail": ...} its disk is full, and with {"stall": ...} its data loader waits in vain; other
+moments are `weights` and `report`. With {"first_reads": true} no process but the first may read the weights,
+and {"slow_finish": SECONDS} is how long the first one has to do at the end. All jobs run in one start of the
 processes, since importing Lightning takes longer than a tiny run. FOLDER gets `gradients_RANK.pt` (this
 process's sums, as the mean over tokens), `factors_RANK.pt` (after the initialisation) and `trained_RANK.pt`.
 """
@@ -89,6 +89,7 @@ def fail(error: Exception) -> None:
 def end_at(last, moment: str, times: int) -> None:
     """Call `last` when this process comes to a moment for the given time."""
     owner, name = {
+        "weights": (app.module, "load_model"),
         "report": (callbacks.run_report, "save_adapter"),
         "gradient": (SketchStore, "end_batch"),
         "training": (LoraModule, "on_before_optimizer_step"),
