@@ -142,9 +142,10 @@ def gather_numbers(number: int, device: torch.device) -> list[int]:
 
 def largest_over_processes(number: int, device: torch.device) -> int:
     """Return the largest of all processes' numbers."""
+    if world_size() == 1:
+        return number
     told = torch.tensor(number, device=device)
-    if world_size() > 1:
-        dist.all_reduce(told, dist.ReduceOp.MAX)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
     return int(told)
 
 
