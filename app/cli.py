@@ -228,10 +228,11 @@ class LoraCLI(LightningCLI):
                 extra += [init, ScoreAt("after_init")]
             else:
                 extra.append(ScoreAt("after_init", same_as="zero_shot"))
-            extra += [Exams(), RunReport(seed), ScoreAt("final")]
             checkpoints = Checkpoints(output.checkpoint_every_n_steps)
             keeps = self._get(self.config_init, "trainer")["enable_checkpointing"] is not False
-            extra.append(Preemption(self.signals, checkpoints.save if keeps else None))
+            preemption = Preemption(self.signals, checkpoints.save if keeps else None)
+            final = ScoreAt("final", between_batches=preemption.stop_if_asked)
+            extra += [final, Exams(), RunReport(seed), preemption]
             extra += [checkpoints] if keeps else []
         else:
             extra.append(Exams(self._test_folder(output)))

@@ -43,20 +43,19 @@ class Preemption(Callback):
         """Stop if any process was asked to; never between two optimizer steps."""
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
-        # After the last step only the final scores are missing.
-        if stepped and trainer.global_step < trainer.estimated_stepping_batches:
-            self._stop_if_asked(trainer, pl_module)
+        if stepped:
+            self.stop_if_asked(trainer, pl_module)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
         """Stop in the middle of a validation, too: the resumed run makes it from its beginning."""
         loop = trainer.fit_loop.epoch_loop
-        last = trainer.global_step >= trainer.estimated_stepping_batches
-        if self.signals.deferred and not last and not loop._should_accumulate():
-            self._stop_if_asked(trainer, pl_module)
+        if self.signals.deferred and not loop._should_accumulate():
+            self.stop_if_asked(trainer, pl_module)
 
-    def _stop_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def stop_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save and raise `Stopped` if any process has got a signal; all processes call it."""
         mine = PRECEDENCE.index(self.signals.received)
         number = PRECEDENCE[largest_over_processes(mine, pl_module.device)]
         if number is None:

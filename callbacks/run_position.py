@@ -125,15 +125,25 @@ class RunPosition(Callback):
         if not self._resumed:
             return
         fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        self._log_last_step(trainer)
         ended = loop.batch_progress.is_last_batch
-        if self._resumed["validation_due"]:
-            self._validate(trainer, epochs=int(ended))
+        self._make_up(trainer)
         if ended:
             # The next epoch starts as any other: Lightning would take it for the rest of this one.
             loop.restarting = False
             fit.reset_restart_stage()
             loop._batches_that_stepped += 1
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do the same where nothing was left to train."""
+        if self._resumed:
+            self._make_up(trainer)
+
+    def _make_up(self, trainer: Trainer) -> None:
+        self._log_last_step(trainer)
+        if self._resumed["validation_due"]:
+            self._validate(
+                trainer, epochs=int(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+            )
         self._resumed = {}
 
     def _log_last_step(self, trainer: Trainer) -> None:

@@ -1,5 +1,6 @@
 """Score the model on the validation set at a named moment of a run."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -18,11 +19,18 @@ class ScoreAt(Callback):
             that an initialisation listed between them separates the two; `final` scores when training
             ends.
         same_as: Take the scores of this earlier moment instead of measuring: the model is the same.
+        between_batches: Called after each batch, on all processes; may raise to stop the run.
     """
 
-    def __init__(self, moment: Moment, same_as: Moment | None = None) -> None:
+    def __init__(
+        self,
+        moment: Moment,
+        same_as: Moment | None = None,
+        between_batches: Callable[[Trainer, LightningModule], None] | None = None,
+    ) -> None:
         self.moment = moment
         self.same_as = same_as
+        self.between_batches = between_batches
         self.scores: dict[str, float] = {}
         self._step = -1
         self._validated_at = -1
@@ -54,8 +62,8 @@ class ScoreAt(Callback):
         if trainer.num_val_batches == [len(loader) for loader in loaders]:
             self._validated_at = trainer.global_step
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score at `final`."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score at `final`, also in a run that was interrupted in its final scores and has nothing to train."""
         if self.moment == "final":
             self._record(trainer, pl_module)
 
@@ -91,6 +99,8 @@ class ScoreAt(Callback):
                     moved = trainer.strategy.batch_to_device(batch, pl_module.device)
                     with trainer.precision_plugin.forward_context():
                         scoring.take(moved)
+                    if self.between_batches is not None:
+                        self.between_batches(trainer, pl_module)
         finally:
             for module in training:
                 module.training = True

@@ -150,8 +150,8 @@ def test_a_full_disk_is_told_and_training_goes_on(point, fit, monkeypatch):
     with pytest.warns(UserWarning, match="could not be written") as told:
         folder = fit(*OFTEN)
     told = [str(entry.message) for entry in told if "could not be written" in str(entry.message)]
-    assert len(told) == 2
-    for step, message in zip((4, 5), told, strict=True):
+    # the last one is tried again when the final scores are known
+    for step, message in zip((4, 5, 5), told, strict=True):
         assert f"the checkpoint of step {step} could not be written to" in message
         assert "No space left on device" in message
         assert "training goes on, and the last complete one is" in message

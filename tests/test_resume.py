@@ -18,6 +18,7 @@ import callbacks.lora_one_init
 from app.checkpoint_io import read_checkpoint
 from app.metrics_table import has_value, rewind_table
 from app.module import LoraModule
+from app.scoring import Scoring
 from app.stopping import STOPPING
 
 LONG = ("--trainer.max_epochs=3", "--trainer.max_steps=-1", "--output.checkpoint_every_n_steps=3")
@@ -259,10 +260,60 @@ def test_a_signal_before_training_ends_the_run_at_once(
     assert "SIGTERM: stopped before the first step" in capfd.readouterr().err
 
 
-def test_a_signal_at_the_last_step_lets_the_run_finish(command, tiny_run, tmp_path, signalled):
-    signalled("training_step", signal.SIGTERM, at_step(2))
-    assert command("fit", "--config", tiny_run) == 0
-    assert (tmp_path / "runs" / "tiny" / "version_0" / "summary.json").is_file()
+ENDS = {
+    "last step": (LoraModule, "training_step", lambda module, *_: module.global_step == 8),
+    "last validation": (LoraModule, "validation_step", lambda module, *_: module.global_step == 9),
+    "final scores": (Scoring, "take", lambda scoring, *_: scoring.module.global_step == 9),
+}
+
+
+@pytest.mark.parametrize(
+    ("moment", "ending"),
+    [
+        ("last step", "SIGTERM"),
+        ("last validation", "SIGTERM"),
+        ("last validation", "kill"),
+        ("final scores", "SIGTERM"),
+        ("final scores", "kill"),
+    ],
+)
+def test_what_is_trained_is_kept_when_the_end_is_interrupted(
+    moment, ending, command, tiny_run, tmp_path, monkeypatch
+):
+    """Scores may take hours: a run that stops in them has them alone left to make."""
+    options = ("fit", "--config", tiny_run, *DROPOUT, "--trainer.max_steps=9")
+    if moment == "last validation":
+        options += ("--trainer.val_check_interval=2",)
+    assert command(*options, "--output.name=whole") == 0
+    parts = (*options, "--output.name=parts", "--ckpt_path=last")
+    kind, method, when = ENDS[moment]
+    with monkeypatch.context() as patched:
+        original = getattr(kind, method)
+
+        def interrupted(self, *args):
+            if when(self, *args):
+                if ending == "kill":
+                    raise Killed
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, *args)
+
+        patched.setattr(kind, method, interrupted)
+        if ending == "kill":
+            with pytest.raises(Killed):
+                command(*parts)
+        else:
+            assert command(*parts) == 143
+    steps = []
+    monkeypatch.setattr(LoraModule, "training_step", lambda *_: steps.append(1))
+    assert command(*parts) == 0
+    assert steps == []
+    whole, parts = (tmp_path / "runs" / name / "version_0" for name in ("whole", "parts"))
+    for name in ("train/loss", "val/loss", "final/loss"):
+        assert values(parts, name) == values(whole, name)
+    assert same_adapters(parts, whole)
+    assert summary(parts)["metrics"] == summary(whole)["metrics"]
+    for name in ("steps", "samples"):
+        assert summary(parts)["train"][name] == summary(whole)["train"][name]
 
 
 def test_a_second_ctrl_c_leaves_at_once(command, tiny_run, tmp_path, signalled, monkeypatch):
