@@ -38,6 +38,7 @@ from app.processes import from_first_process, rank, sum_over_processes, world_si
 from app.run_record import RunRecord
 from app.scoring import Scoring
 from app.sharding import Fsdp2Strategy
+from app.spectral_init import SVD
 
 
 class LoraModule(LightningModule):
@@ -99,6 +100,8 @@ class LoraModule(LightningModule):
         self._config: PreTrainedConfig | None = None
         self.model: nn.Module | None = None
         self.answers_folder: Path | None = None
+        # Leading triplets of each layer's one-step gradient, where a callback wants them kept.
+        self.one_step: dict[str, SVD] | None = None
         self.scoring: Scoring
         self._step_sums: list[Tensor] = []  # (loss, tokens) of each batch since the last step
 

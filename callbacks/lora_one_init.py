@@ -32,6 +32,8 @@ class LoraOneInit(Callback):
     seed (theirs are the first rows of the file).
     """
 
+    observes_gradient = True
+
     def __init__(
         self,
         gamma: float = 128.0,
@@ -98,6 +100,8 @@ class LoraOneInit(Callback):
                 trainer.precision_plugin.forward_context,
                 track,
             )
+            if module.one_step is not None:
+                module.one_step.update({name: e.svd for name, e in result.estimates.items()})
             self.report = self._report(result, self._install(pairs, result, rank), rank)
         module.record.init = self.report
 

@@ -34,7 +34,7 @@ def parsed(monkeypatch, command):
 
 
 def test_all_are_here():
-    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) == 23
+    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) == 24
     assert len(COMPLETE) == 12
     assert len(BENCHMARKS) == 5
 
@@ -112,12 +112,11 @@ def test_overlays(file, parsed):
     before = parsed("--config", "glue_sst2.yaml").as_dict()
     after = parsed("--config", "glue_sst2.yaml", "--config", file).as_dict()
     content = yaml.safe_load(file.read_text())
-    sections = {"strategies": {"trainer"}}.get(file.parent.name, {"model", "init"})
-    assert set(content) <= sections
-    if file.parent.name == "strategies":
-        assert set(content["trainer"]) == {"strategy"}
-        content = {"trainer": {}}
-        before["trainer"] = {**before["trainer"], "strategy": after["trainer"]["strategy"]}
+    only = {"strategies": "strategy", "callbacks": "callbacks"}.get(file.parent.name)
+    assert set(content) <= ({"model", "init"} if only is None else {"trainer"})
+    if only is not None:
+        assert set(content["trainer"]) == {only}
+        before["trainer"] = {**before["trainer"], only: after["trainer"][only]}
         assert after["trainer"] == before["trainer"]
     for section in set(before) - {"config", *content}:
         assert after[section] == before[section]
