@@ -62,6 +62,7 @@ class BenchmarkDataModule(LightningDataModule):
         self.context_length: int | None = None
         self.cut_questions: dict[str, int] = {}
         self._exams: dict[str, list[Exam]] = {}
+        self._prompts: dict[str, list[str]] = {}  # of all questions, asked or not
 
     def attach(
         self,
@@ -121,6 +122,7 @@ class BenchmarkDataModule(LightningDataModule):
 
     def _exam(self, evaluation: Evaluation, size: int | None) -> Exam:
         questions = evaluation.load()
+        self._prompts[evaluation.name] = [question.prompt for question in questions]
         if size is not None:
             if not 1 <= size <= len(questions):
                 raise InputError(

@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from app.errors import InputError
 from app.evaluation import Evaluation
+from app.processes import is_first_process
 from data_modules.benchmark_data import BenchmarkDataModule
+from data_modules.contamination import shared_questions
 from data_modules.encoding import (
     Batch,
     EncodedRow,
@@ -78,6 +80,7 @@ class TextDataModule(BenchmarkDataModule):
         self.source = path or ""
         self.dropped_rows: dict[str, int] = {}
         self.cut_prompts: dict[str, int] = {}
+        self.shared_questions: dict[str, int] = {}
         self._train_sampler: LengthGroupedSampler | None = None
         self._position: dict[str, int] = {}
         self._rows: dict[str, list[TextRow]] | None = None
@@ -111,6 +114,20 @@ class TextDataModule(BenchmarkDataModule):
         for split in stages.get(stage or "", ["train", "validation", "test"]):
             self.encoded(split)
         self.label_token_ids()
+        if stage == "fit" and is_first_process():
+            self._look_for_questions()
+
+    def _look_for_questions(self) -> None:
+        """Warn if training rows are questions of a benchmark that is asked."""
+        for name, prompts in self._prompts.items():
+            rows = self.rows("train")
+            count = shared_questions((row.prompt for row in rows), prompts)
+            self.shared_questions[name] = count
+            if count:
+                rank_zero_warn(
+                    f"{count:,} of {len(rows):,} training rows of {self.task_name} are questions of {name}, "
+                    "word for word: its score tells what was learnt by heart"
+                )
 
     def rows(self, split: str) -> list[TextRow]:
         """Return the rows of "train", "validation" or "test" as text."""
@@ -255,6 +272,7 @@ class TextDataModule(BenchmarkDataModule):
             "source": self.source,
             "cut_prompts": dict(self.cut_prompts),
             "dropped_rows": dict(self.dropped_rows),
+            "shared_questions": dict(self.shared_questions),
             **super().describe(),
         }
 

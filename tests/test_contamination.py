@@ -49,6 +49,20 @@ def test_gsm8k_in_the_arithmetic_of_llm_adapters(kind, contaminated):
     assert shared_questions(prompts(InstructionDataModule(contaminated)), questions) == 300
 
 
+def test_a_run_is_told(contaminated, tiny_tokenizer):
+    """All of the benchmark's questions count, though few of them are asked while training."""
+    benchmark = Gsm8k(GSM8K_TEST, validation_size=2)
+    data = InstructionDataModule(
+        contaminated, evals=[benchmark], max_length=100_000, validation_size=1
+    )
+    data.attach(tiny_tokenizer, False)
+    with pytest.warns(UserWarning, match=r"training rows of .* are questions of gsm8k, word for"):
+        data.setup("fit")
+    found = shared_questions((row.prompt for row in data.rows("train")), asked(benchmark))
+    assert data.describe()["shared_questions"] == {"gsm8k": found}
+    assert found >= 299  # one row may validate
+
+
 def test_clean_files_are_clean():
     train = prompts(Gsm8kDataModule(str(DATA / "gsm8k" / "train.jsonl.gz")))
     assert shared_questions(train, asked(Gsm8k(GSM8K_TEST))) == 0
