@@ -13,7 +13,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from app.run_record import main_scores
+
 _SIZE = (6.4, 4.0)
+COLUMNS = 3
+"""Panels of scores side by side."""
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -86,8 +90,27 @@ def _validation(
     curves: Mapping[str, list[tuple[int, float]]],
     metrics: Mapping[str, Mapping[str, float]],
 ) -> Path:
-    _, axes = plt.subplots(figsize=_SIZE)
-    curve = curves.get("val/accuracy", [])
+    """Draw each score in a panel of its own: before training, meanwhile, and at the end."""
+    names = main_scores(metrics.values())
+    rows = -(-len(names) // COLUMNS)
+    columns = min(len(names), COLUMNS)
+    size = (max(_SIZE[0], 3.6 * columns), _SIZE[1] if rows == 1 else 3.0 * rows)
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axes, name in zip(panels.flat, names, strict=False):
+        _score(axes, name, curves, metrics)
+    for axes in panels.flat[len(names) :]:
+        axes.set_axis_off()
+    figure.suptitle("Validation scores")
+    return _save(panels[0, 0], path)
+
+
+def _score(
+    axes: Axes,
+    name: str,
+    curves: Mapping[str, list[tuple[int, float]]],
+    metrics: Mapping[str, Mapping[str, float]],
+) -> None:
+    curve = curves.get(f"val/{name}", [])
     # Steps are logged from 0 on: the model after the last of them stands one further.
     logged = [step for step, _ in [*curves.get("train/loss", []), *curve]]
     last = max(logged, default=-1) + 1
@@ -95,20 +118,22 @@ def _validation(
         axes.plot(*np.array(curve).T, "o-", label="during training")
     marks = {"zero_shot": (0, "s", "0.5"), "after_init": (0, "D", "C1"), "final": (last, "*", "C2")}
     for moment, scores in metrics.items():
+        if name not in scores:
+            continue
         step, marker, color = marks[moment]
         axes.plot(
             [step],
-            [scores["accuracy"]],
+            [scores[name]],
             marker,
             color=color,
             markersize=10,
             linestyle="none",
-            label=f"{moment.replace('_', ' ')}: {scores['accuracy']:.3f}",
+            label=f"{moment.replace('_', ' ')}: {scores[name]:.3f}",
         )
-    axes.set(xlabel="optimizer step", ylabel="accuracy", title="Validation accuracy")
+    label = "loss (nats per token)" if name == "loss" else name
+    axes.set(xlabel="optimizer step", ylabel=label)
     axes.grid(alpha=0.3)
-    axes.legend()
-    return _save(axes, path)
+    axes.legend(fontsize=8)
 
 
 def _spectrum(path: Path, layers: Mapping[str, Mapping[str, Any]]) -> Path:

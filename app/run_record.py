@@ -1,6 +1,7 @@
 """What a run reports about itself; the source of summary.json."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,7 @@ class RunRecord:
 
     def score_table(self) -> str:
         """Return the scores as an aligned text table, a row for each moment."""
-        found = list(dict.fromkeys(name for scores in self.metrics.values() for name in scores))
-        # A score over a part of a benchmark has two slashes: those are in metrics.csv.
-        first = ["accuracy", "f1", "mcc", "loss"]
-        names = [name for name in first if name in found]
-        names += [name for name in found if name not in names and name.count("/") < 2]
+        names = main_scores(self.metrics.values())
         widths = [max(12, len(name) + 2) for name in names]
         titles = zip(names, widths, strict=True)
         lines = [" " * 12 + "".join(f"{title:>{width}}" for title, width in titles)]
@@ -49,6 +46,16 @@ class RunRecord:
             )
             lines.append(f"{moment:>12}{''.join(cells)}")
         return "\n".join(lines)
+
+
+def main_scores(metrics: Iterable[Mapping[str, float]]) -> list[str]:
+    """Return the names of the scores to show, those of rows first.
+
+    A score over a part of a benchmark has two slashes and is left to metrics.csv.
+    """
+    found = list(dict.fromkeys(name for scores in metrics for name in scores))
+    first = [name for name in ("accuracy", "f1", "mcc", "loss") if name in found]
+    return first + [name for name in found if name not in first and name.count("/") < 2]
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -1,15 +1,22 @@
 """LoRA-One's start: one-step full gradient, spectral factors, installed before the first step."""
 
-from typing import Any
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.adapters import LoraPair, install
 from app.errors import InputError
+from app.line_search import MOST, mean_loss, search_gamma
+from app.loss import Batch
 from app.one_step import Estimator, OneStepResult, one_step_gradients
 from app.progress import track
 from app.spectral_init import SVD, spectral_factors
+
+Start = list[tuple[LoraPair, SVD]]
+"""The pairs that get a start, with the leading r triplets of their gradients."""
 
 
 class LoraOneInit(Callback):
@@ -22,6 +29,8 @@ class LoraOneInit(Callback):
 
     Args:
         gamma: Divisor of the start, > 0 (the authors' `stable_gamma`); larger means a smaller first step.
+            `auto` searches the one with the smallest loss on the same samples, at most 8 forward passes
+            over them (`app.line_search`), and is never worse there than the untouched model.
         num_samples: Training rows that the gradient is taken over.
         micro_batch_size: Rows of one forward and backward pass; changes memory and speed. The exact
             estimator's result does not depend on it, the sketch's only within its error.
@@ -36,13 +45,13 @@ class LoraOneInit(Callback):
 
     def __init__(
         self,
-        gamma: float = 128.0,
+        gamma: float | Literal["auto"] = 128.0,
         num_samples: int = 64,
         micro_batch_size: int = 8,
         estimator: Estimator = Estimator(),  # noqa: B008 (frozen)
     ) -> None:
         for name, value in (
-            ("gamma", gamma),
+            ("gamma", 1 if gamma == "auto" else gamma),
             ("num_samples", num_samples),
             ("micro_batch_size", micro_batch_size),
         ):
@@ -102,25 +111,62 @@ class LoraOneInit(Callback):
             )
             if module.one_step is not None:
                 module.one_step.update({name: e.svd for name, e in result.estimates.items()})
-            self.report = self._report(result, self._install(pairs, result, rank), rank)
+            without = [name for name, e in result.estimates.items() if float(e.svd.S[0]) == 0]
+            if without:
+                rank_zero_warn(
+                    f"the one-step gradient is zero in {len(without)} layers, which keep the usual LoRA "
+                    f"start: {', '.join(without)}"
+                )
+            start = [
+                (pair, SVD(*(part[..., :rank] for part in result.estimates[pair.name].svd)))
+                for pair in pairs
+                if pair.name not in without
+            ]
+            gamma: dict[str, Any] = {"gamma": self.gamma}
+            if self.gamma == "auto":
+                gamma = self._search(start, result.loss, module, batches, trainer)
+            else:
+                _install(start, self.gamma)
+            self.report = {**self._report(result, without, rank), **gamma}
         module.record.init = self.report
 
-    def _install(self, pairs: list[LoraPair], result: OneStepResult, rank: int) -> list[str]:
-        without = []
-        for pair in pairs:
-            svd = result.estimates[pair.name].svd
-            if float(svd.S[0]) == 0:
-                without.append(pair.name)
-                continue
-            kept = SVD(svd.U[:, :rank], svd.S[:rank], svd.V[:, :rank])
-            factors = spectral_factors(kept, self.gamma)
-            install(pair, factors.lora_A, factors.lora_B)
-        if without:
+    def _search(
+        self,
+        start: Start,
+        untouched: float,
+        module: Any,
+        batches: Sequence[Batch],
+        trainer: Trainer,
+    ) -> dict[str, Any]:
+        """Install the start with the best gamma, or none; return what was found."""
+        usual = [
+            (pair, pair.lora_A.detach().clone(), pair.lora_B.detach().clone()) for pair, _ in start
+        ]
+        context = trainer.precision_plugin.forward_context
+        began = time.perf_counter()
+        trials = iter(track(range(MOST), "search of gamma"))
+
+        def loss_at(gamma: float) -> float:
+            next(trials)
+            _install(start, gamma)
+            return mean_loss(module.model, module.base, batches, module.device, context)
+
+        gamma, tried = search_gamma(loss_at, untouched)
+        next(trials, None)  # ends the progress
+        if gamma is None:
+            for pair, lora_A, lora_B in usual:
+                install(pair, lora_A, lora_B)
             rank_zero_warn(
-                f"the one-step gradient is zero in {len(without)} layers, which keep the usual LoRA "
-                f"start: {', '.join(without)}"
+                f"none of the starts tried (gamma {', '.join(f'{g:g}' for g in tried)}) lowers the loss of "
+                f"{untouched:.4f} on the initialisation samples: training starts from the untouched model"
             )
-        return without
+        else:
+            _install(start, gamma)
+            rank_zero_info(
+                f"gamma {gamma:g}: loss {untouched:.4f} -> {tried[gamma]:.4f} on the initialisation samples, "
+                f"best of {len(tried)}; {time.perf_counter() - began:.1f} s"
+            )
+        return {"gamma": gamma, "gamma_search": [{"gamma": g, "loss": v} for g, v in tried.items()]}
 
     def _report(self, result: OneStepResult, without: list[str], rank: int) -> dict[str, Any]:
         energy = {name: e.captured_energy for name, e in result.estimates.items()}
@@ -138,7 +184,6 @@ class LoraOneInit(Callback):
             "estimator": self.estimator.kind,
             "passes": self.estimator.passes,
             "oversampling": self.estimator.oversampling,
-            "gamma": self.gamma,
             "samples": self.num_samples,
             "tokens": result.tokens,
             "loss": result.loss,
@@ -158,3 +203,9 @@ class LoraOneInit(Callback):
                 for name, e in result.estimates.items()
             },
         }
+
+
+def _install(start: Start, gamma: float) -> None:
+    for pair, svd in start:
+        factors = spectral_factors(svd, gamma)
+        install(pair, factors.lora_A, factors.lora_B)

@@ -23,6 +23,7 @@ def initialise(plain, gamma):
         model=model,
         base=base_model(model),
         lora_pairs=lambda: lora_pairs(model),
+        one_step=None,
         record=SimpleNamespace(init=None),
     )
     trainer = SimpleNamespace(

@@ -53,6 +53,20 @@ def test_a_run_without_gradient_pass_has_no_spectrum(tmp_path):
     assert plots.write_plots(tmp_path, {}, {}, {}) == []
 
 
+def test_scores_of_any_name_get_a_panel(tmp_path, monkeypatch):
+    """A run on free answers has no accuracy, but a loss and what its benchmarks score."""
+    drawn = []
+    original = plots._score
+    monkeypatch.setattr(
+        plots, "_score", lambda axes, name, *rest: (drawn.append(name), original(axes, name, *rest))
+    )
+    scores = {"gsm8k/strict": 0.1, "gsm8k/flexible": 0.2, "mmlu/anatomy/accuracy": 0.3, "loss": 1.0}
+    metrics = {"zero_shot": scores, "final": scores}
+    [written] = plots.write_plots(tmp_path, {"val/loss": [(3, 1.1)]}, metrics, {})
+    assert drawn == ["loss", "gsm8k/strict", "gsm8k/flexible"]
+    assert written.stat().st_size > 0
+
+
 def test_layers_of_different_width_and_without_gradient(tmp_path):
     layers = {
         "a.q_proj": {"singular_values": [2.0, 1.0, 0.5], "captured_energy": 0.9},
