@@ -314,7 +314,8 @@ class LoraModule(LightningModule):
         others = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
         groups: list[dict[str, Any]] = []
         if pairs:
-            groups.append({"params": pairs, "lora_pairs": True})
+            scaling = [pair.scaling for pair in self.lora_pairs()]
+            groups.append({"params": pairs, "lora_pairs": True, "scaling": scaling})
         if others:
             groups.append({"params": others})
         return groups

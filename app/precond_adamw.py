@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.precondition import Cache, precondition_pairs
+from app.precondition import Cache, check_pairs, precondition_pairs
 
 
 class PreconditionedAdamW(torch.optim.AdamW):
@@ -144,12 +144,4 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"damping must be >= 0, got {group['damping']}")
     if not group["lora_pairs"]:
         return
-    params = group["params"]
-    if len(params) % 2:
-        raise ValueError(f"lora_pairs needs lora_A, lora_B in turn, got {len(params)} parameters")
-    for i, (a, b) in enumerate(zip(params[::2], params[1::2], strict=True)):
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise ValueError(
-                f"lora_pairs, pair {i}: expected lora_A (r, n) and lora_B (m, r), "
-                f"got {tuple(a.shape)} and {tuple(b.shape)}"
-            )
+    check_pairs(group["params"])

@@ -25,6 +25,18 @@ class _Job(NamedTuple):
     pairs: list[int]
 
 
+def check_pairs(params: Sequence[Tensor]) -> None:
+    """Raise ValueError unless parameters are lora_A_0 (r, n), lora_B_0 (m, r), lora_A_1, ... in turn."""
+    if len(params) % 2:
+        raise ValueError(f"lora_pairs needs lora_A, lora_B in turn, got {len(params)} parameters")
+    for i, (a, b) in enumerate(zip(params[::2], params[1::2], strict=True)):
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise ValueError(
+                f"lora_pairs, pair {i}: expected lora_A (r, n) and lora_B (m, r), "
+                f"got {tuple(a.shape)} and {tuple(b.shape)}"
+            )
+
+
 def gram_matrices(factors: list[Tensor], kind: Kind, cache: Cache) -> Tensor:
     """Stack lora_A @ lora_A^T or lora_B^T @ lora_B of P equal-shaped factors: (P, r, r).
 
