@@ -48,7 +48,7 @@ def test_scores_are_taken_in_evaluation_mode_and_modes_are_restored(fit, monkeyp
         assert len(set(before.values())) == 2
         for _ in range(2):
             score = ScoreAt("final")
-            score.on_train_end(module.trainer, module)
+            score.on_fit_end(module.trainer, module)
             found.append(score.scores)
         assert modes(module) == before
 
