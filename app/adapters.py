@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -35,6 +37,7 @@ class LoraSettings:
         lora_alpha: Numerator of the scaling; dimensionless.
         use_rslora: Scale by lora_alpha / sqrt(r) (rank-stabilised) instead of lora_alpha / r.
         lora_dropout: Dropout on the adapter's input while training, in [0, 1).
+        use_dora: DoRA: a trainable magnitude for each output, beside the direction that the factors change.
         target_modules: `all-linear` (every linear layer but the LM head), a regular expression over
             module names, or a list of name endings such as [q_proj, v_proj].
     """
@@ -43,6 +46,7 @@ class LoraSettings:
     lora_alpha: float = 16
     use_rslora: bool = True
     lora_dropout: float = 0.0
+    use_dora: bool = False
     target_modules: str | list[str] = "all-linear"
 
     def __post_init__(self) -> None:
@@ -95,6 +99,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
         use_rslora=settings.use_rslora,
         lora_dropout=settings.lora_dropout,
+        use_dora=settings.use_dora,
         target_modules=targets,
         fan_in_fan_out=conv1d,
         task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
@@ -171,9 +176,18 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def install(pair: LoraPair, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Copy factors into a pair in place, so that optimizers and wrappers keep their parameters."""
+    """Copy factors into a pair in place, so that optimizers and wrappers keep their parameters.
+
+    DoRA's magnitudes become the row norms of W + scaling * lora_B @ lora_A, so that the layer computes
+    just that, as it would without DoRA.
+    """
     pair.lora_A.copy_(lora_A)
     pair.lora_B.copy_(lora_B)
+    layer: Any = pair.layer
+    if ADAPTER in getattr(layer, "lora_magnitude_vector", {}):
+        dora = layer.lora_magnitude_vector[ADAPTER]
+        weight = dequantize_module_weight(layer.get_base_layer())
+        dora.weight.copy_(dora.get_weight_norm(weight, pair.lora_B @ pair.lora_A, pair.scaling))
 
 
 def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
@@ -229,6 +243,11 @@ def save_merged(
 ) -> PreTrainedModel:
     """Merge the adapter and write safetensors that plain transformers loads; return the merged model."""
     merged = merge_adapter(model)
-    merged.save_pretrained(str(folder), safe_serialization=True)
-    tokenizer.save_pretrained(str(folder))
+    save_model(merged, tokenizer, folder)
     return merged
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a whole model as safetensors, with its tokenizer, as transformers loads them."""
+    model.save_pretrained(str(folder), safe_serialization=True)
+    tokenizer.save_pretrained(str(folder))

@@ -33,7 +33,9 @@ from app.processes import check_rendezvous, is_first_process
 from app.progress import on_terminal
 from app.quiet import silence
 from app.run_folder import (
+    ADAPTER_FOLDER,
     CONFIG_FILE,
+    MODEL_FOLDER,
     OutputSettings,
     make_loggers,
     remove_empty_folder,
@@ -269,9 +271,11 @@ class LoraCLI(LightningCLI):
 
     def _test_folder(self, output: OutputSettings) -> Path:
         """Return where a test keeps answers: the run's folder, or that of the experiment's name."""
-        adapter = self._get(self.config, "model").get("adapter_path")
-        if adapter is not None and (Path(adapter).parent / CONFIG_FILE).is_file():
-            return Path(adapter).parent
+        model = self._get(self.config, "model")
+        trained = Path(model.get("adapter_path") or model["name"])
+        of_a_run = (trained.parent / CONFIG_FILE).is_file()
+        if trained.name in (ADAPTER_FOLDER, MODEL_FOLDER) and of_a_run:
+            return trained.parent
         return Path(output.root) / output.name
 
     def after_plan(self) -> None:

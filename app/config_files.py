@@ -7,14 +7,14 @@ from pathlib import Path
 import yaml
 
 from app.errors import InputError
-from app.run_folder import ADAPTER_FOLDER, CONFIG_FILE, check_run_folder
+from app.run_folder import ADAPTER_FOLDER, CONFIG_FILE, MODEL_FOLDER, check_run_folder
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONFIGS = PROJECT / "configs"
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
-    """Replace config names by paths, and `--run FOLDER` by that run's config and adapter."""
+    """Replace config names by paths, and `--run FOLDER` by that run's config and adapter or model."""
     expanded: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
@@ -28,7 +28,10 @@ def expand(arguments: Sequence[str]) -> list[str]:
             folder = Path(value)
             check_run_folder(folder)
             expanded += [f"--config={folder / CONFIG_FILE}"]
-            expanded += [f"--model.adapter_path={folder / ADAPTER_FOLDER}"]
+            if (folder / MODEL_FOLDER).is_dir():
+                expanded += [f"--model.name={folder / MODEL_FOLDER}"]
+            else:
+                expanded += [f"--model.adapter_path={folder / ADAPTER_FOLDER}"]
         else:
             path = find_config(value)
             _check_yaml(path)

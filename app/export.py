@@ -16,7 +16,13 @@ from transformers.utils import logging as transformers_logging
 from app.adapters import load_adapter, save_merged
 from app.errors import InputError
 from app.pretrained import load_model, load_tokenizer, model_fingerprint, resolve_model
-from app.run_folder import ADAPTER_FOLDER, CONFIG_FILE, SUMMARY_FILE, check_run_folder
+from app.run_folder import (
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    MODEL_FOLDER,
+    SUMMARY_FILE,
+    check_run_folder,
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,9 +67,16 @@ def export(run: Path, merge: bool, output: Path | None = None) -> Path:
         raise InputError(
             f"--output is {str(target)!r}, which exists: remove it or name another folder"
         )
-    if not merge:
+    whole = (run / MODEL_FOLDER).is_dir()
+    if whole and not merge:
+        raise InputError(
+            f"--run is {str(run)!r}, which trained the whole model and has no adapter: give --merge, which "
+            "writes the model"
+        )
+    if whole or not merge:
         with _new_beside(target) as part:
-            shutil.copytree(run / ADAPTER_FOLDER, part, dirs_exist_ok=True)
+            made = run / (MODEL_FOLDER if whole else ADAPTER_FOLDER)
+            shutil.copytree(made, part, dirs_exist_ok=True)
         return target
     settings = yaml.safe_load((run / CONFIG_FILE).read_text())["model"]
     summary = json.loads((run / SUMMARY_FILE).read_text())

@@ -155,6 +155,11 @@ class LoraModule(LightningModule):
                 "model.adapter is null, but this strategy shards frozen weights only: set model.adapter, "
                 "or train every weight with --config strategies/ddp.yaml"
             )
+        if self._sharded and self.adapter is not None and self.adapter.use_dora:
+            raise InputError(
+                "model.adapter.use_dora is true, but this strategy shards the weights whose norms DoRA needs: "
+                "set it to false, or use --config strategies/ddp.yaml"
+            )
         dtype = getattr(torch, self.dtype_name)
         # A sharded model is read by the first process alone, which hands out the shards.
         make = empty_model if self._sharded and rank() > 0 else load_model

@@ -17,6 +17,7 @@ from app.processes import is_first_process
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"  # all weights, where all were trained
 CHECKPOINT_FOLDER = "checkpoints"
 ANSWERS_FOLDER = "answers"
 SCORES_FILE = "benchmarks.json"
@@ -154,8 +155,10 @@ def _has_key() -> bool:
 
 def check_run_folder(folder: Path) -> None:
     """Raise InputError unless the folder is that of a finished run."""
-    wanted = (CONFIG_FILE, SUMMARY_FILE, f"{ADAPTER_FOLDER}/adapter_config.json")
-    missing = [name for name in wanted if not (folder / name).is_file()]
+    missing = [name for name in (CONFIG_FILE, SUMMARY_FILE) if not (folder / name).is_file()]
+    trained = (f"{ADAPTER_FOLDER}/adapter_config.json", f"{MODEL_FOLDER}/config.json")
+    if not any((folder / name).is_file() for name in trained):
+        missing.append(" or ".join(trained))
     if missing:
         state = "does not exist" if not folder.exists() else f"lacks {', '.join(missing)}"
         raise InputError(

@@ -10,11 +10,11 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from app.adapters import lora_pairs, save_adapter
+from app.adapters import lora_pairs, save_adapter, save_model
 from app.errors import InputError
 from app.plots import read_metrics, write_plots
 from app.processes import sum_over_processes
-from app.run_folder import ADAPTER_FOLDER, SUMMARY_FILE, remove_empty_folder
+from app.run_folder import ADAPTER_FOLDER, MODEL_FOLDER, SUMMARY_FILE, remove_empty_folder
 from app.stopping import Stopped
 from app.wandb_story import tell_wandb
 
@@ -120,6 +120,8 @@ class RunReport(Callback):
         if adapter is not None:
             save_adapter(pl_module.model, adapter, pl_module.base_name)
             pl_module.tokenizer.save_pretrained(str(adapter))
+        else:
+            save_model(pl_module.base, pl_module.tokenizer, folder / MODEL_FOLDER)
         layers = record.init.get("layers", {})
         plots = write_plots(folder, read_metrics(folder / "metrics.csv"), record.metrics, layers)
         record.write(folder / SUMMARY_FILE)

@@ -34,7 +34,7 @@ def parsed(monkeypatch, command):
 
 
 def test_all_are_here():
-    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) == 28
+    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) == 32
     assert len(COMPLETE) == 12
     assert len(BENCHMARKS) == 5
 
@@ -120,7 +120,11 @@ def test_overlays(file, parsed):
         assert after["trainer"] == before["trainer"]
     for section in set(before) - {"config", *content}:
         assert after[section] == before[section]
-    assert after["model"]["adapter"] == before["model"]["adapter"]
+    own = content.get("model", {}).get("adapter", {})
+    if own is None:
+        assert after["model"]["adapter"] is None
+    else:
+        assert after["model"]["adapter"] == {**before["model"]["adapter"], **own}
     if file.parent.name == "methods":
         assert after["model"]["method"] == file.stem
         assert after["model"]["name"] == before["model"]["name"]

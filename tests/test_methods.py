@@ -1,0 +1,171 @@
+"""Every method through the whole command: what it trains, what it leaves behind, how it goes on."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from app.adapters import LoraSettings, add_lora, install, lora_pairs
+from app.module import LoraModule
+
+# Of the tiny Llama (d 16, 2 heads of 8, 1 for keys, inner 32, 2 layers) with r = 4, by hand:
+# q, o: 4 (16 + 16); k, v: 4 (16 + 8); gate, up: 4 (16 + 32); down: 4 (32 + 16); twice
+LORA = 2 * 4 * (2 * 32 + 2 * 24 + 3 * 48)
+MAGNITUDES = 2 * (16 + 16 + 8 + 8 + 32 + 32 + 16)
+TRAINED = {
+    "lora": LORA,
+    "rslora": LORA,
+    "lora_plus": LORA,
+    "p_lora": LORA,
+    "lora_pro": LORA,
+    "lora_pro_efficient": LORA,
+    "dora": LORA + MAGNITUDES,
+    "dora_one": LORA + MAGNITUDES,
+    "lora_one": LORA,
+    "lora_one_adamw": LORA,
+    "full": 8784,
+}
+DROPOUT = "--model.adapter.lora_dropout=0.3"
+OFTEN = ("--trainer.max_steps=6", "--output.checkpoint_every_n_steps=1")
+
+
+def options(method):
+    found = (f"--config=methods/{method}.yaml", *OFTEN)
+    return found if method == "full" else (*found, DROPOUT)
+
+
+def ids():
+    return torch.arange(3, 60).reshape(3, 19)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Return a list that holds each fit's logits after training, from the model in memory."""
+    found = []
+
+    def on_fit_end(module):
+        module.model.eval()
+        with torch.no_grad():
+            found.append(module.model(ids()).logits)
+
+    monkeypatch.setattr(LoraModule, "on_fit_end", on_fit_end, raising=False)
+    return found
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_what_a_run_leaves_computes_what_was_trained(
+    method, fit, command, trained, run_models, tmp_path
+):
+    folder = fit(*options(method))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["method"] == method
+    assert summary["model"]["trainable_parameters"] == TRAINED[method]
+    base = AutoModelForCausalLM.from_pretrained(run_models / "llama").eval()
+    if method == "full":
+        model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    else:
+        model = PeftModel.from_pretrained(copy.deepcopy(base), folder / "adapter").eval()
+    with torch.no_grad():
+        assert torch.allclose(model(ids()).logits, trained[0], atol=1e-6)
+        assert not torch.allclose(base(ids()).logits, trained[0], atol=1e-3)
+    # The same by the project's own commands.
+    assert command("test", "--run", folder) == 0
+    assert command("export", "--run", folder, "--merge", "--output", tmp_path / "merged") == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert torch.allclose(merged(ids()).logits, trained[0], atol=1e-5)
+
+
+def weights(folder):
+    [file] = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
+    return load_file(file)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_run_goes_on_bit_for_bit(method, fit, command, tiny_run, monkeypatch):
+    whole = fit(*options(method))
+
+    class Killed(Exception):
+        pass
+
+    with monkeypatch.context() as patched:
+        original = LoraModule.on_train_batch_start
+
+        def start(module, batch, batch_idx):
+            if module.global_step == 4:
+                raise Killed
+            return original(module, batch, batch_idx)
+
+        patched.setattr(LoraModule, "on_train_batch_start", start)
+        with pytest.raises(Killed):
+            fit(*options(method))
+    parts = fit(*options(method), "--ckpt_path=last")
+    assert parts.name == "version_1"
+    found, wanted = weights(parts), weights(whole)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_full_fine_tuning_is_plain_torch(fit, run_models, monkeypatch):
+    """The same batches in a loop of a few lines."""
+    batches = []
+    original = LoraModule.training_step
+
+    def training_step(module, batch, batch_idx):
+        batches.append(batch)
+        return original(module, batch, batch_idx)
+
+    monkeypatch.setattr(LoraModule, "training_step", training_step)
+    rate = ("--model.optimizer.init_args.lr=1e-3", "--model.lr_scheduler_type=constant")
+    folder = fit("--config=methods/full.yaml", *rate, "--model.warmup_steps=0")
+    model = AutoModelForCausalLM.from_pretrained(run_models / "llama").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for batch in batches:
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+    found = weights(folder)
+    for name, wanted in model.state_dict().items():
+        if name in found:
+            assert torch.allclose(found[name], wanted, rtol=1e-4, atol=1e-6), name
+    assert len(found) >= 20
+
+
+@pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2", "tiny_t5"])
+def test_doras_magnitudes_belong_to_the_installed_factors(build, request):
+    """After a start is installed, DoRA computes what LoRA with the same factors does; the magnitudes are numpy's."""
+    base = request.getfixturevalue(build)()
+    models = [
+        add_lora(copy.deepcopy(base), LoraSettings(r=4, use_dora=dora)).eval()
+        for dora in (False, True)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for pairs in zip(*(lora_pairs(model) for model in models), strict=True):
+        A, B = (
+            torch.randn(p.shape, generator=generator) for p in (pairs[0].lora_A, pairs[0].lora_B)
+        )
+        for pair in pairs:
+            install(pair, A, B)
+        layer = pairs[1].layer
+        weight = layer.get_base_layer().weight.detach()
+        weight = weight.T if build == "tiny_gpt2" else weight
+        norms = (weight + pairs[1].scaling * B @ A).norm(dim=1)
+        assert torch.allclose(layer.lora_magnitude_vector["default"].weight, norms, rtol=1e-5)
+    inputs = {"input_ids": ids()}
+    if build == "tiny_t5":
+        inputs["decoder_input_ids"] = ids()
+    with torch.no_grad():
+        plain, dora = (model(**inputs).logits for model in models)
+    assert torch.allclose(plain, dora, rtol=1e-3, atol=1e-4)
+
+
+def test_peft_loads_an_adapter_by_its_folder_alone(fit, trained):
+    folder = fit(*options("dora_one"))
+    model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
+    with torch.no_grad():
+        assert torch.allclose(model(ids()).logits, trained[0], atol=1e-6)
