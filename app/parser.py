@@ -61,7 +61,9 @@ class Parser(LightningArgumentParser):
         choice = re.search(r"invalid choice: '([^']*)'", text)
         if choice or '"subcommand"' in text:
             got = f"there is no command {choice[1]!r}" if choice else "no command is given"
-            raise InputError(f"{got}: expected fit, plan, validate, test, export or theory") from ex
+            raise InputError(
+                f"{got}: expected fit, plan, validate, test, export, theory, compare or report"
+            ) from ex
         extra = re.match("unrecognized arguments: (.*)", text)
         if extra:
             raise InputError(f"{extra[1]!r} belongs to no setting: expected --NAME VALUE") from ex
