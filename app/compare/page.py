@@ -30,7 +30,9 @@ th { font-weight: 600; color: var(--soft); vertical-align: bottom; border-bottom
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
 tbody tr:nth-child(even) td { background: var(--stripe); }
 table.text th, table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-table.text td { min-width: 6rem; }
+table.text td { min-width: 7rem; }
+table.reasons td:nth-child(5) { min-width: 20rem; }
+table.reasons td:nth-child(6) { min-width: 14rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .5rem; background: #fff; border: 1px solid var(--line); border-radius: 8px; }
 img { display: block; width: 100%; height: auto; }
@@ -58,16 +60,20 @@ class Page:
         kind = ' class="note"' if note else ""
         self._parts.append(f"<p{kind}>{_marked(text)}</p>")
 
-    def table(self, table: Table, of_text: bool = False) -> None:
-        """Add a table, which scrolls in a box of its own where it is too wide."""
+    def table(self, table: Table, kind: str = "") -> None:
+        """Add a table, which scrolls in a box of its own where it is too wide.
+
+        Args:
+            table: The table.
+            kind: Its classes in the style: `text` for words instead of numbers, `reasons` for sentences.
+        """
         head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in table.columns)
         rows = "".join(
             "<tr>" + "".join(f"<td>{_marked(cell)}</td>" for cell in row) + "</tr>"
             for row in table.rows
         )
-        kind = ' class="text"' if of_text else ""
         self._parts.append(
-            f'<div class="table" tabindex="0"><table{kind}><thead><tr>{head}</tr></thead>'
+            f'<div class="table" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>'
             f"<tbody>{rows}</tbody></table></div>"
         )
         for note in table.notes:

@@ -38,8 +38,8 @@ class _Report:
         self.page.paragraph(text)
         self.lines.append(text)
 
-    def table(self, table: Table, of_text: bool = False) -> None:
-        self.page.table(table, of_text)
+    def table(self, table: Table, kind: str = "") -> None:
+        self.page.table(table, kind)
         self.lines.append(table.markdown())
 
     def pictures(self, pictures: Mapping[str, Picture]) -> None:
@@ -64,9 +64,9 @@ def write_report(found: Collection, folder: Path, score: str | None = None) -> s
         InputError: No run has that score, or the folder cannot be written.
     """
     separate = tasks(found, score)
-    title = "Comparison of " + ", ".join(
-        dict.fromkeys(method.label for task in separate for method in task.methods)
-    )
+    count = len({method.label for task in separate for method in task.methods})
+    what = _task_name(separate[0]) if len(separate) == 1 else f"{len(separate)} tasks"
+    title = f"{count} method{'s' * (count > 1)} on {what}"
     written = _Report(title)
     printed = []
     files: dict[str, bytes] = {}
@@ -77,19 +77,20 @@ def write_report(found: Collection, folder: Path, score: str | None = None) -> s
         )
     for number, task in enumerate(separate, 1):
         several = len(separate) > 1
-        heading = f"Task {number}: {_task_name(task)}" if several else _task_name(task)
+        heading = f"Task {number}: {_task_name(task)}" if several else ""
         suffix = f"_{number}" if several else ""
         pictures = {f"{picture.name}{suffix}.png": picture for picture in draw(task)}
         table = main_table(task)
         _write_task(written, task, heading, table, pictures)
         files |= {name: picture.png for name, picture in pictures.items()}
         files[f"table{suffix}.csv"] = table.csv().encode()
-        printed.append(f"{heading}\n\n{table.aligned()}")
+        printed.append(f"{heading or title}\n\n{table.aligned()}")
     left_out = left_out_table(found)
     if left_out is not None:
         written.heading("Runs in no mean")
-        written.table(left_out, of_text=True)
-        printed.append(f"Runs in no mean\n\n{left_out.aligned()}")
+        written.table(left_out, "text reasons")
+        lines = [f"{out.name}: {out.state}: {out.reason}" for out in found.left_out]
+        printed.append("\n".join(["Runs in no mean", "", *lines]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files[HTML_FILE] = written.page.html().encode()
@@ -109,7 +110,8 @@ def write_report(found: Collection, folder: Path, score: str | None = None) -> s
 def _write_task(
     written: _Report, task: Task, heading: str, table: Table, pictures: Mapping[str, Picture]
 ) -> None:
-    written.heading(heading)
+    if heading:
+        written.heading(heading)
     written.paragraph(_described(task))
     if task.apart_from_first:
         written.paragraph(f"Apart from task 1 by {told(task.apart_from_first, 12)}.")
@@ -122,7 +124,7 @@ def _write_task(
     settings = settings_table(task)
     if settings.rows:
         written.heading("In what the methods differ", 3)
-        written.table(settings, of_text=True)
+        written.table(settings, "text")
 
 
 def _task_name(task: Task) -> str:

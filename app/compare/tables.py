@@ -10,7 +10,7 @@ from typing import Any
 
 from app.compare.cells import rate_text
 from app.compare.collect import Collection
-from app.compare.selection import Method, Stat, Task
+from app.compare.selection import Method, Stat, Task, is_better
 
 EDGE = {
     "lowest": "the lowest rate tried",
@@ -70,10 +70,10 @@ def main_table(task: Task) -> Table:
     chosen = "" if _is_loss(task.selected_by) else ", %"
     columns = [
         "method",
-        "best learning rate",
-        f"validation {task.selected_by}{chosen}",
         f"test {task.score}{unit}",
         "seeds",
+        "learning rate",
+        f"validation {task.selected_by}{chosen}",
         "trained parameters",
         "initialisation, s",
         "step, ms",
@@ -89,6 +89,11 @@ def main_table(task: Task) -> Table:
         notes.append(
             "**The validation rows are the reported rows** (data.validation_size is null): the learning rates "
             "were chosen on what is reported, and the scores flatter every method."
+        )
+    passed_over = _passed_over(task)
+    if passed_over:
+        notes.append(
+            f"Better on the validation rows, but not chosen, since a run was lost there: {passed_over}."
         )
     at_edge = [m for m in task.methods if m.edge in ("lowest", "highest")]
     if at_edge:
@@ -117,7 +122,7 @@ def main_table(task: Task) -> Table:
 def _main_row(method: Method, task: Task) -> list[str]:
     best = method.best
     if best is None:
-        return [method.label, "none without a lost run", *([""] * 8)]
+        return [method.label, "", "", "none without a lost run", *([""] * 6)]
     mark = {"lowest": " †", "highest": " †", "only": " ‡"}.get(method.edge or "", "")
     runs = best.runs
     seeds = f"{best.validation.n}"
@@ -125,10 +130,10 @@ def _main_row(method: Method, task: Task) -> list[str]:
         seeds += f" ({best.test.n} tested)"
     return [
         method.label,
-        _rate(best.learning_rate) + mark,
-        stat_text(best.validation, task.selected_by),
         stat_text(best.test, task.score) if best.test.n else "not tested",
         seeds,
+        _rate(best.learning_rate) + mark,
+        stat_text(best.validation, task.selected_by),
         f"{runs[0].trainable:,}" if runs[0].trainable is not None else "",
         _number(Stat.of(run.init_seconds for run in runs).mean, 1),
         _number(1000 * Stat.of(run.step_seconds for run in runs).mean, 0),
@@ -199,7 +204,13 @@ def settings_table(task: Task) -> Table:
         for name in names
         if name != "model.method" and len({str(run.settings.get(name)) for _, run in methods}) > 1
     ]
-    rows = [[name, *(_setting(run.settings.get(name)) for _, run in methods)] for name in differing]
+    rows = [
+        [
+            name.replace(".init_args.", "."),
+            *(_setting(name, run.settings.get(name)) for _, run in methods),
+        ]
+        for name in differing
+    ]
     return Table(["setting", *(label for label, _ in methods)], rows, [])
 
 
@@ -233,6 +244,21 @@ def stat_text(stat: Stat, score: str) -> str:
     return mean if math.isnan(stat.std) else f"{mean} ± {factor * stat.std:.{places}f}"
 
 
+def _passed_over(task: Task) -> str:
+    """Name the rates that a lost run kept from being chosen."""
+    sign, score = is_better(task.selected_by), task.selected_by
+    return ", ".join(
+        f"{method.label} at {_rate(rate.learning_rate)} ({stat_text(rate.validation, score)})"
+        for method in task.methods
+        for rate in method.rates
+        if rate.validation.n
+        and rate is not method.best
+        and (
+            method.best is None or sign * rate.validation.mean > sign * method.best.validation.mean
+        )
+    )
+
+
 def _is_loss(score: str) -> bool:
     return score.rpartition("/")[2] == "loss"
 
@@ -249,8 +275,11 @@ def _number(value: float, places: int) -> str:
     return "" if math.isnan(value) else f"{value:,.{places}f}"
 
 
-def _setting(value: Any) -> str:
-    return "" if value is None else str(value)
+def _setting(name: str, value: Any) -> str:
+    """Write a setting; of a class its name."""
+    if value is None:
+        return ""
+    return str(value).rpartition(".")[2] if name.endswith("class_path") else str(value)
 
 
 def _escaped(cell: str) -> str:
