@@ -5,7 +5,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from app.compare.cells import (
     CELLS_FOLDER,
@@ -164,9 +164,10 @@ def compare(arguments: Sequence[str]) -> int:
         if found.run is not None and (found.run / CONFIG_FILE).is_file():
             check_cell(cell, found.run, configs[cell.method])
     work.run()
-    _report([folder], folder, given.score)
-    failed = [cell for cell, found in work.states.items() if found.state == "failed"]
-    return 1 if failed else 0
+    states = [found.state for found in work.states.values()]
+    if "finished" in states:
+        _report([folder], folder, given.score)
+    return 1 if "failed" in states else 0
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -183,13 +184,14 @@ def report(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help="folder to write; default runs/report")
     parser.add_argument("--score", help="score to report; default accuracy, or the benchmark's")
     given = parser.parse_args(list(arguments))
-    one = given.runs[0] if len(given.runs) == 1 else None
-    inside = one is not None and (one / CELLS_FOLDER).is_dir()
-    _report(given.runs, given.output or (one if inside else Path("runs") / "report"), given.score)
+    first: Path = given.runs[0]
+    is_comparison = len(given.runs) == 1 and (first / CELLS_FOLDER).is_dir()
+    usual = first if is_comparison else Path("runs") / "report"
+    _report(given.runs, given.output or usual, given.score)
     return 0
 
 
-def _report(folders: Sequence[Path], output: Any, score: str | None) -> None:
+def _report(folders: Sequence[Path], output: Path, score: str | None) -> None:
     print(write_report(collect(folders), output, score))
 
 

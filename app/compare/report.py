@@ -1,5 +1,6 @@
 """Write a report: report.html, report.md, runs.csv and the pictures."""
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from app.compare.tables import (
     left_out_table,
     main_table,
     rate_table,
+    runs_csv,
     settings_table,
-    write_csv,
 )
 from app.errors import InputError
 
@@ -94,12 +95,10 @@ def write_report(found: Collection, folder: Path, score: str | None = None) -> s
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files[HTML_FILE] = written.page.html().encode()
+        files[RUNS_FILE] = runs_csv(separate, found).encode()
         files[MARKDOWN_FILE] = ("\n\n".join(written.lines) + "\n").encode()
         for name, content in files.items():
-            part = folder / f"{name}.part"
-            part.write_bytes(content)
-            part.replace(folder / name)
-        write_csv(folder / RUNS_FILE, separate, found)
+            _write(folder / name, content)
     except OSError as error:
         raise InputError(
             f"the report cannot be written into {str(folder)!r} ({error.strerror}): set --output"
@@ -151,3 +150,11 @@ def _described(task: Task) -> str:
         f"schedule {task.shared.get('model.lr_scheduler_type')}"
         + (f"; a model of {parameters:,} parameters." if parameters else ".")
     )
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all, also where another process writes the same one."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+        part.write(content)
+    Path(part.name).chmod(0o644)
+    Path(part.name).replace(path)

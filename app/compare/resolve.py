@@ -32,7 +32,7 @@ class ParsedRun(LoraCLI):
 
     def make_data(self) -> Any:
         """Make the data module."""
-        return self._get(self.parser.instantiate_classes(self.config), "data")
+        return self._get(self.parser.instantiate(self.config), "data")
 
 
 def parsed_run(options: Sequence[str]) -> ParsedRun:

@@ -5,7 +5,6 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from app.compare.cells import rate_text
@@ -214,25 +213,24 @@ def settings_table(task: Task) -> Table:
     return Table(["setting", *(label for label, _ in methods)], rows, [])
 
 
-def write_csv(path: Path, tasks: Sequence[Task], found: Collection) -> None:
-    """Write one row a run, those in no mean included; empty cells where nothing is known."""
-    part = path.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(RUN_COLUMNS)
-        for number, task in enumerate(tasks, 1):
-            for method in task.methods:
-                for rate in method.rates:
-                    for run in rate.runs:
-                        values: list[Any] = [number, method.label, run.learning_rate, run.seed]
-                        values += ["finished", run.validation.get(task.selected_by)]
-                        values += [run.test.get(task.score), run.trainable, run.init_seconds]
-                        values += [run.step_seconds, run.train_seconds, run.peak_bytes]
-                        writer.writerow([*values, run.device, run.folder, ""])
-        for out in found.left_out:
-            known = ["", out.method, out.learning_rate, out.seed, out.state]
-            writer.writerow([*known, *[""] * 8, out.name, out.reason])
-    part.replace(path)
+def runs_csv(tasks: Sequence[Task], found: Collection) -> str:
+    """Return one row a run, those in no mean included; empty cells where nothing is known."""
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream)
+    writer.writerow(RUN_COLUMNS)
+    for number, task in enumerate(tasks, 1):
+        for method in task.methods:
+            for rate in method.rates:
+                for run in rate.runs:
+                    values: list[Any] = [number, method.label, run.learning_rate, run.seed]
+                    values += ["finished", run.validation.get(task.selected_by)]
+                    values += [run.test.get(task.score), run.trainable, run.init_seconds]
+                    values += [run.step_seconds, run.train_seconds, run.peak_bytes]
+                    writer.writerow([*values, run.device, run.folder, ""])
+    for out in found.left_out:
+        known = ["", out.method, out.learning_rate, out.seed, out.state]
+        writer.writerow([*known, *[""] * 8, out.name, out.reason])
+    return stream.getvalue()
 
 
 def stat_text(stat: Stat, score: str) -> str:
