@@ -171,7 +171,8 @@ class GridRun:
         command = self.command(cell, found)
         log.write(f"$ {shlex.join(command)}\n".encode())
         log.flush()
-        return self.start(command, log, lock.fileno()), log.tell()
+        where = log.tell()  # before the start: the process moves this position
+        return self.start(command, log, lock.fileno()), where
 
     def _advance(self, work: _Work) -> None:
         status = work.process.poll()
