@@ -203,6 +203,7 @@ def test_refusals(refused, tmp_path):
         told = refused("--methods=lora", rates, f"--seeds={wrong}")
         assert told.startswith(f"--seeds has '{wrong}': expected whole numbers")
     assert "--jobs is 0" in refused("--methods=lora", rates, "--jobs=0")
+    assert "expected accuracy, f1" in refused("--methods=lora", rates, "--score=bleu")
     assert "did you mean --learning_rates?" in refused("--methods=lora", rates, "--learning_rate=1")
     assert "give --learning_rates" in refused("--methods=lora", rates, "--model.optimizer.lr=1")
     assert "give --seeds" in refused("--methods=lora", rates, "--seed_everything=1")

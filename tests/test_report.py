@@ -162,12 +162,12 @@ def test_a_benchmark_is_reported_and_chosen_by_the_loss(tmp_path):
         write_run(folder, rate=rate)
         told = json.loads((folder / "summary.json").read_text())
         told["metrics"] = {
-            "final": {"loss": loss, "gsm8k/accuracy": score},
-            "test": {"gsm8k/accuracy": score},
+            "final": {"loss": loss, "gsm8k/strict": score},
+            "test": {"gsm8k/strict": score},
         }
         (folder / "summary.json").write_text(json.dumps(told))
     [task] = tasks(collect([tmp_path]))
-    assert (task.score, task.selected_by) == ("gsm8k/accuracy", "loss")
+    assert (task.score, task.selected_by) == ("gsm8k/strict", "loss")
     best = task.methods[0].best
     assert (best.learning_rate, best.validation.mean, best.test.mean) == (1e-3, 0.4, 0.2)
 

@@ -41,6 +41,7 @@ REPORT = """Draw tables and pictures of finished runs, as report.html, report.md
   python train.py report runs/glue_sst2/version_0 runs/quickstart --output my_report"""
 
 OWN = ("seed_everything", "ckpt_path", "run", "model.method")
+ROW_SCORES = ("accuracy", "f1", "mcc", "loss")
 RATE_NAMES = ("model.optimizer.lr", "model.optimizer.init_args.lr")
 
 
@@ -98,6 +99,11 @@ def compare(arguments: Sequence[str]) -> int:
     rates, seeds = parse_rates(given.learning_rates), parse_seeds(given.seeds)
     if given.jobs < 1:
         raise InputError(f"--jobs is {given.jobs}: expected at least 1")
+    if given.score and "/" not in given.score and given.score not in ROW_SCORES:
+        raise InputError(
+            f"--score is {given.score!r}: expected {', '.join(ROW_SCORES)} or a benchmark's, such as "
+            "gsm8k/strict"
+        )
     if not given.config:
         raise InputError("compare needs a run: name a file with --config, such as glue_sst2.yaml")
     for name in given.test_config:
