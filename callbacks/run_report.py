@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.adapters import lora_pairs, save_adapter
 from app.errors import InputError
-from app.memory import PeakMemory
+from app.memory import PeakMemory, device_name
 from app.plots import read_metrics, write_plots
 from app.processes import largest_over_processes, sum_over_processes
 from app.run_folder import ADAPTER_FOLDER, SUMMARY_FILE, remove_empty_folder
@@ -67,7 +67,7 @@ class RunReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, and watch the memory."""
-        self._device = _device_name(pl_module.device)
+        self._device = device_name(pl_module.device)
         self._memory = PeakMemory(pl_module.device)
         self._memory.__enter__()
         self._clock = time.perf_counter()
@@ -145,10 +145,6 @@ class RunReport(Callback):
             if isinstance(logger, WandbLogger):
                 _tell_wandb(logger, record.metrics, layers, plots)
         rank_zero_info(f"\n{record.score_table()}\n\nrun folder: {folder}")
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _tell_wandb(
