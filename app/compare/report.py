@@ -1,7 +1,7 @@
 """Write a report: report.html, report.md, runs.csv and the pictures."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 
 from app.compare.collect import Collection
@@ -145,7 +145,8 @@ def _described(task: Task) -> str:
     times = f" of {batch} rows" + (f" x {accumulated}" if accumulated > 1 else "")
     parameters = first.told.get("model", {}).get("parameters")
     return (
-        f"{len(runs)} finished runs of {len(task.methods)} methods with seeds {', '.join(map(str, seeds))}. "
+        f"{len(runs)} finished runs of {_count(task.methods, 'method')}; "
+        f"{_count(seeds, 'seed')}: {', '.join(map(str, seeds))}. "
         f"Rows: {told_rows}. {' or '.join(f'{count:,}' for count in steps)} optimizer steps{times}, "
         f"schedule {task.shared.get('model.lr_scheduler_type')}"
         + (f"; a model of {parameters:,} parameters." if parameters else ".")
@@ -158,3 +159,7 @@ def _write(path: Path, content: bytes) -> None:
         part.write(content)
     Path(part.name).chmod(0o644)
     Path(part.name).replace(path)
+
+
+def _count(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"

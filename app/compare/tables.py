@@ -201,7 +201,8 @@ def settings_table(task: Task) -> Table:
     differing = [
         name
         for name in names
-        if name != "model.method" and len({str(run.settings.get(name)) for _, run in methods}) > 1
+        if name != "model.method"
+        and len({_setting(name, run.settings.get(name)) for _, run in methods}) > 1
     ]
     rows = [
         [
@@ -274,8 +275,8 @@ def _number(value: float, places: int) -> str:
 
 
 def _setting(name: str, value: Any) -> str:
-    """Write a setting; of a class its name."""
-    if value is None:
+    """Write a setting: of a class its name, and nothing for what is off or absent."""
+    if value is None or value is False:
         return ""
     return str(value).rpartition(".")[2] if name.endswith("class_path") else str(value)
 
