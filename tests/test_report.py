@@ -260,7 +260,7 @@ def test_folders_that_hold_no_run(report, runs, tmp_path, capsys):
     write_run(broken)
     (broken / "metrics.csv").write_text("step,train/loss\n0,much\n")
     (runs / "wandb" / "files").mkdir(parents=True)
-    (runs / "wandb" / "files" / "config.yaml").write_text("wandb_version: 1")
+    (runs / "wandb" / "files" / "config.yaml").write_text("model: {value: {name: x}}")
     assert report(runs, tmp_path / "runs2", tmp_path / "runs3", tmp_path / "runs4") == 0
     printed = capsys.readouterr().out
     for told in ("unfinished: it has no summary.json", "summary.json is damaged", "metrics.csv is"):
