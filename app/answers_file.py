@@ -99,7 +99,10 @@ class AnswersFile:
             rows = sorted(self._read().values(), key=lambda row: order.get(row["key"], len(order)))
             self.folder.mkdir(parents=True, exist_ok=True)
             whole = self.folder / f"{self.stem}.whole"
-            whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            with whole.open("w", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(row) + "\n" for row in rows)
+                stream.flush()
+                os.fsync(stream.fileno())  # before the parts are gone
             whole.replace(self.path)
             for part in self.folder.glob(f"{self.stem}.part*.jsonl"):
                 part.unlink()

@@ -20,6 +20,7 @@ import data_modules.movie_reviews  # noqa: F401
 from app.checkpoint_io import CheckpointFiles
 from app.config_files import expand
 from app.continuation import Continuation, find_continuation
+from app.dashboard import dashboard_command
 from app.ending import to_its_end
 from app.errors import InputError
 from app.export import export_command
@@ -51,6 +52,7 @@ DESCRIPTION = """Fine-tune a language model with LoRA-One.
   python train.py plan --config quickstart.yaml           does it fit? no weights are loaded
   python train.py test --run runs/quickstart/version_0    score a finished run's adapter
   python train.py export --run runs/quickstart/version_0 --merge    write a merged model
+  python train.py dashboard --entity me                   make a W&B workspace that compares methods
   python train.py theory --config theory/linear.yaml      the paper's theorems and figures, in a minute
   python train.py compare --config glue_sst2.yaml --methods lora,lora_one --learning_rates 1e-4,1e-3
   python train.py report runs/quickstart                  tables and pictures of any runs
@@ -81,10 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(arguments: list[str], signals: StopSignals) -> int:
     """Run a command; return its exit status."""
     check_rendezvous()
-    if arguments[0] in ("plan", "export", "theory", "compare", "report") and not is_first_process():
+    alone = ("plan", "export", "theory", "dashboard", "compare", "report")
+    if arguments[0] in alone and not is_first_process():
         return 0  # one process is enough
     if arguments[0] == "export":
         export_command(arguments[1:])
+        return 0
+    if arguments[0] == "dashboard":
+        dashboard_command(arguments[1:])
         return 0
     if arguments[0] == "theory":
         from app.theory.command import theory_command  # no other command draws or needs it
@@ -210,7 +216,10 @@ class LoraCLI(LightningCLI):
             folder, wandb_id = (
                 (None, None) if going_on is None else (going_on.folder, going_on.wandb_id)
             )
-            loggers = [] if dry else make_loggers(output, folder, wandb_id)
+            method = self._get(self.config, "model")["method"]
+            task = getattr(self._get(self.config_init, "data"), "task_name", None)
+            about = (task, (method, f"seed {seed}"))
+            loggers = [] if dry else make_loggers(output, folder, wandb_id, *about)
             given = [] if own in (None, True, False) else own if isinstance(own, list) else [own]
             kwargs["logger"] = loggers + given or False
             extra += [RunPosition(seed, folder is not None), ScoreAt("zero_shot")]

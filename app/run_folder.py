@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -30,8 +31,8 @@ class OutputSettings:
         root: Folder of all runs.
         wandb: `auto` is online with an API key and offline without one; never asks.
         wandb_project: W&B project.
-        wandb_group: W&B group, for comparing runs of one task; null for none.
-        wandb_tags: W&B tags.
+        wandb_group: W&B group, for comparing runs of one task; null takes the task's name.
+        wandb_tags: W&B tags, beside the method and the seed.
         checkpoint_every_n_steps: Optimizer steps between two checkpoints; there is one at the end, too.
     """
 
@@ -52,7 +53,11 @@ class OutputSettings:
 
 
 def make_loggers(
-    settings: OutputSettings, continued: Path | None = None, wandb_id: str | None = None
+    settings: OutputSettings,
+    continued: Path | None = None,
+    wandb_id: str | None = None,
+    task: str | None = None,
+    tags: Sequence[str] = (),
 ) -> list[Logger]:
     """Make the run folder's CSV logger, and W&B's beside it.
 
@@ -60,6 +65,8 @@ def make_loggers(
         settings: Where to write. The folder's number is the first free one.
         continued: The folder of an interrupted run that goes on, instead of a new one.
         wandb_id: The W&B run that goes on; None for a new one.
+        task: W&B group where the settings name none.
+        tags: W&B tags beside those of the settings.
 
     Returns:
         The CSV logger first: its `log_dir` is the run folder. Only the first process has one.
@@ -84,8 +91,8 @@ def make_loggers(
             # The logger's own switch is an environment variable, which comes too late once W&B
             # has looked for a key.
             mode="offline" if offline else "online",
-            group=settings.wandb_group,
-            tags=settings.wandb_tags or None,
+            group=settings.wandb_group or task,
+            tags=[*settings.wandb_tags, *tags] or None,
         )
         # Lightning hands this on unasked, and W&B then warns that it means nothing any more.
         logger._wandb_init.pop("anonymous", None)

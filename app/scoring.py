@@ -36,11 +36,9 @@ class Scoring:
         self.rows = LabelScores(label_token_ids).to(module.device)
         self.examiners: list[Examiner] = []
         if exams:
-            adapted = bool(module.lora_pairs())
-            weights = trained_weights_digest(module.model) if adapted else module.trainer.ckpt_path
             identity = {
                 "base": module.record.model["fingerprint"],
-                "weights": str(weights),
+                "weights": trained_weights_digest(module.model),
                 "dtype": module.dtype_name,
                 "precision": str(module.trainer.precision),
             }

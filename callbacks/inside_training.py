@@ -21,6 +21,7 @@ from app.progress import track
 from app.spectral_init import SVD
 
 INSIDE_FILE = "inside.csv"
+ALIGNMENT_CHART = "inside/alignment"
 MEASURES = (
     *("angle_A", "angle_B", "captured", "norm"),
     *("effective_rank", "condition_A", "condition_B"),
@@ -148,6 +149,7 @@ class InsideTraining(Callback):
             if isinstance(logger, WandbLogger):
                 for plot in plots:
                     logger.log_image(f"plots/{plot.stem}", [str(plot)])
+                logger.experiment.log({ALIGNMENT_CHART: _alignment(self._folder / INSIDE_FILE)})
         rank_zero_info(f"inside: {self._folder / INSIDE_FILE} and {len(plots)} heat maps")
 
     @torch.no_grad()
@@ -206,6 +208,28 @@ def measure(pairs: list[LoraPair], reference: dict[str, SVD]) -> list[dict[str, 
             values = {name: float(getattr(found, name)[i]) for name in MEASURES}
             rows[pair.name] = {"layer": pair.name, **values, **spectrum}
     return [rows[pair.name] for pair in pairs]
+
+
+def _alignment(table: Path) -> Any:
+    """Return W&B's own line chart of the angles over steps: the median over layers."""
+    import wandb  # slow, and of no use to a run without it
+
+    angles: dict[str, dict[int, list[float]]] = {side: defaultdict(list) for side in "AB"}
+    for row in read_table(table)[1]:
+        for side, by_step in angles.items():
+            by_step[int(row["step"])].append(float(row[f"angle_{side}"]))
+    steps = list(angles["A"])
+    medians = [
+        [float(torch.tensor(by_step[step]).nanmedian()) for step in steps]
+        for by_step in angles.values()
+    ]
+    return wandb.plot.line_series(
+        xs=steps,
+        ys=medians,
+        keys=["lora_A, input side", "lora_B, output side"],
+        title="Angle to the one-step gradient (degrees)",
+        xname="optimizer step",
+    )
 
 
 def _log_histograms(logger: WandbLogger, columns: dict[str, Tensor], step: int) -> None:

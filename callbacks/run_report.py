@@ -17,6 +17,7 @@ from app.plots import read_metrics, write_plots
 from app.processes import largest_over_processes, sum_over_processes
 from app.run_folder import ADAPTER_FOLDER, SUMMARY_FILE, remove_empty_folder
 from app.stopping import Stopped
+from app.wandb_story import tell_wandb
 
 
 class RunReport(Callback):
@@ -135,34 +136,14 @@ class RunReport(Callback):
         record.data = trainer.datamodule.describe()  # type: ignore[attr-defined]
         for logger in trainer.loggers:
             logger.save()
-        if lora_pairs(pl_module.model):
-            save_adapter(pl_module.model, folder / ADAPTER_FOLDER, pl_module.base_name)
-            pl_module.tokenizer.save_pretrained(str(folder / ADAPTER_FOLDER))
+        adapter = folder / ADAPTER_FOLDER if lora_pairs(pl_module.model) else None
+        if adapter is not None:
+            save_adapter(pl_module.model, adapter, pl_module.base_name)
+            pl_module.tokenizer.save_pretrained(str(adapter))
         layers = record.init.get("layers", {})
         plots = write_plots(folder, read_metrics(folder / "metrics.csv"), record.metrics, layers)
         record.write(folder / SUMMARY_FILE)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                _tell_wandb(logger, record.metrics, layers, plots)
+                tell_wandb(logger, record, plots, adapter)
         rank_zero_info(f"\n{record.score_table()}\n\nrun folder: {folder}")
-
-
-def _tell_wandb(
-    logger: WandbLogger,
-    metrics: dict[str, dict[str, float]],
-    layers: dict[str, dict[str, Any]],
-    plots: list[Path],
-) -> None:
-    for moment, scores in metrics.items():
-        for name, value in scores.items():
-            logger.experiment.summary[f"{moment}/{name}"] = value
-    if layers:
-        rows = [
-            [name, i + 1, value, values["captured_energy"]]
-            for name, values in layers.items()
-            for i, value in enumerate(values["singular_values"])
-        ]
-        columns = ["layer", "index", "singular_value", "captured_energy"]
-        logger.log_table("init/spectrum", columns=columns, data=rows)
-    for plot in plots:
-        logger.log_image(f"plots/{plot.stem}", [str(plot)])

@@ -260,3 +260,20 @@ def test_a_question_longer_than_the_context(rule, exams, command, capsys, run_mo
     cut = sum(length > 54 for length in lengths)
     assert 0 < cut < len(lengths)
     assert len(answers(tmp_path / "runs" / "toy", "writing")) == 23
+
+
+def test_the_digest_of_weights(tiny_llama, monkeypatch):
+    """Whole models too: of a large weight some values are read, which a training step changes as all others."""
+    model = tiny_llama()
+    digest = app.examiner.trained_weights_digest
+    whole = digest(model)
+    assert whole == digest(tiny_llama()) != digest(tiny_llama(seed=1))
+    model.lm_head.weight.data[-1, -1] += 1
+    assert digest(model) != whole
+    monkeypatch.setattr(app.examiner, "HASHED", 100)
+    fewer = digest(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    optimizer.step()
+    assert digest(model) != fewer
+    assert digest(model.requires_grad_(False)) == "none"

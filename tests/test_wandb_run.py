@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from wandb.proto import wandb_internal_pb2
 
 from app import plots
+from app.dashboard import workspace
 from app.run_folder import OutputSettings, make_loggers
 
 BLOCK = 32768
@@ -64,12 +65,16 @@ def no_key(monkeypatch, tmp_path):
 def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("callbacks.run_report.write_plots", plots.write_plots)
     options = ("--output.wandb=auto", "--output.wandb_group=g", "--output.wandb_tags=[one, two]")
+    options += ("--config", "callbacks/inside.yaml", "--trainer.callbacks.every_n_steps=1")
+    options += ("--trainer.val_check_interval=1",)
     assert command("fit", "--config", tiny_run, *options) == 0
     told = capfd.readouterr()
+    wandb.teardown()  # as at the program's end; until then W&B's own process may still write
     assert "wandb: WARNING" not in told.err + told.out
     folder = tmp_path / "runs" / "tiny" / "version_0"
     [file] = folder.glob("wandb/offline-run-*/*.wandb")
     history, summary, config, run = [], {}, {}, None
+    artifacts = []
     for record in records(file):
         kind = record.WhichOneof("record_type")
         if kind == "history":
@@ -81,9 +86,14 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
             config |= items(record.run.config.update)
         elif kind == "config":
             config |= items(record.config.update)
+        elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
+            artifacts.append(record.request.log_artifact.artifact)
+        elif kind == "artifact":
+            artifacts.append(record.artifact)
 
     assert run.display_name == "tiny/version_0"
-    assert (run.project, run.run_group, list(run.tags)) == ("lora-one", "g", ["one", "two"])
+    assert (run.project, run.run_group) == ("lora-one", "g")
+    assert list(run.tags) == ["one", "two", "lora_one", "seed 0"]
 
     with (folder / "metrics.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -116,7 +126,107 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
     pictures = {
         path.name.partition("_")[0] for path in file.parent.glob("files/media/images/plots/*")
     }
-    assert pictures >= {"loss", "validation", "spectrum", "captured"}
+    assert pictures >= {"loss", "validation", "spectrum", "captured", "inside"}
+
+    [adapter] = [artifact for artifact in artifacts if artifact.type == "adapter"]
+    about = json.loads(adapter.metadata)
+    model = json.loads((folder / "summary.json").read_text())["model"]
+    assert about["base"] == {name: model[name] for name in ("name", "fingerprint")}
+    assert (about["method"], about["seed"], about["scores"]) == ("lora_one", 0, metrics)
+    content = {entry.path for entry in adapter.manifest.contents}
+    if not content:  # a long manifest stands in a file beside
+        content = set(adapter.manifest.manifest_file_path)
+    assert content
+
+    rows = inside_rows(folder)
+    steps = sorted({int(row["step"]) for row in rows})
+    shown = [h for h in history if "inside_layers/norm/bins" in h]
+    assert [h["trainer/global_step"] for h in shown] == steps == [0, 1, 2, 3]
+    for h, step in zip(shown, steps, strict=True):
+        of_step = [float(row["norm"]) for row in rows if int(row["step"]) == step]
+        assert sum(h["inside_layers/norm/values"]) == len(of_step)
+        bins = h["inside_layers/norm/bins"]
+        assert (bins[0], bins[-1]) == pytest.approx((min(of_step), max(of_step)))
+    check_charts(file.parent, rows)
+    check_dashboard(history, summary, config)
+
+
+def inside_rows(folder):
+    with (folder / "inside.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def check_charts(wandb_folder, rows):
+    """The custom charts are tables beside the run's file."""
+    [chart] = wandb_folder.glob("files/media/table/inside/alignment*.table.json")
+    content = json.loads(chart.read_text())
+    found = {(step, key): value for step, key, value in content["data"]}
+    for side, key in (("A", "lora_A, input side"), ("B", "lora_B, output side")):
+        for step in (0, 3):
+            angles = [float(row[f"angle_{side}"]) for row in rows if int(row["step"]) == step]
+            assert found[step, key] == pytest.approx(sorted(angles)[(len(angles) - 1) // 2])
+    [chart] = wandb_folder.glob("files/media/table/init/spectra*.table.json")
+    content = json.loads(chart.read_text())
+    assert {row[1] for row in content["data"]} == {row["layer"].rpartition(".")[2] for row in rows}
+    assert all(value == 1 for i, _, value in content["data"] if i == 1)
+
+
+def check_dashboard(history, summary, config):
+    """Every panel of the workspace finds its data in this one run."""
+    logged = {name for row in history for name in row}
+    made = workspace("me", "lora-one", "LoRA-One", "accuracy")
+    panels = [panel for section in made.sections for panel in section.panels]
+    assert len(panels) == 22
+    wanted = {"line": set(), "summary": set(), "config": set(), "media": set()}
+    for panel in panels:
+        wanted["line"] |= set(panel.y) if type(panel).__name__ == "LinePlot" else set()
+        told = [*getattr(panel, "metrics", []), getattr(panel, "y", None)]
+        wanted["summary"] |= {m.name for m in told if type(m).__name__ == "SummaryMetric"}
+        wanted["media"] |= set(getattr(panel, "media_keys", []))
+        for axis in (getattr(panel, "x", None), getattr(panel, "groupby", None)):
+            if hasattr(axis, "name"):
+                wanted["config"].add(axis.name)
+    lines = {name for name in wanted["line"] if isinstance(name, str)}
+    assert lines <= logged, lines - logged
+    assert wanted["summary"] <= set(summary), wanted["summary"] - set(summary)
+    media = {name.removesuffix("/_type") for name in logged if name.endswith("/_type")}
+    assert wanted["media"] <= media, wanted["media"] - media
+    for name in wanted["config"]:
+        value = config
+        for part in name.split("."):
+            value = value[part]
+    pinned = made.runset_settings.pinned_columns
+    names = {c.removeprefix("summary:") for c in pinned if c.startswith("summary:")}
+    assert len(names) == 5
+    assert names <= set(summary)
+    assert lines
+    assert wanted["summary"]
+    assert wanted["media"]
+
+
+def test_the_specification_of_the_workspace(command, tmp_path, capfd, monkeypatch):
+    file = tmp_path / "dashboard.json"
+    options = ("dashboard", "--entity", "me", "--score", "gsm8k/strict")
+    assert command(*options, "--output", file) == 0
+    found = json.loads(file.read_text())
+    assert (found["entity"], found["project"]) == ("me", "lora-one")
+    sections = found["spec"]["section"]["panelBankConfig"]["sections"]
+    assert [s["name"] for s in sections if s["panels"]] == [
+        *("Scores", "Training", "Start", "Inside", "Cost")
+    ]
+    assert "summary_metrics.final/gsm8k/strict" in file.read_text()
+
+    def save(made):
+        raise wandb.errors.UsageError("no API key")
+
+    monkeypatch.setattr("wandb_workspaces.workspaces.Workspace.save", save)
+    assert command(*options) == 2
+    assert (
+        "could not be saved to W&B project me/lora-one (no API key): log in"
+        in capfd.readouterr().err
+    )
+    assert command("dashboard") == 2
+    assert "the following arguments are required: --entity" in capfd.readouterr().err
 
 
 def mode_of(settings):
