@@ -4,13 +4,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -32,6 +31,7 @@ from app.plan import PlanTrainer, plan_trainer
 from app.processes import check_rendezvous, is_first_process
 from app.progress import on_terminal
 from app.quiet import silence
+from app.run_config import RunConfig
 from app.run_folder import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
@@ -61,7 +61,11 @@ DESCRIPTION = """Fine-tune a language model with LoRA-One.
   python train.py export --run runs/quickstart/version_0 --merge    write a merged model
   python train.py dashboard --entity me                   make a W&B workspace that compares methods
   python train.py theory --config theory/linear.yaml      the paper's theorems and figures, in a minute
+  python train.py compare --config glue_sst2.yaml --methods lora,lora_one --learning_rates 1e-4,1e-3
+  python train.py report runs/quickstart                  tables and pictures of any runs
 """
+
+CLI = TypeVar("CLI", bound="LoraCLI")
 
 # Interpolations are resolved after overrides, so that `${model.adapter.r}` is never stale.
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -86,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(arguments: list[str], signals: StopSignals) -> int:
     """Run a command; return its exit status."""
     check_rendezvous()
-    if arguments[0] in ("plan", "export", "theory", "dashboard") and not is_first_process():
+    alone = ("plan", "export", "theory", "dashboard", "compare", "report")
+    if arguments[0] in alone and not is_first_process():
         return 0  # one process is enough
     if arguments[0] == "export":
         export_command(arguments[1:])
@@ -98,7 +103,16 @@ def _command(arguments: list[str], signals: StopSignals) -> int:
         from app.theory.command import theory_command  # no other command draws or needs it
 
         return theory_command(arguments[1:])
-    return LoraCLI(
+    if arguments[0] in ("compare", "report"):
+        from app.compare import command
+
+        return {"compare": command.compare, "report": command.report}[arguments[0]](arguments[1:])
+    return run_cli(LoraCLI, arguments, signals).status
+
+
+def run_cli(kind: type[CLI], arguments: Sequence[str], signals: StopSignals) -> CLI:
+    """Make the command line of a kind, which parses and runs the arguments."""
+    return kind(
         LoraModule,
         BenchmarkDataModule,
         trainer_class=PlanTrainer,
@@ -116,25 +130,7 @@ def _command(arguments: list[str], signals: StopSignals) -> int:
         auto_configure_optimizers=False,
         args=expand(arguments),
         signals=signals,
-    ).status
-
-
-class RunConfig(SaveConfigCallback):
-    """Write the resolved configuration into the run folder and to the loggers."""
-
-    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Write `config.yaml` when fitting starts."""
-        if stage != "fit" or not trainer.loggers:
-            return
-        folder = Path(str(trainer.loggers[0].log_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / CONFIG_FILE).exists():  # a continued run keeps its own
-            self.parser.save(
-                self.config, str(folder / CONFIG_FILE), skip_unset=False, multifile=False
-            )
-        for logger in trainer.loggers:
-            if not isinstance(logger, CSVLogger):  # would write the same again as hparams.yaml
-                logger.log_hyperparams(self.config.as_dict())
+    )
 
 
 class LoraCLI(LightningCLI):

@@ -18,7 +18,8 @@ class RunRecord:
         seed: The run's seed.
         metrics: Scores at `zero_shot`, `after_init` and `final`.
         init: How the initialisation was computed; empty where PEFT's own start is used.
-        train: Steps, seconds and samples per second of the training loop.
+        train: Steps, seconds, samples per second, device and peak memory of the training loop: allocated by
+            torch on CUDA, resident in the process on the CPU, of the process that needs most.
     """
 
     method: str = ""

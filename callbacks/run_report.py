@@ -12,8 +12,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.adapters import lora_pairs, save_adapter, save_model
 from app.errors import InputError
+from app.memory import PeakMemory, device_name
 from app.plots import read_metrics, write_plots
-from app.processes import sum_over_processes
+from app.processes import largest_over_processes, sum_over_processes
 from app.run_folder import ADAPTER_FOLDER, MODEL_FOLDER, SUMMARY_FILE, remove_empty_folder
 from app.stopping import Stopped
 from app.wandb_story import tell_wandb
@@ -36,16 +37,25 @@ class RunReport(Callback):
         self._steps = 0
         self._counts: list[torch.Tensor] = []
         self._trained = False
+        self._memory: PeakMemory | None = None
+        self._peak_bytes = 0
+        self._device = ""
 
     def state_dict(self) -> dict[str, Any]:
         """Keep what the parts of an interrupted run add up to."""
         self._count()
-        return {"seconds": self._now(), "samples": self._samples, "steps": self._steps}
+        return {
+            "seconds": self._now(),
+            "samples": self._samples,
+            "steps": self._steps,
+            "peak_bytes": self._peak_bytes,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what the interrupted run has done."""
         self._seconds, self._samples = state_dict["seconds"], state_dict["samples"]
         self._steps = state_dict["steps"]
+        self._peak_bytes = state_dict.get("peak_bytes", 0)
 
     def _now(self) -> float:
         running = 0.0 if self._clock is None else time.perf_counter() - self._clock
@@ -57,16 +67,20 @@ class RunReport(Callback):
             self._counts.clear()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock, and watch the memory."""
+        self._device = device_name(pl_module.device)
+        self._memory = PeakMemory(pl_module.device)
+        self._memory.__enter__()
         self._clock = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the samples."""
+        """Count the samples, and read the clock."""
         self._counts.append((batch["index"] >= 0).sum())  # without padding rows
         self._steps = trainer.global_step
         self._trained = True
+        pl_module.log("train/seconds", self._now())
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock while validating."""
@@ -77,9 +91,13 @@ class RunReport(Callback):
         self._clock = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Record how long training took, before the final scores."""
+        """Record how long training took and what it needed, before the final scores."""
         self._seconds, self._clock = self._now(), None
         self._count()
+        if self._memory is not None:
+            self._memory.__exit__(None, None, None)
+            peak = largest_over_processes(self._memory.peak_bytes, pl_module.device)
+            self._peak_bytes = max(self._peak_bytes, peak)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder."""
@@ -111,6 +129,8 @@ class RunReport(Callback):
             "seconds": self._seconds,
             "samples": self._samples,
             "samples_per_second": self._samples / self._seconds if self._seconds else 0.0,
+            "peak_bytes": self._peak_bytes,
+            "device": self._device,
         }
         record.seed = self.seed
         record.data = trainer.datamodule.describe()  # type: ignore[attr-defined]

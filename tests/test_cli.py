@@ -280,7 +280,7 @@ def test_a_file_that_is_no_checkpoint(refused, tiny_run, tmp_path):
 def test_commands_and_stray_words(refused, tiny_run):
     assert (
         refused("ftt") == "there is no command 'ftt': expected fit, plan, validate, test, "
-        "export, dashboard or theory"
+        "export, dashboard, theory, compare or report"
     )
     assert refused("fit", "--config", tiny_run, "extra").startswith("'extra' belongs to no setting")
     assert "no value is given for model.name, data: name a file with --config" in refused("fit")

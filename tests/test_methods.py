@@ -138,7 +138,7 @@ def test_full_fine_tuning_is_plain_torch(fit, run_models, monkeypatch):
 
 @pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2", "tiny_t5"])
 def test_doras_magnitudes_belong_to_the_installed_factors(build, request):
-    """After a start is installed, DoRA computes what LoRA with the same factors does; the magnitudes are numpy's."""
+    """DoRA computes what LoRA with the same factors does; the magnitudes are torch's norms."""
     base = request.getfixturevalue(build)()
     models = [
         add_lora(copy.deepcopy(base), LoraSettings(r=4, use_dora=dora)).eval()

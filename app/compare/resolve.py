@@ -1,0 +1,114 @@
+"""What a method's run would be, resolved by the command line's own parser and checked before anything runs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from app.cli import LoraCLI, run_cli
+from app.compare.cells import Cell
+from app.compare.settings import Settings, differences, method_settings, task_settings, told
+from app.errors import InputError
+from app.run_folder import CONFIG_FILE
+from app.stopping import StopSignals
+
+
+class ParsedRun(LoraCLI):
+    """A `fit` that is parsed and not run.
+
+    Attributes:
+        resolved: The configuration, as a run would write it.
+    """
+
+    resolved: dict[str, Any]
+
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
+        self.resolved = yaml.safe_load(self._settings())
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+    def make_data(self) -> Any:
+        """Make the data module."""
+        return self._get(self.parser.instantiate(self.config), "data")
+
+
+def parsed_run(options: Sequence[str]) -> ParsedRun:
+    """Parse the options of a `fit`.
+
+    Raises:
+        InputError: A setting is unknown or wrong, or a file is missing.
+    """
+    return run_cli(ParsedRun, ["fit", *options], StopSignals())
+
+
+def check_methods(runs: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """Return the settings that all methods share.
+
+    Args:
+        runs: The resolved configuration of each method.
+
+    Raises:
+        InputError: Methods differ in more than what makes a method, or two are the same.
+    """
+    names = list(runs)
+    first = task_settings(runs[names[0]])
+    for name in names[1:]:
+        found = differences(first, task_settings(runs[name]))
+        if found:
+            raise InputError(
+                f"the methods {names[0]} and {name} differ in {told(found)}: a comparison needs the same data "
+                "and budget. Take these settings out of the overlays in configs/methods/, which may change "
+                "model.method, model.adapter, model.optimizer and init"
+            )
+    for i, name in enumerate(names):
+        for other in names[:i]:
+            found = differences(method_settings(runs[other]), method_settings(runs[name]))
+            found.pop("model.method", None)
+            if not found:
+                raise InputError(
+                    f"the methods {other} and {name} come to the same settings with this configuration: "
+                    "compare one of them"
+                )
+    return first
+
+
+def check_validation(run: ParsedRun) -> None:
+    """Refuse data whose validation rows are those that the test reports.
+
+    Raises:
+        InputError: Learning rates would be chosen on the reported rows.
+    """
+    data = run.make_data()
+    if not data.label_words:
+        return  # free answers: the test asks benchmarks, and the choice is made by the loss of rows
+    if data.validation_size is None or data.rows("validation") == data.rows("test"):
+        hint = "set data.validation_size, such as --data.validation_size 1000, to set training rows aside"
+        if data.validation_size is not None:
+            hint = "give data with a published set in data.path, beside the rows set aside"
+        raise InputError(
+            f"the validation rows of {data.task_name} are the rows that the test reports, so that the best "
+            f"learning rate would be chosen on them: {hint}"
+        )
+
+
+def check_cell(cell: Cell, run: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse to take a run for a cell if it was trained with other settings of the method.
+
+    Args:
+        cell: The cell.
+        run: Its run folder.
+        wanted: The configuration that the cell would be trained with now.
+
+    Raises:
+        InputError: The settings differ.
+    """
+    theirs = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    found = differences(method_settings(theirs), method_settings(wanted))
+    if found:
+        raise InputError(
+            f"{run} was trained with other settings of the method {cell.method}: {told(found)} (then, now). "
+            "Give the comparison another --name, or remove that cell's folder"
+        )

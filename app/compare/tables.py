@@ -1,0 +1,285 @@
+"""The numbers of a report as tables: for people (Markdown, HTML) and for programs (CSV)."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from app.compare.cells import rate_text
+from app.compare.collect import Collection
+from app.compare.selection import Method, Stat, Task, is_better
+
+EDGE = {
+    "lowest": "the lowest rate tried",
+    "highest": "the highest rate tried",
+    "only": "the only rate tried",
+}
+RUN_COLUMNS = (
+    *("task", "method", "learning_rate", "seed", "state", "selection_score", "reported_score"),
+    *("trainable_parameters", "init_seconds", "step_seconds", "train_seconds", "peak_bytes"),
+    *("device", "folder", "reason"),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        columns: Titles.
+        rows: Cells, as many in each row as there are titles; the first column is text, the others numbers.
+        notes: Sentences below it.
+    """
+
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+    def markdown(self) -> str:
+        """Return the table in Markdown."""
+        lines = [self.columns, ["---", *(["---:"] * (len(self.columns) - 1))], *self.rows]
+        text = "\n".join("| " + " | ".join(_escaped(cell) for cell in row) + " |" for row in lines)
+        return "\n\n".join([text, *self.notes])
+
+    def aligned(self) -> str:
+        """Return the table as text with aligned columns."""
+        rows = [self.columns, *self.rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(self.columns))]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join([*lines, *(note.replace("**", "") for note in self.notes)])
+
+    def csv(self) -> str:
+        """Return the table as CSV."""
+        stream = io.StringIO(newline="")
+        csv.writer(stream).writerows([self.columns, *self.rows])
+        return stream.getvalue()
+
+
+def main_table(task: Task) -> Table:
+    """Return one row a method, at its best learning rate."""
+    unit = "" if _is_loss(task.score) else ", %"
+    chosen = "" if _is_loss(task.selected_by) else ", %"
+    columns = [
+        "method",
+        f"test {task.score}{unit}",
+        "seeds",
+        "learning rate",
+        f"validation {task.selected_by}{chosen}",
+        "trained parameters",
+        "initialisation, s",
+        "step, ms",
+        "training, s",
+        "peak memory, GiB",
+    ]
+    rows = [_main_row(method, task) for method in task.methods]
+    notes = [
+        f"Mean ± standard deviation (n - 1) over seeds at the learning rate with the best mean validation "
+        f"{task.selected_by}; test scores play no part in the choice."
+    ]
+    if not task.apart:
+        notes.append(
+            "**The validation rows are the reported rows** (data.validation_size is null): the learning rates "
+            "were chosen on what is reported, and the scores flatter every method."
+        )
+    passed_over = _passed_over(task)
+    if passed_over:
+        notes.append(
+            f"Better on the validation rows, but not chosen, since a run was lost there: {passed_over}."
+        )
+    at_edge = [m for m in task.methods if m.edge in ("lowest", "highest")]
+    if at_edge:
+        told = ", ".join(f"{m.label} ({EDGE[str(m.edge)]})" for m in at_edge)
+        notes.append(
+            f"† At the edge of the rates tried, so that a better one may lie beyond: {told}."
+        )
+    only = [m.label for m in task.methods if m.edge == "only"]
+    if only:
+        notes.append(f"‡ No other learning rate was tried: {', '.join(only)}.")
+    if all(method.best is None or method.best.validation.n < 2 for method in task.methods):
+        notes.append("One seed says nothing about the spread between seeds.")
+    devices = sorted({run.device for run in task.runs})
+    notes.append(
+        f"Times and memory were measured on {', '.join(devices)}; "
+        + (
+            "peak memory is what the process held (resident), libraries included."
+            if devices == ["cpu"]
+            else "peak memory is what the allocator of the device gave out; on the CPU, what the process held."
+        )
+        + (" Different devices: compare no times across them." if len(devices) > 1 else "")
+    )
+    return Table(columns, rows, notes)
+
+
+def _main_row(method: Method, task: Task) -> list[str]:
+    best = method.best
+    if best is None:
+        return [method.label, "", "", "none without a lost run", *([""] * 6)]
+    mark = {"lowest": " †", "highest": " †", "only": " ‡"}.get(method.edge or "", "")
+    runs = best.runs
+    seeds = f"{best.validation.n}"
+    if best.test.n not in (0, best.validation.n):
+        seeds += f" ({best.test.n} tested)"
+    return [
+        method.label,
+        stat_text(best.test, task.score) if best.test.n else "not tested",
+        seeds,
+        _rate(best.learning_rate) + mark,
+        stat_text(best.validation, task.selected_by),
+        f"{runs[0].trainable:,}" if runs[0].trainable is not None else "",
+        _number(Stat.of(run.init_seconds for run in runs).mean, 1),
+        _number(1000 * Stat.of(run.step_seconds for run in runs).mean, 0),
+        _number(Stat.of(run.train_seconds for run in runs).mean, 0),
+        _number(Stat.of(run.peak_bytes for run in runs).mean / 2**30, 2),
+    ]
+
+
+def rate_table(task: Task, reported: bool) -> Table:
+    """Return one row a method, one column a learning rate: the whole curve.
+
+    Args:
+        task: The runs.
+        reported: Show the test scores, else those on the validation rows.
+    """
+    rates = sorted({rate.learning_rate for method in task.methods for rate in method.rates})
+    score = task.score if reported else task.selected_by
+    rows = []
+    for method in task.methods:
+        row = [method.label]
+        for value in rates:
+            found = next((rate for rate in method.rates if rate.learning_rate == value), None)
+            cell = ""
+            if found is not None:
+                stat = found.test if reported else found.validation
+                parts = [stat_text(stat, score)] if stat.n else []
+                parts += [
+                    f"{n} {state}"
+                    for state in ("diverged", "failed", "unfinished", "missing", "unreadable")
+                    if (n := sum(out.state == state for out in found.lost))
+                ]
+                cell = ", ".join(parts)
+                cell = f"**{cell}**" if found is method.best else cell
+            row.append(cell)
+        rows.append(row)
+    of = "test" if reported else "validation"
+    unit = "" if _is_loss(score) else ", in %"
+    note = f"{of.capitalize()} {score}{unit}, mean ± standard deviation over seeds; bold: the chosen rate."
+    return Table(["method", *map(_rate, rates)], rows, [note])
+
+
+def left_out_table(found: Collection) -> Table | None:
+    """Return the runs that are in no mean, and why; None if there is none."""
+    if not found.left_out:
+        return None
+    rows = [
+        [
+            out.method or "",
+            _rate(out.learning_rate) if out.learning_rate is not None else "",
+            "" if out.seed is None else str(out.seed),
+            out.state,
+            out.reason,
+            out.name,
+        ]
+        for out in found.left_out
+    ]
+    return Table(["method", "learning rate", "seed", "state", "reason", "folder"], rows, [])
+
+
+def settings_table(task: Task) -> Table:
+    """Return the settings in which the methods differ."""
+    methods = [
+        (m.label, next(r.runs[0] for r in m.rates if r.runs)) for m in task.methods if _ran(m)
+    ]
+    names = dict.fromkeys(name for _, run in methods for name in run.settings)
+    differing = [
+        name
+        for name in names
+        if name != "model.method"
+        and len({_setting(name, run.settings.get(name)) for _, run in methods}) > 1
+    ]
+    rows = [
+        [
+            name.replace(".init_args.", "."),
+            *(_setting(name, run.settings.get(name)) for _, run in methods),
+        ]
+        for name in differing
+    ]
+    return Table(["setting", *(label for label, _ in methods)], rows, [])
+
+
+def runs_csv(tasks: Sequence[Task], found: Collection) -> str:
+    """Return one row a run, those in no mean included; empty cells where nothing is known."""
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream)
+    writer.writerow(RUN_COLUMNS)
+    for number, task in enumerate(tasks, 1):
+        for method in task.methods:
+            for rate in method.rates:
+                for run in rate.runs:
+                    values: list[Any] = [number, method.label, run.learning_rate, run.seed]
+                    values += ["finished", run.validation.get(task.selected_by)]
+                    values += [run.test.get(task.score), run.trainable, run.init_seconds]
+                    values += [run.step_seconds, run.train_seconds, run.peak_bytes]
+                    writer.writerow([*values, run.device, run.folder, ""])
+    for out in found.left_out:
+        known = ["", out.method, out.learning_rate, out.seed, out.state]
+        writer.writerow([*known, *[""] * 8, out.name, out.reason])
+    return stream.getvalue()
+
+
+def stat_text(stat: Stat, score: str) -> str:
+    """Write `85.12 ± 0.31`, in percent unless it is a loss; without ± for one seed."""
+    if not stat.n:
+        return ""
+    factor, places = (1, 4) if _is_loss(score) else (100, 2)
+    mean = f"{factor * stat.mean:.{places}f}"
+    return mean if math.isnan(stat.std) else f"{mean} ± {factor * stat.std:.{places}f}"
+
+
+def _passed_over(task: Task) -> str:
+    """Name the rates that a lost run kept from being chosen."""
+    sign, score = is_better(task.selected_by), task.selected_by
+    return ", ".join(
+        f"{method.label} at {_rate(rate.learning_rate)} ({stat_text(rate.validation, score)})"
+        for method in task.methods
+        for rate in method.rates
+        if rate.validation.n
+        and rate is not method.best
+        and (
+            method.best is None or sign * rate.validation.mean > sign * method.best.validation.mean
+        )
+    )
+
+
+def _is_loss(score: str) -> bool:
+    return score.rpartition("/")[2] == "loss"
+
+
+def _ran(method: Method) -> bool:
+    return any(rate.runs for rate in method.rates)
+
+
+def _rate(value: float) -> str:
+    return "none" if math.isnan(value) else rate_text(value)
+
+
+def _number(value: float, places: int) -> str:
+    return "" if math.isnan(value) else f"{value:,.{places}f}"
+
+
+def _setting(name: str, value: Any) -> str:
+    """Write a setting: of a class its name, and nothing for what is off or absent."""
+    if value is None or value is False:
+        return ""
+    return str(value).rpartition(".")[2] if name.endswith("class_path") else str(value)
+
+
+def _escaped(cell: str) -> str:
+    return " ".join(cell.replace("|", "\\|").split())

@@ -1,0 +1,330 @@
+"""`python train.py compare`: the grid, what is resumed, what is refused, what the launchers' files run."""
+
+import csv
+import gzip
+import json
+import os
+import shlex
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT
+
+import app.compare.command
+from app.cli import main
+from app.compare.cells import Cell, grid, parse_rates, rate_text
+
+REAL = ROOT.parent / "shared" / "data" / "glue" / "SST-2"
+OPTIONS = (
+    "--trainer.max_steps=2",
+    "--data.validation_size=20",
+    "--init.num_samples=4",
+)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Run each cell's commands in this process; return the list of them."""
+    commands = []
+
+    class Ended:
+        def __init__(self, status):
+            self.status = status
+
+        def poll(self):
+            return self.status
+
+    def start(argv, log, lock):
+        assert argv[:2] == [sys.executable, str(ROOT / "train.py")]
+        commands.append(argv[2:])
+        os.fstat(lock)
+        saved = sys.stdout, sys.stderr
+        sys.stdout = sys.stderr = open(log.fileno(), "w", closefd=False)  # noqa: SIM115
+        try:
+            return Ended(main(argv[2:]))
+        finally:
+            sys.stdout.flush()
+            sys.stdout, sys.stderr = saved
+
+    monkeypatch.setattr(app.compare.command, "start_process", start)
+    return commands
+
+
+@pytest.fixture
+def compare(command, started, tiny_run, monkeypatch):
+    """Return `compare(*argv)`, which compares on the tiny run and returns the exit status."""
+    from app.cli import LoraCLI
+
+    commands = LoraCLI.subcommands()
+    two = {name: commands[name] for name in ("fit", "test")}
+    monkeypatch.setattr(LoraCLI, "subcommands", staticmethod(lambda: two))
+
+    def run(*argv, options=OPTIONS):
+        return command("compare", "--config", tiny_run, *options, *argv)
+
+    return run
+
+
+@pytest.fixture
+def refused(compare, capsys, started):
+    """Return `refused(*argv)`: the one line that refuses, before anything was started."""
+
+    def run(*argv, options=OPTIONS):
+        capsys.readouterr()
+        assert compare(*argv, options=options) == 2
+        assert started == []
+        return capsys.readouterr().err.removeprefix("error: ").strip()
+
+    return run
+
+
+@pytest.fixture
+def sst2_rows(sst2_folder, tmp_path):
+    """Return a GLUE folder with real rows of SST-2; with made ones where the files are not there."""
+    if not REAL.is_dir():
+        return sst2_folder
+    (tmp_path / "SST-2").mkdir()
+    for split, lines in (("train", 81), ("dev", 41)):
+        [file, *_] = sorted(REAL.glob(f"{split}.tsv*"))
+        opened = gzip.open if file.suffix == ".gz" else open
+        with opened(file, "rt") as stream:
+            head = [next(stream) for _ in range(lines)]
+        (tmp_path / "SST-2" / f"{split}.tsv").write_text("".join(head))
+    return tmp_path
+
+
+def rows_of(path):
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_grid_from_end_to_end_and_again(compare, started, sst2_rows, tmp_path, capsys):
+    folder = tmp_path / "runs" / "compare_tiny"
+    wanted = ("--methods=lora,lora_one", "--learning_rates=0.01,1e-1", "--seeds=0,1")
+    assert compare(*wanted, f"--data.path={sst2_rows}") == 0
+    assert [argv[0] for argv in started] == ["fit", "test"] * 8
+    assert "[8/8 finished]" in capsys.readouterr().out
+
+    # Every number of the report is that of the runs.
+    found = {}
+    for row in rows_of(folder / "runs.csv"):
+        told = json.loads((tmp_path / row["folder"] / "summary.json").read_text())
+        config = yaml.safe_load((tmp_path / row["folder"] / "config.yaml").read_text())
+        assert (told["method"], told["seed"]) == (row["method"], int(row["seed"]))
+        rate = config["model"]["optimizer"]["init_args"]["lr"]
+        assert rate == float(row["learning_rate"])
+        assert config["trainer"]["max_steps"] == told["train"]["steps"] == 2
+        assert float(row["reported_score"]) == told["metrics"]["test"]["accuracy"]
+        assert float(row["peak_bytes"]) >= told["train"]["peak_bytes"] > 2**20
+        assert row["device"] == "cpu"
+        assert float(row["step_seconds"]) == pytest.approx(told["train"]["seconds"] / 2)
+        key = (row["method"], rate)
+        found.setdefault(key, []).append((float(row["selection_score"]), told["metrics"]["test"]))
+    assert len(found) == 4
+    for line in rows_of(folder / "table.csv"):
+        means = {
+            rate: np.mean([chosen for chosen, _ in scores])
+            for (method, rate), scores in found.items()
+            if method == line["method"]
+        }
+        best = max(means, key=means.get)
+        assert line["learning rate"].removesuffix(" †") == rate_text(best)
+        values = [100 * test["accuracy"] for _, test in found[line["method"], best]]
+        wanted_text = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+        assert line["test accuracy, %"] == wanted_text
+        assert line["seeds"] == "2"
+
+    # Again nothing is trained; a wider grid trains what is new, in any spelling of the rates.
+    started.clear()
+    assert compare(*wanted, f"--data.path={sst2_rows}") == 0
+    assert started == []
+    wider = ("--methods=lora", "--learning_rates=1e-2,2e-2", "--seeds=1")
+    assert compare(*wider, f"--data.path={sst2_rows}") == 0
+    assert [argv[0] for argv in started] == ["fit", "test"]
+    assert "--output.name=lora-lr2e-2-seed1" in started[0]
+    assert len(rows_of(folder / "runs.csv")) == 9
+
+    # Another task, and another method of the same name, do not get into the same folder.
+    started.clear()
+    capsys.readouterr()
+    for changed, told in (
+        ("--data.max_length=64", "comparison of another task: data.init_args.max_length (128, 64)"),
+        ("--model.adapter.r=2", "other settings of the method lora: model.adapter.r (4, 2)"),
+    ):
+        assert compare(*wider, f"--data.path={sst2_rows}", changed) == 2
+        assert told in capsys.readouterr().err
+    assert started == []
+
+
+def test_a_failed_cell_is_reported_and_the_others_go_on(compare, started, tmp_path, capsys):
+    # 1e30 lets the loss overflow; the broken seed is a cell that fails for another reason.
+    folder = tmp_path / "runs" / "compare_tiny"
+    broken = folder / "cells" / "lora-lr1e-2-seed1" / "version_0"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("a file where a folder belongs")
+    wanted = ("--methods=lora", "--learning_rates=1e-2,1e30", "--seeds=0,1")
+    options = ("--trainer.max_steps=3", *OPTIONS[1:2], "--init=null")
+    assert compare(*wanted, options=options) == 1
+    printed = capsys.readouterr().out
+    assert "[1/4 finished, 3 failed" in printed
+    states = {row["folder"].rpartition("/")[2]: row for row in rows_of(folder / "runs.csv")}
+    assert states["lora-lr1e-2-seed1"]["state"] == "failed"
+    assert "is a file: set output.name" in states["lora-lr1e-2-seed1"]["reason"]
+    for seed in (0, 1):
+        diverged = states[f"lora-lr1e30-seed{seed}"]
+        assert diverged["state"] == "diverged"
+        assert "lower model.optimizer.lr" in diverged["reason"]
+    page = (folder / "report.html").read_text()
+    assert "2 diverged" in page
+    assert "Runs in no mean" in page
+    # The failed cell is tried again, the diverged ones are results.
+    broken.unlink()
+    started.clear()
+    assert compare(*wanted, options=options) == 0
+    assert [argv[0] for argv in started] == ["fit", "test"]
+    assert "--output.name=lora-lr1e-2-seed1" in started[0]
+
+
+def test_refusals(refused, tmp_path):
+    rates = "--learning_rates=1e-3"
+    assert "there is no method 'lorra': expected some of" in refused("--methods=lorra", rates)
+    assert "lora_one_adamw" in refused("--methods=lorra", rates)
+    assert "names lora twice" in refused("--methods=lora,lora", rates)
+    assert refused("--methods=lora,", rates).startswith("--methods is 'lora,': expected values")
+    for wrong in ("fast", "0", "-1e-3", "nan", "inf"):
+        told = refused("--methods=lora", f"--learning_rates={wrong}")
+        assert told.startswith(f"--learning_rates has '{wrong}': expected numbers above 0")
+    assert "names 0.001 twice" in refused("--methods=lora", "--learning_rates=1e-3,0.001")
+    for wrong in ("one", "1.5", "-1", "4294967296"):
+        told = refused("--methods=lora", rates, f"--seeds={wrong}")
+        assert told.startswith(f"--seeds has '{wrong}': expected whole numbers")
+    assert "--jobs is 0" in refused("--methods=lora", rates, "--jobs=0")
+    assert "expected accuracy, f1" in refused("--methods=lora", rates, "--score=bleu")
+    assert "did you mean --learning_rates?" in refused("--methods=lora", rates, "--learning_rate=1")
+    assert "give --learning_rates" in refused("--methods=lora", rates, "--model.optimizer.lr=1")
+    assert "give --seeds" in refused("--methods=lora", rates, "--seed_everything=1")
+    assert "arguments are required: --learning_rates" in refused("--methods=lora")
+    told = refused("--methods=lora", rates, "--data.btch_size=3")
+    assert told == "method lora: there is no setting data.btch_size; did you mean data.batch_size?"
+    told = refused("--methods=lora", rates, options=("--data.validation_size=null",))
+    assert "the validation rows of glue/sst2 are the rows that the test reports" in told
+    assert "--data.validation_size 1000" in told
+    told = refused("--methods=lora", rates, "--launch=slurm", "--trainer.num_nodes=2")
+    assert "a task of the Slurm array has one device" in told
+    assert not (tmp_path / "runs").exists()
+
+
+def test_methods_that_are_no_comparison(refused, tmp_path, monkeypatch):
+    methods = tmp_path / "configs" / "methods"
+    methods.mkdir(parents=True)
+    lora = (ROOT / "configs" / "methods" / "lora.yaml").read_text()
+    (methods / "lora.yaml").write_text(lora)
+    (methods / "same.yaml").write_text(lora.replace("method: lora", "method: same"))
+    (methods / "longer.yaml").write_text(lora + "trainer: {max_epochs: 7}\n")
+    monkeypatch.setattr(app.compare.command, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr("app.config_files.CONFIGS", tmp_path / "configs")
+    rates = "--learning_rates=1e-3"
+    told = refused("--methods=lora,same", rates)
+    assert "lora and same come to the same settings" in told
+    told = refused("--methods=lora,longer", rates)
+    assert "lora and longer differ in trainer.max_epochs (None, 7)" in told
+
+
+def run_file(command, tmp_path, **environment):
+    """Run a shell command with a `python` that writes down its arguments; return those of train.py."""
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir(exist_ok=True)
+    stub.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/argv\n')
+    srun = stub.with_name("srun")
+    srun.write_text('#!/bin/sh\nexec "$@"\n')
+    for path in (stub, srun):
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    path = f"{stub.parent}:{os.environ['PATH']}"
+    subprocess.run(command, check=True, env={"PATH": path, **environment}, cwd=ROOT)
+    return (tmp_path / "argv").read_text().splitlines()
+
+
+def parsed(argv):
+    """Return the cells that a recorded `compare` asks for, and its other options."""
+    assert argv[1] == "compare"
+    assert argv[0].endswith("train.py")
+    own = app.compare.command._Parser("compare", allow_abbrev=False)
+    for name in ("--methods", "--learning_rates", "--seeds"):
+        own.add_argument(name)
+    given, rest = own.parse_known_args(argv[2:])
+    rates = parse_rates(given.learning_rates)
+    return grid(given.methods.split(","), rates, [int(given.seeds)]), rest
+
+
+def test_the_slurm_array_runs_every_cell(compare, started, tiny_run, tmp_path, capsys):
+    wanted = ("--methods=lora,lora_one", "--learning_rates=1e-2,3e-2", "--seeds=0,7")
+    assert compare(*wanted, "--launch=slurm", "--model.adapter.r=3") == 0
+    assert started == []
+    file = tmp_path / "runs" / "compare_tiny" / "array.sbatch"
+    assert f"start: sbatch {file}" in capsys.readouterr().out
+    assert "#SBATCH --array=0-7\n" in file.read_text()
+    cells = []
+    for task in range(8):
+        argv = run_file(
+            ["bash", file], tmp_path, SLURM_ARRAY_TASK_ID=str(task), SLURM_SUBMIT_DIR=str(ROOT)
+        )
+        asked, rest = parsed(argv)
+        cells += asked
+        assert f"--config={tiny_run}" in rest
+        assert "--name=compare_tiny" in rest
+        assert "--model.adapter.r=3" in rest
+        assert set(OPTIONS) <= set(rest)
+    assert cells == grid(["lora", "lora_one"], [1e-2, 3e-2], [0, 7])
+
+
+def test_a_task_of_the_array_trains_its_cell(compare, command, started, tmp_path):
+    wanted = ("--methods=lora,lora_one", "--learning_rates=1e-2")
+    assert compare(*wanted, "--launch=slurm") == 0
+    file = tmp_path / "runs" / "compare_tiny" / "array.sbatch"
+    argv = run_file(["bash", file], tmp_path, SLURM_ARRAY_TASK_ID="1", SLURM_SUBMIT_DIR=str(ROOT))
+    assert command(*argv[1:]) == 0
+    assert [argv[0] for argv in started] == ["fit", "test"]
+    rows = rows_of(tmp_path / "runs" / "compare_tiny" / "runs.csv")
+    assert [(row["method"], row["state"]) for row in rows] == [
+        ("lora_one", "finished"),
+        ("lora", "missing"),
+    ]
+
+
+def test_the_sweep_is_the_same_grid(compare, started, tiny_run, tmp_path):
+    wanted = ("--methods=lora,lora_one", "--learning_rates=1e-2,3e-2", "--seeds=0,7")
+    assert compare(*wanted, "--launch=wandb") == 0
+    assert started == []
+    sweep = yaml.safe_load((tmp_path / "runs" / "compare_tiny" / "sweep.yaml").read_text())
+    assert (sweep["program"], sweep["method"]) == ("train.py", "grid")
+    assert set(sweep["parameters"]) == {"methods", "learning_rates", "seeds"}
+    # An agent replaces the macros and starts the words of `command`.
+    chosen = {name: part["values"][-1] for name, part in sweep["parameters"].items()}
+    arguments = [f"--{name}={value}" for name, value in chosen.items()]
+    words = [
+        word
+        for part in sweep["command"]
+        for word in (
+            {"${env}": ["/usr/bin/env"], "${program}": ["train.py"], "${args}": arguments}.get(
+                part, [part]
+            )
+        )
+    ]
+    asked, rest = parsed(run_file(["bash", "-c", shlex.join(words)], tmp_path))
+    assert asked == [Cell("lora_one", 3e-2, 7)]
+    assert f"--config={tiny_run}" in rest
+    assert "--name=compare_tiny" in rest
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(1e-4, "1e-4"), (0.0003, "3e-4"), (2.5e-5, "2.5e-5"), (1.0, "1e0"), (1 / 3, None)],
+)
+def test_rates_are_written_without_loss(rate, text):
+    written = rate_text(rate)
+    assert float(written) == rate
+    assert text is None or written == text
