@@ -5,19 +5,21 @@ rank; lora_A (r, n), lora_B (m, r); Delta W = scaling * lora_B @ lora_A. The LoR
 input x output, so its A is lora_A^T, its B is lora_B^T, and left and right singular spaces change places.
 """
 
+import copy
 import difflib
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -190,18 +192,62 @@ def install(pair: LoraPair, lora_A: Tensor, lora_B: Tensor) -> None:
         dora.weight.copy_(dora.get_weight_norm(weight, pair.lora_B @ pair.lora_A, pair.scaling))
 
 
-def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
-    """Write the adapter in PEFT's layout, as a plain LoRA that every tool can load.
+def base_weight(pair: LoraPair) -> Tensor:
+    """Return the frozen weight W (m, n) of a pair's layer, a view of it also where it is stored transposed."""
+    layer: Any = pair.layer
+    weight: Tensor = layer.get_base_layer().weight.detach()
+    return weight.T if layer.fan_in_fan_out else weight
+
+
+@torch.no_grad()
+def offset_base(pair: LoraPair, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Subtract scaling * lora_B @ lora_A from the frozen weight, in place and in its dtype."""
+    weight = base_weight(pair)
+    lora_A, lora_B = lora_A.to(weight.device), lora_B.to(weight.device)
+    weight.copy_(weight.float() - pair.scaling * lora_B @ lora_A)
+
+
+def save_adapter(
+    model: PeftModel,
+    folder: Path,
+    base_name: str,
+    starts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> None:
+    """Write the adapter in PEFT's layout, as one that every tool can load onto the untouched base.
+
+        W - s B_0 A_0 + s B A  =  W + s [B, -B_0] [A; A_0]
+
+    so that, if the base was offset by a start (B_0, A_0), the adapter written has rank 2r, and lora_alpha such
+    that the scaling s is the same.
 
     Args:
         model: The trained PEFT model.
         folder: Target directory; made if absent.
         base_name: Written as `base_model_name_or_path`.
+        starts: lora_A (r, n) and lora_B (m, r) that were subtracted from the base, by layer; None if none were.
     """
     config = model.peft_config[ADAPTER]
     config.base_model_name_or_path = base_name
-    # Asking whether the vocabulary was resized would contact the hub; embeddings are never trained.
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    if not starts:
+        # Asking whether the vocabulary was resized would contact the hub; embeddings are never trained.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        return
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for pair in lora_pairs(model):
+        A_0, B_0 = starts.get(
+            pair.name, (torch.zeros_like(pair.lora_A), torch.zeros_like(pair.lora_B))
+        )
+        names = [f"base_model.model.{pair.name}.{factor}.weight" for factor in ("lora_A", "lora_B")]
+        A, B = (state[name].detach().cpu() for name in names)
+        state[names[0]] = torch.cat([A, A_0.cpu()]).contiguous()
+        state[names[1]] = torch.cat([B, -B_0.cpu()], dim=1).contiguous()
+    wide: Any = copy.deepcopy(config)
+    wide.lora_alpha *= 2**0.5 if wide.use_rslora else 2
+    wide.r *= 2
+    wide.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    wide.save_pretrained(str(folder))
 
 
 def check_adapter_folder(folder: Path) -> None:

@@ -44,7 +44,9 @@ from app.stopping import StopSignals
 from app.trainer_checks import check_precision, check_trainer
 from callbacks.checkpoints import Checkpoints
 from callbacks.exams import Exams
+from callbacks.lora_ga_init import LoraGaInit
 from callbacks.lora_one_init import LoraOneInit
+from callbacks.pissa_init import PissaInit
 from callbacks.plain_progress import PlainProgress
 from callbacks.preemption import Preemption
 from callbacks.run_position import RunPosition
@@ -187,7 +189,7 @@ class LoraCLI(LightningCLI):
         """Add the sections `init` and `output`, and one seed for everything."""
         parser.add_argument(
             "--init",
-            type=LoraOneInit | None,
+            type=LoraOneInit | LoraGaInit | PissaInit | None,
             default=None,
             help="The callback that gives the adapter its start, such as LoraOneInit; null keeps "
             "PEFT's (lora_A random, lora_B zero).",

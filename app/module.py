@@ -19,8 +19,10 @@ from app.adapters import (
     add_lora,
     base_model,
     check_adapter_folder,
+    install,
     load_adapter,
     lora_pairs,
+    offset_base,
 )
 from app.errors import InputError
 from app.loss import Batch, SupervisedLogits, summed_loss, supervised_logits
@@ -102,6 +104,8 @@ class LoraModule(LightningModule):
         self.answers_folder: Path | None = None
         # Leading triplets of each layer's one-step gradient, where a callback wants them kept.
         self.one_step: dict[str, SVD] | None = None
+        # lora_A and lora_B that were subtracted from the base, by layer.
+        self.starts: dict[str, tuple[Tensor, Tensor]] = {}
         self.scoring: Scoring
         self._step_sums: list[Tensor] = []  # (loss, tokens) of each batch since the last step
 
@@ -205,6 +209,27 @@ class LoraModule(LightningModule):
         """List the adapted layers in module order."""
         assert self.model is not None
         return lora_pairs(self.model)
+
+    def check_offset(self, start: str) -> None:
+        """Raise InputError if the base weights cannot be changed by a start of that name."""
+        if self._sharded:
+            raise InputError(
+                f"init is {start}, which changes the base weights that this strategy shards: use "
+                "--config strategies/ddp.yaml, or methods/lora_one.yaml, which leaves them as they are"
+            )
+
+    def start_from(self, starts: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Install factors and subtract them from the base, so that the model computes what it did."""
+        self._offset(starts)
+        for pair in self.lora_pairs():
+            if pair.name in starts:
+                install(pair, *starts[pair.name])
+
+    def _offset(self, starts: dict[str, tuple[Tensor, Tensor]]) -> None:
+        for pair in self.lora_pairs():
+            if pair.name in starts:
+                offset_base(pair, *starts[pair.name])
+        self.starts = starts
 
     def supervised_logits(self, batch: Batch) -> SupervisedLogits:
         """Run the model on a batch; see `app.loss.supervised_logits`."""
@@ -332,6 +357,10 @@ class LoraModule(LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in trainable}
         checkpoint["base"] = {name: self.record.model[name] for name in ("name", "fingerprint")}
         checkpoint["method"] = self.record.method
+        if self.starts:
+            checkpoint["starts"] = {
+                name: [A.cpu(), B.cpu()] for name, (A, B) in self.starts.items()
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another base model or of another adapter."""
@@ -353,3 +382,5 @@ class LoraModule(LightningModule):
                     f"the checkpoint has {shapes[0]} for {name.removeprefix('model.')}, but this model "
                     f"trains {shapes[1]}: set model.adapter as that run had it, or another ckpt_path"
                 )
+        if not self.starts:
+            self._offset({name: (A, B) for name, (A, B) in checkpoint.get("starts", {}).items()})

@@ -267,7 +267,7 @@ def run_memory(trainer: PlanTrainer, module: LoraModule, data: Any, model: nn.Mo
         evaluation=dry.evaluation(validation),
         generation=generation_bytes(module, data),
     )
-    if init is None:
+    if init is None or not hasattr(init, "estimator"):  # none, or one that observes no gradient
         return needed
     pairs, world = module.lora_pairs(), placement.world_size
     batches = data.gradient_batches(init.num_samples, init.micro_batch_size, 0, world)

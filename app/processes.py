@@ -140,6 +140,14 @@ def gather_numbers(number: int, device: torch.device) -> list[int]:
     return sum_over_processes(told).tolist()
 
 
+def broadcast(tensor: Tensor) -> Tensor:
+    """Return the first process's values of a tensor, contiguous; all have one of this shape."""
+    tensor = tensor.contiguous()
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def largest_over_processes(number: int, device: torch.device) -> int:
     """Return the largest of all processes' numbers."""
     if world_size() == 1:

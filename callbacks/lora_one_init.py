@@ -11,9 +11,15 @@ from app.adapters import LoraPair, install
 from app.errors import InputError
 from app.line_search import MOST, mean_loss, search_gamma
 from app.loss import Batch
-from app.one_step import Estimator, OneStepResult, one_step_gradients
+from app.one_step import Estimator, one_step_gradients
 from app.progress import track
 from app.spectral_init import SVD, spectral_factors
+from callbacks.gradient_start import (
+    check_new_adapter,
+    gradient_batches,
+    layers_without_gradient,
+    report,
+)
 
 Start = list[tuple[LoraPair, SVD]]
 """The pairs that get a start, with the leading r triplets of their gradients."""
@@ -74,30 +80,15 @@ class LoraOneInit(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before the model's weights are loaded."""
         module: Any = pl_module
-        if module.adapter_path is not None:
-            raise InputError(
-                f"init is LoraOneInit, which would overwrite the adapter in model.adapter_path "
-                f"{module.adapter_path!r}: set init to null to train it further"
-            )
-        if module.adapter is None:
-            raise InputError(
-                "init is LoraOneInit, but the model has no LoRA adapter: set model.adapter, or init to "
-                "null for full fine-tuning"
-            )
-        self._batches(trainer)
-
-    def _batches(self, trainer: Trainer) -> Any:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        return data.gradient_batches(
-            self.num_samples, self.micro_batch_size, trainer.global_rank, trainer.world_size
-        )
+        check_new_adapter(module, type(self).__name__)
+        gradient_batches(trainer, self.num_samples, self.micro_batch_size)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute and install the start, unless a checkpoint has brought trained adapters."""
         module: Any = pl_module
         if not self.report:
             pairs = module.lora_pairs()
-            batches = self._batches(trainer)
+            batches = gradient_batches(trainer, self.num_samples, self.micro_batch_size)
             rank = pairs[0].lora_A.shape[0]
             result = one_step_gradients(
                 module.model,
@@ -111,12 +102,7 @@ class LoraOneInit(Callback):
             )
             if module.one_step is not None:
                 module.one_step.update({name: e.svd for name, e in result.estimates.items()})
-            without = [name for name, e in result.estimates.items() if float(e.svd.S[0]) == 0]
-            if without:
-                rank_zero_warn(
-                    f"the one-step gradient is zero in {len(without)} layers, which keep the usual LoRA "
-                    f"start: {', '.join(without)}"
-                )
+            without = layers_without_gradient(result)
             start = [
                 (pair, SVD(*(part[..., :rank] for part in result.estimates[pair.name].svd)))
                 for pair in pairs
@@ -127,7 +113,8 @@ class LoraOneInit(Callback):
                 gamma = self._search(start, result.loss, module, batches, trainer)
             else:
                 _install(start, self.gamma)
-            self.report = {**self._report(result, without, rank), **gamma}
+            told = report("LoRA-One", result, self.estimator, self.num_samples, rank, without)
+            self.report = {**told, **gamma}
         module.record.init = self.report
 
     def _search(
@@ -167,42 +154,6 @@ class LoraOneInit(Callback):
                 f"best of {len(tried)}; {time.perf_counter() - began:.1f} s"
             )
         return {"gamma": gamma, "gamma_search": [{"gamma": g, "loss": v} for g, v in tried.items()]}
-
-    def _report(self, result: OneStepResult, without: list[str], rank: int) -> dict[str, Any]:
-        energy = {name: e.captured_energy for name, e in result.estimates.items()}
-        mean, lowest = sum(energy.values()) / len(energy), min(energy.values())
-        errors = {name: e.rank_error for name, e in result.estimates.items()}
-        worst = max(errors, key=errors.__getitem__)
-        rank_zero_info(
-            f"LoRA-One start: {len(energy)} layers, {self.num_samples} samples, loss {result.loss:.4f}; "
-            f"captured energy {mean:.1%} on average, {lowest:.1%} at least "
-            f"({min(energy, key=energy.__getitem__)}); estimated error of the rank-{rank} part "
-            f"{sum(errors.values()) / len(errors):.2%} on average, {errors[worst]:.2%} at most ({worst}); "
-            f"{result.seconds:.1f} s"
-        )
-        return {
-            "estimator": self.estimator.kind,
-            "passes": self.estimator.passes,
-            "oversampling": self.estimator.oversampling,
-            "samples": self.num_samples,
-            "tokens": result.tokens,
-            "loss": result.loss,
-            "seconds": result.seconds,
-            "peak_bytes": result.peak_bytes,
-            "sent_bytes": result.sent_bytes,
-            "captured_energy": {"mean": mean, "min": lowest},
-            "rank_error": {"mean": sum(errors.values()) / len(errors), "max": errors[worst]},
-            "layers_without_gradient": without,
-            "layers": {
-                name: {
-                    "captured_energy": e.captured_energy,
-                    "rank_error": e.rank_error,
-                    "norm": e.norm,
-                    "singular_values": e.svd.S.tolist(),
-                }
-                for name, e in result.estimates.items()
-            },
-        }
 
 
 def _install(start: Start, gamma: float) -> None:

@@ -138,7 +138,7 @@ class RunReport(Callback):
             logger.save()
         adapter = folder / ADAPTER_FOLDER if lora_pairs(pl_module.model) else None
         if adapter is not None:
-            save_adapter(pl_module.model, adapter, pl_module.base_name)
+            save_adapter(pl_module.model, adapter, pl_module.base_name, pl_module.starts)
             pl_module.tokenizer.save_pretrained(str(adapter))
         else:
             save_model(pl_module.base, pl_module.tokenizer, folder / MODEL_FOLDER)

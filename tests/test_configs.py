@@ -34,7 +34,7 @@ def parsed(monkeypatch, command):
 
 
 def test_all_are_here():
-    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) == 32
+    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) == 34
     assert len(COMPLETE) == 12
     assert len(BENCHMARKS) == 5
 

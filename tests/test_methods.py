@@ -27,6 +27,8 @@ TRAINED = {
     "dora_one": LORA + MAGNITUDES,
     "lora_one": LORA,
     "lora_one_adamw": LORA,
+    "pissa": LORA,
+    "lora_ga": LORA,
     "full": 8784,
 }
 DROPOUT = "--model.adapter.lora_dropout=0.3"
@@ -35,6 +37,8 @@ OFTEN = ("--trainer.max_steps=6", "--output.checkpoint_every_n_steps=1")
 
 def options(method):
     found = (f"--config=methods/{method}.yaml", *OFTEN)
+    if method == "lora_ga":
+        found += ("--init.num_samples=16",)
     return found if method == "full" else (*found, DROPOUT)
 
 

@@ -203,7 +203,11 @@ def test_a_layer_without_gradient_keeps_the_usual_start(tiny_llama, monkeypatch)
     )
     monkeypatch.setattr("callbacks.lora_one_init.one_step_gradients", lambda *_, **__: result)
     module = SimpleNamespace(
-        model=model, base=None, lora_pairs=lambda: pairs, record=SimpleNamespace(init=None)
+        model=model,
+        base=None,
+        lora_pairs=lambda: pairs,
+        one_step=None,
+        record=SimpleNamespace(init=None),
     )
     trainer = SimpleNamespace(
         global_rank=0,

@@ -1,0 +1,123 @@
+"""LoRA-GA's start: singular vectors of the one-step gradient, which the base then lacks."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from app.errors import InputError
+from app.one_step import Estimator, one_step_gradients
+from app.processes import broadcast
+from app.progress import track
+from app.spectral_init import SVD
+from callbacks.gradient_start import (
+    check_new_adapter,
+    gradient_batches,
+    layers_without_gradient,
+    report,
+)
+
+
+class LoraGaInit(Callback):
+    """Start every LoRA pair so that its first update is the closest to the full gradient's.
+
+        U S V^T = SVD(G)
+        lora_A = m^(1/4) / gamma^(1/2) V_1..r^T,    lora_B = m^(1/4) / gamma^(1/2) U_r+1..2r
+        W <- W - scaling * lora_B @ lora_A
+
+    so that the first forward pass computes what the untouched model does.
+
+    Args:
+        gamma: Divisor of the start, > 0 (the authors' `stable_gamma`).
+        num_samples: Training rows that the gradient is taken over.
+        micro_batch_size: Rows of one forward and backward pass; changes memory and speed.
+        estimator: How the gradient is kept while it is observed.
+
+    Source: arXiv:2407.05000, Algorithm 1 with the stable scale (ArB2r); repository Outsider565/LoRA-GA for
+    gamma 64. Differs: L is the token mean over all samples, the model is in evaluation mode, and the samples
+    are drawn by seed, all as in LoraOneInit; the exported adapter is the plain LoRA of rank 2r that belongs to
+    the untouched base. PEFT's LoRA-GA is another one: it has singular values in lora_B.
+    """
+
+    observes_gradient = True
+
+    def __init__(
+        self,
+        gamma: float = 64.0,
+        num_samples: int = 64,
+        micro_batch_size: int = 8,
+        estimator: Estimator = Estimator(),  # noqa: B008 (frozen)
+    ) -> None:
+        given = {"gamma": gamma, "num_samples": num_samples, "micro_batch_size": micro_batch_size}
+        for name, value in given.items():
+            if not value > 0:
+                raise InputError(f"init.{name} must be > 0, got {value}")
+        self.gamma = gamma
+        self.num_samples = num_samples
+        self.micro_batch_size = micro_batch_size
+        self.estimator = estimator
+        self.report: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Remember that the start was installed, and what it was."""
+        return {"report": self.report}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the report of the interrupted run; its adapters are not overwritten."""
+        self.report = state_dict["report"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before the model's weights are loaded."""
+        module: Any = pl_module
+        check_new_adapter(module, type(self).__name__)
+        module.check_offset(type(self).__name__)
+        gradient_batches(trainer, self.num_samples, self.micro_batch_size)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute and install the start, unless a checkpoint has brought trained adapters."""
+        module: Any = pl_module
+        if not self.report:
+            pairs = module.lora_pairs()
+            rank = pairs[0].lora_A.shape[0]
+            for pair in pairs:
+                smaller = min(pair.lora_B.shape[0], pair.lora_A.shape[1])
+                if 2 * rank > smaller:
+                    raise InputError(
+                        f"init is LoraGaInit, which needs 2 r singular vectors, but {pair.name} has only "
+                        f"{smaller}: set model.adapter.r to at most {smaller // 2}, or leave the layer out of "
+                        "model.adapter.target_modules"
+                    )
+            result = one_step_gradients(
+                module.model,
+                module.base,
+                pairs,
+                gradient_batches(trainer, self.num_samples, self.micro_batch_size),
+                2 * rank,
+                self.estimator,
+                trainer.precision_plugin.forward_context,
+                track,
+            )
+            if module.one_step is not None:
+                module.one_step.update({name: e.svd for name, e in result.estimates.items()})
+            without = layers_without_gradient(result)
+            starts = {}
+            for pair in pairs:
+                if pair.name not in without:
+                    A, B = lora_ga_factors(result.estimates[pair.name].svd, rank, self.gamma)
+                    starts[pair.name] = broadcast(A), broadcast(B)
+            module.start_from(starts)
+            told = report("LoRA-GA", result, self.estimator, self.num_samples, 2 * rank, without)
+            self.report = {**told, "gamma": self.gamma}
+        module.record.init = self.report
+
+
+def lora_ga_factors(gradient: SVD, rank: int, gamma: float) -> tuple[Tensor, Tensor]:
+    """Return LoRA-GA's lora_A (r, n) and lora_B (m, r).
+
+    Args:
+        gradient: Leading 2r triplets or more: U (m, k), S (k,), V (n, k).
+        rank: r.
+        gamma: Divisor of the start.
+    """
+    scale = gradient.U.shape[0] ** 0.25 / gamma**0.5
+    return scale * gradient.V[:, :rank].T, scale * gradient.U[:, rank : 2 * rank]

@@ -1,0 +1,95 @@
+"""PiSSA's start: the weight's own leading singular triplets, which the base then lacks."""
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from app.adapters import base_weight
+from app.errors import InputError
+from app.processes import broadcast
+from app.progress import track
+from callbacks.gradient_start import check_new_adapter
+
+
+class PissaInit(Callback):
+    """Let the adapter train the weight's principal part, and freeze the rest.
+
+        U S V^T = SVD(W)
+        lora_B = U_r (S_r / scaling)^(1/2),    lora_A = (S_r / scaling)^(1/2) V_r^T
+        W <- W - scaling * lora_B @ lora_A
+
+    so that the first forward pass computes what the untouched model does.
+
+    Args:
+        niter: Power iterations of a randomised SVD; null takes the exact one, which is slow for large weights
+            (PEFT's `pissa_niter_16` is 16).
+
+    Source: arXiv:2404.02948; PEFT's `init_lora_weights="pissa"`. Differs: the adapter is exported as the plain
+    LoRA of rank 2r that belongs to the untouched base.
+    """
+
+    def __init__(self, niter: int | None = None) -> None:
+        if niter is not None and niter < 1:
+            raise InputError(
+                f"init.niter must be at least 1, or null for the exact SVD, got {niter}"
+            )
+        self.niter = niter
+        self.report: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Remember that the start was installed, and what it was."""
+        return {"report": self.report}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the report of the interrupted run; its adapters are not overwritten."""
+        self.report = state_dict["report"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before the model's weights are loaded."""
+        module: Any = pl_module
+        check_new_adapter(module, type(self).__name__)
+        module.check_offset(type(self).__name__)
+
+    @torch.no_grad()
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute and install the start, unless a checkpoint has brought trained adapters."""
+        module: Any = pl_module
+        if not self.report:
+            began = time.perf_counter()
+            starts = {}
+            for pair in track(module.lora_pairs(), "singular values of the weights"):
+                W = base_weight(pair).float()
+                A, B = pissa_factors(W, pair.lora_A.shape[0], pair.scaling, self.niter)
+                # Decompositions may differ between processes in their last digits.
+                starts[pair.name] = broadcast(A), broadcast(B)
+            module.start_from(starts)
+            seconds = time.perf_counter() - began
+            self.report = {"niter": self.niter, "seconds": seconds}
+            rank_zero_info(f"PiSSA start: {len(starts)} layers, {seconds:.1f} s")
+        module.record.init = self.report
+
+
+def pissa_factors(
+    W: Tensor, rank: int, scaling: float, niter: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return PiSSA's lora_A (r, n) and lora_B (m, r) of a weight W (m, n), float32.
+
+    Args:
+        W: (m, n).
+        rank: r.
+        scaling: Factor of lora_B @ lora_A in the forward pass.
+        niter: Power iterations of a randomised SVD, with a seed of its own; None takes the exact one.
+    """
+    if niter is None:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        U, S, V = U[:, :rank], S[:rank], Vh[:rank].T
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            U, S, V = torch.svd_lowrank(W, rank, niter=niter)
+    root = (S / scaling).sqrt()
+    return root[:, None] * V.T, U * root

@@ -1,0 +1,230 @@
+"""PiSSA and LoRA-GA: the factors against PEFT and float64, the offset, the exported adapter."""
+
+import copy
+import json
+
+import pytest
+import torch
+from one_step_oracle import make_batches
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from app.adapters import (
+    LoraSettings,
+    add_lora,
+    base_weight,
+    install,
+    lora_pairs,
+    offset_base,
+    save_adapter,
+)
+from app.spectral_init import SVD
+from callbacks.lora_ga_init import lora_ga_factors
+from callbacks.pissa_init import pissa_factors
+
+BUILDERS = ["tiny_llama", "tiny_gpt2", "tiny_t5"]
+R = 4
+
+
+def started(base, settings, factors):
+    """Return a wrapped copy with a start in it and taken off its base, and the start."""
+    model = add_lora(copy.deepcopy(base), settings)
+    starts = {}
+    for pair in lora_pairs(model):
+        starts[pair.name] = factors(pair)
+        offset_base(pair, *starts[pair.name])
+        install(pair, *starts[pair.name])
+    return model, starts
+
+
+def pissa(pair):
+    return pissa_factors(base_weight(pair), R, pair.scaling)
+
+
+def inputs(base):
+    ids = torch.arange(3, 60).reshape(3, 19)
+    more = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
+    return {"input_ids": ids, **more}
+
+
+@pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2"])
+def test_pissa_is_pefts(build, request):
+    base = request.getfixturevalue(build)()
+    settings = LoraSettings(r=R)
+    ours, _ = started(base, settings, pissa)
+    theirs = get_peft_model(
+        copy.deepcopy(base),
+        LoraConfig(
+            r=R,
+            lora_alpha=16,
+            use_rslora=True,
+            target_modules="all-linear",
+            init_lora_weights="pissa",
+            fan_in_fan_out=build == "tiny_gpt2",
+        ),
+    )
+    for mine, other in zip(lora_pairs(ours), lora_pairs(theirs), strict=True):
+        assert mine.name == other.name
+        product, wanted = (p.lora_B @ p.lora_A for p in (mine, other))
+        assert torch.allclose(product, wanted, atol=1e-5 * float(wanted.abs().max()))
+        for factor in ("lora_A", "lora_B"):  # the same up to a sign for each triplet
+            a, b = getattr(mine, factor).abs(), getattr(other, factor).abs()
+            assert torch.allclose(a, b, atol=1e-4)
+        assert torch.allclose(base_weight(mine), base_weight(other), atol=1e-6)
+
+
+def test_the_randomised_pissa_is_nearly_the_best_of_its_rank():
+    W = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    best = torch.linalg.svdvals(W)[R:].norm()
+    A, B = pissa_factors(W, R, 2.0, niter=16)
+    again = pissa_factors(W, R, 2.0, niter=16)
+    assert torch.equal(A, again[0])
+    assert torch.equal(B, again[1])
+    assert float((W - 2 * B @ A).norm()) == pytest.approx(float(best), rel=1e-3)
+
+
+def test_ten_steps_of_pissa_are_pefts(tiny_llama):
+    base = tiny_llama()
+    ours, _ = started(base, LoraSettings(r=R), pissa)
+    theirs = get_peft_model(
+        copy.deepcopy(base),
+        LoraConfig(
+            r=R,
+            lora_alpha=16,
+            use_rslora=True,
+            target_modules="all-linear",
+            init_lora_weights="pissa",
+        ),
+    )
+    losses = []
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        found = []
+        for _ in range(10):
+            ids = torch.randint(3, 128, (2, 12))
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(float(loss))
+        losses.append(found)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_lora_ga_takes_the_papers_vectors_and_scale():
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(24, 17, generator=generator, dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(gradient)
+    A, B = lora_ga_factors(SVD(U[:, : 2 * R], S[: 2 * R], Vh[: 2 * R].T), R, 64.0)
+    scale = 24**0.25 / 8
+    for i in range(R):
+        assert torch.allclose(A[i], scale * Vh[i])
+        assert torch.allclose(B[:, i], scale * U[:, R + i])
+    # Its first step is the best one of rank 2r, up to a factor: s (dB A + B dA) with the raw gradients.
+    step = gradient @ A.T @ A + B @ B.T @ gradient
+    best = (U[:, : 2 * R] * S[: 2 * R]) @ Vh[: 2 * R]
+    assert torch.allclose(step / scale**2, best, atol=1e-10)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_start_changes_nothing_and_the_export_fits_the_untouched_base(
+    build, use_rslora, request, tmp_path
+):
+    base = request.getfixturevalue(build)()
+    model, starts = started(base, LoraSettings(r=R, use_rslora=use_rslora), pissa)
+    with torch.no_grad():
+        before = base(**inputs(base)).logits
+        assert torch.allclose(model.eval()(**inputs(base)).logits, before, atol=1e-5)
+        for pair in lora_pairs(model):  # training
+            pair.lora_A.add_(0.05 * torch.randn_like(pair.lora_A))
+            pair.lora_B.add_(0.05 * torch.randn_like(pair.lora_B))
+        trained = model(**inputs(base)).logits
+    assert not torch.allclose(trained, before, atol=1e-2)
+    save_adapter(model, tmp_path, "somewhere", starts)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == 2 * R
+    assert config["base_model_name_or_path"] == "somewhere"
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(**inputs(base)).logits, trained, atol=1e-4)
+    assert lora_pairs(loaded)[0].scaling == pytest.approx(lora_pairs(model)[0].scaling)
+
+
+def test_the_command_starts_from_the_gradient_of_the_untouched_model(fit, run_models):
+    """The factors that the run subtracted, against autograd's gradient of the whole model in float64."""
+    folder = fit(
+        "--config=methods/lora_ga.yaml", "--init.num_samples=16", "--init.estimator.kind=exact"
+    )
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["metrics"]["after_init"]["loss"] == pytest.approx(
+        summary["metrics"]["zero_shot"]["loss"], rel=1e-5
+    )
+    state = load_file(folder / "adapter" / "adapter_model.safetensors")
+    for name, layer in summary["init"]["layers"].items():
+        prefix = f"base_model.model.{name}"
+        A, B = (state[f"{prefix}.lora_{side}.weight"] for side in "AB")
+        start_A, start_B = A[R:], -B[:, R:]
+        scale = start_B.shape[0] ** 0.25 / 8
+        for start in (start_A / scale, start_B.T / scale):
+            assert torch.allclose(start @ start.T, torch.eye(R), atol=1e-5)
+        assert len(layer["singular_values"]) >= 2 * R
+
+
+def test_the_sketch_and_the_exact_gradient_give_one_start(tiny_llama):
+    from app.one_step import Estimator, one_step_gradients
+
+    model = add_lora(tiny_llama(), LoraSettings(r=R))
+    pairs = lora_pairs(model)
+    batches = make_batches(False, rows=12, size=4)
+    spans = []
+    for estimator in (Estimator("exact"), Estimator(passes=3)):
+        found = one_step_gradients(model, model.get_base_model(), pairs, batches, 2 * R, estimator)
+        factors = [lora_ga_factors(found.estimates[p.name].svd, R, 64.0) for p in pairs]
+        spans.append([A.T @ A for A, _ in factors])
+    for exact, sketch in zip(*spans, strict=True):
+        assert torch.allclose(exact, sketch, atol=2e-2 * float(exact.abs().max()))
+
+
+def test_what_cannot_be_offset(command, tiny_run, capfd):
+    fsdp = ("--config=strategies/fsdp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=1")
+    for method, name in (("pissa", "PissaInit"), ("lora_ga", "LoraGaInit")):
+        options = ("fit", "--config", tiny_run, f"--config=methods/{method}.yaml")
+        assert command(*options, *fsdp) == 2
+        told = capfd.readouterr().err
+        assert f"init is {name}, which changes the base weights that this strategy shards" in told
+        assert command(*options, "--model.adapter=null") == 2
+        assert f"init is {name}, but the model has no LoRA adapter" in capfd.readouterr().err
+    lora_ga = ("fit", "--config", tiny_run, "--config=methods/lora_ga.yaml")
+    assert command(*lora_ga, "--init.num_samples=16", "--model.adapter.r=5") == 2
+    assert "set model.adapter.r to at most 4" in capfd.readouterr().err
+
+
+def test_a_checkpoint_of_an_offset_run_is_tested_right(fit, command, tiny_run, run_models):
+    """Without the offset the checkpoint's factors would stand on the whole base."""
+    folder = fit("--config=methods/pissa.yaml")
+    wanted = json.loads((folder / "summary.json").read_text())["metrics"]["final"]
+    [checkpoint] = (folder / "checkpoints").iterdir()
+    found = {}
+    from app.module import LoraModule
+
+    original = LoraModule.log_dict
+
+    def log_dict(module, values, **options):
+        found.update(values)
+        return original(module, values, **options)
+
+    LoraModule.log_dict = log_dict
+    try:
+        status = command(
+            *("validate", "--config", tiny_run, "--config=methods/pissa.yaml"),
+            f"--ckpt_path={checkpoint}",
+        )
+    finally:
+        LoraModule.log_dict = original
+    assert status == 0
+    assert float(found["val/loss"]) == pytest.approx(wanted["loss"], rel=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(run_models / "llama")
+    assert PeftModel.from_pretrained(base, folder / "adapter").peft_config["default"].r == 2 * R
