@@ -11,12 +11,21 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import save_file
@@ -24,42 +33,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from app.adapter_settings import LoraSettings
 from app.errors import InputError
 
 ADAPTER = "default"
 """PEFT's name of the adapter that is trained."""
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """A LoRA adapter, in PEFT's names.
-
-    Args:
-        r: Rank of the update, 1 <= r <= the smaller side of every target.
-        lora_alpha: Numerator of the scaling; dimensionless.
-        use_rslora: Scale by lora_alpha / sqrt(r) (rank-stabilised) instead of lora_alpha / r.
-        lora_dropout: Dropout on the adapter's input while training, in [0, 1).
-        use_dora: DoRA: a trainable magnitude for each output, beside the direction that the factors change.
-        target_modules: `all-linear` (every linear layer but the LM head), a regular expression over
-            module names, or a list of name endings such as [q_proj, v_proj].
-    """
-
-    r: int = 8
-    lora_alpha: float = 16
-    use_rslora: bool = True
-    lora_dropout: float = 0.0
-    use_dora: bool = False
-    target_modules: str | list[str] = "all-linear"
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise InputError(f"model.adapter.r must be at least 1, got {self.r}")
-        if not self.lora_alpha > 0:
-            raise InputError(f"model.adapter.lora_alpha must be > 0, got {self.lora_alpha}")
-        if not 0 <= self.lora_dropout < 1:
-            raise InputError(
-                f"model.adapter.lora_dropout must lie in [0, 1), got {self.lora_dropout}"
-            )
+UNKNOWN_STEPS = 10**9
+"""Stands for the length of training, which AdaLoRA wants to know before there is a trainer."""
 
 
 @dataclass(frozen=True)
@@ -96,16 +76,25 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     """
     targets = settings.target_modules
     conv1d = any(isinstance(module, Conv1D) for module in model.modules())
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
-        use_rslora=settings.use_rslora,
-        lora_dropout=settings.lora_dropout,
-        use_dora=settings.use_dora,
-        target_modules=targets,
-        fan_in_fan_out=conv1d,
-        task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
-    )
+    encodes = model.config.is_encoder_decoder
+    options: dict[str, Any] = {
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "target_modules": targets,
+        "fan_in_fan_out": conv1d,
+        "task_type": TaskType.SEQ_2_SEQ_LM if encodes else TaskType.CAUSAL_LM,
+    }
+    config: LoraConfig
+    if settings.adalora is None:
+        own: dict[str, Any] = {
+            "r": settings.r,
+            "use_rslora": settings.use_rslora,
+            "use_dora": settings.use_dora,
+        }
+        config = LoraConfig(**options, **own)
+    else:
+        budget = asdict(settings.adalora)
+        config = AdaLoraConfig(**options, **budget, target_r=settings.r, total_step=UNKNOWN_STEPS)
     try:
         wrapped = get_peft_model(model, config)
     except ValueError as error:
@@ -143,10 +132,23 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Return whether a model has an adapter of any kind."""
+    return isinstance(model, PeftModel)
+
+
+def adalora_tuner(model: nn.Module) -> Any:
+    """Return PEFT's AdaLoRA around a model, with its allocator of ranks; None where there is none."""
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    return tuner if isinstance(tuner, AdaLoraModel) else None
+
+
 def lora_pairs(model: nn.Module) -> list[LoraPair]:
-    """List the LoRA layers of a PEFT model in module order; empty for any other model."""
+    """List the LoRA layers of a PEFT model in module order; empty for any other model, and for AdaLoRA."""
     pairs = []
     for name, module in model.named_modules():
+        if isinstance(module, AdaLoraLayer):
+            continue  # has triplets, not pairs
         if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
             pairs.append(
                 LoraPair(

@@ -42,6 +42,7 @@ from app.run_folder import (
 )
 from app.stopping import StopSignals
 from app.trainer_checks import check_precision, check_trainer
+from callbacks.adalora_pruning import AdaLoraPruning
 from callbacks.checkpoints import Checkpoints
 from callbacks.exams import Exams
 from callbacks.lora_ga_init import LoraGaInit
@@ -231,7 +232,7 @@ class LoraCLI(LightningCLI):
             loggers = [] if dry else make_loggers(output, folder, wandb_id, *about)
             given = [] if own in (None, True, False) else own if isinstance(own, list) else [own]
             kwargs["logger"] = loggers + given or False
-            extra += [RunPosition(seed, folder is not None), ScoreAt("zero_shot")]
+            extra += [AdaLoraPruning(), RunPosition(seed, folder is not None), ScoreAt("zero_shot")]
             if init is not None:
                 extra += [init, ScoreAt("after_init")]
             else:

@@ -13,9 +13,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from app.adalora import add_orthogonality
+from app.adapter_settings import LoraSettings
 from app.adapters import (
     LoraPair,
-    LoraSettings,
+    adalora_tuner,
     add_lora,
     base_model,
     check_adapter_folder,
@@ -159,11 +161,16 @@ class LoraModule(LightningModule):
                 "model.adapter is null, but this strategy shards frozen weights only: set model.adapter, "
                 "or train every weight with --config strategies/ddp.yaml"
             )
-        if self._sharded and self.adapter is not None and self.adapter.use_dora:
-            raise InputError(
-                "model.adapter.use_dora is true, but this strategy shards the weights whose norms DoRA needs: "
-                "set it to false, or use --config strategies/ddp.yaml"
-            )
+        if self._sharded and self.adapter is not None:
+            for name, on in (
+                ("use_dora", self.adapter.use_dora),
+                ("adalora", self.adapter.adalora),
+            ):
+                if on:
+                    raise InputError(
+                        f"model.adapter.{name} is set, which does not work with the sharded weights of this "
+                        "strategy: unset it, or use --config strategies/ddp.yaml"
+                    )
         dtype = getattr(torch, self.dtype_name)
         # A sharded model is read by the first process alone, which hands out the shards.
         make = empty_model if self._sharded and rank() > 0 else load_model
@@ -291,6 +298,10 @@ class LoraModule(LightningModule):
         if first[1] != tokens:
             factor = first[1] / tokens
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+        tuner = adalora_tuner(self.model)  # type: ignore[arg-type]
+        if tuner is not None:
+            self.log("train/orthogonality", add_orthogonality(tuner))
+            parameters = [p for p in self.parameters() if p.grad is not None]
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # the scaler of float16 overflows on purpose, and skips such steps itself
         named = [(n, p.grad) for n, p in self.named_parameters() if p.grad is not None]

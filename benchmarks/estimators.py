@@ -16,7 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from app.adapters import LoraSettings, add_lora, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import add_lora, lora_pairs
 from app.gradient import SketchedGradient
 from app.one_step import Estimator, OneStepResult, one_step_gradients
 from app.pretrained import load_model, load_tokenizer, resolve_model

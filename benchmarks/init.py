@@ -43,7 +43,8 @@ from peft.tuners.lora import preprocess_loraga
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from app.adapters import LoraSettings, add_lora, base_model, install, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import add_lora, base_model, install, lora_pairs
 from app.loss import Batch, summed_loss, supervised_logits
 from app.memory import PeakMemory
 from app.one_step import Estimator, one_step_gradients

@@ -26,7 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from app.adapters import LoraPair, LoraSettings, add_lora, base_model, install, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import LoraPair, add_lora, base_model, install, lora_pairs
 from app.label_scores import LabelScores
 from app.line_search import mean_loss, search_gamma
 from app.loss import supervised_logits

@@ -23,6 +23,11 @@ def check_new_adapter(module: Any, start: str) -> None:
             f"init is {start}, but the model has no LoRA adapter: set model.adapter, or init to "
             "null for full fine-tuning"
         )
+    if module.adapter.adalora is not None:
+        raise InputError(
+            f"init is {start}, which fills lora_A and lora_B, but model.adapter.adalora is set, whose triplets "
+            "start by themselves: set init or model.adapter.adalora to null"
+        )
 
 
 def gradient_batches(trainer: Trainer, num_samples: int, micro_batch_size: int) -> Sequence[Batch]:

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from app.adapters import lora_pairs, save_adapter, save_model
+from app.adapters import is_adapted, save_adapter, save_model
 from app.errors import InputError
 from app.memory import PeakMemory, device_name
 from app.plots import read_metrics, write_plots
@@ -136,7 +136,7 @@ class RunReport(Callback):
         record.data = trainer.datamodule.describe()  # type: ignore[attr-defined]
         for logger in trainer.loggers:
             logger.save()
-        adapter = folder / ADAPTER_FOLDER if lora_pairs(pl_module.model) else None
+        adapter = folder / ADAPTER_FOLDER if is_adapted(pl_module.model) else None
         if adapter is not None:
             save_adapter(pl_module.model, adapter, pl_module.base_name, pl_module.starts)
             pl_module.tokenizer.save_pretrained(str(adapter))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from app.adapters import LoraSettings, add_lora, base_model, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import add_lora, base_model, lora_pairs
 from app.choices import SHORTEST_PREFIX, choice_log_likelihoods
 from app.errors import InputError
 

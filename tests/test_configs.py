@@ -34,7 +34,7 @@ def parsed(monkeypatch, command):
 
 
 def test_all_are_here():
-    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) == 34
+    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) == 35
     assert len(COMPLETE) == 12
     assert len(BENCHMARKS) == 5
 

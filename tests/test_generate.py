@@ -8,7 +8,8 @@ from conftest import ROOT
 from test_choices import mistral
 from transformers import MambaConfig, MambaForCausalLM
 
-from app.adapters import LoraSettings, add_lora, base_model, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import add_lora, base_model, lora_pairs
 from app.errors import InputError
 from app.evaluation import Decoding
 from app.generate import generate

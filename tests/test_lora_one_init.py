@@ -9,7 +9,8 @@ import torch
 from one_step_oracle import make_batches
 from torch import nn
 
-from app.adapters import LoraSettings, add_lora, base_model, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import add_lora, base_model, lora_pairs
 from callbacks.lora_one_init import LoraOneInit
 
 BUILDERS = ["tiny_llama", "tiny_gpt2", "tiny_t5"]

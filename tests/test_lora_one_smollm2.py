@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from app.adapters import LoraSettings, add_lora, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import add_lora, lora_pairs
 from app.gradient_store import ExactStore
 from app.loss import summed_loss, supervised_logits
 from app.one_step import Estimator, one_step_gradients

@@ -8,7 +8,8 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import get_scheduler
 
-from app.adapters import LoraSettings, add_lora, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import add_lora, lora_pairs
 from app.lora_plus import LoraPlusAdamW
 
 

@@ -5,7 +5,8 @@ import torch
 from one_step_oracle import make_batches
 from torch import nn
 
-from app.adapters import LoraSettings, add_lora
+from app.adapter_settings import LoraSettings
+from app.adapters import add_lora
 from app.loss import summed_loss, supervised_logits
 
 BUILDERS = ["tiny_llama", "tiny_gpt2", "tiny_t5"]

@@ -9,7 +9,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from app.adapters import LoraSettings, add_lora, install, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import add_lora, install, lora_pairs
 from app.module import LoraModule
 
 # Of the tiny Llama (d 16, 2 heads of 8, 1 for keys, inner 32, 2 layers) with r = 4, by hand:

@@ -16,7 +16,8 @@ from one_step_oracle import (
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from app.adapters import LoraSettings, add_lora, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import add_lora, lora_pairs
 from app.errors import InputError
 from app.observer import frozen, observe
 from app.one_step import Estimator

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from app.adapter_settings import LoraSettings
 from app.adapters import (
-    LoraSettings,
     add_lora,
     base_weight,
     install,

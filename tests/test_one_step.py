@@ -12,7 +12,8 @@ from one_step_oracle import (
 )
 from torch import nn
 
-from app.adapters import LoraPair, LoraSettings, add_lora, base_model, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import LoraPair, add_lora, base_model, lora_pairs
 from app.errors import InputError
 from app.one_step import Estimator, one_step_gradients
 

@@ -8,7 +8,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from app.adapters import LoraSettings, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import lora_pairs
 from app.dry_pass import DryModel, LiveBytes
 from app.gradient_store import ExactStore, Layer
 from app.loss import summed_loss

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from app.adapters import LoraSettings, add_lora, install, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import add_lora, install, lora_pairs
 from app.errors import InputError
 from app.gradient import GradientEstimate
 from app.spectral_init import SVD, fix_signs, low_rank_svd, spectral_factors, truncated_svd

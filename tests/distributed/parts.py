@@ -12,7 +12,8 @@ import torch.distributed as dist
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from app import gradient_store, heartbeat
-from app.adapters import LoraPair, LoraSettings, add_lora, base_model, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import LoraPair, add_lora, base_model, lora_pairs
 from app.errors import InputError
 from app.gradient_store import ExactStore, Layer
 from app.loss import summed_loss, supervised_logits

@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from app.adapters import LoraSettings, add_lora, base_model, lora_pairs
+from app.adapter_settings import LoraSettings
+from app.adapters import add_lora, base_model, lora_pairs
 from app.choices import SHORTEST_PREFIX, choice_log_likelihoods
 from app.evaluation import Decoding
 from app.generate import generate

@@ -1,0 +1,54 @@
+"""AdaLoRA's pruning, after each optimizer step."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from app.adalora import (
+    allocator_state,
+    load_allocator_state,
+    remaining_triplets,
+    set_total_steps,
+)
+from app.adapters import adalora_tuner
+
+
+class AdaLoraPruning(Callback):
+    """Let AdaLoRA weigh its triplets and prune to the budget of the step; nothing for any other adapter.
+
+    Listed before the callbacks that save.
+    """
+
+    def __init__(self) -> None:
+        self._tuner: Any = None
+        self._state: dict[str, Any] = {}
+        self._last_step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the averages by which triplets are weighed, and which are left."""
+        return {} if self._tuner is None else allocator_state(self._tuner)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over those of the interrupted run."""
+        self._state = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell AdaLoRA the length of training."""
+        module: Any = pl_module
+        self._tuner = adalora_tuner(module.model)
+        self._last_step = trainer.global_step
+        if self._tuner is None:
+            return
+        set_total_steps(self._tuner, int(trainer.estimated_stepping_batches))
+        if self._state:
+            load_allocator_state(self._tuner, self._state, module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Prune; the gradients of the step are still there."""
+        stepped = trainer.global_step != self._last_step
+        self._last_step = trainer.global_step
+        if self._tuner is not None and stepped:
+            self._tuner.update_and_allocate(trainer.global_step)
+            pl_module.log("adalora/triplets", float(remaining_triplets(self._tuner)))
