@@ -1,6 +1,8 @@
 """How many bytes a run takes on each process: arithmetic on shapes, without weights."""
 
-from collections.abc import Iterable, Sequence
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,30 +170,54 @@ def exchange_bytes(gradients: int, placement: Placement) -> int:
     return gradients if placement.world_size > 1 else 0
 
 
-def optimizer_bytes(make_optimizer: Any, parameters: Iterable[nn.Parameter]) -> int:
+def optimizer_bytes(make_optimizer: Any, groups: Iterable[Mapping[str, Any]]) -> int:
     """Return the bytes of an optimizer's states after its first step.
 
-    The optimizer is run once on a small matrix of each dtype; its states are taken to be as large a
-    multiple of every other parameter (AdamW 2, SGD 0, with momentum 1).
+    The optimizer is run once on small parameters whose sides all differ; what it keeps of them tells what it
+    keeps of large ones (AdamW two of each parameter's shape, LoRA-Pro two of the weight's).
 
     Args:
         make_optimizer: From parameters or groups to an optimizer.
-        parameters: Those it will train, also on the meta device.
+        groups: Of the parameters it will train, also on the meta device; a group with `lora_pairs` lists
+            lora_A (r, n) and lora_B (m, r) in turn.
     """
-    parameters = list(parameters)
     total = 0
-    for dtype in {p.dtype for p in parameters}:
-        sample = nn.Parameter(torch.zeros(16, 16, dtype=dtype))
-        sample.grad = torch.ones_like(sample)
-        optimizer = make_optimizer([sample])
-        optimizer.step()
-        states = [s for s in optimizer.state[sample].values() if isinstance(s, torch.Tensor)]
-        fixed = tensor_bytes(s for s in states if s.ndim == 0)
-        growing = tensor_bytes(s for s in states if s.ndim > 0)
-        for p in parameters:
-            if p.dtype == dtype:
-                total += fixed + growing * p.numel() // sample.numel()
+    for group in groups:
+        params = list(group["params"])
+        width = 2 if group.get("lora_pairs") else 1
+        for start in range(0, len(params), width):
+            total += _state_bytes(make_optimizer, params[start : start + width])
     return total
+
+
+def _state_bytes(make_optimizer: Any, params: Sequence[nn.Parameter]) -> int:
+    """Return the bytes of what an optimizer keeps of one parameter, or of one pair."""
+    small: list[tuple[int, ...]]
+    if len(params) == 2:
+        (r, n), m = params[0].shape, params[1].shape[0]
+        small, large = [(2, 3), (5, 2)], {2: r, 3: n, 5: m}
+    else:
+        names = range(2, 2 + len(params[0].shape))
+        small, large = [tuple(names)], dict(zip(names, params[0].shape, strict=True))
+    return sum(
+        itemsize * math.prod(large[side] for side in shape)
+        for itemsize, shape in _kept(make_optimizer, tuple(small), params[0].dtype)
+    )
+
+
+@functools.cache
+def _kept(
+    make_optimizer: Any, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
+) -> list[tuple[int, tuple[int, ...]]]:
+    """Return item size and shape of all states after a step on parameters of these shapes."""
+    sample = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+    for p in sample:
+        p.grad = torch.ones_like(p)
+    group = {"params": sample, "lora_pairs": len(sample) == 2, "scaling": [1.0]}
+    optimizer = make_optimizer([group] if len(sample) == 2 else sample)
+    optimizer.step()
+    states = [s for state in optimizer.state.values() for s in state.values()]
+    return [(s.element_size(), tuple(s.shape)) for s in states if isinstance(s, torch.Tensor)]
 
 
 def cache_bytes(config: PreTrainedConfig, rows: int, tokens: int, itemsize: int) -> int:

@@ -1,6 +1,5 @@
 """The LightningModule: a pretrained language model, its adapter, its loss, its optimizer."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -340,7 +339,7 @@ class LoraModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""
-        optimizer = self.make_optimizer(self._parameter_groups())
+        optimizer = self.make_optimizer(self.parameter_groups())
         total = int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
         scheduler = get_scheduler(self.lr_scheduler_type, optimizer, round(warmup), total)
@@ -349,7 +348,8 @@ class LoraModule(LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def _parameter_groups(self) -> Iterable[Any]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return what the optimizer is given: the LoRA pairs, and whatever else is trained."""
         pairs = [p for pair in self.lora_pairs() for p in (pair.lora_A, pair.lora_B)]
         known = {id(p) for p in pairs}
         others = [p for p in self.parameters() if p.requires_grad and id(p) not in known]

@@ -262,7 +262,7 @@ def run_memory(trainer: PlanTrainer, module: LoraModule, data: Any, model: nn.Mo
         trained=gradients,
         gradients=gradients,
         exchange=exchange_bytes(gradients, placement),
-        optimizer=optimizer_bytes(module.make_optimizer, trained),
+        optimizer=optimizer_bytes(module.make_optimizer, module.parameter_groups()),
         training=dry.training(train),
         evaluation=dry.evaluation(validation),
         generation=generation_bytes(module, data),

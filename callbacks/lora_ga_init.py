@@ -6,16 +6,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from app.errors import InputError
-from app.one_step import Estimator, one_step_gradients
-from app.processes import broadcast
-from app.progress import track
-from app.spectral_init import SVD
-from callbacks.gradient_start import (
+from app.gradient_start import (
     check_new_adapter,
     gradient_batches,
     layers_without_gradient,
     report,
 )
+from app.one_step import Estimator, one_step_gradients
+from app.processes import broadcast
+from app.progress import track
+from app.spectral_init import SVD
 
 
 class LoraGaInit(Callback):

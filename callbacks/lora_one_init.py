@@ -9,17 +9,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.adapters import LoraPair, install
 from app.errors import InputError
-from app.line_search import MOST, mean_loss, search_gamma
-from app.loss import Batch
-from app.one_step import Estimator, one_step_gradients
-from app.progress import track
-from app.spectral_init import SVD, spectral_factors
-from callbacks.gradient_start import (
+from app.gradient_start import (
     check_new_adapter,
     gradient_batches,
     layers_without_gradient,
     report,
 )
+from app.line_search import MOST, mean_loss, search_gamma
+from app.loss import Batch
+from app.one_step import Estimator, one_step_gradients
+from app.progress import track
+from app.spectral_init import SVD, spectral_factors
 
 Start = list[tuple[LoraPair, SVD]]
 """The pairs that get a start, with the leading r triplets of their gradients."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from app.adapters import base_weight
 from app.errors import InputError
+from app.gradient_start import check_new_adapter
 from app.processes import broadcast
 from app.progress import track
-from callbacks.gradient_start import check_new_adapter
 
 
 class PissaInit(Callback):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from app.adapter_settings import LoraSettings
 from app.adapters import lora_pairs
 from app.dry_pass import DryModel, LiveBytes
 from app.gradient_store import ExactStore, Layer
+from app.lora_plus import LoraPlusAdamW
+from app.lora_pro_adamw import LoraProAdamW
 from app.loss import summed_loss
 from app.memory_plan import (
     Placement,
@@ -119,13 +122,13 @@ def check_activations(name, rel, **settings):
 def check_after_a_step(name, optimizer, **settings):
     """Compare weights, adapter and states with what torch holds after one optimizer step."""
     real = loaded(name, optimizer=optimizer, **settings)
-    made = real.make_optimizer(real._parameter_groups())
+    made = real.make_optimizer(real.parameter_groups())
     summed_loss(real.supervised_logits(batch_for(real))).backward()
     made.step()
     states = [s for state in made.state.values() for s in state.values() if torch.is_tensor(s)]
     plan = planned(name, optimizer=optimizer, **settings)
     trained = [p for p in plan.model.parameters() if p.requires_grad]
-    assert optimizer_bytes(plan.make_optimizer, trained) == tensor_bytes(states)
+    assert optimizer_bytes(plan.make_optimizer, plan.parameter_groups()) == tensor_bytes(states)
     whole = frozen_bytes(plan.model, Placement("auto")) + tensor_bytes(trained)
     assert whole == tensor_bytes([*real.model.parameters(), *real.model.buffers()])
     gradients = [p.grad for p in real.model.parameters() if p.grad is not None]
@@ -172,6 +175,9 @@ def test_activations(kind, checkpointing, run_models):
 
 OPTIMIZERS = {
     "preconditioned": PreconditionedAdamW,
+    "lora_plus": LoraPlusAdamW,
+    "lora_pro": LoraProAdamW,
+    "lora_pro_efficient": partial(LoraProAdamW, mode="efficient"),
     "adamw": lambda params: torch.optim.AdamW(params),
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
     "momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
