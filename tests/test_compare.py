@@ -17,6 +17,8 @@ from conftest import ROOT
 import app.compare.command
 from app.cli import main
 from app.compare.cells import Cell, grid, parse_rates, rate_text
+from app.compare.resolve import check_validation, parsed_run, rows_to_set_aside
+from app.errors import InputError
 
 REAL = ROOT.parent / "shared" / "data" / "glue" / "SST-2"
 OPTIONS = (
@@ -210,12 +212,25 @@ def test_refusals(refused, tmp_path):
     assert "arguments are required: --learning_rates" in refused("--methods=lora")
     told = refused("--methods=lora", rates, "--data.btch_size=3")
     assert told == "method lora: there is no setting data.btch_size; did you mean data.batch_size?"
-    told = refused("--methods=lora", rates, options=("--data.validation_size=null",))
-    assert "the validation rows of glue/sst2 are the rows that the test reports" in told
-    assert "--data.validation_size 1000" in told
     told = refused("--methods=lora", rates, "--launch=slurm", "--trainer.num_nodes=2")
     assert "a task of the Slurm array has one device" in told
     assert not (tmp_path / "runs").exists()
+
+
+def test_training_rows_are_set_aside_where_the_configuration_has_none(tiny_run, command, capfd):
+    run = parsed_run([f"--config={tiny_run}", "--data.validation_size=null"])
+    rows = len(run.make_data().rows("train"))
+    assert rows_to_set_aside(run) == rows // 5 > 0
+    with pytest.raises(InputError, match="are the rows that the test reports"):
+        check_validation(run)
+    apart = parsed_run([f"--config={tiny_run}", f"--data.validation_size={rows // 5}"])
+    assert rows_to_set_aside(apart) is None
+    check_validation(apart)
+    # The command does so by itself, whatever comes of it.
+    options = ("--methods=lora", "--learning_rates=1e-3", "--data.validation_size=null")
+    assert command("compare", "--config", tiny_run, *options, "--launch=slurm") == 0
+    told = capfd.readouterr().out
+    assert f"{rows // 5} training rows are set aside to choose learning rates on" in told
 
 
 def test_methods_that_are_no_comparison(refused, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from app.run_folder import CONFIG_FILE
 
 COMPARE = """Train methods with several learning rates and seeds, and report on all of them.
 
-  python train.py compare --config glue_sst2.yaml --data.validation_size 2000 \\
+  python train.py compare --config glue_sst2.yaml \\
       --methods lora,lora_one --learning_rates 1e-4,3e-4,1e-3 --seeds 0,1,2
 
 Options of fit, such as --data.path or --trainer.max_steps, go to every run. The same command goes on after an
@@ -110,7 +110,13 @@ def compare(arguments: Sequence[str]) -> int:
         find_config(name)
 
     # Here, since the command line's parser imports what trains, which a report does without.
-    from app.compare.resolve import check_cell, check_methods, check_validation, parsed_run
+    from app.compare.resolve import (
+        check_cell,
+        check_methods,
+        check_validation,
+        parsed_run,
+        rows_to_set_aside,
+    )
 
     shared = [*(f"--config={name}" for name in given.config)]
 
@@ -121,6 +127,13 @@ def compare(arguments: Sequence[str]) -> int:
     for method in methods:
         try:
             runs[method] = parsed_run(options(method))
+            size = rows_to_set_aside(runs[method]) if method == methods[0] else None
+            if size is not None:
+                print(
+                    f"{size:,} training rows are set aside to choose learning rates on (data.validation_size)"
+                )
+                rest.append(f"--data.validation_size={size}")
+                runs[method] = parsed_run(options(method))
         except InputError as error:
             raise InputError(f"method {method}: {error}") from error
     configs = {method: run.resolved for method, run in runs.items()}

@@ -13,6 +13,9 @@ from app.errors import InputError
 from app.run_folder import CONFIG_FILE
 from app.stopping import StopSignals
 
+MOST_ASIDE = 1000
+"""Training rows that choose the learning rate, where the configuration says nothing."""
+
 
 class ParsedRun(LoraCLI):
     """A `fit` that is parsed and not run.
@@ -75,22 +78,27 @@ def check_methods(runs: Mapping[str, Mapping[str, Any]]) -> Settings:
     return first
 
 
-def check_validation(run: ParsedRun) -> None:
-    """Refuse data whose validation rows are those that the test reports.
+def rows_to_set_aside(run: ParsedRun) -> int | None:
+    """Return how many training rows to set aside where a run would validate on the rows that it reports.
 
-    Raises:
-        InputError: Learning rates would be chosen on the reported rows.
+    Returns:
+        A fifth of the training rows, at most 1,000; None where the configuration has set some aside, or the
+        data has no classes: then the test asks benchmarks, and the loss of rows chooses.
     """
     data = run.make_data()
-    if not data.label_words:
-        return  # free answers: the test asks benchmarks, and the choice is made by the loss of rows
-    if data.validation_size is None or data.rows("validation") == data.rows("test"):
-        hint = "set data.validation_size, such as --data.validation_size 1000, to set training rows aside"
-        if data.validation_size is not None:
-            hint = "give data with a published set in data.path, beside the rows set aside"
+    if not data.label_words or data.validation_size is not None:
+        return None
+    return min(MOST_ASIDE, len(data.rows("train")) // 5)
+
+
+def check_validation(run: ParsedRun) -> None:
+    """Raise InputError if the validation rows are those that the test reports: rates are chosen on them."""
+    data = run.make_data()
+    if data.label_words and data.rows("validation") == data.rows("test"):
         raise InputError(
             f"the validation rows of {data.task_name} are the rows that the test reports, so that the best "
-            f"learning rate would be chosen on them: {hint}"
+            "learning rate would be chosen on them: give data with a published set in data.path, beside the "
+            "rows set aside"
         )
 
 
