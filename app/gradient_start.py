@@ -1,14 +1,33 @@
-"""What the starts that observe the one-step gradient share: when they may run, and what they report."""
+"""What the starts of an adapter share: when they may run, what a resumed run knows, what they report."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.errors import InputError
 from app.loss import Batch
 from app.one_step import Estimator, OneStepResult
+
+
+class Start(Callback):
+    """Fills a new adapter when fitting starts, once; a resumed run has it already.
+
+    Attributes:
+        report: What the start was, for the run's record; empty before.
+    """
+
+    def __init__(self) -> None:
+        self.report: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Remember that the start was installed, and what it was."""
+        return {"report": self.report}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the report of the interrupted run; its adapters are not overwritten."""
+        self.report = state_dict["report"]
 
 
 def check_new_adapter(module: Any, start: str) -> None:

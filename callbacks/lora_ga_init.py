@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from app.errors import InputError
 from app.gradient_start import (
+    Start,
     check_new_adapter,
     gradient_batches,
     layers_without_gradient,
@@ -18,7 +19,7 @@ from app.progress import track
 from app.spectral_init import SVD
 
 
-class LoraGaInit(Callback):
+class LoraGaInit(Start):
     """Start every LoRA pair so that its first update is the closest to the full gradient's.
 
         U S V^T = SVD(G)
@@ -48,6 +49,7 @@ class LoraGaInit(Callback):
         micro_batch_size: int = 8,
         estimator: Estimator = Estimator(),  # noqa: B008 (frozen)
     ) -> None:
+        super().__init__()
         given = {"gamma": gamma, "num_samples": num_samples, "micro_batch_size": micro_batch_size}
         for name, value in given.items():
             if not value > 0:
@@ -56,15 +58,6 @@ class LoraGaInit(Callback):
         self.num_samples = num_samples
         self.micro_batch_size = micro_batch_size
         self.estimator = estimator
-        self.report: dict[str, Any] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Remember that the start was installed, and what it was."""
-        return {"report": self.report}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the report of the interrupted run; its adapters are not overwritten."""
-        self.report = state_dict["report"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before the model's weights are loaded."""

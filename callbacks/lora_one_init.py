@@ -4,12 +4,13 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.adapters import LoraPair, install
 from app.errors import InputError
 from app.gradient_start import (
+    Start,
     check_new_adapter,
     gradient_batches,
     layers_without_gradient,
@@ -21,11 +22,11 @@ from app.one_step import Estimator, one_step_gradients
 from app.progress import track
 from app.spectral_init import SVD, spectral_factors
 
-Start = list[tuple[LoraPair, SVD]]
+Triplets = list[tuple[LoraPair, SVD]]
 """The pairs that get a start, with the leading r triplets of their gradients."""
 
 
-class LoraOneInit(Callback):
+class LoraOneInit(Start):
     """Start every LoRA pair from the best rank-r approximation of its negative one-step gradient.
 
         lora_B @ lora_A = P_r(-G) / (gamma * S_1(G)),    the base weight stays as it is
@@ -56,6 +57,7 @@ class LoraOneInit(Callback):
         micro_batch_size: int = 8,
         estimator: Estimator = Estimator(),  # noqa: B008 (frozen)
     ) -> None:
+        super().__init__()
         for name, value in (
             ("gamma", 1 if gamma == "auto" else gamma),
             ("num_samples", num_samples),
@@ -67,15 +69,6 @@ class LoraOneInit(Callback):
         self.num_samples = num_samples
         self.micro_batch_size = micro_batch_size
         self.estimator = estimator
-        self.report: dict[str, Any] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Remember that the start was installed, and what it was."""
-        return {"report": self.report}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the report of the interrupted run; its adapters are not overwritten."""
-        self.report = state_dict["report"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before the model's weights are loaded."""
@@ -119,7 +112,7 @@ class LoraOneInit(Callback):
 
     def _search(
         self,
-        start: Start,
+        start: Triplets,
         untouched: float,
         module: Any,
         batches: Sequence[Batch],
@@ -156,7 +149,7 @@ class LoraOneInit(Callback):
         return {"gamma": gamma, "gamma_search": [{"gamma": g, "loss": v} for g, v in tried.items()]}
 
 
-def _install(start: Start, gamma: float) -> None:
+def _install(start: Triplets, gamma: float) -> None:
     for pair, svd in start:
         factors = spectral_factors(svd, gamma)
         install(pair, factors.lora_A, factors.lora_B)

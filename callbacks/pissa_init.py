@@ -4,18 +4,18 @@ import time
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from app.adapters import base_weight
 from app.errors import InputError
-from app.gradient_start import check_new_adapter
+from app.gradient_start import Start, check_new_adapter
 from app.processes import broadcast
 from app.progress import track
 
 
-class PissaInit(Callback):
+class PissaInit(Start):
     """Let the adapter train the weight's principal part, and freeze the rest.
 
         U S V^T = SVD(W)
@@ -33,20 +33,12 @@ class PissaInit(Callback):
     """
 
     def __init__(self, niter: int | None = None) -> None:
+        super().__init__()
         if niter is not None and niter < 1:
             raise InputError(
                 f"init.niter must be at least 1, or null for the exact SVD, got {niter}"
             )
         self.niter = niter
-        self.report: dict[str, Any] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Remember that the start was installed, and what it was."""
-        return {"report": self.report}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the report of the interrupted run; its adapters are not overwritten."""
-        self.report = state_dict["report"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before the model's weights are loaded."""
