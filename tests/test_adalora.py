@@ -169,7 +169,7 @@ def test_accumulation_adds_the_regulariser_once(fit, seen):
     assert values(folder, "train/orthogonality")[0] == pytest.approx(regulariser[0])
 
 
-def test_what_cannot_work(command, tiny_run, capfd):
+def test_what_cannot_work(command, tiny_run, capfd, monkeypatch):
     def told(*options):
         assert command("fit", "--config", tiny_run, "--config=methods/adalora.yaml", *options) == 2
         return capfd.readouterr().err
@@ -179,8 +179,9 @@ def test_what_cannot_work(command, tiny_run, capfd):
         "--model.adapter.adalora.init_r=3"
     )
     assert "exclude each other" in told("--model.adapter.use_dora=true")
-    fsdp = ("--config=strategies/fsdp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=1")
-    assert "model.adapter.adalora is set, which does not work with the sharded" in told(*fsdp)
+    with monkeypatch.context() as patched:
+        patched.setattr(LoraModule, "_sharded", property(lambda _: True))
+        assert "model.adapter.adalora is set, which does not work with the sharded" in told()
     start = "--init=callbacks.lora_one_init.LoraOneInit"
     assert "init is LoraOneInit, which fills lora_A and lora_B" in told(
         start, "--init.num_samples=16"
