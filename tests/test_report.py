@@ -137,6 +137,30 @@ def test_the_tables_numbers(report, runs, tmp_path, capsys):
     assert len(rows_of(tmp_path / "out" / "runs.csv")) == 18
 
 
+def test_heat_maps_of_the_best_rates_first_seed(report, runs, tmp_path):
+    assert report(runs) == 0
+    assert "Inside" not in (tmp_path / "out" / "report.md").read_text()
+    drawn = {}
+    for config in runs.rglob("config.yaml"):
+        for measure in ("angle_A", "captured", "norm"):
+            png = f"{config.parent} {measure}".encode()
+            (config.parent / f"inside_{measure}.png").write_bytes(png)
+            drawn[png] = yaml.safe_load(config.read_text())
+    assert report(runs) == 0
+    out = tmp_path / "out"
+    names = sorted(path.name for path in out.glob("inside_*.png"))
+    methods = ("lora", "lora_one")
+    assert names == [f"inside_{m}_{kind}.png" for m in methods for kind in ("angle_A", "captured")]
+    for name in names:
+        shown = drawn[(out / name).read_bytes()]
+        assert shown["seed_everything"] == 0
+        best = 1e-3 if shown["model"]["method"] == "lora_one" else 1e-2
+        assert shown["model"]["optimizer"]["init_args"]["lr"] == best
+        assert f"inside_{shown['model']['method']}_" in name
+        assert f"({name})" in (out / "report.md").read_text()
+    assert "lora_one: Angle between lora_A" in (out / "report.html").read_text()
+
+
 def test_statistics():
     values = [0.3, 0.1, 0.7, 0.4]
     found = Stat.of([*values, None])

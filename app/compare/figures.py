@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from app.compare.cells import rate_text
 from app.compare.collect import Run
 from app.compare.selection import Method, Task
+from app.inside_plots import MAPS
 
 # Okabe and Ito's colours, told apart with any colour vision; beyond them the line style changes.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -26,6 +28,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SIZE = (6.0, 4.2)
 LABELS = {"steps": "optimizer step", "seconds": "seconds of initialisation and training"}
 POINTS = 200
+
+
+INSIDE = ("angle_A", "angle_B", "captured", "effective_rank")
+"""The heat maps of a run that a report shows."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,23 @@ class Picture:
     name: str
     title: str
     png: bytes
+
+
+def inside_pictures(task: Task) -> list[Picture]:
+    """Return what `InsideTraining` has drawn of each method's first seed at its best rate."""
+    found = []
+    for method in task.methods:
+        if method.best is None:
+            continue
+        run = min(method.best.runs, key=lambda run: run.seed)
+        for measure in INSIDE:
+            file = run.folder / f"inside_{measure}.png"
+            if file.is_file():
+                name = re.sub(r"\W+", "_", f"inside_{method.label}_{measure}")
+                found.append(
+                    Picture(name, f"{method.label}: {MAPS[measure][0]}", file.read_bytes())
+                )
+    return found
 
 
 def draw(task: Task) -> list[Picture]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sized
 from pathlib import Path
 
 from app.compare.collect import Collection
-from app.compare.figures import Picture, draw
+from app.compare.figures import Picture, draw, inside_pictures
 from app.compare.page import Page
 from app.compare.selection import Task, tasks
 from app.compare.settings import told
@@ -82,8 +82,9 @@ def write_report(found: Collection, folder: Path, score: str | None = None) -> s
         suffix = f"_{number}" if several else ""
         pictures = {f"{picture.name}{suffix}.png": picture for picture in draw(task)}
         table = main_table(task)
-        _write_task(written, task, heading, table, pictures)
-        files |= {name: picture.png for name, picture in pictures.items()}
+        inside = {f"{picture.name}{suffix}.png": picture for picture in inside_pictures(task)}
+        _write_task(written, task, heading, table, pictures, inside)
+        files |= {name: picture.png for name, picture in (pictures | inside).items()}
         files[f"table{suffix}.csv"] = table.csv().encode()
         printed.append(f"{heading or title}\n\n{table.aligned()}")
     left_out = left_out_table(found)
@@ -107,7 +108,12 @@ def write_report(found: Collection, folder: Path, score: str | None = None) -> s
 
 
 def _write_task(
-    written: _Report, task: Task, heading: str, table: Table, pictures: Mapping[str, Picture]
+    written: _Report,
+    task: Task,
+    heading: str,
+    table: Table,
+    pictures: Mapping[str, Picture],
+    inside: Mapping[str, Picture],
 ) -> None:
     if heading:
         written.heading(heading)
@@ -120,6 +126,13 @@ def _write_task(
         written.table(rate_table(task, reported))
     written.heading("Pictures", 3)
     written.pictures(pictures)
+    if inside:
+        written.heading("Inside", 3)
+        written.paragraph(
+            "Each method's first seed at its best rate: how the factors stand to the one-step gradient, "
+            "layer by layer (docs/inside.md)."
+        )
+        written.pictures(inside)
     settings = settings_table(task)
     if settings.rows:
         written.heading("In what the methods differ", 3)
