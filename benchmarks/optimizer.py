@@ -1,4 +1,4 @@
-"""Time one optimizer step: PreconditionedAdamW, torch's fused AdamW, PEFT's Riemannian AdamW.
+"""Time one optimizer step: ours, torch's fused AdamW, PEFT's Riemannian AdamW, LoRA-Pro's both modes.
 
     python benchmarks/optimizer.py [--shapes smollm2|llama2-7b|all] [--device cpu|cuda]
 
@@ -23,6 +23,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from app.lora_pro_adamw import LoraProAdamW
 from app.precond_adamw import PreconditionedAdamW
 
 # Linear layers of one block as (out_features, in_features), and the number of blocks.
@@ -31,6 +32,8 @@ MODELS = {
     "llama2-7b": ([(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)], 32),
 }
 OURS, ADAMW, PEFT = "PreconditionedAdamW", "torch AdamW, fused", "PEFT Riemannian AdamW"
+PRO, PRO_FULL = "LoraProAdamW, efficient", "LoraProAdamW, full"
+MOST_GIB = 4.0  # of an optimizer's states
 
 
 def lora_parameters(shapes: list[tuple[int, int]], rank: int, device: str) -> nn.Module:
@@ -87,16 +90,35 @@ BUILDERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     PEFT: lambda model: create_riemannian_optimizer(
         model, torch.optim.AdamW, lr=1e-5, reg=1e-6, weight_decay=0.0, fused=True
     ),
+    PRO: lambda model: lora_pro(model, "efficient"),
+    PRO_FULL: lambda model: lora_pro(model, "full"),
 }
+
+
+def lora_pro(model: nn.Module, mode: Any) -> LoraProAdamW:
+    """Return LoRA-Pro's optimizer of all pairs."""
+    params = list(model.parameters())
+    pairs = {"params": params, "lora_pairs": True, "scaling": [16 / 8**0.5] * (len(params) // 2)}
+    return LoraProAdamW([pairs], lr=1e-5, mode=mode)
+
+
+def state_mib(optimizer: torch.optim.Optimizer) -> float:
+    """Return what an optimizer keeps between steps."""
+    states = [s for state in optimizer.state.values() for s in state.values()]
+    return sum(s.numel() * s.element_size() for s in states if torch.is_tensor(s)) / 2**20
 
 
 def measure(name: str, rank: int, rounds: int, device: str) -> dict[str, Any]:
     """Time all contenders on one model's shapes."""
     block, num_blocks = MODELS[name]
     shapes = block * num_blocks
+    whole = 8 * sum(m * n for m, n in shapes) / 2**30
+    if whole > MOST_GIB:
+        print(f"{PRO_FULL} would keep {whole:.0f} GiB of states: left out")
     runners = {
         label: Contender(build, lora_parameters(shapes, rank, device))
         for label, build in BUILDERS.items()
+        if label != PRO_FULL or whole <= MOST_GIB
     }
     memory = {}
     for label, runner in runners.items():  # the first step allocates the moments
@@ -123,6 +145,7 @@ def measure(name: str, rank: int, rounds: int, device: str) -> dict[str, Any]:
         "ours_over_adamw": ms[OURS] / ms[ADAMW],
         "peft_over_ours": ms[PEFT] / ms[OURS],
         "peak_extra_mib": memory,
+        "state_mib": {label: state_mib(runner.optimizer) for label, runner in runners.items()},
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "peft": peft.__version__,
@@ -150,7 +173,8 @@ def main() -> None:
         for label, ms in result["ms_per_step"].items():
             extra = result["peak_extra_mib"].get(label)
             print(
-                f"  {label:24s} {ms:9.2f} ms a step (fastest {result['ms_fastest'][label]:.2f})"
+                f"  {label:24s} {ms:9.2f} ms a step (fastest {result['ms_fastest'][label]:.2f}), "
+                f"{result['state_mib'][label]:.1f} MiB of states"
                 + (f", {extra:.1f} MiB extra at the peak" if extra is not None else "")
             )
         print(f"  ours / fused AdamW {result['ours_over_adamw']:.2f}", end="")
