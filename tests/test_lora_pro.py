@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from app.lora_pro import adjusted_gradients, solve_sylvester
+from app.lora_pro import Adjusted, adjusted_gradients, solve_sylvester
 from app.lora_pro_adamw import LoraProAdamW
 
 M, N, R, S = 7, 9, 3, 2.5
@@ -113,6 +113,28 @@ def test_at_loras_start_only_lora_b_moves():
     assert torch.equal(found.lora_A, torch.zeros_like(A))
     wanted = raw(A, B, G)[1] @ torch.linalg.inv(A @ A.mT) / S**2
     assert torch.allclose(found.lora_B, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("start", ["signs", "equal signs", "trained", "ill-conditioned", "zero"])
+def test_float32_is_enough(start):
+    """At the sizes of a real layer, also where Adam's first step has made lora_B nearly of rank one."""
+    generator = torch.Generator().manual_seed(0)
+    m, n, r, s = 1024, 768, 8, 5.66
+    noise = torch.randn(1, m, r, generator=generator)
+    B = {
+        "signs": 1e-4 * noise.sign(),
+        "equal signs": 1e-4 * noise[..., :1].sign() + 1e-7 * noise,
+        "trained": 1e-3 * noise,
+        "ill-conditioned": 1e-3 * noise * torch.logspace(0, -3, r),
+        "zero": 0 * noise,
+    }[start]
+    A = (torch.rand(1, r, n, generator=generator) * 2 - 1) / n**0.5
+    G = 1e-3 * torch.randn(1, m, n, generator=generator)
+    steps = []
+    for a, b, g in ((A, B, G), (A.double(), B.double(), G.double())):
+        found = Adjusted(*(part.double() for part in adjusted(a, b, g, s, damping=1e-8)))
+        steps.append(equivalent(a.double(), b.double(), found, s))
+    assert (steps[0] - steps[1]).norm() < 1e-3 * steps[1].norm()
 
 
 def test_a_stack_is_one_at_a_time():
