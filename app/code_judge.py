@@ -1,7 +1,9 @@
 """Judge a program that a model wrote by the tests of its problem, in a sandbox."""
 
+import contextlib
 import json
-import shutil
+import os
+import secrets
 import signal
 import subprocess
 import tempfile
@@ -80,7 +82,8 @@ def judge(
         return Verdict(False, "timed out")
     finally:
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove_folder(folder)
     if done.returncode == -signal.SIGPROF:
         return Verdict(False, "timed out")
     if done.returncode < 0:
@@ -91,6 +94,32 @@ def judge(
     if verdict["status"] == "broken":
         raise RuntimeError(f"sandbox={sandbox}: {verdict['reason']}")
     return Verdict(verdict["status"] == "passed", verdict["reason"])
+
+
+def remove_folder(folder: str) -> None:
+    """Remove a folder, however deep a program has made it, and whatever it has closed.
+
+    Folders inside are moved to its top first: no path gets longer than the system takes, and nothing
+    recurses, as shutil.rmtree does.
+
+    Raises:
+        OSError: Somebody else has files in it, or still writes into it.
+    """
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        with os.scandir(place) as entries:
+            found = list(entries)
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                os.chmod(entry.path, 0o700)
+                waiting.append(os.path.join(folder, secrets.token_hex(16)))
+                os.rename(entry.path, waiting[-1])
+            else:
+                os.unlink(entry.path)
+        if place != folder:
+            os.rmdir(place)
+    os.rmdir(folder)
 
 
 def check_judge(sandbox: SandboxMode) -> None:

@@ -90,7 +90,7 @@ class Judge:
             exec(code, tests)
             tests["check"](self.call)
         except BaseException as error:
-            self.end("failed", f"{type(error).__name__}: {error}")
+            self.end("failed", words(error))
         self.end("passed", "")
 
     def limit_time(self, seconds: float) -> None:
@@ -100,10 +100,11 @@ class Judge:
         # Python hears a signal between two of its own steps; this one needs nobody to hear it.
         signal.setitimer(signal.ITIMER_PROF, seconds + 1)
 
-    def call(self, *arguments: Any) -> Any:
+    def call(self, *arguments: Any, **named: Any) -> Any:
         """Call the program's function; write its changes of lists, dicts and the like into ours."""
+        arguments = (*arguments, *named.values())
         try:
-            request = encode(list(arguments))
+            request = [encode(list(arguments)), list(named)]
         except NotPlainDataError as error:
             self.end("broken", f"the tests pass {error}, which cannot be sent to the sandbox")
         reply = self.ask(request)
@@ -159,12 +160,28 @@ def rewrite(ours: Any, theirs: Any) -> None:
         ours.extend(theirs)
 
 
+def words(error: BaseException) -> str:
+    """Return what became of the tests, also where an error's own words cannot be had.
+
+    They may hold what the program has returned: an integer that is too long to be written out, say.
+    """
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as another:
+        return f"{type(error).__name__}, whose text is a {type(another).__name__}"
+
+
 def exception(reply: dict[str, Any]) -> Exception:
-    """Return the nearest of Python's own exceptions to the one that the program raised."""
+    """Return the nearest of Python's own exceptions to the one that the program raised.
+
+    StopIteration is none of them: it would end a loop of the tests, as over `map`, instead of failing them.
+    """
     names = [str(name) for name in reply["raised"]] if isinstance(reply["raised"], list) else []
     for name in names:
         kind = getattr(builtins, name, None)
-        if isinstance(kind, type) and issubclass(kind, Exception) and kind is not Exception:
+        if kind in (Exception, StopIteration):
+            break
+        if isinstance(kind, type) and issubclass(kind, Exception):
             try:
                 return kind(str(reply.get("text")))
             except TypeError:  # UnicodeDecodeError and its like take more than a text

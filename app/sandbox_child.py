@@ -63,12 +63,20 @@ def load(source: str, entry_point: str) -> Any:
 
 
 def answer(function: Any, request: list[Any]) -> dict[str, Any]:
-    """Call the function; return its value, and the arguments where the call has changed them."""
+    """Call the function; return its value, and the arguments where the call has changed them.
+
+    Args:
+        function: The program's.
+        request: Its arguments, encoded, and the names of the last of them.
+    """
     try:
-        arguments = decode(request)
-        reply = {"value": encode(function(*arguments))}
+        before, names = request
+        arguments = decode(before)
+        unnamed = len(arguments) - len(names)
+        named = dict(zip(names, arguments[unnamed:], strict=True))
+        reply = {"value": encode(function(*arguments[:unnamed], **named))}
         after = encode(arguments)
-        return reply if after == request else {**reply, "arguments": after}
+        return reply if after == before else {**reply, "arguments": after}
     except BaseException as error:
         return failure(error)
 

@@ -1,8 +1,9 @@
 """Give up, for good, what a program under test has no use for: capabilities, and system calls.
 
 The filter is seccomp's: a few lines of the kernel's classic BPF, after which the calls below fail with
-EPERM and all others work. Whatever needs a capability (mounts, modules, clocks, other users) fails without
-being listed. This file runs inside the sandbox: it imports the standard library alone.
+EPERM, those that are newer than this table with ENOSYS, and all others work. Whatever needs a capability
+(mounts, modules, clocks, other users) fails without being listed. This file runs inside the sandbox: it
+imports the standard library alone.
 """
 
 import ctypes
@@ -39,16 +40,62 @@ DENIED: dict[str, tuple[int, int | None]] = {
     "process_vm_writev": (311, 271),
     "process_madvise": (440, 440),
     "kcmp": (312, 272),
-    # Memory that outlives a process, or that RLIMIT_AS does not count.
+    # Other processes' share of the machine.
+    "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122),
+    "sched_setattr": (314, 274),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    # What is written of every file, which the kernel finishes even when the caller is killed.
+    "sync": (162, 81),
+    "syncfs": (306, 267),
+    # Memory that outlives a process, or that RLIMIT_AS does not count; and that of other processes, whose
+    # numbers are small and can be guessed.
     "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
     "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
     "semget": (64, 190),
+    "semop": (65, 193),
+    "semtimedop": (220, 192),
+    "semctl": (66, 191),
     "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
+    "io_setup": (206, 0),
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
+    # Owner, mode, times and attributes of a file. bubblewrap gives /dev/null and its like as the machine's
+    # own, writable ones, and to a root without capabilities they still belong.
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "lchown": (94, None),
+    "fchown": (93, 55),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "setxattrat": (463, 463),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "removexattrat": (466, 466),
+    "file_setattr": (469, 469),
     # Limits, session, and what was set up before.
     "prctl": (157, 167),
     "prlimit64": (302, 261),
@@ -63,7 +110,17 @@ DENIED: dict[str, tuple[int, int | None]] = {
     "bpf": (321, 280),
     "userfaultfd": (323, 282),
     "perf_event_open": (298, 241),
+    "modify_ldt": (154, None),
+    "fanotify_init": (300, 262),
+    "syslog": (103, 116),
 }
+# Commands, the second argument, that make another process the one that is sent a signal when a pipe or
+# socket can be read: it need not be SIGIO.
+DENIED_COMMANDS: dict[str, tuple[int, int, tuple[int, ...]]] = {
+    "fcntl": (72, 25, (8, 15)),  # F_SETOWN, F_SETOWN_EX
+    "ioctl": (16, 29, (0x8901, 0x8902)),  # FIOSETOWN, SIOCSPGRP
+}
+FIRST_UNKNOWN = 470  # on both machines; the calls before it were gone through for this table
 MACHINES = {
     "x86_64": 0xC000003E,
     "aarch64": 0xC00000B7,
@@ -71,7 +128,10 @@ MACHINES = {
 _X32 = 0x40000000  # x86_64 calls of another numbering
 
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050001  # the last: EPERM
+_ALLOW, _KILL = 0x7FFF0000, 0x80000000
+_REFUSE, _LACK = 0x00050001, 0x00050026  # EPERM, ENOSYS
+# Places in the filter's data; the last: the low half of the second argument.
+_NUMBER, _MACHINE, _COMMAND = 0, 4, 24
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _FILTER = 2
@@ -89,18 +149,24 @@ def filter_program(machine: str) -> bytes:
         machine: A key of `MACHINES`, as `os.uname` names it.
     """
     column = list(MACHINES).index(machine)
-    numbers = [numbers[column] for numbers in DENIED.values() if numbers[column] is not None]
-    lines = [
-        (_LOAD, 0, 0, 4),
+    lines: list[tuple[int, int, int, int]] = [
+        (_LOAD, 0, 0, _MACHINE),
         (_EQUAL, 1, 0, MACHINES[machine]),
         (_RETURN, 0, 0, _KILL),  # calls of another machine, such as those of 32 bits
-        (_LOAD, 0, 0, 0),
-        (_AT_LEAST, len(numbers) + 1, 0, _X32),
-        # The jump leads over the numbers that are left and over the line that allows.
-        *((_EQUAL, len(numbers) - i, 0, number) for i, number in enumerate(numbers)),
-        (_RETURN, 0, 0, _ALLOW),
+        (_LOAD, 0, 0, _NUMBER),
+        (_AT_LEAST, 0, 1, _X32),
         (_RETURN, 0, 0, _REFUSE),
+        (_AT_LEAST, 0, 1, FIRST_UNKNOWN),
+        (_RETURN, 0, 0, _LACK),
     ]
+    for numbers in DENIED.values():
+        if (number := numbers[column]) is not None:
+            lines += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _REFUSE)]
+    for *both, commands in DENIED_COMMANDS.values():
+        refusals = [x for c in commands for x in ((_EQUAL, 0, 1, c), (_RETURN, 0, 0, _REFUSE))]
+        lines += [(_EQUAL, 0, len(refusals) + 2, both[column]), (_LOAD, 0, 0, _COMMAND)]
+        lines += [*refusals, (_RETURN, 0, 0, _ALLOW)]
+    lines.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(struct.pack("=HBBI", *line) for line in lines)
 
 

@@ -252,6 +252,8 @@ def test_local_file(tmp_path):
         ({"k": [0]}, "at least 1"),
         ({"k": [1, 1]}, "different numbers"),
         ({"timeout": 0.0}, "timeout=0.0"),
+        ({"timeout": math.inf}, "timeout=inf"),
+        ({"timeout": math.nan}, "timeout=nan"),
         ({"num_samples": 2}, "raise the temperature"),
     ],
 )

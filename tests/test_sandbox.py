@@ -158,6 +158,22 @@ HONEST = {
         "try:\n        candidate(0)\n    except KeyError:\n        return\n    assert False",
         None,
     ),
+    "cannot be told": (
+        "def f(x): return 10**5000",
+        "y = candidate(0)\n    assert y == 1, y",
+        "AssertionError, whose text is a ValueError",
+    ),
+    "ends the loop of the tests": (
+        "class Mine(StopIteration): pass\ndef f(x): raise Mine(x)",
+        "assert all(map(candidate, [1, 2]))",
+        "CandidateError: Mine: 1",
+    ),
+    "takes names": (
+        "def f(x, *, y=0, z=0): z.append(x - y); return z",
+        "z = []\n    assert candidate(3, z=z, y=1) == [2]\n    assert z == [2]",
+        None,
+    ),
+    "lacks a name": ("def f(x): return x", "assert candidate(y=1) == 1", "TypeError: f() got an"),
     "changes a list": (
         "def f(x): x.sort()",
         "x = [2, 1]\n    assert candidate(x) is None\n    assert x == [1, 2]",

@@ -6,6 +6,8 @@ import pytest
 
 from app import system_calls
 
+ALLOW, REFUSE, LACK, KILL = 0x7FFF0000, 0x50001, 0x50026, 0x80000000  # EPERM, ENOSYS
+
 
 @pytest.mark.parametrize("machine", system_calls.MACHINES)
 def test_filter_denies_its_table_alone(machine):
@@ -13,14 +15,30 @@ def test_filter_denies_its_table_alone(machine):
     arch = system_calls.MACHINES[machine]
     denied = {numbers[column] for numbers in system_calls.DENIED.values()} - {None}
     program = system_calls.filter_program(machine)
-    found = {nr for nr in range(600) if interpret(program, nr, arch) == 0x50001}
-    assert found == denied
-    assert {interpret(program, nr, arch) for nr in range(600)} == {0x50001, 0x7FFF0000}
-    assert interpret(program, 39, arch ^ 1) == 0x80000000
-    assert interpret(program, 0x40000000 + 39, arch) == 0x50001
+    known = range(system_calls.FIRST_UNKNOWN)
+    answers = {number: interpret(program, number, arch) for number in known}
+    assert {number for number, answer in answers.items() if answer == REFUSE} == denied
+    assert set(answers.values()) == {ALLOW, REFUSE}
+    for number in (system_calls.FIRST_UNKNOWN, 600, 0x3FFFFFFF):
+        assert interpret(program, number, arch) == LACK
+    assert interpret(program, 39, arch ^ 1) == KILL
+    for number in (0x40000000 + 39, 0xFFFFFFFF):
+        assert interpret(program, number, arch) == REFUSE
 
 
-def interpret(program, number, arch):
+@pytest.mark.parametrize("machine", system_calls.MACHINES)
+def test_filter_denies_commands(machine):
+    column = list(system_calls.MACHINES).index(machine)
+    arch = system_calls.MACHINES[machine]
+    program = system_calls.filter_program(machine)
+    for *numbers, denied in system_calls.DENIED_COMMANDS.values():
+        # F_GETFL, F_SETFL, F_GETOWN, TCGETS, FIONREAD and FIOGETOWN stay.
+        for command in (0, 3, 4, 9, 0x5401, 0x541B, 0x8903, *denied):
+            answer = interpret(program, numbers[column], arch, command)
+            assert answer == (REFUSE if command in denied else ALLOW)
+
+
+def interpret(program, number, arch, command=0):
     """Run a filter as the kernel does, on the few instructions that it uses."""
     lines = list(struct.iter_unpack("=HBBI", program))
     place = value = 0
@@ -28,7 +46,7 @@ def interpret(program, number, arch):
         code, then, other, k = lines[place]
         place += 1
         if code == 0x20:
-            value = {0: number, 4: arch}[k]
+            value = {0: number, 4: arch, 24: command}[k]
         elif code == 0x15:
             place += then if value == k else other
         elif code == 0x35:

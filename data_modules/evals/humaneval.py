@@ -1,5 +1,6 @@
 """HumanEval: 164 functions to write, judged by running their tests (Chen et al., arXiv:2107.03374)."""
 
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Literal
@@ -101,7 +102,7 @@ class HumanEval(Evaluation):
                 f"k={list(k)} of humaneval needs {self.k[-1]} outputs of each question, but num_samples="
                 f"{num_samples}: raise num_samples, or leave out what is larger"
             )
-        if not timeout > 0:
+        if not 0 < timeout < math.inf:
             raise InputError(f"timeout={timeout} of humaneval: expected seconds, more than 0")
 
     def check(self) -> None:

@@ -21,6 +21,7 @@ from app.code_judge import Verdict, judge
 from .escapes import ESCAPES
 from .exhaustion import EXHAUSTION
 from .forgeries import FORGERIES
+from .neighbours import NEIGHBOURS
 
 TIMEOUT_S = 20.0
 SHORT_TIMEOUT_S = 1.0  # of those that never end, or not soon
@@ -29,7 +30,12 @@ def check(candidate):
     assert candidate(3) == 9
     assert candidate(4) == 16
 """
-PROGRAMS: dict[str, tuple[str, str]] = {**EXHAUSTION, **ESCAPES, **FORGERIES}
+PROGRAMS: dict[str, tuple[str, str]] = {
+    **EXHAUSTION,
+    **NEIGHBOURS,
+    **ESCAPES,
+    **FORGERIES,
+}
 
 # What passes where program and tests share a process, as in the field; without harm to the machine.
 WORKS_IN_ONE_PROCESS = (
@@ -43,6 +49,7 @@ WORKS_IN_ONE_PROCESS = (
     ),
     *("write_outside", "write_everywhere", "connect", "resolve", "unix_socket", "subprocess"),
     *("many_open_files", "huge_file", "raise_the_limits", "background_thread", "system_v_memory"),
+    *("signal_by_pipe", "slow_the_parent_down", "shared_memory_of_others"),
     *("sys_exit", "sys_exit_when_called", "os_exit", "equal_to_everything"),
     *("integer_equal_to_everything", "find_the_tests", "import_the_harness", "write_a_verdict"),
 )

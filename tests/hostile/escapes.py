@@ -1,26 +1,6 @@
 """Programs that try to reach what is outside of the sandbox."""
 
 ESCAPES = {
-    "kill_everyone": (
-        "os.kill(-1, SIGKILL)",
-        """
-import os
-def square(x):
-    os.kill(-1, 9)
-    return x * x
-""",
-    ),
-    "kill_the_parent": (
-        "kills its parent, by every call that sends signals",
-        """
-import ctypes, os, signal
-libc = ctypes.CDLL(None)
-def square(x):
-    parent = os.getppid()
-    sent = libc.kill(parent, 9) == 0 or libc.syscall(234, parent, parent, 9) == 0
-    return x * x if sent else 0
-""",
-    ),
     "read_environment": (
         "reads the environment",
         """
@@ -195,19 +175,6 @@ import ctypes
 libc = ctypes.CDLL(None)
 def square(x):
     return x * x if libc.mount(b"none", b"/tmp", b"tmpfs", 0, None) == 0 else 0
-""",
-    ),
-    "trace_the_parent": (
-        "attaches to its parent as a debugger, and opens its memory",
-        """
-import ctypes, os
-libc = ctypes.CDLL(None)
-def square(x):
-    parent = os.getppid()
-    if libc.ptrace(16, parent, 0, 0) == 0:
-        return x * x
-    with open(f"/proc/{parent}/mem", "r+b"):
-        return x * x
 """,
     ),
     "other_numbering": (

@@ -155,6 +155,20 @@ def square(x):
         return x * x if file.tell() == 64 * 2**20 else 0
 """,
     ),
+    "deep_folders": (
+        "makes folders in folders, deeper than a path can say, and closed ones",
+        """
+import os
+def square(x):
+    for mode in (0, 0o300):
+        os.mkdir(f"closed{mode}-{x}", mode)
+    open(f"closed{mode}-{x}/file", "w").close()
+    for _ in range(3000):
+        os.mkdir("folder")
+        os.chdir("folder")
+    return 0
+""",
+    ),
     "many_open_files": (
         "opens a thousand files",
         """
@@ -173,6 +187,35 @@ def square(x):
     if found >= 0:
         libc.shmctl(found, 0, None)
     return x * x if found >= 0 else 0
+""",
+    ),
+    "colliding_answer": (
+        "answers with a set of integers that all have the same hash, for its reader to build",
+        """
+import os
+from plain_data import write_frame
+def square(x):
+    answer = {"value": {"set": [number * (2**61 - 1) for number in range(300_000)]}}
+    for fd in range(3, 64):
+        try:
+            write_frame(fd, answer)
+        except OSError:
+            pass
+    return 0
+""",
+    ),
+    "stop_itself": (
+        "stops itself, so that nothing more can be said to it, by a timer that sends SIGSTOP",
+        """
+import ctypes, time
+libc = ctypes.CDLL(None)
+def square(x):
+    event = (ctypes.c_int * 16)(0, 0, 19)  # no value, SIGSTOP, as a signal
+    timer = ctypes.c_void_p()
+    libc.timer_create(1, event, ctypes.byref(timer))
+    libc.timer_settime(timer, 0, (ctypes.c_long * 4)(0, 0, 0, 1), None)
+    time.sleep(0.1)
+    return x * x if x == 3 else 0
 """,
     ),
     "signals_ignored": (
