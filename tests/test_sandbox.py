@@ -278,13 +278,8 @@ def test_where_nothing_is_denied(monkeypatch):
     code = "import sys; sys.path.insert(0, 'app'); import system_calls as s, sandbox_child as c\n"
     code += "c.give_up_privileges = lambda: None; c.main()"
     limits = '{"RLIMIT_CORE": 0}'
-    command = [
-        sandbox.interpreter(),
-        "-I",
-        "-c",
-        code.replace("'app'", repr(str(ROOT / "app"))),
-        limits,
-    ]
+    code = code.replace("'app'", repr(str(ROOT / "app")))
+    command = [sandbox.interpreter(), "-I", "-c", code, limits]
     monkeypatch.setattr("app.code_judge.sandbox_command", lambda *_: command)
     with pytest.raises(InputError, match="fork is not denied"):
         check_judge("unprotected")

@@ -163,7 +163,7 @@ def square(x):
     for mode in (0, 0o300):
         os.mkdir(f"closed{mode}-{x}", mode)
     open(f"closed{mode}-{x}/file", "w").close()
-    for _ in range(3000):
+    for _ in range(1100):
         os.mkdir("folder")
         os.chdir("folder")
     return 0
