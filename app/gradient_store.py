@@ -6,7 +6,7 @@ end holds its sum over all processes and decomposes it; then everybody gets ever
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,19 +14,15 @@ from torch import Tensor
 
 from app.errors import InputError
 from app.gradient import ExactGradient, GradientEstimate, SketchedGradient, extremes
+from app.gradient_sharing import (
+    Layer,
+    assign_buckets,
+    assign_owners,
+    from_owners,
+    share_estimates,
+    unpack,
+)
 from app.processes import largest_over_processes, rank, together, world_size
-from app.spectral_init import SVD
-
-BUCKET_NUMBERS = 2**24
-"""Float32 numbers that are summed over processes together: 64 MiB, or one layer if that is larger."""
-
-
-class Layer(NamedTuple):
-    """A layer's name and the shape (m, n) of its gradient."""
-
-    name: str
-    m: int
-    n: int
 
 
 class GradientStore(Protocol):
@@ -144,7 +140,7 @@ class ExactStore:
         mine = together(lambda: _decompose(self.sums, rank_wanted, scale))
         owners = {layer.name: owner for owner, members in self.buckets for layer in members}
         widths = dict.fromkeys(owners, rank_wanted)
-        return _share(mine, list(self.layers.values()), owners, widths, self)
+        return share_estimates(mine, list(self.layers.values()), owners, widths, self)
 
 
 class SketchStore:
@@ -187,7 +183,9 @@ class SketchStore:
             self._merge()
             names = [layer.name for layer in self.layers]
             owned = [[self.kept[n].left, self.kept[n].right] for n in names]
-            for parts, name in zip(_everyone(owned, names, self.owners, self), names, strict=True):
+            for parts, name in zip(
+                from_owners(owned, names, self.owners, self), names, strict=True
+            ):
                 self.kept[name].left, self.kept[name].right = parts
         for accumulator in self.kept.values():
             accumulator.next_pass()
@@ -218,38 +216,7 @@ class SketchStore:
         own = {name: found for name, found in self.kept.items() if self.owners[name] == rank()}
         mine = together(lambda: _decompose(own, rank_wanted, scale))
         widths = {name: found.left.shape[1] for name, found in self.kept.items()}
-        return _share(mine, self.layers, self.owners, widths, self)
-
-
-def assign_buckets(layers: Sequence[Layer], processes: int) -> list[tuple[int, list[Layer]]]:
-    """Group neighbouring layers, last first as the backward pass meets them, and give each an owner."""
-    groups: list[list[Layer]] = []
-    share = sum(m * n for _, m, n in layers) // processes
-    limit = min(BUCKET_NUMBERS, max(share, 1))
-    size = limit
-    for layer in reversed(layers):
-        if size + layer.m * layer.n > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(layer)
-        size += layer.m * layer.n
-    loads = [0] * processes
-    owned = []
-    for group in groups:
-        owner = loads.index(min(loads))
-        loads[owner] += sum(m * n for _, m, n in group)
-        owned.append((owner, group))
-    return owned
-
-
-def assign_owners(layers: Sequence[Layer], processes: int) -> dict[str, int]:
-    """Spread layers over processes by m + n, which the cost of merging and sending a sketch follows."""
-    loads = [0] * processes
-    owners = {}
-    for layer in layers:
-        owners[layer.name] = loads.index(min(loads))
-        loads[owners[layer.name]] += layer.m + layer.n
-    return owners
+        return share_estimates(mine, self.layers, self.owners, widths, self)
 
 
 @contextmanager
@@ -280,86 +247,10 @@ def _add_up(sketches: Mapping[str, SketchedGradient], received: Tensor) -> None:
         return
     shapes = [t.shape for sketch in sketches.values() for t in sketch.partial()]
     shares = received.split(received.numel() // world_size())
-    partials = [_unpack(share, shapes) for share in shares]
+    partials = [unpack(share, shapes) for share in shares]
     at = 0
     for name, sketch in sketches.items():
         count = len(sketch.partial())
         with _naming(name):
             sketch.merge([parts[at : at + count] for parts in partials])
         at += count
-
-
-def _unpack(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    parts = flat.split([shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _everyone(
-    tensors: list[list[Tensor]],
-    names: Sequence[str],
-    owners: dict[str, int],
-    store: "ExactStore | SketchStore",
-) -> list[list[Tensor]]:
-    """Give every process the owners' tensors, in one gather of flat buffers.
-
-    Args:
-        tensors: For each name its tensors; only the owner's values matter, everybody's shapes agree.
-        names: The layers, in the same order everywhere.
-        owners: Who owns which.
-        store: Counts the bytes.
-    """
-    shapes = [[t.shape for t in group] for group in tensors]
-    sizes = [0] * world_size()
-    for name, group in zip(names, shapes, strict=True):
-        sizes[owners[name]] += sum(shape.numel() for shape in group)
-    flat = torch.zeros(max(sizes), device=store.device)
-    mine = [
-        t.reshape(-1).float()
-        for n, g in zip(names, tensors, strict=True)
-        if owners[n] == rank()
-        for t in g
-    ]
-    if mine:
-        own = torch.cat(mine)
-        flat[: len(own)] = own
-    gathered = [torch.empty_like(flat) for _ in range(world_size())]
-    dist.all_gather(gathered, flat)
-    store.sent_bytes += flat.nbytes * (world_size() - 1)
-    at = [0] * world_size()
-    result = []
-    for name, group in zip(names, shapes, strict=True):
-        owner, parts = owners[name], []
-        for shape in group:
-            parts.append(gathered[owner][at[owner] : at[owner] + shape.numel()].view(shape))
-            at[owner] += shape.numel()
-        result.append(parts)
-    return result
-
-
-def _share(
-    mine: dict[str, GradientEstimate],
-    layers: Sequence[Layer],
-    owners: dict[str, int],
-    widths: dict[str, int],
-    store: "ExactStore | SketchStore",
-) -> dict[str, GradientEstimate]:
-    """Give every process all estimates."""
-    if world_size() == 1:
-        return {layer.name: mine[layer.name] for layer in layers}
-    tensors = []
-    for name, m, n in layers:
-        if name in mine:
-            e = mine[name]
-            numbers = [e.norm, e.captured_energy, e.rank_error]
-            told = torch.tensor(numbers, dtype=torch.float32, device=store.device)
-            tensors.append([*e.svd, told])
-        else:
-            k = widths[name]
-            shapes = ((m, k), (k,), (n, k), (3,))
-            tensors.append([torch.empty(shape, device="meta") for shape in shapes])
-    names = [layer.name for layer in layers]
-    shared = _everyone(tensors, names, owners, store)
-    return {
-        name: GradientEstimate(SVD(U, S, V), *told.tolist())
-        for name, (U, S, V, told) in zip(names, shared, strict=True)
-    }

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from app.adapters import LoraPair
 from app.dry_pass import PassMemory
 from app.gradient import SketchedGradient
-from app.gradient_store import BUCKET_NUMBERS
+from app.gradient_sharing import BUCKET_NUMBERS
 from app.sharding import blocks
 
 FLOAT32 = 4

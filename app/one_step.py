@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from app.adapters import LoraPair, without_adapters
 from app.errors import InputError
 from app.gradient import GradientEstimate
-from app.gradient_store import ExactStore, GradientStore, Layer, SketchStore
+from app.gradient_sharing import Layer
+from app.gradient_store import ExactStore, GradientStore, SketchStore
 from app.loss import Batch, summed_loss, supervised_logits
 from app.memory import PeakMemory
 from app.observer import frozen, observe

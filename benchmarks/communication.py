@@ -25,14 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from app.gradient import SketchedGradient
-from app.gradient_store import (
-    BUCKET_NUMBERS,
-    ExactStore,
-    Layer,
-    SketchStore,
-    assign_buckets,
-    assign_owners,
-)
+from app.gradient_sharing import BUCKET_NUMBERS, Layer, assign_buckets, assign_owners
+from app.gradient_store import ExactStore, SketchStore
 
 MODELS = {
     "SmolLM2-135M": ([(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)], 30),

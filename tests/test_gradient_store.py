@@ -5,14 +5,8 @@ import torch
 
 from app.errors import InputError
 from app.gradient import SketchedGradient
-from app.gradient_store import (
-    BUCKET_NUMBERS,
-    ExactStore,
-    Layer,
-    SketchStore,
-    assign_buckets,
-    assign_owners,
-)
+from app.gradient_sharing import BUCKET_NUMBERS, Layer, assign_buckets, assign_owners
+from app.gradient_store import ExactStore, SketchStore
 from tests.test_gradient import CPU, RANK, best, decaying, gradient, product, relative, stream
 
 WIDTH = RANK + 8

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from app.adapter_settings import LoraSettings
 from app.adapters import lora_pairs
 from app.dry_pass import DryModel, LiveBytes
-from app.gradient_store import ExactStore, Layer
+from app.gradient_sharing import Layer
+from app.gradient_store import ExactStore
 from app.lora_plus import LoraPlusAdamW
 from app.lora_pro_adamw import LoraProAdamW
 from app.loss import summed_loss

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
-from app import gradient_store, heartbeat
+from app import gradient_sharing, heartbeat
 from app.adapter_settings import LoraSettings
 from app.adapters import LoraPair, add_lora, base_model, lora_pairs
 from app.errors import InputError
-from app.gradient_store import ExactStore, Layer
+from app.gradient_sharing import Layer
+from app.gradient_store import ExactStore
 from app.loss import summed_loss, supervised_logits
 from app.observer import frozen, observe
 from app.one_step import Estimator
@@ -57,7 +58,7 @@ def verdicts() -> None:
 def out_of_step() -> None:
     """Layers are reached in any order, more than once, on one process only, or in the last batch only."""
     meet()
-    gradient_store.BUCKET_NUMBERS = 100
+    gradient_sharing.BUCKET_NUMBERS = 100
     layers = [Layer(name, 6, 5) for name in "abcdefg"]
     visits = (("gfedcba", "gfe", "abc", "cc"), ("acbgg", "", "dcbaa", "aab"))
     store = ExactStore(layers, CPU)
