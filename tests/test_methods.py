@@ -5,7 +5,13 @@ import json
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -115,25 +121,81 @@ def test_a_run_goes_on_bit_for_bit(method, fit, command, tiny_run, monkeypatch):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_full_fine_tuning_is_plain_torch(fit, run_models, monkeypatch):
-    """The same batches in a loop of a few lines."""
-    batches = []
+PLAIN = (
+    "--model.optimizer.init_args.lr=1e-3",
+    "--model.lr_scheduler_type=constant",
+    "--model.warmup_steps=0",
+    "--trainer.max_steps=10",
+)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Return what training steps see: the adapter before the first, then each batch and its loss."""
+    found = {"batches": [], "losses": [], "start": {}}
     original = LoraModule.training_step
 
     def training_step(module, batch, batch_idx):
-        batches.append(batch)
-        return original(module, batch, batch_idx)
+        if not found["batches"]:
+            trained = ((n, p) for n, p in module.model.named_parameters() if p.requires_grad)
+            found["start"] = {name: p.detach().clone() for name, p in trained}
+        found["batches"].append(batch)
+        loss = original(module, batch, batch_idx)
+        found["losses"].append(float(loss.detach()))
+        return loss
 
     monkeypatch.setattr(LoraModule, "training_step", training_step)
-    rate = ("--model.optimizer.init_args.lr=1e-3", "--model.lr_scheduler_type=constant")
-    folder = fit("--config=methods/full.yaml", *rate, "--model.warmup_steps=0")
-    model = AutoModelForCausalLM.from_pretrained(run_models / "llama").train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    return found
+
+
+def plain_loop(model, batches):
+    """Train in a few lines of torch; return each step's loss."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    losses = []
     for batch in batches:
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
         optimizer.zero_grad()
-        model(**inputs).loss.backward()
+        loss = model.train()(**inputs).loss
+        loss.backward()
         optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", {}),
+        ("rslora", {"use_rslora": True}),
+        ("dora", {"use_rslora": True, "use_dora": True}),
+        ("dora_one", {"use_rslora": True, "use_dora": True}),
+        ("lora_one_adamw", {"use_rslora": True}),
+    ],
+)
+def test_ten_steps_of_an_adapter_are_pefts(method, options, fit, seen, run_models):
+    """PEFT's own model with the same start, in a plain loop over the same batches."""
+    folder = fit(f"--config=methods/{method}.yaml", *PLAIN)
+    base = AutoModelForCausalLM.from_pretrained(run_models / "llama")
+    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", **options)
+    model = get_peft_model(base, config)
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert own.keys() == seen["start"].keys()
+    with torch.no_grad():
+        for name, start in seen["start"].items():
+            own[name].copy_(start)
+    assert len(seen["losses"]) == 10
+    assert seen["losses"] == pytest.approx(plain_loop(model, seen["batches"]), rel=1e-5)
+    found = weights(folder)
+    for name, wanted in get_peft_model_state_dict(model).items():
+        assert torch.allclose(found[name], wanted, rtol=1e-4, atol=1e-5), name
+
+
+def test_full_fine_tuning_is_plain_torch(fit, seen, run_models):
+    """The same batches in a loop of a few lines."""
+    folder = fit("--config=methods/full.yaml", *PLAIN)
+    model = AutoModelForCausalLM.from_pretrained(run_models / "llama")
+    assert seen["losses"] == pytest.approx(plain_loop(model, seen["batches"]), rel=1e-5)
     found = weights(folder)
     for name, wanted in model.state_dict().items():
         if name in found:

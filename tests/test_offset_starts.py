@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 from one_step_oracle import make_batches
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
+from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,7 @@ from app.adapters import (
     save_adapter,
 )
 from app.module import LoraModule
+from app.one_step import Estimator, one_step_gradients
 from app.spectral_init import SVD
 from callbacks.lora_ga_init import lora_ga_factors
 from callbacks.pissa_init import pissa_factors
@@ -85,6 +87,22 @@ def test_the_randomised_pissa_is_nearly_the_best_of_its_rank():
     assert float((W - 2 * B @ A).norm()) == pytest.approx(float(best), rel=1e-3)
 
 
+def ten_losses(model):
+    """Train with plain AdamW on rows drawn by a fixed seed."""
+    torch.manual_seed(1)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    found = []
+    for _ in range(10):
+        ids = torch.randint(3, 128, (2, 12))
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss))
+    return found
+
+
 def test_ten_steps_of_pissa_are_pefts(tiny_llama):
     base = tiny_llama()
     ours, _ = started(base, LoraSettings(r=R), pissa)
@@ -98,20 +116,74 @@ def test_ten_steps_of_pissa_are_pefts(tiny_llama):
             init_lora_weights="pissa",
         ),
     )
-    losses = []
-    for model in (ours, theirs):
-        torch.manual_seed(1)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        found = []
-        for _ in range(10):
-            ids = torch.randint(3, 128, (2, 12))
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            found.append(float(loss))
-        losses.append(found)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert ten_losses(ours) == pytest.approx(ten_losses(theirs), rel=1e-5)
+
+
+@pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2"])
+def test_lora_ga_is_pefts_but_for_the_scales_of_its_columns(build, request):
+    """PEFT multiplies lora_B by the singular values and leaves lora_A unscaled; the vectors are the same.
+
+    With its columns at the paper's length PEFT's own model trains as ours does, step by step.
+    """
+    base = request.getfixturevalue(build)()
+    [batch] = make_batches(False, rows=12, size=12)
+    ga = LoraGAConfig(direction="ArB2r", scale="stable", stable_gamma=64)
+    config = LoraConfig(
+        r=R,
+        lora_alpha=16,
+        use_rslora=True,
+        target_modules="all-linear",
+        init_lora_weights="lora_ga",
+        lora_ga_config=ga,
+        fan_in_fan_out=build == "tiny_gpt2",
+    )
+    # PEFT's preparation does not know "all-linear", and takes the gradient in training mode.
+    observed = copy.deepcopy(base)
+    wrapped = lora_pairs(add_lora(copy.deepcopy(base), LoraSettings(r=R)))
+    config.target_modules = {pair.name for pair in wrapped}
+    for module in observed.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+    preprocess_loraga(observed, config, lambda: observed(**inputs).loss.backward())
+    theirs = get_peft_model(observed, config)
+
+    model = add_lora(copy.deepcopy(base), LoraSettings(r=R))
+    found = one_step_gradients(
+        model, model.get_base_model(), lora_pairs(model), [batch], 2 * R, Estimator("exact")
+    )
+
+    def lora_ga(pair):
+        return lora_ga_factors(found.estimates[pair.name].svd, R, 64.0)
+
+    ours, starts = started(base, LoraSettings(r=R), lora_ga)
+    others = {pair.name: pair for pair in lora_pairs(theirs)}
+    assert others.keys() == starts.keys()
+    for mine in lora_pairs(ours):
+        A, B = starts[mine.name]
+        other = others[mine.name]
+        scale = B.shape[0] ** 0.25 / 8
+        S = found.estimates[mine.name].svd.S[R : 2 * R]
+        # The sign of each singular vector is free.
+        signs = [
+            torch.sign((p * q).sum(d)) for p, q, d in ((A, other.lora_A, 1), (B, other.lora_B, 0))
+        ]
+        their_A, their_B = signs[0][:, None] * other.lora_A, signs[1] * other.lora_B
+        # PEFT takes a weight's first side for its outputs, which it is not in a Conv1D.
+        first = other.layer.get_base_layer().weight.shape[0]
+        lengths = first**0.25 / 8 * S
+        assert torch.allclose(scale * their_A, A, atol=1e-3 * scale)
+        assert torch.allclose(their_B, B / scale * lengths, atol=1e-3 * float(lengths[0]))
+        with torch.no_grad():
+            offset_base(other, -other.lora_A, other.lora_B)  # takes PEFT's offset back
+        offset_base(other, A, B)
+        install(other, A, B)
+        assert torch.allclose(base_weight(other), base_weight(mine), atol=1e-5)
+    for adapted in (ours, theirs):
+        for module in adapted.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    assert ten_losses(ours) == pytest.approx(ten_losses(theirs), rel=1e-5)
 
 
 def test_lora_ga_takes_the_papers_vectors_and_scale():
@@ -175,8 +247,6 @@ def test_the_command_starts_from_the_gradient_of_the_untouched_model(fit, run_mo
 
 
 def test_the_sketch_and_the_exact_gradient_give_one_start(tiny_llama):
-    from app.one_step import Estimator, one_step_gradients
-
     model = add_lora(tiny_llama(), LoraSettings(r=R))
     pairs = lora_pairs(model)
     batches = make_batches(False, rows=12, size=4)
