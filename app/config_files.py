@@ -1,8 +1,9 @@
 """Configuration files by name: as given, then below `configs/`; and a finished run's as one."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,13 +15,19 @@ CONFIGS = PROJECT / "configs"
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
-    """Replace config names by paths, and `--run FOLDER` by that run's config and adapter or model."""
+    """Replace config names by paths, and `--run FOLDER` by that run's config and adapter or model.
+
+    Raises:
+        InputError: A file is missing or is no YAML, or an option sets what a file has switched off.
+    """
     expanded: list[str] = []
+    off = SwitchedOff()
     waiting = iter(arguments)
     for argument in waiting:
         option, equals, value = argument.partition("=")
         if option not in ("--config", "-c", "--run"):
             expanded.append(argument)
+            off.option(argument)
             continue
         if not equals:
             value = next(waiting, "")
@@ -34,9 +41,55 @@ def expand(arguments: Sequence[str]) -> list[str]:
                 expanded += [f"--model.adapter_path={folder / ADAPTER_FOLDER}"]
         else:
             path = find_config(value)
-            _check_yaml(path)
+            off.file(path, _read_yaml(path))
             expanded.append(f"--config={path}")
     return expanded
+
+
+class SwitchedOff:
+    """Sections that configuration files have set to null, such as `init` in methods/lora.yaml.
+
+    The parser would take `--init.gamma 64` after that file for the start that an earlier file named, and
+    bring it back without a word.
+    """
+
+    def __init__(self) -> None:
+        self._by: dict[str, Path] = {}
+
+    def file(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Note what a file sets to null, and what it sets to something else again."""
+        self._note(path, content, "")
+
+    def _note(self, path: Path, content: Mapping[str, Any], prefix: str) -> None:
+        for key, value in content.items():
+            # `data.init_args.evals` is short for `data.evals`
+            name = prefix if key == "init_args" else f"{prefix}{key}."
+            self._by.pop(name, None)
+            if isinstance(value, Mapping):
+                self._note(path, value, name)
+            elif value is None:
+                self._by[name] = path
+
+    def option(self, argument: str) -> None:
+        """Refuse an option below a section that is off.
+
+        Raises:
+            InputError: It is.
+        """
+        if not argument.startswith("--"):
+            return
+        given = argument.removeprefix("--").partition("=")[0]
+        *above, last = [part for part in given.split(".") if part != "init_args"]
+        sections = [".".join(above[: i + 1]) + "." for i in range(len(above))]
+        whole = given + "." if last != "class_path" else sections[-1] if sections else ""
+        self._by.pop(whole, None)
+        for section in sections:
+            if section in self._by:
+                name = section.removesuffix(".")
+                raise InputError(
+                    f"{given} is given, but {self._by[section]} has set {name} to null: leave the option out, "
+                    f"or set {name} before it"
+                )
 
 
 def find_config(name: str) -> Path:
@@ -59,8 +112,8 @@ def find_config(name: str) -> Path:
     )
 
 
-def _check_yaml(path: Path) -> None:
-    """Refuse a file that is no YAML mapping, by its name: the parser names none."""
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Read a file; refuse one that is no YAML mapping by its name: the parser names none."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -70,3 +123,4 @@ def _check_yaml(path: Path) -> None:
         raise InputError(
             f"--config {path} holds {type(content).__name__}: expected sections such as model:, data:"
         )
+    return content

@@ -113,6 +113,37 @@ def test_a_method_overlay_replaces_another_method(parsed, tiny_run):
     assert again.model.optimizer.class_path == "app.precond_adamw.PreconditionedAdamW"
 
 
+@pytest.mark.parametrize(
+    ("overlay", "option", "section"),
+    [
+        ("lora", "--init.gamma=64", "init"),
+        ("lora", "--init.init_args.gamma=64", "init"),
+        ("lora", "--init.estimator.kind=exact", "init"),
+        ("full", "--model.adapter.r=2", "model.adapter"),
+    ],
+)
+def test_an_option_brings_nothing_back_that_a_file_has_switched_off(
+    overlay, option, section, refused, tiny_run
+):
+    """The parser would remember the start that the first file named."""
+    told = refused("fit", "--config", tiny_run, "--config", f"methods/{overlay}", option)
+    given = option.removeprefix("--").partition("=")[0]
+    assert told.startswith(f"{given} is given, but ")
+    assert f"{overlay}.yaml has set {section} to null" in told
+
+
+def test_what_is_switched_off_can_be_set_again(parsed, tiny_run):
+    lora = ("fit", "--config", tiny_run, "--config", "methods/lora")
+    for again in (
+        ("--init=LoraGaInit", "--init.gamma=32"),
+        ("--init.class_path=LoraGaInit", "--init.init_args.gamma=32"),
+        ("--config=methods/lora_ga", "--init.gamma=32"),
+    ):
+        init = parsed(*lora, *again)["init"]
+        assert init["class_path"] == "callbacks.lora_ga_init.LoraGaInit"
+        assert init["init_args"]["gamma"] == 32
+
+
 def test_interpolation_follows_an_override(parsed, tiny_run):
     file = edited(tiny_run, "name: tiny,", "name: 'r${model.adapter.r}_${data.init_args.task}',")
     assert parsed("fit", "--config", file).output.name == "r4_sst2"

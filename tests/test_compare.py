@@ -217,6 +217,35 @@ def test_refusals(refused, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_options_of_a_method_go_to_those_that_have_them(
+    refused, compare, started, tmp_path, capsys
+):
+    """None brings back the start that an overlay has switched off."""
+    wanted = ("--methods=lora,pissa,lora_one,full", "--learning_rates=1e-3")
+    options = (*OPTIONS, "--model.adapter.r", "2", "--model.optimizer.init_args.damping=1e-3")
+    assert compare(*wanted, options=options) == 0
+    printed = capsys.readouterr().out
+    assert "init.num_samples goes to lora_one; lora, pissa, full: no such setting" in printed
+    assert "model.adapter.r goes to lora, pissa, lora_one; full: no such setting" in printed
+    assert "model.optimizer.damping goes to lora_one; lora, pissa, full" in printed
+    models, starts = {}, {}
+    for method in ("lora", "pissa", "lora_one", "full"):
+        run = tmp_path / "runs" / "compare_tiny" / "cells" / f"{method}-lr1e-3-seed0" / "version_0"
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        models[method], starts[method] = config["model"], config["init"]
+    assert starts["lora"] is starts["full"] is models["full"]["adapter"] is None
+    assert starts["pissa"]["class_path"] == "callbacks.pissa_init.PissaInit"
+    assert starts["lora_one"]["init_args"]["num_samples"] == 4
+    assert models["lora_one"]["optimizer"]["init_args"]["damping"] == 1e-3
+    assert {models[m]["adapter"]["r"] for m in ("lora", "pissa", "lora_one")} == {2}
+    # A task of an array may have no method with the setting; a misspelt one no method at all has.
+    started.clear()
+    assert compare(*wanted[1:], "--methods=lora", "--launch=slurm", "--name=other") == 0
+    assert "init.num_samples: lora: no such setting" in capsys.readouterr().out
+    told = refused("--methods=lora,pissa", wanted[1], options=("--init.gama=1",))
+    assert "there is no setting init.gama; did you mean init.gamma?" in told
+
+
 def test_training_rows_are_set_aside_where_the_configuration_has_none(tiny_run, command, capfd):
     run = parsed_run([f"--config={tiny_run}", "--data.validation_size=null"])
     rows = len(run.make_data().rows("train"))

@@ -19,6 +19,7 @@ from app.compare.cells import (
 )
 from app.compare.collect import collect
 from app.compare.launch import check_array, instructions, write_array, write_sweep
+from app.compare.options import RunOptions
 from app.compare.plan_file import note_cells
 from app.compare.report import write_report
 from app.compare.run_grid import GridRun, start_process
@@ -115,27 +116,19 @@ def compare(arguments: Sequence[str]) -> int:
         check_methods,
         check_validation,
         parsed_run,
+        parsed_runs,
         rows_to_set_aside,
     )
 
-    shared = [*(f"--config={name}" for name in given.config)]
-
-    def options(method: str) -> list[str]:
-        return [*shared, f"--config=methods/{method}.yaml", *rest]
-
-    runs = {}
-    for method in methods:
-        try:
-            runs[method] = parsed_run(options(method))
-            size = rows_to_set_aside(runs[method]) if method == methods[0] else None
-            if size is not None:
-                print(
-                    f"{size:,} training rows are set aside to choose learning rates on (data.validation_size)"
-                )
-                rest.append(f"--data.validation_size={size}")
-                runs[method] = parsed_run(options(method))
-        except InputError as error:
-            raise InputError(f"method {method}: {error}") from error
+    options = RunOptions(given.config, rest)
+    runs = parsed_runs(methods, known, options)
+    size = rows_to_set_aside(runs[methods[0]])
+    if size is not None:
+        print(
+            f"{size:,} training rows are set aside to choose learning rates on (data.validation_size)"
+        )
+        options.groups.append([f"--data.validation_size={size}"])
+        runs = {method: parsed_run(options.of(method)) for method in methods}
     configs = {method: run.resolved for method, run in runs.items()}
     for method, config in configs.items():
         if "lr" not in (config["model"]["optimizer"].get("init_args") or {}):
@@ -155,7 +148,7 @@ def compare(arguments: Sequence[str]) -> int:
     own = [f"--name={folder.name}", *(f"--test_config={name}" for name in given.test_config)]
     own += [f"--score={given.score}"] if given.score else []
     if given.launch != "local":
-        everything = [*shared, *own, *rest]
+        everything = [*options.everything(), *own]
         if given.launch == "slurm":
             path = write_array(folder, cells, everything)
         else:
@@ -170,7 +163,7 @@ def compare(arguments: Sequence[str]) -> int:
         if found.state == "trained":
             return [*program, "test", "--run", str(found.run), *tests]
         return [
-            *(*program, "fit", *options(cell.method)),
+            *(*program, "fit", *options.of(cell.method)),
             f"--model.optimizer.init_args.lr={rate_text(cell.learning_rate)}",
             f"--seed_everything={cell.seed}",
             f"--output.root={folder / CELLS_FOLDER}",

@@ -8,6 +8,7 @@ import yaml
 
 from app.cli import LoraCLI, run_cli
 from app.compare.cells import Cell
+from app.compare.options import RunOptions, has_setting
 from app.compare.settings import Settings, differences, method_settings, task_settings, told
 from app.errors import InputError
 from app.run_folder import CONFIG_FILE
@@ -45,6 +46,56 @@ def parsed_run(options: Sequence[str]) -> ParsedRun:
         InputError: A setting is unknown or wrong, or a file is missing.
     """
     return run_cli(ParsedRun, ["fit", *options], StopSignals())
+
+
+def parsed_runs(
+    methods: Sequence[str], known: Sequence[str], options: RunOptions
+) -> dict[str, ParsedRun]:
+    """Parse the runs of all methods, and print which options do not go to all of them.
+
+    Args:
+        methods: Those of the comparison.
+        known: All that there are: an option that only another one has is no mistake, since a part of a
+            comparison may be started with the options of the whole.
+        options: The options, which learn what the methods have.
+
+    Raises:
+        InputError: A setting is unknown or wrong; names the method.
+    """
+    runs = {method: _parsed(method, options) for method in methods}
+    for method, run in runs.items():
+        options.learn(method, run.resolved)
+    for key in options.partial:
+        takers = options.takers(key)
+        if not takers:
+            _check_known(key, [*methods, *(name for name in known if name not in methods)], options)
+        if len(takers) < len(methods):
+            others = [method for method in methods if method not in takers]
+            goes = f"{key} goes to {', '.join(takers)}; " if takers else f"{key}: "
+            print(f"{goes}{', '.join(others)}: no such setting")
+    return {
+        method: _parsed(method, options) if options.partial else run for method, run in runs.items()
+    }
+
+
+def _check_known(key: str, methods: Sequence[str], options: RunOptions) -> None:
+    """Let the parser refuse a setting that no method has, where the section that it should be in is."""
+    nearest = methods[0]
+    for method in methods:
+        config = _parsed(method, RunOptions(options.configs, [])).resolved
+        if has_setting(config, key):
+            return
+        if has_setting(config, f"{key.rpartition('.')[0]}.class_path"):
+            nearest = method
+    options.force(nearest, key)
+    _parsed(nearest, options)
+
+
+def _parsed(method: str, options: RunOptions) -> ParsedRun:
+    try:
+        return parsed_run(options.of(method))
+    except InputError as error:
+        raise InputError(f"method {method}: {error}") from error
 
 
 def check_methods(runs: Mapping[str, Mapping[str, Any]]) -> Settings:
