@@ -49,21 +49,21 @@ def adjusted_gradients(
         damping: Number added to the diagonals of the Gram matrices that are inverted, > 0.
 
     Returns:
-        Adjusted. The r x r work is done in float64, products with long sides in float32 or the factors' type.
+        Adjusted. All is done in float64: where lora_B is nearly of lower rank, the inverse of its Gram matrix
+        multiplies the rounding of every product by the condition number, and float32 loses all digits.
 
     Source: arXiv:2407.18242, Theorems 2.1 and 2.3; repository mrflogs/LoRA-Pro for the damping. Differs: the
         reference treats the first step of lora_B = 0 apart, with the same result.
     """
-    wide = torch.promote_types(lora_A.dtype, torch.float32)
-    A, B, g_A, g_B = (tensor.to(wide) for tensor in (lora_A, lora_B, grad_A, grad_B))
-    gram_A, gram_B = (A @ A.mT).double(), (B.mT @ B).double()
-    shrink = scaling.double().square().reciprocal()[:, None, None]
+    A, B, g_A, g_B = (tensor.double() for tensor in (lora_A, lora_B, grad_A, grad_B))
+    gram_A, gram_B = A @ A.mT, B.mT @ B
     inverse_A, inverse_B = (damped_inverse(gram, damping)[0] for gram in (gram_A, gram_B))
-    least_A = (shrink * inverse_B).to(wide) @ g_A
-    X = solve_sylvester(gram_B, gram_A, -(least_A @ A.mT).double()).to(wide)
-    outside = g_B - B @ (inverse_B.to(wide) @ (B.mT @ g_B))
+    shrink = scaling.double().square().reciprocal()[:, None, None]
+    least_A = shrink * (inverse_B @ g_A)
+    outside = g_B - B @ (inverse_B @ (B.mT @ g_B))
+    X = solve_sylvester(gram_B, gram_A, -least_A @ A.mT)
     adj_A = least_A + X @ A
-    adj_B = outside @ (shrink * inverse_A).to(wide) - B @ X
+    adj_B = shrink * (outside @ inverse_A) - B @ X
     return Adjusted(adj_A.to(lora_A.dtype), adj_B.to(lora_B.dtype))
 
 
