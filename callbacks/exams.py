@@ -62,7 +62,9 @@ class Exams(Callback):
                 if name.startswith("test/")
             }
             record = json.loads(summary.read_text())
-            write_json(summary, {**record, "metrics": {**record["metrics"], "test": scores}})
+            metrics = record["metrics"]
+            scores = {**metrics.get("test", {}), **scores}
+            write_json(summary, {**record, "metrics": {**metrics, "test": scores}})
         found = module.scoring.results()
         if found:
             path = self.folder / SCORES_FILE

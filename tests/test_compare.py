@@ -150,15 +150,20 @@ def test_a_grid_from_end_to_end_and_again(compare, started, sst2_rows, tmp_path,
     assert "--output.name=lora-lr2e-2-seed1" in started[0]
     assert len(rows_of(folder / "runs.csv")) == 9
 
-    # Another task, and another method of the same name, do not get into the same folder.
+    # Another task, and another method of the same name, do not get into the same folder, also with cells
+    # that are new; what is refused leaves no trace.
     started.clear()
     capsys.readouterr()
+    plan = (folder / "compare.json").read_bytes()
+    newer = ("--methods=lora", "--learning_rates=5e-2", "--seeds=9")
     for changed, told in (
         ("--data.max_length=64", "comparison of another task: data.init_args.max_length (128, 64)"),
         ("--model.adapter.r=2", "other settings of the method lora: model.adapter.r (4, 2)"),
     ):
-        assert compare(*wider, f"--data.path={sst2_rows}", changed) == 2
-        assert told in capsys.readouterr().err
+        for cells in (wider, newer):
+            assert compare(*cells, f"--data.path={sst2_rows}", changed) == 2
+            assert told in capsys.readouterr().err
+            assert (folder / "compare.json").read_bytes() == plan
     assert started == []
 
 
@@ -206,6 +211,8 @@ def test_refusals(refused, tmp_path):
         assert told.startswith(f"--seeds has '{wrong}': expected whole numbers")
     assert "--jobs is 0" in refused("--methods=lora", rates, "--jobs=0")
     assert "expected accuracy, f1" in refused("--methods=lora", rates, "--score=bleu")
+    told = refused("--methods=lora", rates, "--score=gsm8k/strict")
+    assert "the runs are asked no benchmark: name its overlay with --test_config" in told
     assert "did you mean --learning_rates?" in refused("--methods=lora", rates, "--learning_rate=1")
     assert "give --learning_rates" in refused("--methods=lora", rates, "--model.optimizer.lr=1")
     assert "give --seeds" in refused("--methods=lora", rates, "--seed_everything=1")
@@ -246,6 +253,47 @@ def test_options_of_a_method_go_to_those_that_have_them(
     assert "there is no setting init.gama; did you mean init.gamma?" in told
 
 
+def test_validation_on_the_reported_rows_is_refused(refused, monkeypatch):
+    monkeypatch.setattr("app.compare.resolve.rows_to_set_aside", lambda run: None)
+    options = (*OPTIONS[:1], "--data.validation_size=null")
+    told = refused("--methods=lora", "--learning_rates=1e-3", options=options)
+    assert "are the rows that the test reports" in told
+
+
+def test_finished_runs_are_asked_a_benchmark_that_is_added(compare, started, tmp_path, capsys):
+    wanted = ("--methods=lora", "--learning_rates=1e-3")
+    assert compare(*wanted) == 0
+    overlay = tmp_path / "toy.yaml"
+    toy = {"class_path": "tests.toy_benchmarks.Writing", "init_args": {"size": 3}}
+    content = {
+        "model": {"adapter": None},
+        "data": {
+            "class_path": "data_modules.benchmark_data.BenchmarkDataModule",
+            "init_args": {"evals": [toy]},
+        },
+    }
+    overlay.write_text(yaml.safe_dump(content))
+    started.clear()
+    asked = (*wanted, f"--test_config={overlay}")
+    assert compare(*asked, "--score=writing/has_e") == 0
+    assert [argv[0] for argv in started] == ["test"]
+    [row] = rows_of(tmp_path / "runs" / "compare_tiny" / "table.csv")
+    assert "test writing/has_e, %" in row
+    # Asked once, and with these settings only; the scores on the rows are still there.
+    started.clear()
+    assert compare(*asked) == 0
+    assert started == []
+    run = tmp_path / "runs" / "compare_tiny" / "cells" / "lora-lr1e-3-seed0" / "version_0"
+    test = json.loads((run / "summary.json").read_text())["metrics"]["test"]
+    assert {"accuracy", "writing/has_e"} <= set(test)
+    toy["init_args"]["limit"] = 1
+    overlay.write_text(yaml.safe_dump(content))
+    capsys.readouterr()
+    assert compare(*asked) == 2
+    told = "other settings of the benchmark writing: limit (None, 1) (then, now)"
+    assert told in capsys.readouterr().err
+
+
 def test_training_rows_are_set_aside_where_the_configuration_has_none(tiny_run, command, capfd):
     run = parsed_run([f"--config={tiny_run}", "--data.validation_size=null"])
     rows = len(run.make_data().rows("train"))
@@ -272,9 +320,9 @@ def test_methods_that_are_no_comparison(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(app.compare.command, "CONFIGS", tmp_path / "configs")
     monkeypatch.setattr("app.config_files.CONFIGS", tmp_path / "configs")
     rates = "--learning_rates=1e-3"
-    told = refused("--methods=lora,same", rates)
+    told = refused("--methods=lora,same", rates, options=OPTIONS[:2])
     assert "lora and same come to the same settings" in told
-    told = refused("--methods=lora,longer", rates)
+    told = refused("--methods=lora,longer", rates, options=OPTIONS[:2])
     assert "lora and longer differ in trainer.max_epochs (None, 7)" in told
 
 

@@ -18,6 +18,7 @@ import yaml
 from app.compare.collect import collect
 from app.compare.figures import _mean_curve
 from app.compare.selection import Stat, tasks
+from app.compare.settings import method_settings
 
 RATES = (1e-4, 1e-3, 1e-2)
 # Validation and test accuracy by method, rate and seed. Of lora_one the best rate by test is not the best by
@@ -208,8 +209,10 @@ def test_lost_runs_are_no_best_and_are_told(report, runs, tmp_path, capsys):
     printed = capsys.readouterr().out
     rows = {row["method"]: row for row in rows_of(tmp_path / "out" / "table.csv")}
     assert rows["lora_one"]["learning rate"] == "1e-2 †"
-    assert "not chosen, since a run was lost there: lora_one at 1e-3 (91.00 ± 1.00)" in printed
+    told = "not chosen, since a run failed or diverged there: lora_one at 1e-3 (91.00 ± 1.00)"
+    assert told in printed
     assert rows["pissa"]["learning rate"] == "none without a lost run"
+    assert "Preliminary: 18 of 21 runs are finished, 1 are not." in printed
     states = {row["state"] for row in rows_of(tmp_path / "out" / "runs.csv")}
     assert states == {"finished", "diverged", "failed", "missing"}
     text = (tmp_path / "out" / "report.md").read_text()
@@ -217,6 +220,176 @@ def test_lost_runs_are_no_best_and_are_told(report, runs, tmp_path, capsys):
     for told in ("why lora_one-lr1e-3-seed3", "why pissa-lr1e-3-seed0", "it was not run"):
         assert told in text
         assert told in printed
+
+
+def plan(folder, cells, **more):
+    """Write compare.json as `compare` does, for the runs of `write_run`."""
+    content = {"task": None, "methods": {}, "benchmarks": {}, "cells": cells, **more}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compare.json").write_text(json.dumps(content))
+
+
+def grid_run(folder, method, rate, seed, *scores, **more):
+    """Write the run of a cell."""
+    write_run(
+        folder / "cells" / f"{method}-{rate}-{seed}" / "version_0",
+        method,
+        rate,
+        seed,
+        *scores,
+        **more,
+    )
+
+
+def test_half_a_grid_says_something(report, tmp_path, capsys):
+    """Seed 0 is whole and seed 1 has begun: rates are chosen on seed 0, which all of them have."""
+    grid = tmp_path / "grid"
+    for method, best in (("lora", 1e-3), ("lora_one", 1e-4)):
+        for rate in (1e-4, 1e-3):
+            grid_run(grid, method, rate, 0, 0.9 if rate == best else 0.8, 0.7)
+    grid_run(grid, "lora", 1e-4, 1, 0.99, 0.6)  # a seed that the other rate has not
+    cells = [[m, r, s] for s in (0, 1) for r in (1e-4, 1e-3) for m in ("lora", "lora_one")]
+    plan(grid, cells)
+    for cell in cells:  # finished cells lie where the plan expects them
+        name = f"{cell[0]}-lr{'1e-4' if cell[1] == 1e-4 else '1e-3'}-seed{cell[2]}"
+        found = grid / "cells" / f"{cell[0]}-{cell[1]}-{cell[2]}"
+        if found.is_dir():
+            found.rename(grid / "cells" / name)
+    assert report(grid) == 0
+    printed = capsys.readouterr().out
+    assert "Preliminary: 5 of 8 runs are finished, 3 are not." in printed
+    rows = {row["method"]: row for row in rows_of(tmp_path / "out" / "table.csv")}
+    assert rows["lora"]["learning rate"].startswith("1e-3")
+    assert rows["lora"]["test accuracy, %"] == "70.00"
+    assert rows["lora_one"]["learning rate"].startswith("1e-4")
+    assert "Rates were chosen on the seeds that they share: lora (0)." in printed
+    assert "run failed" not in printed
+
+
+def test_unequal_seeds_are_told_and_choose_nothing(report, tmp_path, capsys):
+    for seed in (0, 1, 2):
+        grid_run(tmp_path / "runs", "lora", 1e-3, seed, 0.9, 0.5)
+    grid_run(tmp_path / "runs", "lora", 1e-2, 0, 0.95, 0.6)
+    grid_run(tmp_path / "runs", "pissa", 1e-2, 0, 0.8, 0.4)
+    grid_run(tmp_path / "runs", "pissa", 1e-3, 1, 0.9, 0.4)
+    grid_run(tmp_path / "runs", "pissa", 1e-3, 2, 0.9, 0.4)
+    assert report(tmp_path / "runs") == 0
+    printed = capsys.readouterr().out
+    rows = {row["method"]: row for row in rows_of(tmp_path / "out" / "table.csv")}
+    assert rows["lora"]["learning rate"] == "1e-2 †"  # better on seed 0, which both have
+    assert rows["pissa"]["learning rate"] == "1e-3 †"  # no seed in common: that with more
+    assert "The means are not over the same seeds: lora (0), pissa (1, 2)." in printed
+    assert "lora (0), pissa (1, 2)." in printed.partition("chosen on the seeds")[2]
+
+
+def test_scores_that_are_no_numbers_have_diverged(report, tmp_path, capsys):
+    for rate, validation in ((1e-4, float("nan")), (1e-3, 0.9)):
+        grid_run(tmp_path / "runs", "lora", rate, 0, validation, 0.7)
+    assert report(tmp_path / "runs") == 0
+    printed = capsys.readouterr().out
+    [row] = rows_of(tmp_path / "out" / "table.csv")
+    assert row["learning rate"] == "1e-3 †"
+    assert "diverged: after training, the validation accuracy is nan" in printed
+
+
+def test_lost_runs_of_others_change_no_choice(report, tmp_path, capsys):
+    """An unfinished run of another task, and a failed one of another variant, at the best rate."""
+    for rate, validation in ((1e-4, 0.8), (1e-3, 0.9), (1e-2, 0.7)):
+        grid_run(tmp_path / "runs", "lora", rate, 0, validation, 0.7)
+        grid_run(tmp_path / "more", "lora", rate, 0, validation, 0.7, r=64)
+    other = {"validation_size": 100, "max_length": 64, "batch_size": 8}
+    grid_run(tmp_path / "runs" / "other", "lora", 1e-3, 0, data=other)
+    (tmp_path / "runs" / "other" / "cells" / "lora-0.001-0" / "version_0" / "summary.json").unlink()
+    config = tmp_path / "more" / "cells" / "lora-0.001-0" / "version_0" / "config.yaml"
+    settings = method_settings(yaml.safe_load(config.read_text()))
+    plan(tmp_path / "more", [["lora", 1e-3, 7]], methods={"lora": settings})
+    failed = tmp_path / "more" / "cells" / "lora-lr1e-3-seed7"
+    failed.mkdir()
+    (failed / "failure.json").write_text('{"message": "no memory"}')
+    assert report(tmp_path / "runs", tmp_path / "more") == 0
+    rows = {row["method"]: row for row in rows_of(tmp_path / "out" / "table.csv")}
+    assert rows["lora (r=8)"]["learning rate"] == "1e-3"
+    assert rows["lora (r=64)"]["learning rate"] == "1e-4 †"
+    assert "run failed or diverged there: lora (r=64) at 1e-3" in capsys.readouterr().out
+
+
+def test_a_score_of_one_of_two_tasks(report, tmp_path, capsys):
+    write_run(tmp_path / "a" / "version_0")
+    other = {"validation_size": 100, "max_length": 64, "batch_size": 8}
+    write_run(tmp_path / "b" / "version_0", data=other)
+    file = tmp_path / "b" / "version_0" / "summary.json"
+    told = json.loads(file.read_text())
+    told["metrics"] = {"final": {"loss": 0.4}, "test": {"gsm8k/strict": 0.2}}
+    file.write_text(json.dumps(told))
+    assert report(tmp_path / "a", tmp_path / "b", "--score", "gsm8k/strict") == 0
+    columns = [list(rows_of(tmp_path / "out" / f"table_{i}.csv")[0])[1] for i in (1, 2)]
+    assert sorted(columns) == ["test accuracy, %", "test gsm8k/strict, %"]
+
+
+def test_watching_the_inside_makes_no_other_method(report, tmp_path):
+    watcher = {"class_path": "callbacks.inside_training.InsideTraining", "init_args": {}}
+    actor = {"class_path": "my.Callback"}
+    for seed, callbacks in enumerate((None, [watcher], [actor], [actor, watcher])):
+        grid_run(tmp_path / "runs", "lora", 1e-3, seed)
+        file = tmp_path / "runs" / "cells" / f"lora-0.001-{seed}" / "version_0" / "config.yaml"
+        config = yaml.safe_load(file.read_text())
+        config["trainer"]["callbacks"] = callbacks
+        file.write_text(yaml.safe_dump(config))
+    assert report(tmp_path / "runs") == 0
+    assert [row["seeds"] for row in rows_of(tmp_path / "out" / "table.csv")] == ["2", "2"]
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("metrics", None),
+        ("metrics", {"final": None}),
+        ("metrics", {"final": {"accuracy": "high"}}),
+        ("metrics", {"final": {"accuracy": None}}),
+        *((name, None) for name in ("data", "train", "init", "model")),
+        ("train", {"steps": "many"}),
+        ("init", {"peak_bytes": 5}),
+        ("seed", "x"),
+        ("data", {"rows": 3}),
+    ],
+)
+def test_damaged_summaries_are_told(part, value, report, tmp_path, capsys):
+    write_run(tmp_path / "good" / "version_0")
+    write_run(tmp_path / "bad" / "version_0", rate=1e-2)
+    file = tmp_path / "bad" / "version_0" / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), part: value}))
+    assert report(tmp_path / "good", tmp_path / "bad") == 0
+    assert "unreadable: summary.json is damaged: " in capsys.readouterr().out
+    assert len(rows_of(tmp_path / "out" / "table.csv")) == 1
+
+
+def test_other_files_of_the_same_names(report, tmp_path, capsys):
+    write_run(tmp_path / "good" / "version_0")
+    for number, content in enumerate(('{"cells": ["a"]}', "[]", '{"cells": 3, "methods": []}')):
+        (tmp_path / "good" / str(number)).mkdir()
+        (tmp_path / "good" / str(number) / "compare.json").write_text(content)
+    rate = tmp_path / "good" / "x" / "version_0"
+    write_run(rate, rate="fast")
+    bare = tmp_path / "good" / "y" / "version_0"
+    write_run(bare, rate=1e-2)
+    (bare / "metrics.csv").unlink()
+    told = json.loads((bare / "summary.json").read_text())
+    del told["metrics"]["after_init"]
+    (bare / "summary.json").write_text(json.dumps(told))
+    assert report(tmp_path / "good") == 0
+    assert "config.yaml is damaged: learning rate 'fast'" in capsys.readouterr().out
+    assert len(rows_of(tmp_path / "out" / "runs.csv")) == 3
+
+
+def test_a_cell_that_was_killed_as_it_began(report, tmp_path, capsys):
+    grid = tmp_path / "grid"
+    grid_run(grid, "lora", 1e-3, 0)
+    plan(grid, [["lora", 1e-3, 1]])
+    (grid / "cells" / "lora-lr1e-3-seed1" / "version_0").mkdir(parents=True)
+    assert report(grid) == 0
+    printed = capsys.readouterr().out
+    assert "unfinished: it was ended as it began" in printed
+    assert "Preliminary: 1 of 2" in printed
 
 
 def test_tasks_share_no_table(report, runs, tmp_path, capsys):

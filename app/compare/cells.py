@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -66,13 +66,22 @@ def rate_text(rate: float) -> str:
     return f"{digits}e{int(power)}"
 
 
-def state_of(folder: Path) -> CellState:
-    """Read how far the cell in a folder is; what is there decides, nothing else is kept."""
+def state_of(folder: Path, benchmarks: Collection[str] = ()) -> CellState:
+    """Read how far the cell in a folder is; what is there decides, nothing else is kept.
+
+    Args:
+        folder: The cell's.
+        benchmarks: Those whose scores a finished cell has.
+    """
     versions = run_folders(folder)
     summaries = [(path, read_json(path / SUMMARY_FILE)) for path in versions]
     complete = [(path, told) for path, told in summaries if told is not None]
     run, summary = complete[-1] if complete else (None, {})
-    if "test" in (summary or {}).get("metrics", {}):
+    metrics = (summary or {}).get("metrics")
+    test = metrics.get("test") if isinstance(metrics, dict) else None
+    if isinstance(test, dict) and all(
+        any(name.startswith(f"{benchmark}/") for name in test) for benchmark in benchmarks
+    ):
         return CellState("finished", run)
     failure = read_json(folder / FAILURE_FILE)
     if failure is not None:

@@ -1,138 +1,23 @@
 """What runs have left, read from their folders."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from app.compare.cells import CELLS_FOLDER, FAILURE_FILE, read_json, state_of
-from app.compare.plan_file import planned_cells
-from app.compare.settings import RATE, Settings, flat, method_settings, task_settings
+from app.compare.plan_file import PLAN_FILE, read_plan
+from app.compare.runs import LeftOut, Run
+from app.compare.settings import RATE, flat, method_settings, task_settings
 from app.errors import InputError
 from app.plots import read_metrics
-from app.run_folder import CONFIG_FILE, SUMMARY_FILE
+from app.run_folder import CONFIG_FILE, SUMMARY_FILE, run_folders
 
-Curve = list[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
-
-    Attributes:
-        folder: Its folder.
-        method: `model.method`.
-        settings: What makes the method, without the learning rate.
-        task: What all comparable runs share.
-        learning_rate: Of the optimizer; NaN if it has none.
-        seed: The seed.
-        validation: Scores of the trained model on the validation rows.
-        test: Scores on the reported set; empty if it was never tested.
-        told: summary.json.
-        curves: metrics.csv: (step, value) lists by name.
-    """
-
-    folder: Path
-    method: str
-    settings: Settings
-    task: Settings
-    learning_rate: float
-    seed: int
-    validation: Mapping[str, float]
-    test: Mapping[str, float]
-    told: Mapping[str, Any]
-    curves: Mapping[str, list[tuple[int, float]]] = field(repr=False)
-
-    @property
-    def trainable(self) -> int | None:
-        """Trainable parameters."""
-        return self.told.get("model", {}).get("trainable_parameters")
-
-    @property
-    def init_seconds(self) -> float:
-        """Seconds of the initialisation's gradient passes and decompositions; 0 without one."""
-        return float(self.told.get("init", {}).get("seconds", 0.0))
-
-    @property
-    def train_seconds(self) -> float:
-        """Seconds of the training loop, without validation."""
-        return float(self.told.get("train", {}).get("seconds", math.nan))
-
-    @property
-    def step_seconds(self) -> float:
-        """Mean seconds of an optimizer step."""
-        steps = self.told.get("train", {}).get("steps", 0)
-        return self.train_seconds / steps if steps else math.nan
-
-    @property
-    def peak_bytes(self) -> int | None:
-        """Peak memory of initialisation and training, of the process that needs most."""
-        peaks = [
-            *self.told.get("init", {}).get("peak_bytes", []),
-            self.told.get("train", {}).get("peak_bytes"),
-        ]
-        return max((peak for peak in peaks if peak), default=None) if peaks[-1] else None
-
-    @property
-    def device(self) -> str:
-        """What it was trained on."""
-        return str(self.told.get("train", {}).get("device", "unknown device"))
-
-    def curve(self, name: str, over: str) -> Curve:
-        """Return a curve over optimizer steps made or over seconds of initialisation and training.
-
-        Args:
-            name: "loss", or a score on the validation rows.
-            over: "steps" or "seconds".
-        """
-        if name == "loss":
-            points = [(step + 1.0, value) for step, value in self.curves.get("train/loss", [])]
-        else:
-            points = [(step + 1.0, value) for step, value in self.curves.get(f"val/{name}", [])]
-            start = self.told["metrics"].get("after_init", {}).get(name)
-            points = [(0.0, start), *points] if start is not None else points
-            last = self.told.get("train", {}).get("steps")
-            if last and name in self.validation and points[-1][0] < last:
-                points.append((float(last), self.validation[name]))
-        if over == "steps" or not points:
-            return points
-        steps, values = zip(*points, strict=True)
-        return list(zip(self._seconds_at(steps), values, strict=True))
-
-    def _seconds_at(self, steps: Sequence[float]) -> list[float]:
-        """Return the seconds up to numbers of steps, between the clock's readings."""
-        clock = [(0.0, 0.0)]
-        clock += [(step + 1.0, value) for step, value in self.curves.get("train/seconds", [])]
-        last = float(self.told.get("train", {}).get("steps", 0))
-        if last > clock[-1][0]:
-            clock.append((last, self.train_seconds))
-        known, passed = np.array(clock).T
-        return [float(at) for at in self.init_seconds + np.interp(steps, known, passed)]
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A run that is in no mean, and why.
-
-    Attributes:
-        name: Its folder.
-        state: `failed`, `diverged`, `missing`, `unfinished`, `repeated` or `unreadable`.
-        reason: In words.
-        method: Its method, where known.
-        learning_rate: Its rate, where known.
-        seed: Its seed, where known.
-    """
-
-    name: str
-    state: str
-    reason: str
-    method: str | None = None
-    learning_rate: float | None = None
-    seed: int | None = None
+FOUND_AT_THE_END = ("data rows", "model fingerprint")
+"""Of a run's task what only its summary knows."""
 
 
 @dataclass(frozen=True)
@@ -195,37 +80,77 @@ def read_run(folder: Path) -> Run | LeftOut | None:
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         return None
     method, rate = str(config["model"].get("method")), flat(config).get(RATE)
-    known = (method, None if rate is None else float(rate), config.get("seed_everything"))
+    seed = config.get("seed_everything")
+    if not isinstance(rate, int | float | None) or not isinstance(seed, int | None):
+        told = f"{CONFIG_FILE} is damaged: learning rate {rate!r}, seed {seed!r}"
+        return LeftOut(str(folder), "unreadable", told, method)
+    settings, task = method_settings(config), task_settings(config)
+    task.pop("model.name", None)  # the same weights may lie elsewhere
+    known = (method, None if rate is None else float(rate), seed, settings, task)
     if not (folder / SUMMARY_FILE).is_file():
         return LeftOut(str(folder), "unfinished", f"it has no {SUMMARY_FILE} yet", *known)
     summary = read_json(folder / SUMMARY_FILE)
-    if summary is None or not isinstance(summary.get("metrics"), dict):
-        return LeftOut(str(folder), "unreadable", f"{SUMMARY_FILE} is damaged", *known)
+    damage = "it is no JSON object" if summary is None else _damage(summary)
+    if summary is None or damage:
+        return LeftOut(str(folder), "unreadable", f"{SUMMARY_FILE} is damaged: {damage}", *known)
     table = folder / "metrics.csv"
     try:
         curves = read_metrics(table) if table.is_file() else {}
     except (ValueError, TypeError, KeyError) as error:
         return LeftOut(str(folder), "unreadable", f"metrics.csv is damaged ({error})", *known)
-    data = summary.get("data", {})
-    model = summary.get("model", {})
-    task = {
-        **task_settings(config),
-        "data rows": str(data.get("rows")),
-        "model fingerprint": model.get("fingerprint"),
-    }
-    task.pop("model.name", None)  # the same weights may lie elsewhere
+    validation, test = (summary["metrics"].get(moment, {}) for moment in ("final", "test"))
+    for moment, scores in (("validation", validation), ("test", test)):
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                told = f"after training, the {moment} {name} is {value}"
+                return LeftOut(str(folder), "diverged", told, *known)
+    found = (
+        str(summary.get("data", {}).get("rows")),
+        summary.get("model", {}).get("fingerprint"),
+    )
     return Run(
         folder,
         method,
-        method_settings(config),
-        task,
+        settings,
+        {**task, **dict(zip(FOUND_AT_THE_END, found, strict=True))},
         math.nan if rate is None else float(rate),
-        int(summary.get("seed") or config.get("seed_everything") or 0),
-        summary["metrics"].get("final", {}),
-        summary["metrics"].get("test", {}),
+        int(summary.get("seed") or seed or 0),
+        validation,
+        test,
         summary,
         curves,
     )
+
+
+def _damage(summary: dict[str, Any]) -> str:
+    """Say what of a summary has another form than a run's; nothing if all is well."""
+    sections = {
+        name: summary.get(name, {}) for name in ("metrics", "model", "data", "init", "train")
+    }
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            return f"{name} is {section!r}"
+    if "metrics" not in summary:
+        return "it has no metrics"
+    numbers: dict[str, Any] = {"seed": summary.get("seed")}
+    for moment, scores in sections["metrics"].items():
+        if not isinstance(scores, dict):
+            return f"metrics.{moment} is {scores!r}"
+        if None in scores.values():
+            return f"metrics.{moment} has no number for a score"
+        numbers |= {f"metrics.{moment}.{name}": value for name, value in scores.items()}
+    train, init, model = sections["train"], sections["init"], sections["model"]
+    numbers |= {f"train.{name}": train.get(name) for name in ("steps", "seconds", "peak_bytes")}
+    numbers["init.seconds"] = init.get("seconds")
+    numbers |= {f"model.{name}": model.get(name) for name in ("parameters", "trainable_parameters")}
+    peaks = init.get("peak_bytes", [])
+    if not isinstance(peaks, list):
+        return f"init.peak_bytes is {peaks!r}"
+    numbers |= {f"init.peak_bytes {i}": peak for i, peak in enumerate(peaks)}
+    if not isinstance(sections["data"].get("rows", {}), dict):
+        return f"data.rows is {sections['data']['rows']!r}"
+    wrong = [name for name, value in numbers.items() if not isinstance(value, int | float | None)]
+    return f"{wrong[0]} is {numbers[wrong[0]]!r}" if wrong else ""
 
 
 def _config_files(folder: Path) -> list[Path]:
@@ -237,18 +162,29 @@ def _config_files(folder: Path) -> list[Path]:
 
 
 def _grid_left_out(folder: Path) -> Iterable[LeftOut]:
-    """Yield the cells of comparisons in and below a folder that failed or never began."""
-    plans = [folder, *(path.parent for path in folder.rglob("compare.json"))]
+    """Yield the cells of comparisons in and below a folder that failed, never began or left no settings."""
+    plans = [folder, *(path.parent for path in folder.rglob(PLAN_FILE))]
     for root in dict.fromkeys(plans):
-        for cell in planned_cells(root):
+        plan = read_plan(root)
+        task = None if plan.task is None else {**plan.task}
+        if task is not None:
+            task.pop("model.name", None)
+        for cell in plan.cells:
             path = root / CELLS_FOLDER / cell.name
-            known = (cell.method, cell.learning_rate, cell.seed)
+            known = (
+                *(cell.method, cell.learning_rate, cell.seed),
+                *(plan.methods.get(cell.method), task),
+            )
             found = state_of(path)
             if found.state in ("failed", "diverged"):
                 told = read_json(path / FAILURE_FILE) or {}
                 yield LeftOut(str(path), found.state, str(told.get("message")), *known)
             elif found.state == "missing":
                 yield LeftOut(str(path), "missing", "it was not run", *known)
+            elif found.state == "started" and not any(
+                (version / CONFIG_FILE).is_file() for version in run_folders(path)
+            ):
+                yield LeftOut(str(path), "unfinished", "it was ended as it began", *known)
 
 
 def _identity(run: Run) -> tuple[Any, ...]:

@@ -20,12 +20,12 @@ from app.compare.cells import (
 from app.compare.collect import collect
 from app.compare.launch import check_array, instructions, write_array, write_sweep
 from app.compare.options import RunOptions
-from app.compare.plan_file import note_cells
+from app.compare.plan_file import Plan, note_plan
 from app.compare.report import write_report
 from app.compare.run_grid import GridRun, start_process
+from app.compare.settings import method_settings
 from app.config_files import CONFIGS, PROJECT, find_config
 from app.errors import InputError
-from app.run_folder import CONFIG_FILE
 
 COMPARE = """Train methods with several learning rates and seeds, and report on all of them.
 
@@ -66,7 +66,7 @@ def compare(arguments: Sequence[str]) -> int:
     """Run `compare` with the arguments after its name.
 
     Returns:
-        Exit status: 0, or 1 if a cell has failed.
+        Exit status: 0, or 1 if a cell has failed or none has finished.
 
     Raises:
         InputError: An option is wrong, or the runs would not be comparable.
@@ -112,8 +112,9 @@ def compare(arguments: Sequence[str]) -> int:
 
     # Here, since the command line's parser imports what trains, which a report does without.
     from app.compare.resolve import (
-        check_cell,
+        asked_benchmarks,
         check_methods,
+        check_score,
         check_validation,
         parsed_run,
         parsed_runs,
@@ -143,7 +144,10 @@ def compare(arguments: Sequence[str]) -> int:
         check_array(configs[methods[0]])
     if not (folder / CELLS_FOLDER).is_dir():
         check_validation(runs[methods[0]])
-    note_cells(folder, task, cells)
+    benchmarks = asked_benchmarks(given.test_config)
+    check_score(given.score, runs[methods[0]], benchmarks)
+    settings = {method: method_settings(config) for method, config in configs.items()}
+    note_plan(folder, Plan(cells, task, settings, benchmarks))
 
     own = [f"--name={folder.name}", *(f"--test_config={name}" for name in given.test_config)]
     own += [f"--score={given.score}"] if given.score else []
@@ -171,15 +175,12 @@ def compare(arguments: Sequence[str]) -> int:
             "--ckpt_path=last",
         ]
 
-    work = GridRun(cells, folder, command, given.jobs, start_process)
-    for cell, found in work.states.items():
-        if found.run is not None and (found.run / CONFIG_FILE).is_file():
-            check_cell(cell, found.run, configs[cell.method])
+    work = GridRun(cells, folder, command, given.jobs, start_process, benchmarks)
     work.run()
     states = [found.state for found in work.states.values()]
     if "finished" in states:
         _report([folder], folder, given.score)
-    return 1 if "failed" in states else 0
+    return 1 if "failed" in states or "finished" not in states else 0
 
 
 def report(arguments: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from app.compare.cells import rate_text
-from app.compare.collect import Run
+from app.compare.runs import Run
 from app.compare.selection import Method, Task
 from app.inside_plots import MAPS
 

@@ -1,17 +1,23 @@
 """What a method's run would be, resolved by the command line's own parser and checked before anything runs."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import pkgutil
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from app.cli import LoraCLI, run_cli
-from app.compare.cells import Cell
 from app.compare.options import RunOptions, has_setting
-from app.compare.settings import Settings, differences, method_settings, task_settings, told
+from app.compare.settings import (
+    Settings,
+    differences,
+    flat,
+    method_settings,
+    task_settings,
+    told,
+)
+from app.config_files import find_config
 from app.errors import InputError
-from app.run_folder import CONFIG_FILE
 from app.stopping import StopSignals
 
 MOST_ASIDE = 1000
@@ -153,21 +159,41 @@ def check_validation(run: ParsedRun) -> None:
         )
 
 
-def check_cell(cell: Cell, run: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse to take a run for a cell if it was trained with other settings of the method.
-
-    Args:
-        cell: The cell.
-        run: Its run folder.
-        wanted: The configuration that the cell would be trained with now.
+def asked_benchmarks(test_configs: Sequence[str]) -> dict[str, Settings]:
+    """Return the settings of the benchmarks that overlays of a test ask, by the names in their scores.
 
     Raises:
-        InputError: The settings differ.
+        InputError: An overlay is missing or names no class.
     """
-    theirs = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-    found = differences(method_settings(theirs), method_settings(wanted))
-    if found:
+    found: dict[str, Settings] = {}
+    for name in test_configs:
+        path = find_config(name)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        evals = flat(content).get("data.init_args.evals") or []
+        for given in evals:
+            try:
+                kind = pkgutil.resolve_name(given["class_path"])
+            except (ImportError, AttributeError, ValueError, TypeError, KeyError) as error:
+                raise InputError(
+                    f"--test_config {path} lists {given!r} under data.evals, which is no benchmark: {error}"
+                ) from error
+            found[kind.name] = flat(given.get("init_args") or {})
+    return found
+
+
+def check_score(score: str | None, run: ParsedRun, benchmarks: Collection[str]) -> None:
+    """Raise InputError if no run of the comparison will have a score."""
+    if score is None or score == "loss":
+        return
+    data = run.make_data()
+    asked = sorted({*benchmarks, *(evaluation.name for evaluation in data.evals)})
+    if "/" in score and score.partition("/")[0] not in asked:
         raise InputError(
-            f"{run} was trained with other settings of the method {cell.method}: {told(found)} (then, now). "
-            "Give the comparison another --name, or remove that cell's folder"
+            f"--score is {score!r}, but the runs are asked {', '.join(asked) or 'no benchmark'}: name its "
+            "overlay with --test_config, such as eval/gsm8k.yaml"
+        )
+    if "/" not in score and not data.label_words:
+        raise InputError(
+            f"--score is {score!r}, but the rows of {data.task_name} have no classes: expected loss, or a "
+            "benchmark's such as gsm8k/strict"
         )

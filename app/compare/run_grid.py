@@ -10,7 +10,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -80,6 +80,7 @@ class GridRun:
         command: Returns what to start next for a cell that is not finished: training, then the test.
         jobs: Cells at once.
         start: Starts a command.
+        benchmarks: Those that finished cells have been asked.
         say: Prints a line.
     """
 
@@ -90,6 +91,7 @@ class GridRun:
         command: Command,
         jobs: int = 1,
         start: Start = start_process,
+        benchmarks: Collection[str] = (),
         say: Callable[[str], None] = lambda line: print(line, flush=True),
     ) -> None:
         self.cells = list(cells)
@@ -97,8 +99,9 @@ class GridRun:
         self.command = command
         self.jobs = jobs
         self.start = start
+        self.benchmarks = benchmarks
         self.say = say
-        self.states = {cell: state_of(self.folder / cell.name) for cell in self.cells}
+        self.states = {cell: self._state(self.folder / cell.name) for cell in self.cells}
         self._failed_before = {
             cell: self._failure(cell)
             for cell, found in self.states.items()
@@ -106,6 +109,9 @@ class GridRun:
         }
         self._running: list[_Work] = []
         self._seconds: list[float] = []  # of each cell that this process has trained
+
+    def _state(self, folder: Path) -> CellState:
+        return state_of(folder, self.benchmarks)
 
     def run(self) -> None:
         """Work until every cell is finished or has failed.
@@ -151,7 +157,7 @@ class GridRun:
         except BlockingIOError:
             lock.close()
             return False
-        found = state_of(folder)  # somebody may have had it in the meantime
+        found = self._state(folder)  # somebody may have had it in the meantime
         again = found.state == "failed" and self._failed_before.get(cell) == self._failure(cell)
         if found.state in ("finished", "diverged") or (found.state == "failed" and not again):
             lock.close()
@@ -160,7 +166,7 @@ class GridRun:
         (folder / FAILURE_FILE).unlink(missing_ok=True)
         log = (folder / LOG_FILE).open("ab")
         begin = time.perf_counter()
-        process, log_start = self._launch(cell, state_of(folder), log, lock)
+        process, log_start = self._launch(cell, self._state(folder), log, lock)
         self._running.append(_Work(cell, folder, lock, log, begin, process, log_start))
         self.say(f"{cell.name}: {'tests' if found.run else 'trains'}; {folder / LOG_FILE}")
         return True
@@ -179,7 +185,7 @@ class GridRun:
         if status is None:
             return
         before = self.states[work.cell]
-        found = state_of(work.folder)
+        found = self._state(work.folder)
         if status == 0 and found.state == "trained" and before.state != "trained":
             self.states[work.cell] = found
             work.process, work.log_start = self._launch(work.cell, found, work.log, work.lock)
@@ -187,7 +193,7 @@ class GridRun:
         self._running.remove(work)
         if found.state != "finished":
             self._fail(work, status)
-            found = state_of(work.folder)
+            found = self._state(work.folder)
         else:
             self._seconds.append(time.perf_counter() - work.begin)
         self._release(work)

@@ -5,11 +5,18 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from app.compare.collect import Collection, LeftOut, Run
+from app.compare.collect import FOUND_AT_THE_END, Collection
+from app.compare.runs import LeftOut, Run
 from app.compare.settings import Settings, differences
 from app.errors import InputError
+
+SPOILT = ("failed", "diverged")
+"""What a run at a learning rate must not be for the rate to be chosen."""
+
+PENDING = ("missing", "unfinished")
+"""Runs that may still come."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Rate:
     Attributes:
         learning_rate: The rate.
         runs: Its finished runs, one a seed.
-        lost: Runs that failed, diverged or were not finished.
+        lost: Runs that failed, diverged, or are not finished.
         validation: Selection score on the validation rows.
         test: Reported score on the reported set; n is 0 where nothing was tested.
     """
@@ -55,6 +62,16 @@ class Rate:
     validation: Stat
     test: Stat
 
+    @property
+    def seeds(self) -> set[int]:
+        """Seeds of the finished runs."""
+        return {run.seed for run in self.runs}
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether a run failed or diverged."""
+        return any(out.state in SPOILT for out in self.lost)
+
 
 @dataclass(frozen=True)
 class Method:
@@ -63,15 +80,18 @@ class Method:
     Attributes:
         label: Its name, with the settings that tell it from others of the same name.
         rates: By rising rate.
-        best: The rate chosen on the validation rows; None if there is none without lost runs.
+        best: The rate chosen on the validation rows; None if every rate has a run that failed or diverged,
+            or none that is finished.
         edge: `lowest` or `highest` if the best rate is the last one tried on that side, `only` if no other
             was tried, else None.
+        chosen_on: The seeds that the rates were compared on.
     """
 
     label: str
     rates: list[Rate]
     best: Rate | None
     edge: str | None
+    chosen_on: set[int]
 
 
 @dataclass(frozen=True)
@@ -113,9 +133,9 @@ def is_better(score: str) -> int:
 def tasks(found: Collection, score: str | None = None) -> list[Task]:
     """Separate runs of different tasks, and choose each method's learning rate.
 
-    The best rate is the one with the best mean selection score on the validation rows, over the rates of
-    which no run was lost and which have as many seeds as any other; of equal ones the lower. The reported
-    set plays no part in the choice.
+    The best rate is the one with the best mean selection score on the validation rows, among the rates at
+    which no run failed or diverged, over the seeds that all of these rates have finished; of equal ones the
+    lower. The reported set plays no part in the choice.
 
     Args:
         found: The runs.
@@ -124,6 +144,10 @@ def tasks(found: Collection, score: str | None = None) -> list[Task]:
     Raises:
         InputError: No run has that score.
     """
+    known = {name for run in found.runs for name in (*run.test, *run.validation)}
+    if score is not None and score not in known:
+        names = ", ".join(sorted(known)) or "none"
+        raise InputError(f"--score is {score!r}, which no run has: expected one of {names}")
     groups: list[tuple[Settings, list[Run]]] = []
     for run in found.runs:
         for shared, members in groups:
@@ -135,17 +159,20 @@ def tasks(found: Collection, score: str | None = None) -> list[Task]:
     groups.sort(key=lambda group: -len(group[1]))
     made = []
     for shared, members in groups:
-        lost = [out for out in found.left_out if out.method and _beside(out, members)]
-        if len(groups) == 1:
-            lost = [out for out in found.left_out if out.method]
+        lost = [out for out in found.left_out if _belongs(out, shared, members, len(groups) == 1)]
         apart = differences(groups[0][0], shared)
         made.append(_task(members, lost, score, shared, apart))
     return made
 
 
-def _beside(out: LeftOut, runs: Sequence[Run]) -> bool:
-    """Return whether a lost run lies in the comparison, or among the versions, of some runs."""
-    return any(run.folder.is_relative_to(Path(out.name).parent) for run in runs)
+def _belongs(out: LeftOut, shared: Settings, runs: Sequence[Run], only: bool) -> bool:
+    """Return whether a lost run is of the task of some runs."""
+    if out.method is None or out.state == "repeated":
+        return False
+    if out.task is not None:
+        known = {name: value for name, value in shared.items() if name not in FOUND_AT_THE_END}
+        return not differences(out.task, known)
+    return only or any(run.folder.is_relative_to(Path(out.name).parent) for run in runs)
 
 
 def _task(
@@ -155,29 +182,55 @@ def _task(
     shared: Settings,
     apart_from_first: dict[str, tuple[Any, Any]],
 ) -> Task:
-    reported = score or _usual_score(runs)
     known = {name for run in runs for name in (*run.test, *run.validation)}
-    if reported not in known:
-        names = ", ".join(sorted(known)) or "none"
-        raise InputError(f"--score is {reported!r}, which no run has: expected one of {names}")
+    reported = score if score in known else _usual_score(runs)
     # A benchmark's questions are of the reported set: only rows may choose.
     with_rows = all(reported in run.validation and "/" not in reported for run in runs)
     chooser = reported if with_rows else "loss"
-    variants: dict[str, list[Run]] = {}
-    labels = _labels(runs)
-    for run in runs:
-        variants.setdefault(labels[id(run)], []).append(run)
-    label_of = {run.method: label for label, members in variants.items() for run in members}
-    for out in lost:  # methods of which nothing was finished
-        variants.setdefault(label_of.get(str(out.method), str(out.method)), [])
+    variants = _variants(runs, lost)
     methods = [
-        _method(label, members, _lost_of(label, members, lost), reported, chooser)
-        for label, members in variants.items()
+        _method(label, variant.runs, variant.lost, reported, chooser)
+        for label, variant in zip(_labels(variants), variants, strict=True)
     ]
     sign = is_better(reported)
     methods.sort(key=lambda method: _order(method, sign))
     apart = shared.get("data.init_args.validation_size") is not None
     return Task(methods, reported, chooser, apart, shared, apart_from_first)
+
+
+class _Variant(NamedTuple):
+    """The runs of one method with the same settings."""
+
+    method: str
+    settings: Settings
+    runs: list[Run]
+    lost: list[LeftOut]
+
+
+def _variants(runs: Sequence[Run], lost: Sequence[LeftOut]) -> list[_Variant]:
+    """Put runs of one method with the same settings together.
+
+    A lost run whose settings are not known counts for every variant of its method.
+    """
+    found: list[_Variant] = []
+
+    def variant(method: str, settings: Settings) -> _Variant:
+        for known in found:
+            if known.method == method and not differences(known.settings, settings):
+                return known
+        found.append(_Variant(method, settings, [], []))
+        return found[-1]
+
+    for run in runs:
+        variant(run.method, run.settings).runs.append(run)
+    for out in lost:
+        namesakes = [known for known in found if known.method == out.method]
+        if out.settings is None and namesakes:
+            for known in namesakes:
+                known.lost.append(out)
+        else:
+            variant(str(out.method), out.settings or {}).lost.append(out)
+    return found
 
 
 def _order(method: Method, sign: int) -> tuple[int, float, str]:
@@ -187,21 +240,19 @@ def _order(method: Method, sign: int) -> tuple[int, float, str]:
     return (0 if method.best.test.n else 1, -sign * stat.mean, method.label)
 
 
-def _lost_of(label: str, members: Sequence[Run], lost: Sequence[LeftOut]) -> list[LeftOut]:
-    method = members[0].method if members else label
-    return [out for out in lost if out.method == method and out.state != "repeated"]
-
-
 def _method(
     label: str, runs: list[Run], lost: list[LeftOut], reported: str, chooser: str
 ) -> Method:
     tried = {run.learning_rate for run in runs if not math.isnan(run.learning_rate)}
     tried |= {out.learning_rate for out in lost if out.learning_rate is not None}
     rates = [_rate(value, runs, lost, reported, chooser) for value in sorted(tried) or [math.nan]]
-    seeds = max((rate.validation.n for rate in rates), default=0)
-    whole = [rate for rate in rates if rate.validation.n == seeds > 0 and not rate.lost]
+    able, seeds = _comparable([rate for rate in rates if rate.validation.n and not rate.spoilt])
     sign = is_better(chooser)
-    best = max(whole, key=lambda rate: sign * rate.validation.mean, default=None)
+
+    def mean(rate: Rate) -> float:
+        return Stat.of(run.validation.get(chooser) for run in rate.runs if run.seed in seeds).mean
+
+    best = max(able, key=lambda rate: sign * mean(rate), default=None)
     edge = None
     if best is not None and len(rates) == 1:
         edge = "only"
@@ -209,7 +260,18 @@ def _method(
         edge = "lowest"
     elif best is rates[-1]:
         edge = "highest"
-    return Method(label, rates, best, edge)
+    return Method(label, rates, best, edge, seeds)
+
+
+def _comparable(rates: list[Rate]) -> tuple[list[Rate], set[int]]:
+    """Return the rates that have seeds in common, and these; who has fewest stands back where there is none."""
+    able = list(rates)
+    while able:
+        seeds = set.intersection(*(rate.seeds for rate in able))
+        if seeds:
+            return able, seeds
+        able.remove(min(able, key=lambda rate: len(rate.seeds)))
+    return [], set()
 
 
 def _rate(value: float, runs: list[Run], lost: list[LeftOut], reported: str, chooser: str) -> Rate:
@@ -229,16 +291,12 @@ def _usual_score(runs: Sequence[Run]) -> str:
     return "accuracy" if "accuracy" in names else (benchmarks or ["loss"])[0]
 
 
-def _labels(runs: Sequence[Run]) -> dict[int, str]:
-    """Name each run's method, with the settings that differ between runs of the same name."""
-    labels: dict[int, str] = {}
-    for run in runs:
-        namesakes = [other for other in runs if other.method == run.method]
-        differ = dict.fromkeys(
-            name
-            for other in namesakes
-            for name in differences(namesakes[0].settings, other.settings)
-        )
-        parts = [f"{name.rpartition('.')[2]}={run.settings.get(name)}" for name in differ]
-        labels[id(run)] = run.method + (f" ({', '.join(parts)})" if parts else "")
+def _labels(variants: Sequence[_Variant]) -> list[str]:
+    """Name each variant by its method, with the settings that differ between those of the same name."""
+    labels = []
+    for variant in variants:
+        namesakes = [other.settings for other in variants if other.method == variant.method]
+        differ = dict.fromkeys(name for own in namesakes for name in differences(namesakes[0], own))
+        parts = [f"{name.rpartition('.')[2]}={variant.settings.get(name)}" for name in differ]
+        labels.append(variant.method + (f" ({', '.join(parts)})" if parts else ""))
     return labels

@@ -18,6 +18,9 @@ FREE = (
 )
 """What changes neither the training nor its scores: how often is logged, where it is written."""
 
+WATCHERS = ("callbacks.inside_training.InsideTraining",)
+"""Callbacks that look on and change nothing."""
+
 Settings = dict[str, Any]
 
 
@@ -35,9 +38,14 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Settings:
 
 def method_settings(config: Mapping[str, Any]) -> Settings:
     """Return what makes the method, without its learning rate."""
-    return {
+    found = {
         name: value for name, value in flat(config).items() if _in(name, METHOD) and name != RATE
     }
+    callbacks = found.get("trainer.callbacks")
+    if isinstance(callbacks, list):
+        acting = [c for c in callbacks if c.get("class_path") not in WATCHERS]
+        found["trainer.callbacks"] = acting or None
+    return found
 
 
 def task_settings(config: Mapping[str, Any]) -> Settings:

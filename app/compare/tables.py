@@ -9,7 +9,7 @@ from typing import Any
 
 from app.compare.cells import rate_text
 from app.compare.collect import Collection
-from app.compare.selection import Method, Stat, Task, is_better
+from app.compare.selection import PENDING, Method, Stat, Task, is_better
 
 EDGE = {
     "lowest": "the lowest rate tried",
@@ -80,10 +80,11 @@ def main_table(task: Task) -> Table:
         "peak memory, GiB",
     ]
     rows = [_main_row(method, task) for method in task.methods]
-    notes = [
+    notes = _unfinished(task)
+    notes.append(
         f"Mean ± standard deviation (n - 1) over seeds at the learning rate with the best mean validation "
         f"{task.selected_by}; test scores play no part in the choice."
-    ]
+    )
     if not task.apart:
         notes.append(
             "**The validation rows are the reported rows** (data.validation_size is null): the learning rates "
@@ -92,8 +93,10 @@ def main_table(task: Task) -> Table:
     passed_over = _passed_over(task)
     if passed_over:
         notes.append(
-            f"Better on the validation rows, but not chosen, since a run was lost there: {passed_over}."
+            "Better on the validation rows, but not chosen, since a run failed or diverged there: "
+            f"{passed_over}."
         )
+    notes += _unequal_seeds(task)
     at_edge = [m for m in task.methods if m.edge in ("lowest", "highest")]
     if at_edge:
         told = ", ".join(f"{m.label} ({EDGE[str(m.edge)]})" for m in at_edge)
@@ -121,7 +124,9 @@ def main_table(task: Task) -> Table:
 def _main_row(method: Method, task: Task) -> list[str]:
     best = method.best
     if best is None:
-        return [method.label, "", "", "none without a lost run", *([""] * 6)]
+        spoilt = any(rate.spoilt for rate in method.rates)
+        why = "none without a lost run" if spoilt else "none finished"
+        return [method.label, "", "", why, *([""] * 6)]
     mark = {"lowest": " †", "highest": " †", "only": " ‡"}.get(method.edge or "", "")
     runs = best.runs
     seeds = f"{best.validation.n}"
@@ -243,19 +248,49 @@ def stat_text(stat: Stat, score: str) -> str:
     return mean if math.isnan(stat.std) else f"{mean} ± {factor * stat.std:.{places}f}"
 
 
+def _unfinished(task: Task) -> list[str]:
+    """Say that a grid is not whole yet."""
+    pending = sum(out.state in PENDING for out in task.lost)
+    if not pending:
+        return []
+    whole = len(task.runs) + len(task.lost)
+    return [f"**Preliminary**: {len(task.runs)} of {whole} runs are finished, {pending} are not."]
+
+
 def _passed_over(task: Task) -> str:
-    """Name the rates that a lost run kept from being chosen."""
+    """Name the rates that a failed or diverged run kept from being chosen."""
     sign, score = is_better(task.selected_by), task.selected_by
     return ", ".join(
         f"{method.label} at {_rate(rate.learning_rate)} ({stat_text(rate.validation, score)})"
         for method in task.methods
         for rate in method.rates
-        if rate.validation.n
-        and rate is not method.best
+        if rate.spoilt
+        and rate.validation.n
         and (
             method.best is None or sign * rate.validation.mean > sign * method.best.validation.mean
         )
     )
+
+
+def _unequal_seeds(task: Task) -> list[str]:
+    """Say where seeds are not the same: between the rates of a method, or between methods."""
+    notes = []
+    parts = [
+        f"{method.label} ({_seeds(method.chosen_on)})"
+        for method in task.methods
+        if any(rate.runs and rate.seeds != method.chosen_on for rate in method.rates)
+    ]
+    if parts:
+        notes.append(f"Rates were chosen on the seeds that they share: {', '.join(parts)}.")
+    seeds = {m.label: _seeds(m.best.seeds) for m in task.methods if m.best is not None}
+    if len(set(seeds.values())) > 1:
+        told = ", ".join(f"{label} ({found})" for label, found in seeds.items())
+        notes.append(f"The means are not over the same seeds: {told}.")
+    return notes
+
+
+def _seeds(seeds: set[int]) -> str:
+    return ", ".join(map(str, sorted(seeds))) or "none"
 
 
 def _is_loss(score: str) -> bool:
