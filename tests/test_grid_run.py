@@ -164,6 +164,18 @@ def test_each_failure_is_told_and_tried_again(workers):
     assert workers.states(cells) == ["finished", "finished"]
 
 
+def test_a_failure_is_tried_once_by_several_at_once(workers):
+    """Who finds a cell that another has tried in the meantime leaves it."""
+    cell = CELLS[0]
+    (workers.folder / "cells" / cell.name / "busy").mkdir(parents=True)  # lets the program fail
+    both = [workers.start([*CELLS[1:2], cell], seconds=1), workers.start([cell], seconds=1)]
+    for process in both:
+        process.join(PATIENCE)
+    assert workers.states([cell]) == ["failed"]
+    log = (workers.folder / "cells" / cell.name / "cell.log").read_text()
+    assert log.count("$ bash") == 1
+
+
 def test_what_a_failure_says():
     assert failure_message(["x", "error: set a.b", "bye"], 2) == "set a.b"
     assert (

@@ -21,11 +21,11 @@ from app.compare.runs import Run
 from app.compare.selection import Method, Task
 from app.inside_plots import MAPS
 
-# Okabe and Ito's colours, told apart with any colour vision; beyond them the line style changes.
+# Okabe and Ito's colours, told apart with any colour vision; beyond them line style and marker change.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-SIZE = (6.0, 4.2)
+WIDTH, HEIGHT, LEGEND_ROW = 6.0, 3.6, 0.22  # inches; the legend stands below the axes
 LABELS = {"steps": "optimizer step", "seconds": "seconds of initialisation and training"}
 POINTS = 200
 
@@ -84,7 +84,7 @@ def draw(task: Task) -> list[Picture]:
 
 def _rates(task: Task, looks: dict[str, int], reported: bool) -> Picture | None:
     of, score = ("test", task.score) if reported else ("validation", task.selected_by)
-    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+    figure, axes = plt.subplots(layout="constrained")
     drawn = False
     lost = []
     for method in task.methods:
@@ -131,7 +131,7 @@ def _rates(task: Task, looks: dict[str, int], reported: bool) -> Picture | None:
 
 
 def _curves(task: Task, looks: dict[str, int], name: str, over: str) -> Picture | None:
-    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+    figure, axes = plt.subplots(layout="constrained")
     drawn = False
     for method in task.methods:
         if method.best is None:
@@ -196,9 +196,9 @@ def _mean_curve(
 
 
 def _look(place: int) -> dict[str, Any]:
-    color = COLORS[place % len(COLORS)]
-    style = STYLES[place // len(COLORS) % len(STYLES)]
-    return {"color": color, "linestyle": style, "marker": MARKERS[place % len(MARKERS)]}
+    turn, color = divmod(place, len(COLORS))
+    marker = MARKERS[(color + 3 * turn) % len(MARKERS)]
+    return {"color": COLORS[color], "linestyle": STYLES[turn % len(STYLES)], "marker": marker}
 
 
 def _named(method: Method) -> str:
@@ -217,7 +217,8 @@ def _unit(label: str, score: str) -> str:
 def _picture(name: str, title: str, figure: Figure, axes: Axes) -> Picture:
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
-    columns = 2 if len(labels) > 1 else 1
+    columns = min(len(labels), 3 if max(map(len, labels)) < 24 else 2)
+    figure.set_size_inches(WIDTH, HEIGHT + LEGEND_ROW * math.ceil(len(labels) / columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
     stream = io.BytesIO()
     figure.savefig(stream, dpi=150)

@@ -1,6 +1,5 @@
 """A grid as a Slurm array or as a W&B sweep: the files, whose every task is a comparison of one cell."""
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ ARRAY = """#!/usr/bin/env bash
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output={folder}/slurm-%A_%a.log
+#SBATCH --output={output}
 set -euo pipefail
 cells=(
 {cells}
@@ -53,9 +52,10 @@ def write_array(folder: Path, cells: Sequence[Cell], options: Sequence[str]) -> 
     lines = [f'    "{cell.method} {rate_text(cell.learning_rate)} {cell.seed}"' for cell in cells]
     path.write_text(
         ARRAY.format(
-            path=path,
-            folder=folder,
-            name=folder.name,
+            path=shlex.quote(str(path)),
+            folder=shlex.quote(str(folder)),
+            output=shlex.quote(f"{folder}/slurm-%A_%a.log"),
+            name=shlex.quote(folder.name),
             last=len(cells) - 1,
             cells="\n".join(lines),
             options=shlex.join(options),
@@ -105,8 +105,9 @@ def write_sweep(
         "command": ["${env}", "python", "${program}", "compare", *options, "${args}"],
     }
     head = (
-        f"# In {PROJECT.name}/: wandb sweep {path}, and on each machine that shares the folder\n"
-        f"#   wandb agent SWEEP_ID\n# When all have ended: python train.py report {folder}\n"
+        f"# In {PROJECT.name}/: wandb sweep {shlex.quote(str(path))}, and on each machine that shares the "
+        "folder\n#   wandb agent SWEEP_ID\n"
+        f"# When all have ended: python train.py report {shlex.quote(str(folder))}\n"
     )
     path.write_text(head + yaml.safe_dump(sweep, sort_keys=False))
     return path
@@ -114,6 +115,7 @@ def write_sweep(
 
 def instructions(path: Path) -> str:
     """Say how to start what a file describes."""
-    start = f"sbatch {path}" if path.name == ARRAY_FILE else f"wandb sweep {path}"
-    report = f"python train.py report {json.dumps(str(path.parent))[1:-1]}"
+    quoted = shlex.quote(str(path))
+    start = f"sbatch {quoted}" if path.name == ARRAY_FILE else f"wandb sweep {quoted}"
+    report = f"python train.py report {shlex.quote(str(path.parent))}"
     return f"wrote {path}\nstart: {start}\nafterwards: {report}"
