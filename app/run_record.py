@@ -19,7 +19,8 @@ class RunRecord:
         metrics: Scores at `zero_shot`, `after_init` and `final`.
         init: How the initialisation was computed; empty where PEFT's own start is used.
         train: Steps, seconds, samples per second, device and peak memory of the training loop: allocated by
-            torch on CUDA, resident in the process on the CPU, of the process that needs most.
+            torch on CUDA, resident in the process on the CPU, of the process that needs most. Host, and when
+            it began (of a resumed run: again) and ended, in seconds of the clock.
     """
 
     method: str = ""

@@ -1,5 +1,6 @@
 """Leave a finished run's folder complete: record, adapter, plots, and the same in W&B."""
 
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class RunReport(Callback):
         self._memory: PeakMemory | None = None
         self._peak_bytes = 0
         self._device = ""
+        self._began = self._ended = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Keep what the parts of an interrupted run add up to."""
@@ -72,6 +74,7 @@ class RunReport(Callback):
         self._memory = PeakMemory(pl_module.device)
         self._memory.__enter__()
         self._clock = time.perf_counter()
+        self._began = time.time()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,6 +96,7 @@ class RunReport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Record how long training took and what it needed, before the final scores."""
         self._seconds, self._clock = self._now(), None
+        self._ended = time.time()
         self._count()
         if self._memory is not None:
             self._memory.__exit__(None, None, None)
@@ -131,6 +135,9 @@ class RunReport(Callback):
             "samples_per_second": self._samples / self._seconds if self._seconds else 0.0,
             "peak_bytes": self._peak_bytes,
             "device": self._device,
+            "host": platform.node(),
+            "began": self._began,
+            "ended": self._ended,
         }
         record.seed = self.seed
         record.data = trainer.datamodule.describe()  # type: ignore[attr-defined]

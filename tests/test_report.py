@@ -381,6 +381,20 @@ def test_other_files_of_the_same_names(report, tmp_path, capsys):
     assert len(rows_of(tmp_path / "out" / "runs.csv")) == 3
 
 
+def test_runs_at_the_same_time_are_told(report, tmp_path, capsys):
+    times = (("a", 0, 100), ("a", 90, 200), ("a", 95, 99), ("b", 0, 300), ("a", 200, 210))
+    for seed, (host, began, ended) in enumerate(times):
+        grid_run(tmp_path / "runs", "lora", 1e-3, seed)
+        file = tmp_path / "runs" / "cells" / f"lora-0.001-{seed}" / "version_0" / "summary.json"
+        told = json.loads(file.read_text())
+        told["train"] |= {"host": host, "began": 1e9 + began, "ended": 1e9 + ended}
+        file.write_text(json.dumps(told))
+    assert report(tmp_path / "runs") == 0
+    assert "Up to 3 of these runs trained at once" in capsys.readouterr().out
+    assert report(tmp_path / "runs" / "cells" / "lora-0.001-0", file.parent) == 0
+    assert "at once" not in capsys.readouterr().out
+
+
 def test_a_cell_that_was_killed_as_it_began(report, tmp_path, capsys):
     grid = tmp_path / "grid"
     grid_run(grid, "lora", 1e-3, 0)

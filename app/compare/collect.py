@@ -16,6 +16,8 @@ from app.errors import InputError
 from app.plots import read_metrics
 from app.run_folder import CONFIG_FILE, SUMMARY_FILE, run_folders
 
+TRAIN_NUMBERS = ("steps", "seconds", "peak_bytes", "began", "ended")
+
 FOUND_AT_THE_END = ("data rows", "model fingerprint")
 """Of a run's task what only its summary knows."""
 
@@ -140,7 +142,7 @@ def _damage(summary: dict[str, Any]) -> str:
             return f"metrics.{moment} has no number for a score"
         numbers |= {f"metrics.{moment}.{name}": value for name, value in scores.items()}
     train, init, model = sections["train"], sections["init"], sections["model"]
-    numbers |= {f"train.{name}": train.get(name) for name in ("steps", "seconds", "peak_bytes")}
+    numbers |= {f"train.{name}": train.get(name) for name in TRAIN_NUMBERS}
     numbers["init.seconds"] = init.get("seconds")
     numbers |= {f"model.{name}": model.get(name) for name in ("parameters", "trainable_parameters")}
     peaks = init.get("peak_bytes", [])

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,17 @@ class LeftOut:
     seed: int | None = None
     settings: Settings | None = None
     task: Settings | None = None
+
+
+def most_at_once(runs: Sequence[Run]) -> int:
+    """Return how many runs at most were training at the same time on one machine, as far as they tell."""
+    changes: dict[str, list[tuple[float, int]]] = {}
+    for run in runs:
+        train = run.told.get("train", {})
+        if train.get("began") and train.get("ended"):
+            of_host = changes.setdefault(str(train.get("host")), [])
+            of_host += [(train["began"], 1), (train["ended"], -1)]
+    return max(
+        (max(accumulate(change for _, change in sorted(found))) for found in changes.values()),
+        default=1,
+    )

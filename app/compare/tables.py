@@ -9,6 +9,7 @@ from typing import Any
 
 from app.compare.cells import rate_text
 from app.compare.collect import Collection
+from app.compare.runs import most_at_once
 from app.compare.selection import PENDING, Method, Stat, Task, is_better
 
 EDGE = {
@@ -118,6 +119,12 @@ def main_table(task: Task) -> Table:
         )
         + (" Different devices: compare no times across them." if len(devices) > 1 else "")
     )
+    together = most_at_once(task.runs)
+    if together > 1:
+        notes.append(
+            f"Up to {together} of these runs trained at once on one machine, so that their times measure each "
+            "other, too."
+        )
     return Table(columns, rows, notes)
 
 
