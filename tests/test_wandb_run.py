@@ -15,6 +15,7 @@ from wandb.proto import wandb_internal_pb2
 from app import plots
 from app.dashboard import workspace
 from app.run_folder import OutputSettings, make_loggers
+from app.wandb_story import cell_of
 
 BLOCK = 32768
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
@@ -112,6 +113,7 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
     assert config["model"]["adapter"]["r"] == saved["model"]["adapter"]["r"] == 4
     assert config["init"]["init_args"]["num_samples"] == 16
     assert config["seed_everything"] == 0
+    assert (config["task"], config["cell"]) == ("glue/sst2", "g: lora_one, lr 1e-2")
 
     [table] = file.parent.glob("files/media/table/init/spectrum*.table.json")
     content = json.loads(table.read_text())
@@ -227,6 +229,28 @@ def test_the_specification_of_the_workspace(command, tmp_path, capfd, monkeypatc
     )
     assert command("dashboard") == 2
     assert "the following arguments are required: --entity" in capfd.readouterr().err
+
+
+def cell(rate=2e-4, group=None, task="glue/sst2"):
+    optimizer = {"init_args": {} if rate is None else {"lr": rate}}
+    model = {"method": "lora", "optimizer": optimizer}
+    settings = {"seed_everything": 3, "model": model, "output": {"wandb_group": group}}
+    return cell_of(settings, task)["cell"]
+
+
+def test_a_cell_is_all_but_the_seed():
+    assert cell() == "glue/sst2: lora, lr 2e-4"
+    assert cell(rate=3.5e-4) == "glue/sst2: lora, lr 3.5e-4"
+    assert cell(rate=None) == "glue/sst2: lora"
+    assert cell(group="rank 64") == "rank 64: lora, lr 2e-4"
+    assert cell(task=None) == "lora, lr 2e-4"
+
+
+def test_the_group_is_the_task_unless_it_is_named(no_key, tmp_path):
+    settings = {"name": "x", "root": str(tmp_path)}
+    _, default = make_loggers(OutputSettings(**settings), task="glue/sst2")
+    _, named = make_loggers(OutputSettings(**settings, wandb_group="g"), task="glue/sst2")
+    assert [logger._wandb_init["group"] for logger in (default, named)] == ["glue/sst2", "g"]
 
 
 def mode_of(settings):
