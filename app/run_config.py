@@ -28,4 +28,4 @@ class RunConfig(SaveConfigCallback):
         task = getattr(trainer.datamodule, "task_name", None)  # type: ignore[attr-defined]
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # would write the same again as hparams.yaml
-                logger.log_hyperparams({**settings, **cell_of(settings, task)})
+                logger.log_hyperparams({**settings, "cell": cell_of(settings, task)})

@@ -15,22 +15,22 @@ SPECTRUM_TABLE = "init/spectrum"
 SPECTRA_CHART = "init/spectra"
 
 
-def cell_of(settings: Mapping[str, Any], task: str | None) -> dict[str, str | None]:
-    """Return what W&B groups runs by: flat words beside the nested settings.
+def cell_of(settings: Mapping[str, Any], task: str | None) -> str:
+    """Name what only the runs share that differ in their seed alone: W&B can group by one key.
 
     Args:
         settings: The run's configuration.
         task: Name of the task.
 
     Returns:
-        `task`, and `cell`, which only runs that differ in nothing but the seed are to share: W&B group,
-        method and learning rate, `glue/sst2: lora_one, lr 1e-3`.
+        W&B group, method and learning rate, such as `glue/sst2: lora_one, lr 1e-3`.
     """
     model = settings["model"]
     rate = model["optimizer"].get("init_args", {}).get("lr")
-    method = model["method"] if rate is None else f"{model['method']}, lr {rate_text(rate)}"
+    method: str = model["method"]
+    cell = method if rate is None else f"{method}, lr {rate_text(rate)}"
     group = settings["output"]["wandb_group"] or task
-    return {"task": task, "cell": method if group is None else f"{group}: {method}"}
+    return cell if group is None else f"{group}: {cell}"
 
 
 def tell_wandb(
