@@ -11,7 +11,6 @@ from app.compare.selection import is_better
 from app.compare.settings import RATE
 from app.errors import InputError
 from app.inside_plots import MAPS
-from app.run_record import write_json
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,7 +40,13 @@ def dashboard_command(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     made = workspace(given.entity, given.project, given.name, given.score, given.task)
     if given.output is not None:
-        write_json(given.output, specification(made))
+        try:
+            given.output.write_text(json.dumps(specification(made), indent=2) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"--output is {str(given.output)!r}, which cannot be written ({error.strerror}): expected a "
+                "JSON file in a folder that is there"
+            ) from error
         print(f"wrote {given.output}")
         return
     try:

@@ -106,7 +106,7 @@ def test_one_task(dashboard, command, capfd):
         assert "expected the name of a task or of a W&B group" in capfd.readouterr().err
 
 
-def test_errors_are_one_line(command, capfd, monkeypatch):
+def test_errors_are_one_line(command, tmp_path, capfd, monkeypatch):
     def save(made):
         raise wandb.errors.UsageError("no API key")
 
@@ -118,3 +118,8 @@ def test_errors_are_one_line(command, capfd, monkeypatch):
     )
     assert command("dashboard") == 2
     assert "the following arguments are required: --entity" in capfd.readouterr().err
+    for output in (tmp_path / "nowhere" / "x.json", tmp_path, ""):
+        assert command("dashboard", "--entity", "me", "--output", output) == 2
+        told = capfd.readouterr().err
+        assert told.startswith(f"error: --output is {str(output) or '.'!r}")
+        assert told.count("\n") == 1
