@@ -57,7 +57,9 @@ def tell_wandb(
         ]
         columns = ["layer", "index", "singular_value", "captured_energy"]
         logger.log_table(SPECTRUM_TABLE, columns=columns, data=rows)
-        logger.experiment.log({SPECTRA_CHART: _spectra(layers)})
+        chart = _spectra(layers)
+        if chart is not None:
+            logger.experiment.log({SPECTRA_CHART: chart})
     for plot in plots:
         logger.log_image(f"plots/{plot.stem}", [str(plot)])
     if adapter is not None:
@@ -141,13 +143,18 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
 
 
 def _spectra(layers: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Return W&B's own line chart of the spectra: the median of each kind of layer."""
+    """Return W&B's own line chart of the spectra: the median of each kind of layer.
+
+    Layers without a gradient have no spectrum to scale; None if that is all of them.
+    """
     import wandb  # slow, and of no use to a run without it
 
     kinds: dict[str, list[list[float]]] = defaultdict(list)
     for name, values in layers.items():
         if values["singular_values"][0] > 0:
             kinds[name.rpartition(".")[2]].append(values["singular_values"])
+    if not kinds:
+        return None
     length = min(len(row) for rows in kinds.values() for row in rows)
     medians = {
         kind: np.median([np.array(row[:length]) / row[0] for row in rows], axis=0)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import wandb
@@ -14,8 +15,9 @@ from wandb_file import read
 from app import plots
 from app.dashboard import workspace
 from app.run_folder import OutputSettings, make_loggers
-from app.run_record import write_json
-from app.wandb_story import cell_of, tell_test
+from app.run_record import RunRecord, write_json
+from app.wandb_story import cell_of, tell_test, tell_wandb
+from callbacks.inside_training import _alignment
 
 
 @pytest.fixture
@@ -184,6 +186,30 @@ def check_dashboard(history, summary, config):
     assert lines
     assert wanted["summary"]
     assert wanted["media"]
+
+
+def charts_of(layers):
+    """Return the names of the charts and tables that a run with these layers tells of."""
+    told = []
+    experiment = SimpleNamespace(summary={}, log=told.extend)
+    logger = SimpleNamespace(experiment=experiment, log_table=lambda key, **_: told.append(key))
+    tell_wandb(logger, RunRecord(init={"layers": layers}), plots=[], adapter=None)
+    return told
+
+
+def test_a_gradient_of_zero_has_no_chart():
+    layer, zero = ({"singular_values": s, "captured_energy": 0.0} for s in ([2.0, 1.0], [0.0, 0.0]))
+    assert charts_of({"a.q": zero, "a.v": zero}) == ["init/spectrum"]
+    assert charts_of({"a.q": layer, "a.v": zero}) == ["init/spectrum", "init/spectra"]
+
+
+def test_angles_that_are_no_numbers_are_left_out_of_the_chart(tmp_path):
+    rows = [(0, "80", "nan"), (0, "70", "nan"), (2, "60", "nan"), (2, "50", "40")]
+    table = "step,angle_A,angle_B\n" + "".join(f"{s},{a},{b}\n" for s, a, b in rows)
+    (tmp_path / "inside.csv").write_text(table)
+    chart = _alignment(tmp_path / "inside.csv")
+    sides = ("lora_A, input side", "lora_B, output side")
+    assert chart.table.data == [[0, sides[0], 70], [2, sides[0], 50], [2, sides[1], 40]]
 
 
 def cell(rate=2e-4, group=None, task="glue/sst2"):
