@@ -244,7 +244,7 @@ class LoraCLI(LightningCLI):
             extra += [final, Exams(), RunReport(seed), preemption]
             extra += [checkpoints] if keeps else []
         else:
-            extra.append(Exams(self._test_folder(output)))
+            extra.append(Exams(self._test_folder(output), output))
             if own is None:
                 kwargs["logger"] = False
         plugins = self._get(self.config_init, "trainer")["plugins"] or []

@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from app.compare.selection import is_better
+from app.compare.settings import RATE
 from app.errors import InputError
 from app.inside_plots import MAPS
-from app.run_record import write_json
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,12 +32,21 @@ def dashboard_command(arguments: Sequence[str]) -> None:
         help="the score to compare, such as accuracy, mcc, gsm8k/strict, humaneval/pass@1",
     )
     parser.add_argument(
+        "--task", help="show the runs of this task or W&B group alone, such as glue/sst2"
+    )
+    parser.add_argument(
         "--output", type=Path, help="write the specification to this JSON file instead; no network"
     )
     given = parser.parse_args(arguments)
-    made = workspace(given.entity, given.project, given.name, given.score)
+    made = workspace(given.entity, given.project, given.name, given.score, given.task)
     if given.output is not None:
-        write_json(given.output, specification(made))
+        try:
+            given.output.write_text(json.dumps(specification(made), indent=2) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"--output is {str(given.output)!r}, which cannot be written ({error.strerror}): expected a "
+                "JSON file in a folder that is there"
+            ) from error
         print(f"wrote {given.output}")
         return
     try:
@@ -49,27 +60,44 @@ def dashboard_command(arguments: Sequence[str]) -> None:
     print(made.url)
 
 
-def workspace(entity: str, project: str, name: str, score: str) -> Any:
+def workspace(entity: str, project: str, name: str, score: str, task: str | None = None) -> Any:
     """Describe the workspace: scores, training, start, what the factors do, cost.
+
+    Bars and lines are means over the runs of a cell, which differ in their seed alone.
 
     Args:
         entity: W&B user or team.
         project: W&B project.
         name: Name of the workspace.
-        score: Name of the score to compare, as it stands behind `val/` and `final/`.
+        score: Name of the score to compare, as it stands behind `val/`, `final/` and `test/`.
+        task: The task or W&B group whose runs are shown; None shows all.
 
     Returns:
         A `wandb_workspaces.workspaces.Workspace`, not saved yet.
+
+    Raises:
+        InputError: The library cannot look for the task's name.
     """
+    if task is not None and not re.fullmatch(r"[^'\\=<>\n]+", task):  # it quotes nothing
+        raise InputError(
+            f"--task is {task!r}: expected the name of a task or of a W&B group, such as glue/sst2, without "
+            "any of ' \\ = < >"
+        )
     import wandb_workspaces.reports.v2 as wr  # slow, and of no use to any other command
     import wandb_workspaces.workspaces as ws
 
     step = "trainer/global_step"
-    by = wr.Config("model.method")
+    by = wr.Config("cell")
 
     def lines(title: str, key: str, x: str = step, **options: Any) -> Any:
         return wr.LinePlot(
-            title=title, x=x, y=[key], groupby=by, groupby_rangefunc="stddev", **options
+            title=title,
+            x=x,
+            y=[key],
+            groupby=by,
+            groupby_aggfunc="mean",
+            groupby_rangefunc="stddev",
+            **options,
         )
 
     def bars(title: str, key: str) -> Any:
@@ -85,18 +113,22 @@ def workspace(entity: str, project: str, name: str, score: str) -> Any:
         return wr.MediaBrowser(title=title, media_keys=list(keys), num_columns=2)
 
     scores = [
-        bars(f"final {score}", f"final/{score}"),
+        bars(f"test {score}", f"test/{score}"),
+        bars(f"final validation {score}", f"final/{score}"),
         bars(f"{score} after the start, before training", f"after_init/{score}"),
         wr.ScatterPlot(
-            title=f"final {score} against the learning rate",
-            x=wr.Config("model.optimizer.init_args.lr"),
+            title=f"final validation {score} against the learning rate",
+            x=wr.Config(RATE),
             y=wr.SummaryMetric(f"final/{score}"),
             log_x=True,
         ),
-        bars("final loss", "final/loss"),
         lines(f"validation {score}", f"val/{score}"),
-        lines("validation loss", "val/loss"),
     ]
+    if score != "loss":
+        scores += [
+            bars("final validation loss", "final/loss"),
+            lines("validation loss", "val/loss"),
+        ]
     training = [
         lines("training loss against steps", "train/loss", log_y=True),
         lines("training loss against seconds", "train/loss", x="Relative Time", log_y=True),
@@ -112,7 +144,11 @@ def workspace(entity: str, project: str, name: str, score: str) -> Any:
         bars("seconds of the initialisation", "init/seconds"),
         bars("seconds of training", "train/seconds"),
         bars("samples a second", "train/samples_per_second"),
+        bars("peak memory of training, bytes", "train/peak_bytes"),
     ]
+    shown: Any = []
+    if task is not None:  # a group of another name is known from the start, the task at the end
+        shown = ws.Or(ws.Metric("Group") == task, ws.Summary("task") == task)
     sections = {
         "Scores": scores,
         "Training": training,
@@ -130,11 +166,13 @@ def workspace(entity: str, project: str, name: str, score: str) -> Any:
         ],
         settings=ws.WorkspaceSettings(x_axis=step, max_runs=100),
         runset_settings=ws.RunsetSettings(
-            groupby=[ws.Config("model.method")],
-            order=[ws.Ordering(ws.Summary(f"final/{score}"), ascending=False)],
+            filters=shown,
+            groupby=[ws.Metric("Group"), ws.Config("model.method"), ws.Config(RATE)],
+            order=[ws.Ordering(ws.Summary(f"final/{score}"), ascending=is_better(score) < 0)],
             pinned_columns=[
                 *("summary:method", "summary:task", "summary:seed"),
-                *(f"summary:final/{score}", "summary:trainable_parameters"),
+                *(f"summary:final/{score}", f"summary:test/{score}"),
+                "summary:trainable_parameters",
             ],
         ),
     )

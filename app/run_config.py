@@ -8,6 +8,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
 from app.run_folder import CONFIG_FILE
+from app.wandb_story import cell_of
 
 
 class RunConfig(SaveConfigCallback):
@@ -23,6 +24,8 @@ class RunConfig(SaveConfigCallback):
             self.parser.save(
                 self.config, str(folder / CONFIG_FILE), skip_unset=False, multifile=False
             )
+        settings = self.config.as_dict()
+        task = getattr(trainer.datamodule, "task_name", None)  # type: ignore[attr-defined]
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # would write the same again as hparams.yaml
-                logger.log_hyperparams(self.config.as_dict())
+                logger.log_hyperparams({**settings, "cell": cell_of(settings, task)})

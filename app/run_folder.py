@@ -21,6 +21,7 @@ MODEL_FOLDER = "model"  # all weights, where all were trained
 CHECKPOINT_FOLDER = "checkpoints"
 ANSWERS_FOLDER = "answers"
 SCORES_FILE = "benchmarks.json"
+WANDB_FILE = "wandb.json"  # the W&B run that a test adds its scores to
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,16 @@ def make_loggers(
     loggers: list[Logger] = [table]
     if settings.wandb != "disabled":
         os.environ.setdefault("WANDB_SILENT", "true")
-        offline = settings.wandb == "offline" or (settings.wandb == "auto" and not _has_key())
+        mode = wandb_mode(settings)
         logger = WandbLogger(
             name=f"{folder.parent.name}/{folder.name}",
             id=wandb_id,
             project=settings.wandb_project,
             save_dir=str(folder),
-            offline=offline,
+            offline=mode == "offline",
             # The logger's own switch is an environment variable, which comes too late once W&B
             # has looked for a key.
-            mode="offline" if offline else "online",
+            mode=mode,
             group=settings.wandb_group or task,
             tags=[*settings.wandb_tags, *tags] or None,
         )
@@ -99,6 +100,13 @@ def make_loggers(
         logger._wandb_init.pop("anonymous", None)
         loggers.append(logger)
     return loggers
+
+
+def wandb_mode(settings: OutputSettings) -> Literal["online", "offline"]:
+    """Return how W&B hears of a run that is not kept from it."""
+    if settings.wandb == "auto":
+        return "online" if _has_key() else "offline"
+    return "offline" if settings.wandb == "offline" else "online"
 
 
 def new_folder(runs: Path) -> Path:

@@ -8,8 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from app.run_folder import ANSWERS_FOLDER, SCORES_FILE, SUMMARY_FILE
+from app.run_folder import ANSWERS_FOLDER, SCORES_FILE, SUMMARY_FILE, OutputSettings
 from app.run_record import write_json
+from app.wandb_story import tell_test
 
 
 class Exams(Callback):
@@ -17,10 +18,12 @@ class Exams(Callback):
 
     Args:
         folder: Where tests go; None where a run is trained, whose own folder takes the answers.
+        output: Whether W&B hears of a test; None where a run is trained.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, output: OutputSettings | None = None) -> None:
         self.folder = folder
+        self.output = output
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell the module where answers go."""
@@ -50,7 +53,7 @@ class Exams(Callback):
             getattr(bar, name).set_postfix_str(pl_module.scoring.speed())
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the scores to the run's summary, and those of benchmarks to what earlier tests found."""
+        """Add the scores to the run's summary and W&B run, those of benchmarks to what earlier tests found."""
         module: Any = pl_module
         if self.folder is None or not trainer.is_global_zero:
             return
@@ -65,6 +68,8 @@ class Exams(Callback):
             metrics = record["metrics"]
             scores = {**metrics.get("test", {}), **scores}
             write_json(summary, {**record, "metrics": {**metrics, "test": scores}})
+            if self.output is not None:
+                tell_test(self.folder, self.output)
         found = module.scoring.results()
         if found:
             path = self.folder / SCORES_FILE

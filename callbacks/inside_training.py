@@ -211,21 +211,23 @@ def measure(pairs: list[LoraPair], reference: dict[str, SVD]) -> list[dict[str, 
 
 
 def _alignment(table: Path) -> Any:
-    """Return W&B's own line chart of the angles over steps: the median over layers."""
+    """Return W&B's own line chart of the angles over steps: the median over layers.
+
+    A step at which no layer has an angle is left out: the chart's JSON has no word for it.
+    """
     import wandb  # slow, and of no use to a run without it
 
     angles: dict[str, dict[int, list[float]]] = {side: defaultdict(list) for side in "AB"}
     for row in read_table(table)[1]:
         for side, by_step in angles.items():
             by_step[int(row["step"])].append(float(row[f"angle_{side}"]))
-    steps = list(angles["A"])
-    medians = [
-        [float(torch.tensor(by_step[step]).nanmedian()) for step in steps]
-        for by_step in angles.values()
-    ]
+    lines = []
+    for by_step in angles.values():
+        medians = {step: torch.tensor(values).nanmedian() for step, values in by_step.items()}
+        lines.append({step: float(value) for step, value in medians.items() if value.isfinite()})
     return wandb.plot.line_series(
-        xs=steps,
-        ys=medians,
+        xs=[list(line) for line in lines],
+        ys=[list(line.values()) for line in lines],
         keys=["lora_A, input side", "lora_B, output side"],
         title="Angle to the one-step gradient (degrees)",
         xname="optimizer step",

@@ -18,7 +18,7 @@ from app.plots import read_metrics, write_plots
 from app.processes import largest_over_processes, sum_over_processes
 from app.run_folder import ADAPTER_FOLDER, MODEL_FOLDER, SUMMARY_FILE, remove_empty_folder
 from app.stopping import Stopped
-from app.wandb_story import tell_wandb
+from app.wandb_story import keep_wandb_run, tell_wandb
 
 
 class RunReport(Callback):
@@ -155,4 +155,5 @@ class RunReport(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 tell_wandb(logger, record, plots, adapter)
+                keep_wandb_run(logger, folder)
         rank_zero_info(f"\n{record.score_table()}\n\nrun folder: {folder}")

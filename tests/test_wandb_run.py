@@ -3,48 +3,21 @@
 import csv
 import io
 import json
-import struct
 import sys
+from types import SimpleNamespace
 
 import pytest
 import wandb
 import yaml
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from wandb.proto import wandb_internal_pb2
+from wandb_file import read
 
 from app import plots
 from app.dashboard import workspace
 from app.run_folder import OutputSettings, make_loggers
-
-BLOCK = 32768
-FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
-
-
-def records(path):
-    """Yield the records of a .wandb file: LevelDB's log format behind a header of 7 bytes."""
-    content = path.read_bytes()
-    assert content[:4] == b":W&B"
-    position, parts = 7, []
-    while position + 7 <= len(content):
-        room = BLOCK - position % BLOCK
-        if room < 7:
-            position += room
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, position)
-        parts.append(content[position + 7 : position + 7 + length])
-        position += 7 + length
-        assert kind in (FULL, FIRST, MIDDLE, LAST)
-        if kind in (FULL, LAST):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(b"".join(parts))
-            parts = []
-            yield record
-
-
-def items(entries):
-    return {
-        "/".join(entry.nested_key) or entry.key: json.loads(entry.value_json) for entry in entries
-    }
+from app.run_record import RunRecord, write_json
+from app.wandb_story import cell_of, tell_test, tell_wandb
+from callbacks.inside_training import _alignment
 
 
 @pytest.fixture
@@ -68,28 +41,17 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
     options += ("--config", "callbacks/inside.yaml", "--trainer.callbacks.every_n_steps=1")
     options += ("--trainer.val_check_interval=1",)
     assert command("fit", "--config", tiny_run, *options) == 0
-    told = capfd.readouterr()
-    wandb.teardown()  # as at the program's end; until then W&B's own process may still write
-    assert "wandb: WARNING" not in told.err + told.out
     folder = tmp_path / "runs" / "tiny" / "version_0"
-    [file] = folder.glob("wandb/offline-run-*/*.wandb")
-    history, summary, config, run = [], {}, {}, None
-    artifacts = []
-    for record in records(file):
-        kind = record.WhichOneof("record_type")
-        if kind == "history":
-            history.append(items(record.history.item))
-        elif kind == "summary":
-            summary |= items(record.summary.update)
-        elif kind == "run":
-            run = record.run
-            config |= items(record.run.config.update)
-        elif kind == "config":
-            config |= items(record.config.update)
-        elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
-            artifacts.append(record.request.log_artifact.artifact)
-        elif kind == "artifact":
-            artifacts.append(record.artifact)
+    curves = (folder / "metrics.csv").read_text()
+    assert command("test", "--run", folder) == 0
+    wandb.teardown()  # as at the program's end; until then W&B's own process may still write
+    told = capfd.readouterr()
+    assert "wandb: WARNING" not in told.err + told.out
+    assert "did not reach" not in told.err + told.out
+    assert (folder / "metrics.csv").read_text() == curves
+    file, later = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    fitted, tested = read(file), read(later)
+    run, history, summary, config = fitted.run, fitted.history, fitted.summary, fitted.config
 
     assert run.display_name == "tiny/version_0"
     assert (run.project, run.run_group) == ("lora-one", "g")
@@ -103,6 +65,7 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
     assert curve == pytest.approx(expected, rel=1e-6)
 
     metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    check_test(fitted, tested, metrics.pop("test"))
     assert set(metrics) == {"zero_shot", "after_init", "final"}
     for moment, scores in metrics.items():
         for name, value in scores.items():
@@ -112,6 +75,7 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
     assert config["model"]["adapter"]["r"] == saved["model"]["adapter"]["r"] == 4
     assert config["init"]["init_args"]["num_samples"] == 16
     assert config["seed_everything"] == 0
+    assert config["cell"] == "g: lora_one, lr 1e-2"
 
     [table] = file.parent.glob("files/media/table/init/spectrum*.table.json")
     content = json.loads(table.read_text())
@@ -128,7 +92,7 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
     }
     assert pictures >= {"loss", "validation", "spectrum", "captured", "inside"}
 
-    [adapter] = [artifact for artifact in artifacts if artifact.type == "adapter"]
+    [adapter] = [artifact for artifact in fitted.artifacts if artifact.type == "adapter"]
     about = json.loads(adapter.metadata)
     model = json.loads((folder / "summary.json").read_text())["model"]
     assert about["base"] == {name: model[name] for name in ("name", "fingerprint")}
@@ -148,7 +112,27 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
         bins = h["inside_layers/norm/bins"]
         assert (bins[0], bins[-1]) == pytest.approx((min(of_step), max(of_step)))
     check_charts(file.parent, rows)
-    check_dashboard(history, summary, config)
+    check_dashboard(history, {**summary, **tested.summary}, config)
+
+
+def check_test(fitted, tested, scores):
+    """A test goes on in the W&B run of the training, and changes its summary alone."""
+    for name in ("run_id", "project", "run_group", "display_name", "tags"):
+        assert getattr(tested.run, name) == getattr(fitted.run, name), name
+    assert tested.history == []
+    assert tested.artifacts == []
+    added = {name for name in tested.summary if name not in fitted.summary}
+    assert added == {f"test/{name}" for name in scores} >= {"test/accuracy", "test/loss"}
+    for name, value in scores.items():
+        assert tested.summary[f"test/{name}"] == pytest.approx(value)
+    for name, value in tested.summary.items():
+        # W&B keeps its own count of the seconds
+        assert name in added or name.startswith("_") or fitted.summary[name] == value, name
+    configs = [
+        {name: value for name, value in part.config.items() if not name.startswith("_wandb")}
+        for part in (fitted, tested)
+    ]
+    assert configs[0] == configs[1]
 
 
 def inside_rows(folder):
@@ -176,7 +160,7 @@ def check_dashboard(history, summary, config):
     logged = {name for row in history for name in row}
     made = workspace("me", "lora-one", "LoRA-One", "accuracy")
     panels = [panel for section in made.sections for panel in section.panels]
-    assert len(panels) == 22
+    assert len(panels) == 24
     wanted = {"line": set(), "summary": set(), "config": set(), "media": set()}
     for panel in panels:
         wanted["line"] |= set(panel.y) if type(panel).__name__ == "LinePlot" else set()
@@ -197,36 +181,79 @@ def check_dashboard(history, summary, config):
             value = value[part]
     pinned = made.runset_settings.pinned_columns
     names = {c.removeprefix("summary:") for c in pinned if c.startswith("summary:")}
-    assert len(names) == 5
+    assert len(names) == 6
     assert names <= set(summary)
     assert lines
     assert wanted["summary"]
     assert wanted["media"]
 
 
-def test_the_specification_of_the_workspace(command, tmp_path, capfd, monkeypatch):
-    file = tmp_path / "dashboard.json"
-    options = ("dashboard", "--entity", "me", "--score", "gsm8k/strict")
-    assert command(*options, "--output", file) == 0
-    found = json.loads(file.read_text())
-    assert (found["entity"], found["project"]) == ("me", "lora-one")
-    sections = found["spec"]["section"]["panelBankConfig"]["sections"]
-    assert [s["name"] for s in sections if s["panels"]] == [
-        *("Scores", "Training", "Start", "Inside", "Cost")
-    ]
-    assert "summary_metrics.final/gsm8k/strict" in file.read_text()
+def charts_of(layers):
+    """Return the names of the charts and tables that a run with these layers tells of."""
+    told = []
+    experiment = SimpleNamespace(summary={}, log=told.extend)
+    logger = SimpleNamespace(experiment=experiment, log_table=lambda key, **_: told.append(key))
+    tell_wandb(logger, RunRecord(init={"layers": layers}), plots=[], adapter=None)
+    return told
 
-    def save(made):
-        raise wandb.errors.UsageError("no API key")
 
-    monkeypatch.setattr("wandb_workspaces.workspaces.Workspace.save", save)
-    assert command(*options) == 2
-    assert (
-        "could not be saved to W&B project me/lora-one (no API key): log in"
-        in capfd.readouterr().err
-    )
-    assert command("dashboard") == 2
-    assert "the following arguments are required: --entity" in capfd.readouterr().err
+def test_a_gradient_of_zero_has_no_chart():
+    layer, zero = ({"singular_values": s, "captured_energy": 0.0} for s in ([2.0, 1.0], [0.0, 0.0]))
+    assert charts_of({"a.q": zero, "a.v": zero}) == ["init/spectrum"]
+    assert charts_of({"a.q": layer, "a.v": zero}) == ["init/spectrum", "init/spectra"]
+
+
+def test_angles_that_are_no_numbers_are_left_out_of_the_chart(tmp_path):
+    rows = [(0, "80", "nan"), (0, "70", "nan"), (2, "60", "nan"), (2, "50", "40")]
+    table = "step,angle_A,angle_B\n" + "".join(f"{s},{a},{b}\n" for s, a, b in rows)
+    (tmp_path / "inside.csv").write_text(table)
+    chart = _alignment(tmp_path / "inside.csv")
+    sides = ("lora_A, input side", "lora_B, output side")
+    assert chart.table.data == [[0, sides[0], 70], [2, sides[0], 50], [2, sides[1], 40]]
+
+
+def cell(rate=2e-4, group=None, task="glue/sst2"):
+    optimizer = {"init_args": {} if rate is None else {"lr": rate}}
+    model = {"method": "lora", "optimizer": optimizer}
+    settings = {"seed_everything": 3, "model": model, "output": {"wandb_group": group}}
+    return cell_of(settings, task)
+
+
+def test_a_cell_is_all_but_the_seed():
+    assert cell() == "glue/sst2: lora, lr 2e-4"
+    assert cell(rate=3.5e-4) == "glue/sst2: lora, lr 3.5e-4"
+    assert cell(rate=None) == "glue/sst2: lora"
+    assert cell(group="rank 64") == "rank 64: lora, lr 2e-4"
+    assert cell(task=None) == "lora, lr 2e-4"
+
+
+def test_the_group_is_the_task_unless_it_is_named(no_key, tmp_path):
+    settings = {"name": "x", "root": str(tmp_path)}
+    _, default = make_loggers(OutputSettings(**settings), task="glue/sst2")
+    _, named = make_loggers(OutputSettings(**settings, wandb_group="g"), task="glue/sst2")
+    assert [logger._wandb_init["group"] for logger in (default, named)] == ["glue/sst2", "g"]
+
+
+def test_a_test_is_told_where_the_training_was_and_never_fails_by_it(
+    no_key, monkeypatch, tmp_path, recwarn
+):
+    asked = []
+
+    def init(**options):
+        asked.append((options["id"], options["mode"]))
+        raise wandb.errors.CommError("no network")
+
+    monkeypatch.setattr(wandb, "init", init)
+    write_json(tmp_path / "summary.json", {"metrics": {"test": {"accuracy": 0.5}}})
+    tell_test(tmp_path, OutputSettings(wandb="online"))  # its training was not logged
+    write_json(tmp_path / "wandb.json", {"id": "abc"})
+    tell_test(tmp_path, OutputSettings(wandb="disabled"))
+    assert not asked
+    assert not recwarn.list
+    for mode in ("online", "offline", "auto"):
+        with pytest.warns(UserWarning, match=r"did not reach the W&B run of .* \(no network\)"):
+            tell_test(tmp_path, OutputSettings(wandb=mode))
+    assert asked == [("abc", "online"), ("abc", "offline"), ("abc", "offline")]
 
 
 def mode_of(settings):
