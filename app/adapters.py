@@ -8,7 +8,7 @@ input x output, so its A is lora_A^T, its B is lora_B^T, and left and right sing
 import copy
 import difflib
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -194,21 +194,6 @@ def install(pair: LoraPair, lora_A: Tensor, lora_B: Tensor) -> None:
         dora.weight.copy_(dora.get_weight_norm(weight, pair.lora_B @ pair.lora_A, pair.scaling))
 
 
-def base_weight(pair: LoraPair) -> Tensor:
-    """Return the frozen weight W (m, n) of a pair's layer, a view of it also where it is stored transposed."""
-    layer: Any = pair.layer
-    weight: Tensor = layer.get_base_layer().weight.detach()
-    return weight.T if layer.fan_in_fan_out else weight
-
-
-@torch.no_grad()
-def offset_base(pair: LoraPair, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Subtract scaling * lora_B @ lora_A from the frozen weight, in place and in its dtype."""
-    weight = base_weight(pair)
-    lora_A, lora_B = lora_A.to(weight.device), lora_B.to(weight.device)
-    weight.copy_(weight.float() - pair.scaling * lora_B @ lora_A)
-
-
 def save_adapter(
     model: PeftModel,
     folder: Path,
@@ -281,8 +266,40 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
         ) from error
 
 
+def weights_of_two_modules(model: nn.Module) -> dict[str, str]:
+    """Name the adapted layers whose frozen weight is another module's too, such as a tied LM head.
+
+    Args:
+        model: A PEFT model.
+
+    Returns:
+        The other module's name by the layer's, both as in the base model.
+    """
+    holders: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)].append(name.removeprefix("base_model.model."))
+    found = {}
+    for names in holders.values():
+        for name in names:
+            others = [other for other in names if other != name]
+            if name.endswith(".base_layer") and others:
+                found[name.removesuffix(".base_layer")] = others[0].removesuffix(".base_layer")
+    return found
+
+
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
-    """Add scaling * lora_B @ lora_A to every weight and return the plain model."""
+    """Add scaling * lora_B @ lora_A to every weight and return the plain model.
+
+    Raises:
+        InputError: If a weight is another module's too, which the merge would change with it.
+    """
+    for layer, other in weights_of_two_modules(model).items():
+        raise InputError(
+            f"merging would change the weight of {layer}, which is that of {other} too "
+            "(tie_word_embeddings): export the adapter without --merge, or train with "
+            f"{layer} left out of model.adapter.target_modules"
+        )
     return model.merge_and_unload(safe_merge=True)
 
 

@@ -23,10 +23,11 @@ from app.adapters import (
     install,
     load_adapter,
     lora_pairs,
-    offset_base,
+    weights_of_two_modules,
 )
 from app.errors import InputError
 from app.loss import Batch, SupervisedLogits, summed_loss, supervised_logits
+from app.offset import offset_base
 from app.precond_adamw import PreconditionedAdamW
 from app.pretrained import (
     ModelSource,
@@ -125,18 +126,21 @@ class LoraModule(LightningModule):
         return self._tokenizer
 
     @property
-    def is_encoder_decoder(self) -> bool:
-        """Whether the model reads a prompt and writes an answer apart (T5), known without the weights."""
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration, loaded on first use and without the weights."""
         if self._config is None:
             self._config = load_config(self.source)
-        return bool(self._config.is_encoder_decoder)
+        return self._config
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model reads a prompt and writes an answer apart (T5), known without the weights."""
+        return bool(self.config.is_encoder_decoder)
 
     @property
     def context_length(self) -> int | None:
         """Number of positions that the model knows; None if they are relative (T5)."""
-        if self._config is None:
-            self._config = load_config(self.source)
-        return getattr(self._config, "max_position_embeddings", None)
+        return getattr(self.config, "max_position_embeddings", None)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -222,6 +226,22 @@ class LoraModule(LightningModule):
             raise InputError(
                 f"init is {start}, which changes the base weights that this strategy shards: use "
                 "--config strategies/ddp.yaml, or methods/lora_one.yaml, which leaves them as they are"
+            )
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise InputError(
+                f"init is {start}, which takes its start off the base weights, but those of model.name "
+                f"{self.name!r} are quantised (quantization_config) and cannot hold it: use a model whose "
+                "weights are not, or --config methods/lora_one.yaml, which leaves them as they are"
+            )
+
+    def check_own_weights(self, start: str) -> None:
+        """Raise InputError if a start of that name would change weights that other modules have too."""
+        assert self.model is not None
+        for layer, other in weights_of_two_modules(self.model).items():
+            raise InputError(
+                f"init is {start}, which changes the weight of {layer}, but that is the weight of {other} too "
+                f"(tie_word_embeddings): leave {layer} out of model.adapter.target_modules, or use --config "
+                "methods/lora_one.yaml, which leaves the base weights as they are"
             )
 
     def start_from(self, starts: dict[str, tuple[Tensor, Tensor]]) -> None:

@@ -70,6 +70,7 @@ class LoraGaInit(Start):
         """Compute and install the start, unless a checkpoint has brought trained adapters."""
         module: Any = pl_module
         if not self.report:
+            module.check_own_weights(type(self).__name__)
             pairs = module.lora_pairs()
             rank = pairs[0].lora_A.shape[0]
             for pair in pairs:

@@ -8,9 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from app.adapters import base_weight
 from app.errors import InputError
 from app.gradient_start import Start, check_new_adapter
+from app.offset import base_weight
 from app.processes import broadcast
 from app.progress import track
 
@@ -51,6 +51,7 @@ class PissaInit(Start):
         """Compute and install the start, unless a checkpoint has brought trained adapters."""
         module: Any = pl_module
         if not self.report:
+            module.check_own_weights(type(self).__name__)
             began = time.perf_counter()
             starts = {}
             for pair in track(module.lora_pairs(), "singular values of the weights"):

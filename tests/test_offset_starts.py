@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,18 +10,18 @@ from one_step_oracle import make_batches
 from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from app.adapter_settings import LoraSettings
 from app.adapters import (
     add_lora,
-    base_weight,
     install,
     lora_pairs,
-    offset_base,
     save_adapter,
 )
+from app.errors import InputError
 from app.module import LoraModule
+from app.offset import base_weight, offset_base
 from app.one_step import Estimator, one_step_gradients
 from app.spectral_init import SVD
 from callbacks.lora_ga_init import lora_ga_factors
@@ -272,6 +273,65 @@ def test_what_cannot_be_offset(command, tiny_run, capfd, monkeypatch):
     lora_ga = ("fit", "--config", tiny_run, "--config=methods/lora_ga.yaml")
     assert command(*lora_ga, "--init.num_samples=16", "--model.adapter.r=5") == 2
     assert "set model.adapter.r to at most 4" in capfd.readouterr().err
+
+
+def test_quantised_weights_are_not_offset(
+    command, tiny_run, run_models, tmp_path, capfd, monkeypatch
+):
+    """Told from the configuration, before the weights; and where that says nothing, from the weights."""
+    folder = tmp_path / "codes"
+    shutil.copytree(run_models / "llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("app.module.load_model", None)
+    for method, name in (("pissa", "PissaInit"), ("lora_ga", "LoraGaInit")):
+        options = (f"--config=methods/{method}.yaml", f"--model.name={folder}")
+        assert command("fit", "--config", tiny_run, *options) == 2
+        told = capfd.readouterr().err
+        assert told.startswith(f"error: init is {name}, which takes its start off the base weights")
+        assert "are quantised" in told
+        assert "methods/lora_one.yaml" in told
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_codes_are_not_subtracted_from(dtype, tiny_llama):
+    [pair, *_] = lora_pairs(add_lora(tiny_llama(), LoraSettings(r=R)))
+    layer = pair.layer.get_base_layer()
+    codes = torch.full(layer.weight.shape, 3.0).to(dtype)
+    layer.weight = torch.nn.Parameter(codes.clone(), requires_grad=False)
+    told = rf"weight of {pair.name}, but that is quantised \({dtype}\)"
+    with pytest.raises(InputError, match=told):
+        offset_base(pair, torch.ones_like(pair.lora_A), torch.ones_like(pair.lora_B))
+    assert torch.equal(layer.weight.float(), codes.float())
+
+
+@pytest.fixture
+def tied(tmp_path, tiny_llama, run_models):
+    """Return options for a model whose LM head is its embedding, with the head adapted."""
+    folder = tmp_path / "tied"
+    shutil.copytree(run_models / "llama", folder)
+    config = AutoConfig.from_pretrained(folder)
+    tiny_llama(tie_word_embeddings=True, vocab_size=config.vocab_size).save_pretrained(folder)
+    return f"--model.name={folder}", "--model.adapter.target_modules=[q_proj,lm_head]"
+
+
+def test_a_weight_of_two_modules_is_neither_offset_nor_merged(fit, command, tiny_run, tied, capfd):
+    for method, name in (("pissa", "PissaInit"), ("lora_ga", "LoraGaInit")):
+        assert command("fit", "--config", tiny_run, f"--config=methods/{method}.yaml", *tied) == 2
+        told = capfd.readouterr().err
+        assert f"init is {name}, which changes the weight of lm_head" in told
+        assert "the weight of model.embed_tokens too (tie_word_embeddings)" in told
+        assert "leave lm_head out of model.adapter.target_modules" in told
+    folder = fit("--config=methods/lora.yaml", *tied)
+    assert command("export", "--run", folder, "--merge") == 2
+    told = capfd.readouterr().err
+    assert "merging would change the weight of lm_head, which is that of model.embed_tokens" in told
+    assert not (folder / "merged").exists()
+    # The same model with its head left out.
+    tied = (tied[0], "--model.adapter.target_modules=[q_proj,v_proj]")
+    folder = fit("--config=methods/pissa.yaml", *tied)
+    assert command("export", "--run", folder, "--merge") == 0
 
 
 def test_a_checkpoint_of_an_offset_run_is_tested_right(fit, command, tiny_run, run_models):
