@@ -26,6 +26,8 @@ from app.adapters import (
     weights_of_two_modules,
 )
 from app.errors import InputError
+from app.lora_plus import LoraPlusAdamW
+from app.lora_pro_adamw import LoraProAdamW
 from app.loss import Batch, SupervisedLogits, summed_loss, supervised_logits
 from app.offset import offset_base
 from app.precond_adamw import PreconditionedAdamW
@@ -43,6 +45,9 @@ from app.run_record import RunRecord
 from app.scoring import Scoring
 from app.sharding import Fsdp2Strategy
 from app.spectral_init import SVD
+
+PAIR_OPTIMIZERS = (PreconditionedAdamW, LoraPlusAdamW, LoraProAdamW)
+"""Optimizers of LoRA pairs, which are plain AdamW on anything else."""
 
 
 class LoraModule(LightningModule):
@@ -84,13 +89,14 @@ class LoraModule(LightningModule):
         if adapter_path is not None:
             check_adapter_folder(Path(adapter_path))
         try:
-            optimizer([nn.Parameter(torch.zeros(1, 1))])
+            probe = optimizer([nn.Parameter(torch.zeros(1, 1))])
         except (ValueError, TypeError) as error:
             raise InputError(f"model.optimizer cannot be made: {error}") from error
         self.name = name
         self.adapter = adapter
         self.adapter_path = adapter_path
         self.make_optimizer = optimizer
+        self._pair_optimizer = type(probe).__name__ if isinstance(probe, PAIR_OPTIMIZERS) else None
         self.lr_scheduler_type = lr_scheduler_type
         self.warmup_steps = warmup_steps
         self.dtype_name = dtype
@@ -280,6 +286,18 @@ class LoraModule(LightningModule):
                 "trainer.max_steps and trainer.max_epochs are both -1, so the learning rate's schedule "
                 "has no end: set one of them"
             )
+        if stage == "fit":
+            new = self.adapter is not None and self.adapter.adalora is None
+            self._check_optimizer(new or self.adapter_path is not None)
+
+    def _check_optimizer(self, pairs: bool) -> None:
+        """Raise InputError if the optimizer works on LoRA pairs, but the model has none."""
+        if self._pair_optimizer is not None and not pairs:
+            raise InputError(
+                f"model.optimizer is {self._pair_optimizer}, which works on LoRA pairs, but the model has none "
+                "(model.adapter is null, or has adalora): set model.optimizer to torch.optim.AdamW, as "
+                "methods/full.yaml and methods/adalora.yaml do, or model.adapter to LoRA"
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss whose gradients, summed up to the next optimizer step, are the token mean's.
@@ -359,6 +377,7 @@ class LoraModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""
+        self._check_optimizer(bool(self.lora_pairs()))
         optimizer = self.make_optimizer(self.parameter_groups())
         total = int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
