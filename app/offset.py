@@ -30,5 +30,7 @@ def offset_base(pair: LoraPair, lora_A: Tensor, lora_B: Tensor) -> None:
             f"init takes a start off the weight of {pair.name}, but that is quantised ({weight.dtype}): use a "
             "model.name with weights that are not, or --config methods/lora_one.yaml, which keeps them"
         )
-    lora_A, lora_B = lora_A.to(weight.device), lora_B.to(weight.device)
-    weight.copy_(weight.float() - pair.scaling * lora_B @ lora_A)
+    # Always the same sums, rounded once: a resumed run subtracts before its model is moved to a GPU, and its
+    # base has to be that of the interrupted run bit for bit.
+    product = pair.scaling * lora_B.cpu().double() @ lora_A.cpu().double()
+    weight.copy_((weight.cpu().double() - product).to(weight.dtype))
