@@ -72,7 +72,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         The PEFT model; adapters are float32 even where the base is not.
 
     Raises:
-        InputError: If no module matches the targets, or r exceeds a target's smaller side.
+        InputError: If no module matches the targets, or r (AdaLoRA's init_r) exceeds a target's smaller side.
     """
     targets = settings.target_modules
     conv1d = any(isinstance(module, Conv1D) for module in model.modules())
@@ -99,13 +99,18 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         wrapped = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(_no_target(model, targets, str(error))) from error
-    for pair in lora_pairs(wrapped):
-        smaller = min(pair.lora_B.shape[0], pair.lora_A.shape[1])
-        if settings.r > smaller:
+    setting, rank = "r", settings.r
+    if settings.adalora is not None:
+        setting, rank = "adalora.init_r", settings.adalora.init_r
+    for name, module in wrapped.named_modules():
+        if not isinstance(module, LoraLayer) or ADAPTER not in module.lora_A:
+            continue
+        shape = module.out_features, module.in_features
+        if rank > min(shape):
             raise InputError(
-                f"model.adapter.r is {settings.r}, but {pair.name} has shape "
-                f"({pair.lora_B.shape[0]}, {pair.lora_A.shape[1]}): set model.adapter.r to at most "
-                f"{smaller}, or leave the layer out of model.adapter.target_modules"
+                f"model.adapter.{setting} is {rank}, but {name.removeprefix('base_model.model.')} has shape "
+                f"{shape}: set model.adapter.{setting} to at most {min(shape)}, or leave the layer out of "
+                "model.adapter.target_modules"
             )
     return wrapped
 
@@ -141,6 +146,16 @@ def adalora_tuner(model: nn.Module) -> Any:
     """Return PEFT's AdaLoRA around a model, with its allocator of ranks; None where there is none."""
     tuner = model.base_model if isinstance(model, PeftModel) else None
     return tuner if isinstance(tuner, AdaLoraModel) else None
+
+
+def settings_that_need_whole_weights(model: nn.Module) -> list[str]:
+    """Name the settings of a model's adapter that do not work where the base weights are sharded."""
+    config = model.peft_config[ADAPTER] if isinstance(model, PeftModel) else None
+    settings = {
+        "use_dora": getattr(config, "use_dora", False),
+        "adalora": isinstance(config, AdaLoraConfig),
+    }
+    return [name for name, on in settings.items() if on]
 
 
 def lora_pairs(model: nn.Module) -> list[LoraPair]:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from app.adalora import add_orthogonality
+from app.adalora import add_orthogonality, check_schedule
 from app.adapter_settings import LoraSettings
 from app.adapters import (
     LoraPair,
@@ -23,6 +23,7 @@ from app.adapters import (
     install,
     load_adapter,
     lora_pairs,
+    settings_that_need_whole_weights,
     weights_of_two_modules,
 )
 from app.errors import InputError
@@ -170,16 +171,6 @@ class LoraModule(LightningModule):
                 "model.adapter is null, but this strategy shards frozen weights only: set model.adapter, "
                 "or train every weight with --config strategies/ddp.yaml"
             )
-        if self._sharded and self.adapter is not None:
-            for name, on in (
-                ("use_dora", self.adapter.use_dora),
-                ("adalora", self.adapter.adalora),
-            ):
-                if on:
-                    raise InputError(
-                        f"model.adapter.{name} is set, which does not work with the sharded weights of this "
-                        "strategy: unset it, or use --config strategies/ddp.yaml"
-                    )
         dtype = getattr(torch, self.dtype_name)
         # A sharded model is read by the first process alone, which hands out the shards.
         make = empty_model if self._sharded and rank() > 0 else load_model
@@ -198,6 +189,12 @@ class LoraModule(LightningModule):
             # Without re-entry a block is recomputed only if its input is in the graph.
             base.enable_input_require_grads()
         if self._sharded:
+            for setting in settings_that_need_whole_weights(self.model):
+                raise InputError(
+                    f"the adapter has {setting}, which does not work with the sharded weights of this "
+                    f"strategy: set model.adapter without {setting} (or another model.adapter_path), or use "
+                    "--config strategies/ddp.yaml"
+                )
             self.trainer.strategy.shard(self.model)  # type: ignore[attr-defined]
         if rank() > 0:
             # The adapter was drawn alike everywhere; dropout is each process's own.
@@ -289,6 +286,9 @@ class LoraModule(LightningModule):
         if stage == "fit":
             new = self.adapter is not None and self.adapter.adalora is None
             self._check_optimizer(new or self.adapter_path is not None)
+            budget = None if self.adapter is None else self.adapter.adalora
+            if budget is not None and self.adapter_path is None and self.trainer.max_steps > 0:
+                check_schedule(budget.tinit, budget.tfinal, self.trainer.max_steps)
 
     def _check_optimizer(self, pairs: bool) -> None:
         """Raise InputError if the optimizer works on LoRA pairs, but the model has none."""

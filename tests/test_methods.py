@@ -259,7 +259,19 @@ def test_an_optimizer_of_pairs_wants_pairs(optimizer, command, tiny_run, capfd, 
 
 
 def test_nor_does_it_train_an_adapter_without_pairs(fit, command, tiny_run, capfd):
-    folder = fit("--config=methods/adalora.yaml") / "adapter"
+    adalora = ("--config=methods/adalora.yaml", "--model.adapter.adalora.init_r=6")
+    folder = fit(*adalora) / "adapter"
     options = (f"--model.adapter_path={folder}", "--init=null")
     assert command("fit", "--config", tiny_run, *options) == 2
     assert "PreconditionedAdamW, which works on LoRA pairs" in capfd.readouterr().err
+
+
+def test_an_adapter_from_a_folder_is_asked_what_it_is(fit, command, tiny_run, capfd, monkeypatch):
+    """DoRA's norms need whole weights, whatever model.adapter says beside the folder."""
+    folder = fit("--config=methods/dora.yaml") / "adapter"
+    monkeypatch.setattr(LoraModule, "_sharded", property(lambda _: True))
+    options = (f"--model.adapter_path={folder}", "--init=null")
+    assert command("fit", "--config", tiny_run, *options) == 2
+    assert (
+        "the adapter has use_dora, which does not work with the sharded" in capfd.readouterr().err
+    )
