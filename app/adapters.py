@@ -105,7 +105,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     for name, module in wrapped.named_modules():
         if not isinstance(module, LoraLayer) or ADAPTER not in module.lora_A:
             continue
-        shape = module.out_features, module.in_features
+        shape: Any = module.out_features, module.in_features
         if rank > min(shape):
             raise InputError(
                 f"model.adapter.{setting} is {rank}, but {name.removeprefix('base_model.model.')} has shape "
