@@ -23,7 +23,7 @@ class LoraGaInit(GradientStart):
     bfloat16 base the logits differ by about 5e-3 of their size.
 
     Args:
-        gamma: Divisor of the start, > 0 (the authors' `stable_gamma`).
+        gamma: Divisor of the start, 1e-6 to 1e12 (the authors' `stable_gamma`).
         num_samples: Training rows that the gradient is taken over.
         micro_batch_size: Rows of one forward and backward pass; changes memory and speed.
         estimator: How the gradient is kept while it is observed.
