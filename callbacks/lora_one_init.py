@@ -28,7 +28,7 @@ class LoraOneInit(GradientStart):
     scaling / gamma in every layer.
 
     Args:
-        gamma: Divisor of the start, 1e-6 to 1e12 (the authors' `stable_gamma`); larger means a smaller first step.
+        gamma: Divisor of the start, 1e-6 to 1e12 (the authors' `stable_gamma`); larger is a smaller first step.
             `auto` searches the one with the smallest loss on the same samples, at most 8 forward passes
             over them (`app.line_search`), and is never worse there than the untouched model.
         num_samples: Training rows that the gradient is taken over.

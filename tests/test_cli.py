@@ -260,7 +260,7 @@ def test_misspelt_in_a_file(old, new, told, refused, tiny_run):
         ("init.gamma", "0", "init.gamma must lie between 1e-06 and 1e+12, got 0"),
         ("init.gamma", "-3", "init.gamma must lie between 1e-06 and 1e+12, got -3"),
         ("init.gamma", "1e60", "init.gamma must lie between 1e-06 and 1e+12, got 1e+60"),
-        ("init.gamma", "inf", "init.gamma must lie between 1e-06 and 1e+12, got inf"),
+        ("init.gamma", ".inf", "init.gamma must lie between 1e-06 and 1e+12, got inf"),
         ("model.adapter.lora_alpha", "0", "model.adapter.lora_alpha must be > 0, got 0"),
         ("init.num_samples", "0", "init.num_samples must be > 0, got 0"),
         ("init.num_samples", "41", "41 initialisation samples from 40 training rows"),
