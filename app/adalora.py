@@ -11,6 +11,19 @@ AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """PEFT's names of what its allocator remembers of each weight's sensitivity."""
 
 
+def check_schedule(tinit: int, tfinal: int, steps: int) -> None:
+    """Raise InputError unless a training of so many optimizer steps leaves some for pruning.
+
+    The last pruning, `tfinal` steps before the end, goes by the gradients of the steps before it.
+    """
+    if steps - tfinal < 2 or tinit >= steps - tfinal:
+        raise InputError(
+            f"AdaLoRA prunes between step model.adapter.adalora.tinit={tinit} and tfinal={tfinal} steps before "
+            f"the end, which must be step 2 at least, but training has {steps} steps: lower tinit and tfinal, "
+            "or train longer"
+        )
+
+
 def set_total_steps(tuner: Any, steps: int) -> None:
     """Tell AdaLoRA how long training is.
 
@@ -22,12 +35,7 @@ def set_total_steps(tuner: Any, steps: int) -> None:
         InputError: If the schedule leaves no step for pruning.
     """
     config = tuner.peft_config[tuner.trainable_adapter_name]
-    if config.tinit >= steps - config.tfinal:
-        raise InputError(
-            f"AdaLoRA prunes between step model.adapter.adalora.tinit={config.tinit} and "
-            f"tfinal={config.tfinal} steps before the end, but training has {steps} steps: lower tinit and "
-            "tfinal, or train longer"
-        )
+    check_schedule(config.tinit, config.tfinal, steps)
     tuner.rankallocator.set_total_step(steps)
 
 
@@ -55,6 +63,38 @@ def add_orthogonality(tuner: Any) -> Tensor:
     for (_, p), grad in zip(factors, grads, strict=True):
         p.grad = weight * grad if p.grad is None else p.grad.add_(grad, alpha=weight)
     return value.detach()
+
+
+def finite(gradients: list[Tensor]) -> bool:
+    """Return whether all numbers in all gradients are finite."""
+    return bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+
+
+def prune(tuner: Any, step: int) -> None:
+    """Weigh the triplets by the step's gradients, and prune to the step's budget.
+
+    Nothing is done for a step whose gradients are not finite, which a gradient scaler has skipped: they
+    would stay in the averages for ever.
+
+    Args:
+        tuner: From `app.adapters.adalora_tuner`.
+        step: Optimizer steps done.
+
+    Raises:
+        InputError: If there was no step to weigh the triplets by when the last pruning comes.
+    """
+    adapter = tuner.trainable_adapter_name
+    config = tuner.peft_config[adapter]
+    last = config.total_step - config.tfinal
+    grads = [p.grad for p in tuner.model.parameters() if p.requires_grad and p.grad is not None]
+    if step < last and not finite(grads):
+        return
+    if step >= last and not tuner.rankallocator.ipt and not config.rank_pattern:
+        raise InputError(
+            f"none of the {last} steps before AdaLoRA's last pruning had finite gradients: lower "
+            "model.optimizer.lr, train longer, or use a wider precision (trainer.precision)"
+        )
+    tuner.update_and_allocate(step)
 
 
 def allocator_state(tuner: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ input x output, so its A is lora_A^T, its B is lora_B^T, and left and right sing
 import copy
 import difflib
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -72,7 +72,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         The PEFT model; adapters are float32 even where the base is not.
 
     Raises:
-        InputError: If no module matches the targets, or r exceeds a target's smaller side.
+        InputError: If no module matches the targets, or r (AdaLoRA's init_r) exceeds a target's smaller side.
     """
     targets = settings.target_modules
     conv1d = any(isinstance(module, Conv1D) for module in model.modules())
@@ -99,13 +99,18 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         wrapped = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(_no_target(model, targets, str(error))) from error
-    for pair in lora_pairs(wrapped):
-        smaller = min(pair.lora_B.shape[0], pair.lora_A.shape[1])
-        if settings.r > smaller:
+    setting, rank = "r", settings.r
+    if settings.adalora is not None:
+        setting, rank = "adalora.init_r", settings.adalora.init_r
+    for name, module in wrapped.named_modules():
+        if not isinstance(module, LoraLayer) or ADAPTER not in module.lora_A:
+            continue
+        shape: Any = module.out_features, module.in_features
+        if rank > min(shape):
             raise InputError(
-                f"model.adapter.r is {settings.r}, but {pair.name} has shape "
-                f"({pair.lora_B.shape[0]}, {pair.lora_A.shape[1]}): set model.adapter.r to at most "
-                f"{smaller}, or leave the layer out of model.adapter.target_modules"
+                f"model.adapter.{setting} is {rank}, but {name.removeprefix('base_model.model.')} has shape "
+                f"{shape}: set model.adapter.{setting} to at most {min(shape)}, or leave the layer out of "
+                "model.adapter.target_modules"
             )
     return wrapped
 
@@ -141,6 +146,16 @@ def adalora_tuner(model: nn.Module) -> Any:
     """Return PEFT's AdaLoRA around a model, with its allocator of ranks; None where there is none."""
     tuner = model.base_model if isinstance(model, PeftModel) else None
     return tuner if isinstance(tuner, AdaLoraModel) else None
+
+
+def settings_that_need_whole_weights(model: nn.Module) -> list[str]:
+    """Name the settings of a model's adapter that do not work where the base weights are sharded."""
+    config = model.peft_config[ADAPTER] if isinstance(model, PeftModel) else None
+    settings = {
+        "use_dora": getattr(config, "use_dora", False),
+        "adalora": isinstance(config, AdaLoraConfig),
+    }
+    return [name for name, on in settings.items() if on]
 
 
 def lora_pairs(model: nn.Module) -> list[LoraPair]:
@@ -192,21 +207,6 @@ def install(pair: LoraPair, lora_A: Tensor, lora_B: Tensor) -> None:
         dora = layer.lora_magnitude_vector[ADAPTER]
         weight = dequantize_module_weight(layer.get_base_layer())
         dora.weight.copy_(dora.get_weight_norm(weight, pair.lora_B @ pair.lora_A, pair.scaling))
-
-
-def base_weight(pair: LoraPair) -> Tensor:
-    """Return the frozen weight W (m, n) of a pair's layer, a view of it also where it is stored transposed."""
-    layer: Any = pair.layer
-    weight: Tensor = layer.get_base_layer().weight.detach()
-    return weight.T if layer.fan_in_fan_out else weight
-
-
-@torch.no_grad()
-def offset_base(pair: LoraPair, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Subtract scaling * lora_B @ lora_A from the frozen weight, in place and in its dtype."""
-    weight = base_weight(pair)
-    lora_A, lora_B = lora_A.to(weight.device), lora_B.to(weight.device)
-    weight.copy_(weight.float() - pair.scaling * lora_B @ lora_A)
 
 
 def save_adapter(
@@ -281,8 +281,40 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
         ) from error
 
 
+def weights_of_two_modules(model: nn.Module) -> dict[str, str]:
+    """Name the adapted layers whose frozen weight is another module's too, such as a tied LM head.
+
+    Args:
+        model: A PEFT model.
+
+    Returns:
+        The other module's name by the layer's, both as in the base model.
+    """
+    holders: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)].append(name.removeprefix("base_model.model."))
+    found = {}
+    for names in holders.values():
+        for name in names:
+            others = [other for other in names if other != name]
+            if name.endswith(".base_layer") and others:
+                found[name.removesuffix(".base_layer")] = others[0].removesuffix(".base_layer")
+    return found
+
+
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
-    """Add scaling * lora_B @ lora_A to every weight and return the plain model."""
+    """Add scaling * lora_B @ lora_A to every weight and return the plain model.
+
+    Raises:
+        InputError: If a weight is another module's too, which the merge would change with it.
+    """
+    for layer, other in weights_of_two_modules(model).items():
+        raise InputError(
+            f"merging would change the weight of {layer}, which is that of {other} too "
+            "(tie_word_embeddings): export the adapter without --merge, or train with "
+            f"{layer} left out of model.adapter.target_modules"
+        )
     return model.merge_and_unload(safe_merge=True)
 
 

@@ -17,21 +17,23 @@ CONFIGS = PROJECT / "configs"
 def expand(arguments: Sequence[str]) -> list[str]:
     """Replace config names by paths, and `--run FOLDER` by that run's config and adapter or model.
 
+    Of several overlays in `configs/methods/` the last one counts: what another one has set to null, such as
+    the start, could not be had back.
+
     Raises:
         InputError: A file is missing or is no YAML, or an option sets what a file has switched off.
     """
     expanded: list[str] = []
     off = SwitchedOff()
-    waiting = iter(arguments)
-    for argument in waiting:
-        option, equals, value = argument.partition("=")
-        if option not in ("--config", "-c", "--run"):
-            expanded.append(argument)
-            off.option(argument)
+    named = _named_files(arguments)
+    methods = [i for i, (option, value) in enumerate(named) if _is_method(option, value)]
+    for i, (option, value) in enumerate(named):
+        if i in methods[:-1]:
             continue
-        if not equals:
-            value = next(waiting, "")
-        if option == "--run":
+        if option is None:
+            expanded.append(value)
+            off.option(value)
+        elif option == "--run":
             folder = Path(value)
             check_run_folder(folder)
             expanded += [f"--config={folder / CONFIG_FILE}"]
@@ -44,6 +46,24 @@ def expand(arguments: Sequence[str]) -> list[str]:
             off.file(path, _read_yaml(path))
             expanded.append(f"--config={path}")
     return expanded
+
+
+def _named_files(arguments: Sequence[str]) -> list[tuple[str | None, str]]:
+    """Return the arguments in order: `--config` or `--run` with its value, any other with None before it."""
+    found: list[tuple[str | None, str]] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        option, equals, value = argument.partition("=")
+        if option not in ("--config", "-c", "--run"):
+            found.append((None, argument))
+        else:
+            found.append((option, value if equals else next(waiting, "")))
+    return found
+
+
+def _is_method(option: str | None, value: str) -> bool:
+    named = option in ("--config", "-c")
+    return named and find_config(value).resolve().parent == CONFIGS / "methods"
 
 
 class SwitchedOff:

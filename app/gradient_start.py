@@ -3,20 +3,27 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.errors import InputError
 from app.loss import Batch
-from app.one_step import Estimator, OneStepResult
+from app.one_step import Estimator, OneStepResult, one_step_gradients
+from app.progress import track
+
+SMALLEST_GAMMA, LARGEST_GAMMA = 1e-6, 1e12
+"""Beyond these the start is lost in the rounding of the weights, or they are lost in its own."""
 
 
 class Start(Callback):
     """Fills a new adapter when fitting starts, once; a resumed run has it already.
 
     Attributes:
+        offsets_base: Whether the start is taken off the base weights.
         report: What the start was, for the run's record; empty before.
     """
+
+    offsets_base = False
 
     def __init__(self) -> None:
         self.report: dict[str, Any] = {}
@@ -28,6 +35,98 @@ class Start(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the report of the interrupted run; its adapters are not overwritten."""
         self.report = state_dict["report"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before the model's weights are loaded."""
+        module: Any = pl_module
+        check_new_adapter(module, type(self).__name__)
+        if self.offsets_base:
+            module.check_offset(type(self).__name__)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute and install the start, unless a checkpoint has brought trained adapters."""
+        module: Any = pl_module
+        if not self.report:
+            if self.offsets_base:
+                module.check_own_weights(type(self).__name__)
+            self.report = self.start(trainer, module)
+        module.record.init = self.report
+
+    def start(self, trainer: Trainer, module: Any) -> dict[str, Any]:
+        """Fill the module's adapter; return what the start was."""
+        raise NotImplementedError
+
+
+class GradientStart(Start):
+    """A start made of the one-step gradient of the untouched model.
+
+    Args:
+        num_samples: Training rows that the gradient is taken over.
+        micro_batch_size: Rows of one forward and backward pass.
+        estimator: How the gradient is kept while it is observed.
+    """
+
+    def __init__(self, num_samples: int, micro_batch_size: int, estimator: Estimator) -> None:
+        super().__init__()
+        for name, value in (("num_samples", num_samples), ("micro_batch_size", micro_batch_size)):
+            if not value > 0:
+                raise InputError(f"init.{name} must be > 0, got {value}")
+        self.num_samples = num_samples
+        self.micro_batch_size = micro_batch_size
+        self.estimator = estimator
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before the model's weights are loaded."""
+        super().setup(trainer, pl_module, stage)
+        self.batches(trainer)
+
+    def batches(self, trainer: Trainer) -> Sequence[Batch]:
+        """Return this process's share of the initialisation rows."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        found: Sequence[Batch] = data.gradient_batches(
+            self.num_samples, self.micro_batch_size, trainer.global_rank, trainer.world_size
+        )
+        return found
+
+    def observe(
+        self, trainer: Trainer, module: Any, batches: Sequence[Batch], rank: int, title: str
+    ) -> tuple[OneStepResult, list[str], dict[str, Any]]:
+        """Take the one-step gradient of every layer, and tell how it was observed.
+
+        Args:
+            trainer: Its precision is that of the pass.
+            module: The LoraModule; its `one_step` gets the triplets, where a callback wants them.
+            batches: From `batches`.
+            rank: Triplets that the start uses.
+            title: The start's name.
+
+        Returns:
+            The gradients, the names of the layers whose gradient is zero, and a report for the run's record.
+        """
+        result = one_step_gradients(
+            module.model,
+            module.base,
+            module.lora_pairs(),
+            batches,
+            rank,
+            self.estimator,
+            trainer.precision_plugin.forward_context,
+            track,
+        )
+        if module.one_step is not None:
+            module.one_step.update({name: e.svd for name, e in result.estimates.items()})
+        without = layers_without_gradient(result)
+        told = report(title, result, self.estimator, self.num_samples, rank, without)
+        return result, without, told
+
+
+def check_gamma(gamma: float) -> float:
+    """Return the divisor of a start; raise InputError if it is out of range."""
+    if not SMALLEST_GAMMA <= gamma <= LARGEST_GAMMA:
+        raise InputError(
+            f"init.gamma must lie between {SMALLEST_GAMMA:g} and {LARGEST_GAMMA:g}, got {gamma:g}"
+        )
+    return gamma
 
 
 def check_new_adapter(module: Any, start: str) -> None:
@@ -47,15 +146,6 @@ def check_new_adapter(module: Any, start: str) -> None:
             f"init is {start}, which fills lora_A and lora_B, but model.adapter.adalora is set, whose triplets "
             "start by themselves: set init or model.adapter.adalora to null"
         )
-
-
-def gradient_batches(trainer: Trainer, num_samples: int, micro_batch_size: int) -> Sequence[Batch]:
-    """Return this process's share of the initialisation rows."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    found: Sequence[Batch] = data.gradient_batches(
-        num_samples, micro_batch_size, trainer.global_rank, trainer.world_size
-    )
-    return found
 
 
 def layers_without_gradient(result: OneStepResult) -> list[str]:

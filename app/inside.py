@@ -12,8 +12,8 @@ from app.spectral_init import SVD
 class Inside(NamedTuple):
     """Measures of P equal-shaped pairs, with Delta W = scaling * lora_B @ lora_A; all float64, on the CPU.
 
-    What has no value (the span of a factor that is zero, the condition of a singular matrix) is not a
-    number or infinite.
+    What has no value (the span of a factor or gradient that is zero, the condition of a singular matrix) is
+    not a number or infinite.
 
     Attributes:
         singular_values: (P, r) of Delta W, descending.
@@ -81,8 +81,8 @@ def look_inside(
         entropy.exp(),
         _condition(R_A),
         _condition(R_B),
-        _largest_angle(Q_A, V, R_A),
-        _largest_angle(Q_B, U, R_B),
+        _largest_angle(Q_A, V, R_A, S),
+        _largest_angle(Q_B, U, R_B, S),
         captured,
     )
     return Inside(*(tensor.cpu() for tensor in found))
@@ -94,12 +94,15 @@ def _condition(triangular: Tensor) -> Tensor:
     return (values[:, 0] / values[:, -1]).square()
 
 
-def _largest_angle(basis: Tensor, reference: Tensor, triangular: Tensor) -> Tensor:
-    """Return the largest principal angle in degrees between two orthonormal bases (P, m, r)."""
+def _largest_angle(basis: Tensor, reference: Tensor, triangular: Tensor, S: Tensor) -> Tensor:
+    """Return the largest principal angle in degrees between two orthonormal bases (P, m, r).
+
+    Not a number where the factor (of which `triangular` is the R) or the gradient (S its values) is zero.
+    """
     common = basis.mT @ reference
     cosine = torch.linalg.svdvals(common)[:, -1].clamp(max=1)
     # The cosine says nothing of angles below 1e-8; the sine says nothing of those near 90 degrees.
     sine = torch.linalg.matrix_norm(reference - basis @ common, ord=2).clamp(max=1)
     angle = torch.where(cosine < sine, cosine.arccos(), sine.arcsin()).rad2deg()
-    angle[triangular.flatten(1).abs().amax(dim=1) == 0] = torch.nan
+    angle[(triangular.flatten(1).abs().amax(dim=1) == 0) | (S[:, 0] == 0)] = torch.nan
     return angle

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from app.adalora import add_orthogonality
+from app.adalora import add_orthogonality, check_schedule
 from app.adapter_settings import LoraSettings
 from app.adapters import (
     LoraPair,
@@ -23,10 +23,14 @@ from app.adapters import (
     install,
     load_adapter,
     lora_pairs,
-    offset_base,
+    settings_that_need_whole_weights,
+    weights_of_two_modules,
 )
 from app.errors import InputError
+from app.lora_plus import LoraPlusAdamW
+from app.lora_pro_adamw import LoraProAdamW
 from app.loss import Batch, SupervisedLogits, summed_loss, supervised_logits
+from app.offset import offset_base
 from app.precond_adamw import PreconditionedAdamW
 from app.pretrained import (
     ModelSource,
@@ -42,6 +46,9 @@ from app.run_record import RunRecord
 from app.scoring import Scoring
 from app.sharding import Fsdp2Strategy
 from app.spectral_init import SVD
+
+PAIR_OPTIMIZERS = (PreconditionedAdamW, LoraPlusAdamW, LoraProAdamW)
+"""Optimizers of LoRA pairs, which are plain AdamW on anything else."""
 
 
 class LoraModule(LightningModule):
@@ -83,13 +90,14 @@ class LoraModule(LightningModule):
         if adapter_path is not None:
             check_adapter_folder(Path(adapter_path))
         try:
-            optimizer([nn.Parameter(torch.zeros(1, 1))])
+            probe = optimizer([nn.Parameter(torch.zeros(1, 1))])
         except (ValueError, TypeError) as error:
             raise InputError(f"model.optimizer cannot be made: {error}") from error
         self.name = name
         self.adapter = adapter
         self.adapter_path = adapter_path
         self.make_optimizer = optimizer
+        self._pair_optimizer = type(probe).__name__ if isinstance(probe, PAIR_OPTIMIZERS) else None
         self.lr_scheduler_type = lr_scheduler_type
         self.warmup_steps = warmup_steps
         self.dtype_name = dtype
@@ -125,18 +133,21 @@ class LoraModule(LightningModule):
         return self._tokenizer
 
     @property
-    def is_encoder_decoder(self) -> bool:
-        """Whether the model reads a prompt and writes an answer apart (T5), known without the weights."""
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration, loaded on first use and without the weights."""
         if self._config is None:
             self._config = load_config(self.source)
-        return bool(self._config.is_encoder_decoder)
+        return self._config
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model reads a prompt and writes an answer apart (T5), known without the weights."""
+        return bool(self.config.is_encoder_decoder)
 
     @property
     def context_length(self) -> int | None:
         """Number of positions that the model knows; None if they are relative (T5)."""
-        if self._config is None:
-            self._config = load_config(self.source)
-        return getattr(self._config, "max_position_embeddings", None)
+        return getattr(self.config, "max_position_embeddings", None)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -160,16 +171,6 @@ class LoraModule(LightningModule):
                 "model.adapter is null, but this strategy shards frozen weights only: set model.adapter, "
                 "or train every weight with --config strategies/ddp.yaml"
             )
-        if self._sharded and self.adapter is not None:
-            for name, on in (
-                ("use_dora", self.adapter.use_dora),
-                ("adalora", self.adapter.adalora),
-            ):
-                if on:
-                    raise InputError(
-                        f"model.adapter.{name} is set, which does not work with the sharded weights of this "
-                        "strategy: unset it, or use --config strategies/ddp.yaml"
-                    )
         dtype = getattr(torch, self.dtype_name)
         # A sharded model is read by the first process alone, which hands out the shards.
         make = empty_model if self._sharded and rank() > 0 else load_model
@@ -188,6 +189,12 @@ class LoraModule(LightningModule):
             # Without re-entry a block is recomputed only if its input is in the graph.
             base.enable_input_require_grads()
         if self._sharded:
+            for setting in settings_that_need_whole_weights(self.model):
+                raise InputError(
+                    f"the adapter has {setting}, which does not work with the sharded weights of this "
+                    f"strategy: set model.adapter without {setting} (or another model.adapter_path), or use "
+                    "--config strategies/ddp.yaml"
+                )
             self.trainer.strategy.shard(self.model)  # type: ignore[attr-defined]
         if rank() > 0:
             # The adapter was drawn alike everywhere; dropout is each process's own.
@@ -222,6 +229,22 @@ class LoraModule(LightningModule):
             raise InputError(
                 f"init is {start}, which changes the base weights that this strategy shards: use "
                 "--config strategies/ddp.yaml, or methods/lora_one.yaml, which leaves them as they are"
+            )
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise InputError(
+                f"init is {start}, which takes its start off the base weights, but those of model.name "
+                f"{self.name!r} are quantised (quantization_config) and cannot hold it: use a model whose "
+                "weights are not, or --config methods/lora_one.yaml, which leaves them as they are"
+            )
+
+    def check_own_weights(self, start: str) -> None:
+        """Raise InputError if a start of that name would change weights that other modules have too."""
+        assert self.model is not None
+        for layer, other in weights_of_two_modules(self.model).items():
+            raise InputError(
+                f"init is {start}, which changes the weight of {layer}, but that is the weight of {other} too "
+                f"(tie_word_embeddings): leave {layer} out of model.adapter.target_modules, or use --config "
+                "methods/lora_one.yaml, which leaves the base weights as they are"
             )
 
     def start_from(self, starts: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -259,6 +282,21 @@ class LoraModule(LightningModule):
             raise InputError(
                 "trainer.max_steps and trainer.max_epochs are both -1, so the learning rate's schedule "
                 "has no end: set one of them"
+            )
+        if stage == "fit":
+            new = self.adapter is not None and self.adapter.adalora is None
+            self._check_optimizer(new or self.adapter_path is not None)
+            budget = None if self.adapter is None else self.adapter.adalora
+            if budget is not None and self.adapter_path is None and self.trainer.max_steps > 0:
+                check_schedule(budget.tinit, budget.tfinal, self.trainer.max_steps)
+
+    def _check_optimizer(self, pairs: bool) -> None:
+        """Raise InputError if the optimizer works on LoRA pairs, but the model has none."""
+        if self._pair_optimizer is not None and not pairs:
+            raise InputError(
+                f"model.optimizer is {self._pair_optimizer}, which works on LoRA pairs, but the model has none "
+                "(model.adapter is null, or has adalora): set model.optimizer to torch.optim.AdamW, as "
+                "methods/full.yaml and methods/adalora.yaml do, or model.adapter to LoRA"
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -339,6 +377,7 @@ class LoraModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""
+        self._check_optimizer(bool(self.lora_pairs()))
         optimizer = self.make_optimizer(self.parameter_groups())
         total = int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total

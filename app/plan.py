@@ -185,9 +185,9 @@ def check(trainer: PlanTrainer, module: LoraModule, data: Any) -> None:
     data.setup("fit")
     trainer.datamodule = data  # type: ignore[attr-defined]
     module.trainer = trainer
-    module.setup("fit")
     if trainer.init is not None:
         trainer.init.setup(trainer, module, "fit")
+    module.setup("fit")
     if trainer.placement.sharded and module.adapter is None and module.adapter_path is None:
         raise InputError(
             "model.adapter is null, but this strategy shards frozen weights only: set model.adapter, or "

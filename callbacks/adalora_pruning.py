@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from app.adalora import (
     allocator_state,
     load_allocator_state,
+    prune,
     remaining_triplets,
     set_total_steps,
 )
@@ -50,5 +51,5 @@ class AdaLoraPruning(Callback):
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
         if self._tuner is not None and stepped:
-            self._tuner.update_and_allocate(trainer.global_step)
+            prune(self._tuner, trainer.global_step)
             pl_module.log("adalora/triplets", float(remaining_triplets(self._tuner)))

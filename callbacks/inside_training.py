@@ -12,6 +12,7 @@ from torch import Tensor
 
 from app.adapters import LoraPair
 from app.errors import InputError
+from app.gradient_start import GradientStart
 from app.inside import look_inside
 from app.inside_plots import write_heat_maps
 from app.metrics_table import append_rows, read_table, write_table
@@ -31,7 +32,8 @@ MEASURES = (
 class InsideTraining(Callback):
     """Measure every LoRA pair before training, every few optimizer steps, and at the end.
 
-    `inside.csv` in the run folder has a row for each layer and moment, `inside_*.png` draw it, and the
+    A model without LoRA pairs (AdaLoRA, full fine-tuning) is left alone, so that one comparison can watch all
+    methods. `inside.csv` in the run folder has a row for each layer and moment, `inside_*.png` draw it, and the
     loggers get the median over layers as `inside/...` (W&B the histograms, too). The measures are those of
     `app.inside.Inside`; the reference is the one-step gradient of the untouched base model. Where the
     initialisation observes that gradient, it is taken from there; else this callback makes a pass of its
@@ -86,15 +88,10 @@ class InsideTraining(Callback):
             write_table(self._folder / INSIDE_FILE, names, before)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask the initialisation for its gradient; refuse a model without LoRA pairs."""
+        """Ask the initialisation for its gradient."""
         module: Any = pl_module
         if stage != "fit":
             return
-        if module.adapter is None and module.adapter_path is None:
-            raise InputError(
-                "InsideTraining watches LoRA factors, but model.adapter is null: set model.adapter, or leave "
-                "the callback out of trainer.callbacks"
-            )
         module.one_step = {}
         if trainer.loggers:
             self._folder = Path(str(trainer.loggers[0].log_dir))
@@ -102,9 +99,13 @@ class InsideTraining(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the one-step gradient, before any initialisation changes the model, unless that does it."""
         module: Any = pl_module
-        initialised = any(hasattr(callback, "observes_gradient") for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if not self._reference and not initialised:
-            pairs = module.lora_pairs()
+        initialised = any(isinstance(own, GradientStart) for own in trainer.callbacks)  # type: ignore[attr-defined]
+        pairs = module.lora_pairs()
+        if not pairs:
+            rank_zero_info(
+                f"{module.record.method} has no LoRA pairs to look inside: nothing is measured"
+            )
+        elif not self._reference and not initialised:
             rank = pairs[0].lora_A.shape[0]
             result = one_step_gradients(
                 module.model,
@@ -125,9 +126,9 @@ class InsideTraining(Callback):
         module: Any = pl_module
         if not self._reference:
             # The gradient points uphill; the spans do not know the sign.
-            for name, svd in module.one_step.items():
-                rank = module.adapter.r if module.adapter is not None else svd.S.numel()
-                self._reference[name] = SVD(svd.U[:, :rank], svd.S[:rank], svd.V[:, :rank])
+            for pair in module.lora_pairs():
+                rank, svd = pair.lora_A.shape[0], module.one_step[pair.name]
+                self._reference[pair.name] = SVD(svd.U[:, :rank], svd.S[:rank], svd.V[:, :rank])
             self._measure(trainer, pl_module)
 
     def on_train_batch_end(
@@ -140,7 +141,7 @@ class InsideTraining(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the end and draw."""
         self._measure(trainer, pl_module)
-        if self._folder is None or not is_first_process():
+        if self._folder is None or not is_first_process() or not self._reference:
             return
         for logger in trainer.loggers:
             logger.save()
@@ -156,7 +157,7 @@ class InsideTraining(Callback):
     def _measure(self, trainer: Trainer, pl_module: Any) -> None:
         step = trainer.global_step
         # The factors are whole on every process, also where the base is sharded.
-        if step == self._measured:
+        if step == self._measured or not self._reference:
             return
         self._measured = step
         if not is_first_process() or self._folder is None:

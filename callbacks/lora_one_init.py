@@ -4,21 +4,14 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.adapters import LoraPair, install
-from app.errors import InputError
-from app.gradient_start import (
-    Start,
-    check_new_adapter,
-    gradient_batches,
-    layers_without_gradient,
-    report,
-)
+from app.gradient_start import GradientStart, check_gamma
 from app.line_search import MOST, mean_loss, search_gamma
 from app.loss import Batch
-from app.one_step import Estimator, one_step_gradients
+from app.one_step import Estimator
 from app.progress import track
 from app.spectral_init import SVD, spectral_factors
 
@@ -26,7 +19,7 @@ Triplets = list[tuple[LoraPair, SVD]]
 """The pairs that get a start, with the leading r triplets of their gradients."""
 
 
-class LoraOneInit(Start):
+class LoraOneInit(GradientStart):
     """Start every LoRA pair from the best rank-r approximation of its negative one-step gradient.
 
         lora_B @ lora_A = P_r(-G) / (gamma * S_1(G)),    the base weight stays as it is
@@ -35,7 +28,7 @@ class LoraOneInit(Start):
     scaling / gamma in every layer.
 
     Args:
-        gamma: Divisor of the start, > 0 (the authors' `stable_gamma`); larger means a smaller first step.
+        gamma: Divisor of the start, 1e-6 to 1e12 (the authors' `stable_gamma`); larger is a smaller first step.
             `auto` searches the one with the smallest loss on the same samples, at most 8 forward passes
             over them (`app.line_search`), and is never worse there than the untouched model.
         num_samples: Training rows that the gradient is taken over.
@@ -48,8 +41,6 @@ class LoraOneInit(Start):
     seed (theirs are the first rows of the file).
     """
 
-    observes_gradient = True
-
     def __init__(
         self,
         gamma: float | Literal["auto"] = 128.0,
@@ -57,58 +48,24 @@ class LoraOneInit(Start):
         micro_batch_size: int = 8,
         estimator: Estimator = Estimator(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__()
-        for name, value in (
-            ("gamma", 1 if gamma == "auto" else gamma),
-            ("num_samples", num_samples),
-            ("micro_batch_size", micro_batch_size),
-        ):
-            if not value > 0:
-                raise InputError(f"init.{name} must be > 0, got {value}")
-        self.gamma = gamma
-        self.num_samples = num_samples
-        self.micro_batch_size = micro_batch_size
-        self.estimator = estimator
+        super().__init__(num_samples, micro_batch_size, estimator)
+        self.gamma = gamma if gamma == "auto" else check_gamma(gamma)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work before the model's weights are loaded."""
-        module: Any = pl_module
-        check_new_adapter(module, type(self).__name__)
-        gradient_batches(trainer, self.num_samples, self.micro_batch_size)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute and install the start, unless a checkpoint has brought trained adapters."""
-        module: Any = pl_module
-        if not self.report:
-            pairs = module.lora_pairs()
-            batches = gradient_batches(trainer, self.num_samples, self.micro_batch_size)
-            rank = pairs[0].lora_A.shape[0]
-            result = one_step_gradients(
-                module.model,
-                module.base,
-                pairs,
-                batches,
-                rank,
-                self.estimator,
-                trainer.precision_plugin.forward_context,
-                track,
-            )
-            if module.one_step is not None:
-                module.one_step.update({name: e.svd for name, e in result.estimates.items()})
-            without = layers_without_gradient(result)
-            start = [
-                (pair, SVD(*(part[..., :rank] for part in result.estimates[pair.name].svd)))
-                for pair in pairs
-                if pair.name not in without
-            ]
-            gamma: dict[str, Any] = {"gamma": self.gamma}
-            if self.gamma == "auto":
-                gamma = self._search(start, result.loss, module, batches, trainer)
-            else:
-                _install(start, self.gamma)
-            told = report("LoRA-One", result, self.estimator, self.num_samples, rank, without)
-            self.report = {**told, **gamma}
-        module.record.init = self.report
+    def start(self, trainer: Trainer, module: Any) -> dict[str, Any]:
+        """Install the start; return what it was."""
+        pairs = module.lora_pairs()
+        batches = self.batches(trainer)
+        rank = pairs[0].lora_A.shape[0]
+        result, without, told = self.observe(trainer, module, batches, rank, "LoRA-One")
+        start = [
+            (pair, SVD(*(part[..., :rank] for part in result.estimates[pair.name].svd)))
+            for pair in pairs
+            if pair.name not in without
+        ]
+        if self.gamma == "auto":
+            return {**told, **self._search(start, result.loss, module, batches, trainer)}
+        _install(start, self.gamma)
+        return {**told, "gamma": self.gamma}
 
     def _search(
         self,

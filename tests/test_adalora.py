@@ -9,7 +9,9 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from app.adalora import AVERAGES
 from app.module import LoraModule
+from callbacks.adalora_pruning import AdaLoraPruning
 
 STEPS = 10
 LAYERS = 14
@@ -153,20 +155,57 @@ def test_a_run_goes_on_bit_for_bit(killed_at, fit, monkeypatch):
 
 def test_accumulation_adds_the_regulariser_once(fit, seen):
     """Two halves of a batch are the batch, also for what does not depend on the data."""
-    fit(*ADALORA, "--trainer.max_steps=5", "--data.batch_size=4")
-    one = seen["end"]
-    folder = fit(*ADALORA, "--trainer.max_steps=5", "--data.batch_size=4")
-    assert all(torch.equal(one[name], seen["end"][name]) for name in one)
-    regulariser = values(folder, "train/orthogonality")
+    steps = (*ADALORA, "--trainer.max_steps=5", "--data.train_size=4")
+    whole = fit(*steps, "--data.batch_size=4")
+    wanted = seen["end"]
     seen["batches"].clear()
-    folder = fit(
-        *ADALORA,
-        "--trainer.max_steps=5",
-        "--data.batch_size=2",
-        "--trainer.accumulate_grad_batches=2",
-    )
+    halves = fit(*steps, "--data.batch_size=2", "--trainer.accumulate_grad_batches=2")
     assert len(seen["batches"]) == 10
-    assert values(folder, "train/orthogonality")[0] == pytest.approx(regulariser[0])
+    name = "train/orthogonality"
+    assert values(halves, name) == pytest.approx(values(whole, name), rel=1e-5)
+    for name, value in wanted.items():
+        assert torch.allclose(seen["end"][name], value, rtol=0, atol=1e-5), name
+
+
+def test_a_skipped_step_is_not_weighed(fit, monkeypatch):
+    """A gradient scaler leaves gradients that are not finite behind: they would stay in the averages."""
+    original = AdaLoraPruning.on_train_batch_end
+    kept = []
+
+    def overflowed(callback, trainer, pl_module, *rest):
+        if trainer.global_step == 4:
+            pl_module.model.get_parameter(kept[0]).grad.fill_(torch.inf)
+        original(callback, trainer, pl_module, *rest)
+        if trainer.global_step == 7:
+            kept.append(callback.state_dict())
+
+    def choose(module):
+        kept.append(next(n for n, p in module.model.named_parameters() if p.requires_grad))
+
+    monkeypatch.setattr(AdaLoraPruning, "on_train_batch_end", overflowed)
+    monkeypatch.setattr(LoraModule, "on_train_start", choose)
+    told = values(fit(*ADALORA), "adalora/triplets")
+    assert told[3] == LAYERS * INIT  # which that optimizer step had moved, and nothing pruned again
+    assert [int(value) for value in told[4:7]] == [budget(step) for step in (5, 6, 7)]
+    assert told[-1] == LAYERS * TARGET
+    for average in AVERAGES:
+        assert all(value.isfinite().all() for value in kept[1][average].values()), average
+
+
+def test_no_step_to_weigh_by(fit, command, tiny_run, capfd, monkeypatch):
+    monkeypatch.setattr("app.adalora.finite", lambda gradients: False)
+    assert command("fit", "--config", tiny_run, *ADALORA) == 2
+    told = capfd.readouterr().err
+    assert "none of the 8 steps before AdaLoRA's last pruning had finite gradients" in told
+
+
+@pytest.mark.parametrize(("steps", "tinit", "tfinal"), [(2, 0, 0), (3, 1, 1), (4, 2, 1)])
+def test_the_shortest_schedules(steps, tinit, tfinal, fit):
+    folder = fit(
+        *(*ADALORA, f"--trainer.max_steps={steps}", f"--model.adapter.adalora.tinit={tinit}"),
+        f"--model.adapter.adalora.tfinal={tfinal}",
+    )
+    assert values(folder, "adalora/triplets")[-1] == LAYERS * TARGET
 
 
 def test_what_cannot_work(command, tiny_run, capfd, monkeypatch):
@@ -174,14 +213,33 @@ def test_what_cannot_work(command, tiny_run, capfd, monkeypatch):
         assert command("fit", "--config", tiny_run, "--config=methods/adalora.yaml", *options) == 2
         return capfd.readouterr().err
 
-    assert "training has 3 steps" in told("--model.adapter.adalora.tfinal=3")
+    own = "--model.adapter.adalora."
+    for options in (
+        ("--trainer.max_steps=1",),
+        (f"{own}tfinal=2",),
+        (f"{own}tfinal=3",),
+        (f"{own}tinit=2", f"{own}tfinal=1"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr("app.module.load_model", None)  # told before any weights are loaded
+            assert "lower tinit and tfinal, or train longer" in told(*options)
+    # An epoch of 40 rows is 5 steps, which is known once there is a loader.
+    epoch = ("--trainer.max_steps=-1", "--trainer.max_epochs=1", f"{own}init_r=6")
+    assert "but training has 5 steps" in told(*epoch, f"{own}tfinal=4")
+    endless = ("--trainer.max_steps=-1", "--trainer.max_epochs=-1")
+    assert "trainer.max_steps and trainer.max_epochs are both -1" in told(*endless)
+    assert "init_r is 9, but model.layers.0.self_attn.k_proj has shape (8, 16)" in told(
+        f"{own}init_r=9"
+    )
     assert "init_r is 3, below the budget model.adapter.r 4" in told(
         "--model.adapter.adalora.init_r=3"
     )
     assert "exclude each other" in told("--model.adapter.use_dora=true")
     with monkeypatch.context() as patched:
         patched.setattr(LoraModule, "_sharded", property(lambda _: True))
-        assert "model.adapter.adalora is set, which does not work with the sharded" in told()
+        assert "the adapter has adalora, which does not work with the sharded" in told(
+            f"{own}init_r=6"
+        )
     start = "--init=callbacks.lora_one_init.LoraOneInit"
     assert "init is LoraOneInit, which fills lora_A and lora_B" in told(
         start, "--init.num_samples=16"

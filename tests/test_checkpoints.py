@@ -258,7 +258,7 @@ def test_a_refusal_comes_before_the_gradient_pass(
     def unwanted(*args):
         raise AssertionError("the gradient pass ran")
 
-    monkeypatch.setattr("callbacks.lora_one_init.one_step_gradients", unwanted)
+    monkeypatch.setattr("app.gradient_start.one_step_gradients", unwanted)
     options = ("--ckpt_path", newest(finished), f"--model.name={run_models / 'gpt2'}")
     assert command("fit", "--config", tiny_run, *options) == 2
 

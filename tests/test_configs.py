@@ -128,3 +128,30 @@ def test_overlays(file, parsed):
     if file.parent.name == "methods":
         assert after["model"]["method"] == file.stem
         assert after["model"]["name"] == before["model"]["name"]
+
+
+METHODS = [file.stem for file in OVERLAYS if file.parent.name == "methods"]
+SWITCHED = (  # what other methods leave, each switch in both positions
+    {"use_rslora": False, "use_dora": True},
+    {"use_rslora": True, "adalora": {"init_r": 9}},
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_does_not_depend_on_what_came_before(method, parsed, tiny_run, tmp_path):
+    """Another method's overlay, or its switches in a file of the user's own."""
+
+    def found(*before):
+        files = [tiny_run, *before, f"methods/{method}.yaml"]
+        config = parsed(*(f"--config={file}" for file in files)).as_dict()
+        return config["model"], config["init"]
+
+    alone = found()
+    assert alone[0]["method"] == method
+    others = [other for other in ("full", "adalora", "lora") if other != method]
+    for other in others[:2]:
+        assert found(f"methods/{other}.yaml") == alone, other
+    for switches in SWITCHED:
+        file = tmp_path / "switched.yaml"
+        file.write_text(yaml.safe_dump({"model": {"adapter": switches}}))
+        assert found(file) == alone, switches

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import app.gradient_start
 import callbacks.lora_one_init
 from app.module import LoraModule
 
@@ -38,13 +39,13 @@ def same(left, right):
 def passes(monkeypatch):
     """Return a list that grows by one with each gradient pass."""
     counted = []
-    original = callbacks.lora_one_init.one_step_gradients
+    original = app.gradient_start.one_step_gradients
 
     def counting(*args, **kwargs):
         counted.append(1)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(callbacks.lora_one_init, "one_step_gradients", counting)
+    monkeypatch.setattr(app.gradient_start, "one_step_gradients", counting)
     return counted
 
 

@@ -76,3 +76,13 @@ def test_a_factor_of_zeros_has_no_span(pairs):
     for measure in (found.angle_B, found.captured, found.effective_rank):
         assert measure.isnan().all()
     assert found.angle_A.isfinite().all()
+
+
+def test_a_gradient_of_zeros_has_no_span(pairs):
+    """Its triplets are those of whatever basis the decomposition came to."""
+    lora_A, lora_B, reference = pairs
+    reference = [reference[0]._replace(S=torch.zeros(R)), *reference[1:]]
+    found = look_inside(lora_A, lora_B, SCALING, reference)
+    for measure in (found.angle_A, found.angle_B, found.captured):
+        assert measure.isnan().tolist() == [True, False, False]
+    assert found.norm.isfinite().all()

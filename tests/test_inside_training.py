@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import app.gradient_start
 import callbacks.inside_training
-import callbacks.lora_one_init
 from app.module import LoraModule
 from callbacks.inside_training import MEASURES
 
@@ -30,7 +30,7 @@ def rows(folder):
 def passes(monkeypatch):
     """Return a list that grows with each gradient pass: who made it."""
     made = []
-    for module in (callbacks.lora_one_init, callbacks.inside_training):
+    for module in (app.gradient_start, callbacks.inside_training):
 
         def counting(*args, original=module.one_step_gradients, who=module.__name__, **kwargs):
             made.append(who)
@@ -42,7 +42,7 @@ def passes(monkeypatch):
 
 def test_the_start_lies_in_the_gradients_spans_and_the_end_is_that_of_the_adapter(fit, passes):
     folder = fit(*MORE, *WATCH)
-    assert passes == ["callbacks.lora_one_init"]
+    assert passes == ["app.gradient_start"]
     found = rows(folder)
     assert sorted({int(row["step"]) for row in found}) == [0, 2, 4, 5]
     layers = {row["layer"] for row in found}
@@ -119,10 +119,25 @@ def test_scalars_reach_the_table_and_histograms_wandb(fit):
     assert float(found[1]["inside/norm"]) == pytest.approx(float(torch.tensor(told).median()))
 
 
-def test_a_model_without_factors_is_refused(command, tiny_run, capfd):
-    options = ("--config", "callbacks/inside.yaml", "--model.adapter=null", "--init=null")
-    assert command("fit", "--config", tiny_run, *LORA, *options) == 2
-    assert "InsideTraining watches LoRA factors" in capfd.readouterr().err
-    assert (
-        command("fit", "--config", tiny_run, *WATCH[:2], "--trainer.callbacks.every_n_steps=0") == 2
-    )
+@pytest.mark.parametrize("method", ["adalora", "full"])
+def test_a_model_without_pairs_is_left_alone(method, fit, passes, caplog):
+    options = ("--model.adapter.adalora.init_r=6",) if method == "adalora" else ()
+    folder = fit(f"--config=methods/{method}.yaml", *options, *WATCH)
+    line = f"{method} has no LoRA pairs to look inside: nothing is measured"
+    assert caplog.text.count(line) == 1
+    assert passes == []
+    assert not list(folder.glob("inside*"))
+
+
+def test_the_reference_has_the_rank_of_the_adapter(fit):
+    """Of one that comes from a folder, which model.adapter says nothing of."""
+    adapter = fit(*LORA) / "adapter"
+    own = ("--init=null", f"--model.adapter_path={adapter}", *WATCH)
+    tables = [(fit(*own, f"--model.adapter.r={r}") / "inside.csv").read_text() for r in (4, 2)]
+    assert tables[0] == tables[1]
+
+
+def test_measurements_are_some_steps_apart(command, tiny_run, capfd):
+    wrong = "--trainer.callbacks.every_n_steps=0"
+    assert command("fit", "--config", tiny_run, *WATCH[:2], wrong) == 2
+    assert "InsideTraining.every_n_steps must be at least 1, got 0" in capfd.readouterr().err

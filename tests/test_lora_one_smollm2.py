@@ -12,7 +12,6 @@ from app.gradient_store import ExactStore
 from app.loss import summed_loss, supervised_logits
 from app.one_step import Estimator, one_step_gradients
 from app.pretrained import load_model, load_tokenizer, resolve_model
-from callbacks import lora_one_init
 from callbacks.lora_one_init import LoraOneInit
 from data_modules.movie_reviews import MovieReviewsDataModule
 
@@ -121,7 +120,7 @@ def loss_of(observed):
 
 def test_a_small_initial_step_lowers_the_loss(observed, monkeypatch):
     """On the initialisation set; with the default gamma it is only shown."""
-    monkeypatch.setattr(lora_one_init, "one_step_gradients", lambda *_, **__: observed.sketch)
+    monkeypatch.setattr("app.gradient_start.one_step_gradients", lambda *_, **__: observed.sketch)
     module = SimpleNamespace(
         model=observed.model,
         base=observed.base,

@@ -1,15 +1,18 @@
 """LoRA-Pro: the mathematics against least squares, the optimizer against a plain float64 loop."""
 
 import copy
+from collections import defaultdict
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from app.lora_pro import Adjusted, adjusted_gradients, solve_sylvester
 from app.lora_pro_adamw import LoraProAdamW
+from app.module import LoraModule
 
 M, N, R, S = 7, 9, 3, 2.5
 TINY = 1e-14
@@ -183,8 +186,8 @@ def numpy_adjusted(A, B, gA, gB, s, damping):
     return first, second
 
 
-def numpy_steps(A, B, gradients, s, mode, lr, betas, eps, decay, damping):
-    """Ten steps of either mode, written plainly; `gradients(A, B)` returns the raw ones."""
+def numpy_steps(A, B, gradients, s, mode, lr, betas, eps, decay, damping, steps=10):
+    """Steps of either mode, written plainly; `gradients(A, B)` returns the raw ones."""
     (b1, b2), moments = betas, {}
 
     def adam(name, g, t):
@@ -193,7 +196,7 @@ def numpy_steps(A, B, gradients, s, mode, lr, betas, eps, decay, damping):
         moments[name] = m, v
         return m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
 
-    for t in range(1, 11):
+    for t in range(1, steps + 1):
         gA, gB = gradients(A, B)
         aA, aB = numpy_adjusted(A, B, gA, gB, s, damping)
         if mode == "full":
@@ -247,6 +250,42 @@ def test_ten_steps_are_those_of_numpy(mode, start):
     for found, want in zip(ours, wanted, strict=True):
         assert found.detach().numpy() == pytest.approx(want, rel=1e-6, abs=1e-9)
     assert task.loss(*ours) < task.loss(A, B)
+
+
+@pytest.mark.parametrize("method", ["lora_pro", "lora_pro_efficient"])
+def test_the_command_makes_numpys_steps(method, fit, monkeypatch):
+    """With the adapter's own scaling, by hand; eps is large enough for the size of a gradient to matter."""
+    starts, recorded = {}, defaultdict(list)
+    original = LoraModule.on_before_optimizer_step
+
+    def record(module, optimizer):
+        original(module, optimizer)
+        for pair in module.lora_pairs():
+            factors = pair.lora_A, pair.lora_B
+            numbers = [(p.detach().double().numpy(), p.grad.double().numpy()) for p in factors]
+            starts.setdefault(pair.name, [weight.copy() for weight, _ in numbers])
+            recorded[pair.name].append([gradient.copy() for _, gradient in numbers])
+
+    monkeypatch.setattr(LoraModule, "on_before_optimizer_step", record)
+    folder = fit(
+        *(f"--config=methods/{method}.yaml", "--trainer.max_steps=4", "--model.warmup_steps=0"),
+        *("--model.optimizer.init_args.lr=0.01", "--model.optimizer.init_args.eps=1e-3"),
+        *("--model.optimizer.init_args.weight_decay=0.1", "--model.adapter.lora_alpha=6"),
+    )
+    scaling = 6 / 4**0.5  # lora_alpha / sqrt(r)
+    mode = {"lora_pro": "full", "lora_pro_efficient": "efficient"}[method]
+    found = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert len(starts) == 14
+    for name, start in starts.items():
+        given = iter(recorded[name])
+        wanted = numpy_steps(
+            *(*start, lambda *_, given=given: next(given), scaling, mode),
+            *(0.01, (0.9, 0.999), 1e-3, 0.1, 1e-8, 4),
+        )
+        for side, want, before in zip("AB", wanted, start, strict=True):
+            moved = np.abs(want - before).max()
+            ours = found[f"base_model.model.{name}.lora_{side}.weight"].numpy()
+            assert ours == pytest.approx(want, abs=1e-3 * moved), (name, side)
 
 
 def test_weight_decay_shrinks_the_product():

@@ -236,3 +236,42 @@ def test_peft_loads_an_adapter_by_its_folder_alone(fit, trained):
     model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
     with torch.no_grad():
         assert torch.allclose(model(ids()).logits, trained[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "app.precond_adamw.PreconditionedAdamW",
+        "app.lora_plus.LoraPlusAdamW",
+        "app.lora_pro_adamw.LoraProAdamW",
+    ],
+)
+def test_an_optimizer_of_pairs_wants_pairs(optimizer, command, tiny_run, capfd, monkeypatch):
+    """Else it would be plain AdamW under another name."""
+    monkeypatch.setattr("app.module.load_model", None)  # told before any weights are loaded
+    for method in ("full", "adalora"):
+        options = (f"--config=methods/{method}.yaml", f"--model.optimizer={optimizer}")
+        assert command("fit", "--config", tiny_run, *options) == 2
+        name = optimizer.rpartition(".")[2]
+        told = capfd.readouterr().err
+        assert told.startswith(f"error: model.optimizer is {name}, which works on LoRA pairs")
+        assert "set model.optimizer to torch.optim.AdamW" in told
+
+
+def test_nor_does_it_train_an_adapter_without_pairs(fit, command, tiny_run, capfd):
+    adalora = ("--config=methods/adalora.yaml", "--model.adapter.adalora.init_r=6")
+    folder = fit(*adalora) / "adapter"
+    options = (f"--model.adapter_path={folder}", "--init=null")
+    assert command("fit", "--config", tiny_run, *options) == 2
+    assert "PreconditionedAdamW, which works on LoRA pairs" in capfd.readouterr().err
+
+
+def test_an_adapter_from_a_folder_is_asked_what_it_is(fit, command, tiny_run, capfd, monkeypatch):
+    """DoRA's norms need whole weights, whatever model.adapter says beside the folder."""
+    folder = fit("--config=methods/dora.yaml") / "adapter"
+    monkeypatch.setattr(LoraModule, "_sharded", property(lambda _: True))
+    options = (f"--model.adapter_path={folder}", "--init=null")
+    assert command("fit", "--config", tiny_run, *options) == 2
+    assert (
+        "the adapter has use_dora, which does not work with the sharded" in capfd.readouterr().err
+    )

@@ -341,9 +341,10 @@ def test_weights_need_not_be_there(plan, run_models, tmp_path):
         (("--trainer.max_steps=-1", "--trainer.max_epochs=-1"), "has no end: set one of them"),
         (("--trainer.precision=7",), "trainer"),
         (
-            ("--model.adapter=null", "--init=null", "--config=strategies/fsdp.yaml"),
+            ("--config=methods/full.yaml", "--config=strategies/fsdp.yaml"),
             "shards frozen weights only",
         ),
+        (("--model.adapter=null", "--init=null"), "PreconditionedAdamW, which works on LoRA pairs"),
         (("--model.adapter=null",), "the model has no LoRA adapter"),
     ],
 )

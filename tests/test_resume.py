@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-import callbacks.lora_one_init
+import app.gradient_start
 from app.checkpoint_io import read_checkpoint
 from app.metrics_table import has_value, rewind_table
 from app.module import LoraModule
@@ -73,13 +73,13 @@ def killed(monkeypatch):
 def passes(monkeypatch):
     """Return a list that grows with each gradient pass and each scoring of all rows."""
     counted = []
-    original = callbacks.lora_one_init.one_step_gradients
+    original = app.gradient_start.one_step_gradients
 
     def counting(*args, **kwargs):
         counted.append("gradient")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(callbacks.lora_one_init, "one_step_gradients", counting)
+    monkeypatch.setattr(app.gradient_start, "one_step_gradients", counting)
     return counted
 
 
@@ -255,7 +255,7 @@ def test_a_signal_before_training_ends_the_run_at_once(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the pass went on")
 
-    monkeypatch.setattr("callbacks.lora_one_init.one_step_gradients", stop)
+    monkeypatch.setattr("app.gradient_start.one_step_gradients", stop)
     assert command("fit", "--config", tiny_run) == 143
     assert "SIGTERM: stopped before the first step" in capfd.readouterr().err
 

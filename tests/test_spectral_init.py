@@ -113,7 +113,7 @@ def test_wrong_arguments():
         with pytest.raises(ValueError, match="gamma must be > 0"):
             spectral_factors(svd, gamma)
     for gamma in (0.0, -128.0):
-        with pytest.raises(InputError, match=r"init\.gamma must be > 0"):
+        with pytest.raises(InputError, match=r"init\.gamma must lie between"):
             LoraOneInit(gamma=gamma)
     for top in (0.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="positive and finite"):
@@ -202,7 +202,7 @@ def test_a_layer_without_gradient_keeps_the_usual_start(tiny_llama, monkeypatch)
     result = SimpleNamespace(
         estimates=estimates, loss=1.0, tokens=2, seconds=0.0, peak_bytes=[0], sent_bytes=[0]
     )
-    monkeypatch.setattr("callbacks.lora_one_init.one_step_gradients", lambda *_, **__: result)
+    monkeypatch.setattr("app.gradient_start.one_step_gradients", lambda *_, **__: result)
     module = SimpleNamespace(
         model=model,
         base=None,

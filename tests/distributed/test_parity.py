@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from tests.distributed.conftest import ROOT
 from tests.distributed.worker import keep_from_now_on
 
 STRATEGIES = ("ddp", "fsdp")
@@ -107,6 +108,42 @@ def test_four_processes(tiny_run, models_without_dropout, command, torchrun, tmp
     status, told = torchrun([{"argv": argv, "keep": str(tmp_path / "four" / "kept")}], 4)
     assert status == 0, told[-6000:]
     assert_alike(tmp_path / "four", alone, 4)
+
+
+METHODS = {
+    "pissa": (),
+    "lora_ga": ("--init.num_samples=13", "--init.estimator.kind=exact"),
+    "adalora": ("--model.adapter.adalora.init_r=6",),
+    "lora_pro": (),
+    "dora": (),
+}
+
+
+def test_methods_on_ddp(tiny_run, models_without_dropout, command, by_hand, tmp_path):
+    """Offsets, prunings, moments in weight space and magnitudes are the same on both processes."""
+
+    def argv(root, method, batch_size, *more):
+        return [
+            *("fit", f"--config={tiny_run}", f"--config=methods/{method}.yaml", *METHODS[method]),
+            *(f"--model.name={models_without_dropout / 'llama'}", "--trainer.max_steps=3"),
+            *(f"--data.batch_size={batch_size}", f"--output.root={root / method}", *more),
+        ]
+
+    jobs = []
+    for method in METHODS:
+        assert command(*argv(tmp_path / "alone", method, 8)) == 0
+        options = (f"--config={ROOT}/configs/strategies/ddp.yaml", "--trainer.devices=2")
+        both = argv(tmp_path / "both", method, 4, *options)
+        jobs.append({"argv": both, "keep": str(tmp_path / "kept" / method)})
+    for status, told in by_hand(jobs):
+        assert status == 0, told[-6000:]
+    for method in METHODS:
+        found, wanted = (losses(tmp_path / where / method) for where in ("both", "alone"))
+        assert len(wanted) == 3
+        assert found == pytest.approx(wanted, rel=1e-4), method
+        trained = [torch.load(tmp_path / "kept" / method / f"trained_{i}.pt") for i in (0, 1)]
+        for name, factors in trained[0].items():
+            assert all(map(torch.equal, factors, trained[1][name])), (method, name)
 
 
 VARIANTS = {
