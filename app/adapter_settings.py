@@ -87,3 +87,8 @@ class LoraSettings:
                 f"model.adapter.adalora.init_r is {self.adalora.init_r}, below the budget model.adapter.r "
                 f"{self.r} to which it is pruned: set it to at least {self.r}"
             )
+
+    def that_need_whole_weights(self) -> list[str]:
+        """Name the settings that do not work where the base weights are sharded."""
+        settings = {"use_dora": self.use_dora, "adalora": self.adalora is not None}
+        return [name for name, on in settings.items() if on]

@@ -171,6 +171,8 @@ class LoraModule(LightningModule):
                 "model.adapter is null, but this strategy shards frozen weights only: set model.adapter, "
                 "or train every weight with --config strategies/ddp.yaml"
             )
+        if self.adapter is not None and self.adapter_path is None:
+            self._check_sharding(self.adapter.that_need_whole_weights())
         dtype = getattr(torch, self.dtype_name)
         # A sharded model is read by the first process alone, which hands out the shards.
         make = empty_model if self._sharded and rank() > 0 else load_model
@@ -189,12 +191,7 @@ class LoraModule(LightningModule):
             # Without re-entry a block is recomputed only if its input is in the graph.
             base.enable_input_require_grads()
         if self._sharded:
-            for setting in settings_that_need_whole_weights(self.model):
-                raise InputError(
-                    f"the adapter has {setting}, which does not work with the sharded weights of this "
-                    f"strategy: set model.adapter without {setting} (or another model.adapter_path), or use "
-                    "--config strategies/ddp.yaml"
-                )
+            self._check_sharding(settings_that_need_whole_weights(self.model))
             self.trainer.strategy.shard(self.model)  # type: ignore[attr-defined]
         if rank() > 0:
             # The adapter was drawn alike everywhere; dropout is each process's own.
@@ -235,6 +232,15 @@ class LoraModule(LightningModule):
                 f"init is {start}, which takes its start off the base weights, but those of model.name "
                 f"{self.name!r} are quantised (quantization_config) and cannot hold it: use a model whose "
                 "weights are not, or --config methods/lora_one.yaml, which leaves them as they are"
+            )
+
+    def _check_sharding(self, settings: list[str]) -> None:
+        """Raise InputError if the weights are sharded, which an adapter with these settings cannot do with."""
+        if self._sharded and settings:
+            raise InputError(
+                f"the adapter has {settings[0]}, which does not work with the sharded weights of this "
+                f"strategy: set model.adapter without {settings[0]} (or another model.adapter_path), or use "
+                "--config strategies/ddp.yaml"
             )
 
     def check_own_weights(self, start: str) -> None:
