@@ -95,7 +95,7 @@ def _rates(task: Task, looks: dict[str, int], reported: bool) -> Picture | None:
             if not math.isnan(rate.learning_rate)
         ]
         found = [(rate, stat) for rate, stat in points if stat.n]
-        lost += [(rate.learning_rate, look) for rate, _ in points if rate.lost]
+        lost += [(rate.learning_rate, look) for rate, _ in points if rate.spoilt]
         if not found:
             continue
         drawn = True
@@ -125,7 +125,7 @@ def _rates(task: Task, looks: dict[str, int], reported: bool) -> Picture | None:
         blended = axes.get_xaxis_transform()
         axes.plot([rate], [0.02], "x", color=look["color"], transform=blended, clip_on=False)
     title = f"{of.capitalize()} {score} by learning rate"
-    notes = "ring: the chosen rate" + ("; cross: a run was lost" if lost else "")
+    notes = "ring: the chosen rate" + ("; cross: a run failed or diverged" if lost else "")
     axes.set(xlabel=f"learning rate ({notes})", ylabel=_unit(f"{of} {score}", score), title=title)
     return _picture(f"learning_rate_{of}", title, figure, axes)
 
