@@ -24,8 +24,8 @@ from app.adapters import (
     load_adapter,
     lora_pairs,
     settings_that_need_whole_weights,
-    weights_of_two_modules,
 )
+from app.compatibility import check_offset, check_optimizer, check_own_weights, check_sharding
 from app.errors import InputError
 from app.lora_plus import LoraPlusAdamW
 from app.lora_pro_adamw import LoraProAdamW
@@ -46,6 +46,8 @@ from app.run_record import RunRecord
 from app.scoring import Scoring
 from app.sharding import Fsdp2Strategy
 from app.spectral_init import SVD
+from app.token_mean import TokenMean
+from app.trained_state import check_trained, keep_trained
 
 PAIR_OPTIMIZERS = (PreconditionedAdamW, LoraPlusAdamW, LoraProAdamW)
 """Optimizers of LoRA pairs, which are plain AdamW on anything else."""
@@ -116,7 +118,7 @@ class LoraModule(LightningModule):
         # lora_A and lora_B that were subtracted from the base, by layer.
         self.starts: dict[str, tuple[Tensor, Tensor]] = {}
         self.scoring: Scoring
-        self._step_sums: list[Tensor] = []  # (loss, tokens) of each batch since the last step
+        self._token_mean = TokenMean()
 
     @property
     def source(self) -> ModelSource:
@@ -171,8 +173,8 @@ class LoraModule(LightningModule):
                 "model.adapter is null, but this strategy shards frozen weights only: set model.adapter, "
                 "or train every weight with --config strategies/ddp.yaml"
             )
-        if self.adapter is not None and self.adapter_path is None:
-            self._check_sharding(self.adapter.that_need_whole_weights())
+        if self._sharded and self.adapter is not None and self.adapter_path is None:
+            check_sharding(self.adapter.that_need_whole_weights())
         dtype = getattr(torch, self.dtype_name)
         # A sharded model is read by the first process alone, which hands out the shards.
         make = empty_model if self._sharded and rank() > 0 else load_model
@@ -191,7 +193,7 @@ class LoraModule(LightningModule):
             # Without re-entry a block is recomputed only if its input is in the graph.
             base.enable_input_require_grads()
         if self._sharded:
-            self._check_sharding(settings_that_need_whole_weights(self.model))
+            check_sharding(settings_that_need_whole_weights(self.model))
             self.trainer.strategy.shard(self.model)  # type: ignore[attr-defined]
         if rank() > 0:
             # The adapter was drawn alike everywhere; dropout is each process's own.
@@ -222,36 +224,12 @@ class LoraModule(LightningModule):
 
     def check_offset(self, start: str) -> None:
         """Raise InputError if the base weights cannot be changed by a start of that name."""
-        if self._sharded:
-            raise InputError(
-                f"init is {start}, which changes the base weights that this strategy shards: use "
-                "--config strategies/ddp.yaml, or methods/lora_one.yaml, which leaves them as they are"
-            )
-        if getattr(self.config, "quantization_config", None) is not None:
-            raise InputError(
-                f"init is {start}, which takes its start off the base weights, but those of model.name "
-                f"{self.name!r} are quantised (quantization_config) and cannot hold it: use a model whose "
-                "weights are not, or --config methods/lora_one.yaml, which leaves them as they are"
-            )
-
-    def _check_sharding(self, settings: list[str]) -> None:
-        """Raise InputError if the weights are sharded, which an adapter with these settings cannot do with."""
-        if self._sharded and settings:
-            raise InputError(
-                f"the adapter has {settings[0]}, which does not work with the sharded weights of this "
-                f"strategy: set model.adapter without {settings[0]} (or another model.adapter_path), or use "
-                "--config strategies/ddp.yaml"
-            )
+        check_offset(start, self.name, self.config, self._sharded)
 
     def check_own_weights(self, start: str) -> None:
         """Raise InputError if a start of that name would change weights that other modules have too."""
         assert self.model is not None
-        for layer, other in weights_of_two_modules(self.model).items():
-            raise InputError(
-                f"init is {start}, which changes the weight of {layer}, but that is the weight of {other} too "
-                f"(tie_word_embeddings): leave {layer} out of model.adapter.target_modules, or use --config "
-                "methods/lora_one.yaml, which leaves the base weights as they are"
-            )
+        check_own_weights(start, self.model)
 
     def start_from(self, starts: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Install factors and subtract them from the base, so that the model computes what it did."""
@@ -291,29 +269,13 @@ class LoraModule(LightningModule):
             )
         if stage == "fit":
             new = self.adapter is not None and self.adapter.adalora is None
-            self._check_optimizer(new or self.adapter_path is not None)
+            check_optimizer(self._pair_optimizer, new or self.adapter_path is not None)
             budget = None if self.adapter is None else self.adapter.adalora
             if budget is not None and self.adapter_path is None and self.trainer.max_steps > 0:
                 check_schedule(budget.tinit, budget.tfinal, self.trainer.max_steps)
 
-    def _check_optimizer(self, pairs: bool) -> None:
-        """Raise InputError if the optimizer works on LoRA pairs, but the model has none."""
-        if self._pair_optimizer is not None and not pairs:
-            raise InputError(
-                f"model.optimizer is {self._pair_optimizer}, which works on LoRA pairs, but the model has none "
-                "(model.adapter is null, or has adalora): set model.optimizer to torch.optim.AdamW, as "
-                "methods/full.yaml and methods/adalora.yaml do, or model.adapter to LoRA"
-            )
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss whose gradients, summed up to the next optimizer step, are the token mean's.
-
-            L = (sum of token losses) / (number of supervised tokens)
-
-        over all batches of all processes that one optimizer step sees, so that neither
-        `accumulate_grad_batches` nor the number of processes changes what is learnt. The number of
-        tokens of the first batch stands in for that of all; `on_before_optimizer_step` corrects it.
-        """
+        """Return a loss whose gradients, summed over a step, are the token mean's; see `TokenMean`."""
         found = self.supervised_logits(batch)
         loss = summed_loss(found)
         tokens = loss.new_tensor(found.labels.numel())
@@ -324,22 +286,19 @@ class LoraModule(LightningModule):
                 f"(training rows {batch['index'].tolist()}): lower model.optimizer.lr, set "
                 "trainer.gradient_clip_val, or use a wider precision (model.dtype, trainer.precision)"
             )
-        self._step_sums.append(whole)
         # DDP takes the mean over processes, and Lightning that over accumulated batches.
         averaged = isinstance(self.trainer.strategy, DDPStrategy)
-        scale = (world_size() if averaged else 1) * self.trainer.accumulate_grad_batches
-        return loss * (scale / self._step_sums[0][1])
+        divided_by = (world_size() if averaged else 1) * self.trainer.accumulate_grad_batches
+        return self._token_mean.scaled(loss, whole, divided_by)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the gradients those of the token mean, log it; refuse to step on one that is not finite."""
         parameters = [p for p in self.parameters() if p.grad is not None]
         if self._sharded:
             self.trainer.strategy.reduce_gradients(parameters)  # type: ignore[attr-defined]
-        first, (loss, tokens) = self._step_sums[0], torch.stack(self._step_sums).sum(dim=0)
-        self._step_sums = []
-        self.log("train/loss", loss / tokens, prog_bar=True)
-        if first[1] != tokens:
-            factor = first[1] / tokens
+        mean, factor = self._token_mean.finish()
+        self.log("train/loss", mean, prog_bar=True)
+        if factor != 1:
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
         tuner = adalora_tuner(self.model)  # type: ignore[arg-type]
         if tuner is not None:
@@ -383,7 +342,7 @@ class LoraModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""
-        self._check_optimizer(bool(self.lora_pairs()))
+        check_optimizer(self._pair_optimizer, bool(self.lora_pairs()))
         optimizer = self.make_optimizer(self.parameter_groups())
         total = int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
@@ -408,9 +367,7 @@ class LoraModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only trainable weights in the checkpoint, and what they belong to."""
-        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in trainable}
+        keep_trained(checkpoint, self)
         checkpoint["base"] = {name: self.record.model[name] for name in ("name", "fingerprint")}
         checkpoint["method"] = self.record.method
         if self.starts:
@@ -420,23 +377,6 @@ class LoraModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another base model or of another adapter."""
-        theirs, ours = checkpoint["base"], self.record.model
-        if theirs["fingerprint"] != ours["fingerprint"]:
-            raise InputError(
-                f"the checkpoint belongs to the base model {theirs['name']} ({theirs['fingerprint']}), but "
-                f"model.name is {ours['name']} ({ours['fingerprint']}): set model.name or ckpt_path"
-            )
-        trainable = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
-        saved = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        for name in (*saved, *trainable):
-            if saved.get(name) != trainable.get(name):
-                shapes = [
-                    "no weight" if shape is None else f"one of shape {list(shape)}"
-                    for shape in (saved.get(name), trainable.get(name))
-                ]
-                raise InputError(
-                    f"the checkpoint has {shapes[0]} for {name.removeprefix('model.')}, but this model "
-                    f"trains {shapes[1]}: set model.adapter as that run had it, or another ckpt_path"
-                )
+        check_trained(checkpoint, self, self.record.model)
         if not self.starts:
             self._offset({name: (A, B) for name, (A, B) in checkpoint.get("starts", {}).items()})

@@ -11,7 +11,7 @@ import yaml
 from app.compare.cells import CELLS_FOLDER, FAILURE_FILE, read_json, state_of
 from app.compare.plan_file import PLAN_FILE, read_plan
 from app.compare.runs import LeftOut, Run
-from app.compare.settings import RATE, flat, method_settings, task_settings
+from app.compare.settings import RATE, flat, method_settings, task_settings, without_place
 from app.errors import InputError
 from app.plots import read_metrics
 from app.run_folder import CONFIG_FILE, SUMMARY_FILE, run_folders
@@ -86,8 +86,7 @@ def read_run(folder: Path) -> Run | LeftOut | None:
     if not isinstance(rate, int | float | None) or not isinstance(seed, int | None):
         told = f"{CONFIG_FILE} is damaged: learning rate {rate!r}, seed {seed!r}"
         return LeftOut(str(folder), "unreadable", told, method)
-    settings, task = method_settings(config), task_settings(config)
-    task.pop("model.name", None)  # the same weights may lie elsewhere
+    settings, task = method_settings(config), without_place(task_settings(config))
     known = (method, None if rate is None else float(rate), seed, settings, task)
     if not (folder / SUMMARY_FILE).is_file():
         return LeftOut(str(folder), "unfinished", f"it has no {SUMMARY_FILE} yet", *known)
@@ -168,9 +167,7 @@ def _grid_left_out(folder: Path) -> Iterable[LeftOut]:
     plans = [folder, *(path.parent for path in folder.rglob(PLAN_FILE))]
     for root in dict.fromkeys(plans):
         plan = read_plan(root)
-        task = None if plan.task is None else {**plan.task}
-        if task is not None:
-            task.pop("model.name", None)
+        task = None if plan.task is None else without_place(plan.task)
         for cell in plan.cells:
             path = root / CELLS_FOLDER / cell.name
             known = (

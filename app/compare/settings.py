@@ -57,6 +57,11 @@ def task_settings(config: Mapping[str, Any]) -> Settings:
     }
 
 
+def without_place(task: Settings) -> Settings:
+    """Return a task's settings without the model's name: the same weights may lie elsewhere."""
+    return {name: value for name, value in task.items() if name != "model.name"}
+
+
 def differences(left: Settings, right: Settings) -> dict[str, tuple[Any, Any]]:
     """Return the settings whose values differ, with both; an absent one counts as null."""
     names = dict.fromkeys([*left, *right])
