@@ -378,7 +378,7 @@ def test_the_wandb_run_goes_on(command, tiny_run, tmp_path, signalled):
     assert read_checkpoint(path)["wandb_id"] in ids
 
 
-@pytest.mark.parametrize("arguments", [("--rounds=2",), ("--rounds=1", "--signal=TERM")])
+@pytest.mark.parametrize("arguments", [("--rounds=1",), ("--rounds=1", "--signal=TERM")])
 def test_rounds_of_real_kills(arguments):
     """Real processes: the benchmark that anyone can run, shortened."""
     command = [sys.executable, "benchmarks/kill_rounds.py", "--steps=80", "--every=10", *arguments]

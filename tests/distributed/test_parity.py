@@ -200,6 +200,7 @@ def test_smollm2(smollm2_dir, command, torchrun, tmp_path, monkeypatch):
             f"--data.batch_size={batch_size}",
             "--model.optimizer.lr=1e-4",  # higher ones amplify the rounding of sums beyond the tolerance
             "--data.validation_size=11",
+            "--data.max_length=48",
             "--init.num_samples=5",
             "--init.micro_batch_size=2",
             "--init.estimator.kind=exact",
