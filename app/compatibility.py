@@ -38,6 +38,15 @@ def check_optimizer(optimizer: str | None, pairs: bool) -> None:
         )
 
 
+def check_length(max_steps: int | None, max_epochs: int | None) -> None:
+    """Raise InputError if training has no end, as the trainer's settings say."""
+    if max_steps == -1 and max_epochs == -1:
+        raise InputError(
+            "trainer.max_steps and trainer.max_epochs are both -1, so the learning rate's schedule "
+            "has no end: set one of them"
+        )
+
+
 def check_offset(start: str, name: str, config: PreTrainedConfig, sharded: bool) -> None:
     """Raise InputError if the base weights cannot be changed by a start.
 

@@ -25,7 +25,13 @@ from app.adapters import (
     lora_pairs,
     settings_that_need_whole_weights,
 )
-from app.compatibility import check_offset, check_optimizer, check_own_weights, check_sharding
+from app.compatibility import (
+    check_length,
+    check_offset,
+    check_optimizer,
+    check_own_weights,
+    check_sharding,
+)
 from app.errors import InputError
 from app.lora_plus import LoraPlusAdamW
 from app.lora_pro_adamw import LoraProAdamW
@@ -262,12 +268,8 @@ class LoraModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the length of training, and prepare the scores of the validation or test loop."""
-        if stage == "fit" and self.trainer.max_steps == -1 and self.trainer.max_epochs == -1:
-            raise InputError(
-                "trainer.max_steps and trainer.max_epochs are both -1, so the learning rate's schedule "
-                "has no end: set one of them"
-            )
         if stage == "fit":
+            check_length(self.trainer.max_steps, self.trainer.max_epochs)
             new = self.adapter is not None and self.adapter.adalora is None
             check_optimizer(self._pair_optimizer, new or self.adapter_path is not None)
             budget = None if self.adapter is None else self.adapter.adalora

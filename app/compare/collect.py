@@ -1,7 +1,7 @@
 """What runs have left, read from their folders."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from app.compare.cells import CELLS_FOLDER, FAILURE_FILE, read_json, state_of
-from app.compare.plan_file import PLAN_FILE, read_plan
+from app.compare.plan_file import PLAN_FILE, Plan, read_plan
 from app.compare.runs import LeftOut, Run
 from app.compare.settings import RATE, flat, method_settings, task_settings, without_place
 from app.errors import InputError
@@ -46,13 +46,17 @@ def collect(folders: Sequence[Path]) -> Collection:
                 "folder above several"
             )
         before = len(runs) + len(left_out)
+        plans = {root: read_plan(root) for root in _plan_folders(folder)}
         for path in _config_files(folder):
             found = read_run(path.parent)
+            if found is not None and _is_withdrawn(path.parent, plans):
+                told = f"{PLAN_FILE} does not name its cell"
+                found = LeftOut(str(path.parent), "withdrawn", told, found.method)
             if isinstance(found, Run):
                 runs[path.parent.resolve()] = found
             elif found is not None:
                 left_out[found.name] = found
-        for out in _grid_left_out(folder):
+        for out in _grid_left_out(plans):
             left_out[out.name] = out
         if len(runs) + len(left_out) == before and folder.resolve() not in runs:
             raise InputError(
@@ -162,11 +166,24 @@ def _config_files(folder: Path) -> list[Path]:
     return sorted(path for path in found if "wandb" not in path.relative_to(folder).parts)
 
 
-def _grid_left_out(folder: Path) -> Iterable[LeftOut]:
-    """Yield the cells of comparisons in and below a folder that failed, never began or left no settings."""
-    plans = [folder, *(path.parent for path in folder.rglob(PLAN_FILE))]
-    for root in dict.fromkeys(plans):
-        plan = read_plan(root)
+def _plan_folders(folder: Path) -> list[Path]:
+    """Return the folders of comparisons in and below a folder."""
+    plans = [folder / PLAN_FILE, *sorted(folder.rglob(PLAN_FILE))]
+    return list(dict.fromkeys(path.parent for path in plans if path.is_file()))
+
+
+def _is_withdrawn(run: Path, plans: Mapping[Path, Plan]) -> bool:
+    """Return whether a run is one of a comparison's cells that its plan does not name any more."""
+    for root, plan in plans.items():
+        if plan.cells and run.is_relative_to(root / CELLS_FOLDER):
+            name = run.relative_to(root / CELLS_FOLDER).parts[0]
+            return name not in {cell.name for cell in plan.cells}
+    return False
+
+
+def _grid_left_out(plans: Mapping[Path, Plan]) -> Iterable[LeftOut]:
+    """Yield the cells of comparisons that failed, never began or left no settings."""
+    for root, plan in plans.items():
         task = None if plan.task is None else without_place(plan.task)
         for cell in plan.cells:
             path = root / CELLS_FOLDER / cell.name
@@ -192,10 +209,10 @@ def _identity(run: Run) -> tuple[Any, ...]:
 
 
 def _newest(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOut]]:
-    """Return one run of each settings, the last written, and those before it."""
+    """Return one run of each settings, the last trained, and those before it."""
     chosen: dict[tuple[Any, ...], Run] = {}
     repeated = []
-    for run in sorted(runs, key=lambda run: (run.folder / SUMMARY_FILE).stat().st_mtime):
+    for run in sorted(runs, key=_trained_at):
         before = chosen.pop(_identity(run), None)
         chosen[_identity(run)] = run
         if before is not None:
@@ -204,6 +221,12 @@ def _newest(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOut]]:
             repeated.append(LeftOut(str(before.folder), "repeated", reason, *known))
     order = sorted(chosen.values(), key=lambda run: str(run.folder))
     return order, repeated
+
+
+def _trained_at(run: Run) -> float:
+    """Return when a run's training ended; its summary is written again by a test."""
+    ended = run.told.get("train", {}).get("ended")
+    return float(ended or (run.folder / SUMMARY_FILE).stat().st_mtime)
 
 
 def _is_done(out: LeftOut, runs: Sequence[Run]) -> bool:

@@ -1,14 +1,16 @@
 """compare.json: what a comparison's runs share, each method's settings, and the cells ever asked for."""
 
 import fcntl
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.compare.cells import Cell, read_json
+from app.compare.cells import CELLS_FOLDER, Cell, read_json
 from app.compare.settings import Settings, differences, told
 from app.errors import InputError
+from app.run_folder import run_folders
 from app.run_record import write_json
 
 PLAN_FILE = "compare.json"
@@ -55,6 +57,8 @@ def note_plan(folder: Path, plan: Plan) -> None:
         before = read_plan(folder)
         other = "(then, now). Give this one another --name"
         found = {} if before.task is None else differences(before.task, plan.task or {})
+        if found and not any(run_folders(folder / CELLS_FOLDER / c.name) for c in before.cells):
+            before, found = Plan([]), {}  # nothing has been trained that it could be mixed with
         if found:
             raise InputError(f"{folder} holds a comparison of another task: {told(found)} {other}")
         for kind, then, now in (
@@ -105,6 +109,8 @@ def _is_cell(cell: Any) -> bool:
         and len(cell) == 3
         and isinstance(cell[0], str)
         and isinstance(cell[1], int | float)
+        and math.isfinite(cell[1])
+        and cell[1] > 0
         and isinstance(cell[2], int)
     )
 

@@ -15,7 +15,9 @@ from app.compare.tables import (
     main_table,
     rate_table,
     runs_csv,
+    seed_table,
     settings_table,
+    start_table,
 )
 from app.errors import InputError
 
@@ -124,6 +126,13 @@ def _write_task(
     written.heading("Learning rates", 3)
     for reported in (False, True) if any(run.test for run in task.runs) else (False,):
         written.table(rate_table(task, reported))
+    starts, seeds = start_table(task), seed_table(task)
+    if starts is not None:
+        written.heading("Before and after training", 3)
+        written.table(starts)
+    if seeds is not None:
+        written.heading("Seed by seed", 3)
+        written.table(seeds)
     written.heading("Pictures", 3)
     written.pictures(pictures)
     if inside:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from app.adalora import check_schedule
 from app.cli import LoraCLI, run_cli
 from app.compare.options import RunOptions, has_setting
 from app.compare.settings import (
@@ -16,6 +17,7 @@ from app.compare.settings import (
     task_settings,
     told,
 )
+from app.compatibility import check_length
 from app.config_files import find_config
 from app.errors import InputError
 from app.stopping import StopSignals
@@ -133,6 +135,15 @@ def check_methods(runs: Mapping[str, Mapping[str, Any]]) -> Settings:
                     "compare one of them"
                 )
     return first
+
+
+def check_budget(config: Mapping[str, Any]) -> None:
+    """Raise InputError if a run's training has no end, or is too short for its schedules."""
+    steps, epochs = (config["trainer"].get(name) for name in ("max_steps", "max_epochs"))
+    check_length(steps, epochs)
+    budget = (config["model"].get("adapter") or {}).get("adalora")
+    if budget is not None and steps is not None and steps > 0:
+        check_schedule(budget["tinit"], budget["tfinal"], steps)
 
 
 def rows_to_set_aside(run: ParsedRun) -> int | None:

@@ -42,6 +42,15 @@ class Run:
     told: Mapping[str, Any]
     curves: Mapping[str, list[tuple[int, float]]] = field(repr=False)
 
+    def before(self, moment: str, score: str) -> float | None:
+        """Return a score on the validation rows before training; None where it was not asked.
+
+        Args:
+            moment: "zero_shot", of the untouched model, or "after_init".
+            score: Its name.
+        """
+        return self.told["metrics"].get(moment, {}).get(score)
+
     @property
     def trainable(self) -> int | None:
         """Trainable parameters."""
@@ -88,7 +97,7 @@ class Run:
             points = [(step + 1.0, value) for step, value in self.curves.get("train/loss", [])]
         else:
             points = [(step + 1.0, value) for step, value in self.curves.get(f"val/{name}", [])]
-            start = self.told["metrics"].get("after_init", {}).get(name)
+            start = self.before("after_init", name)
             points = [(0.0, start), *points] if start is not None else points
             last = self.told.get("train", {}).get("steps")
             if last and name in self.validation and (not points or points[-1][0] < last):
@@ -115,7 +124,8 @@ class LeftOut:
 
     Attributes:
         name: Its folder.
-        state: `failed`, `diverged`, `missing`, `unfinished`, `repeated` or `unreadable`.
+        state: `failed`, `diverged`, `missing`, `unfinished`, `repeated`, `unreadable`, or `withdrawn` if its
+            comparison does not want it any more.
         reason: In words.
         method: Its method, where known.
         learning_rate: Its rate, where known.

@@ -135,7 +135,7 @@ def tasks(found: Collection, score: str | None = None) -> list[Task]:
 
     The best rate is the one with the best mean selection score on the validation rows, among the rates at
     which no run failed or diverged, over the seeds that all of these rates have finished; of equal ones the
-    lower. The reported set plays no part in the choice.
+    one with the lower validation loss, then the lower rate. The reported set plays no part in the choice.
 
     Args:
         found: The runs.
@@ -167,7 +167,7 @@ def tasks(found: Collection, score: str | None = None) -> list[Task]:
 
 def _belongs(out: LeftOut, shared: Settings, runs: Sequence[Run], only: bool) -> bool:
     """Return whether a lost run is of the task of some runs."""
-    if out.method is None or out.state == "repeated":
+    if out.method is None or out.state in ("repeated", "withdrawn"):
         return False
     if out.task is not None:
         known = {name: value for name, value in shared.items() if name not in FOUND_AT_THE_END}
@@ -249,10 +249,15 @@ def _method(
     able, seeds = _comparable([rate for rate in rates if rate.validation.n and not rate.spoilt])
     sign = is_better(chooser)
 
-    def mean(rate: Rate) -> float:
-        return Stat.of(run.validation.get(chooser) for run in rate.runs if run.seed in seeds).mean
+    def mean(rate: Rate, score: str) -> float:
+        return Stat.of(run.validation.get(score) for run in rate.runs if run.seed in seeds).mean
 
-    best = max(able, key=lambda rate: sign * mean(rate), default=None)
+    def merit(rate: Rate) -> tuple[float, float]:
+        # Few rows tie often, but for the rounding of float32. What is no number has no order.
+        loss = mean(rate, "loss")
+        return round(sign * mean(rate, chooser), 6), 0.0 if math.isnan(loss) else -loss
+
+    best = max(able, key=merit, default=None)
     edge = None
     if best is not None and len(rates) == 1:
         edge = "only"

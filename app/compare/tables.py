@@ -13,7 +13,8 @@ from app.compare.selection import Method, Stat, Task
 from app.compare.wording import is_loss, stat_text, told_rate
 
 RUN_COLUMNS = (
-    *("task", "method", "learning_rate", "seed", "state", "selection_score", "reported_score"),
+    *("task", "method", "learning_rate", "seed", "state"),
+    *("untouched_score", "start_score", "selection_score", "reported_score"),
     *("trainable_parameters", "init_seconds", "step_seconds", "train_seconds", "peak_bytes"),
     *("device", "folder", "reason"),
 )
@@ -137,6 +138,44 @@ def rate_table(task: Task, reported: bool) -> Table:
     return Table(["method", *map(told_rate, rates)], rows, [note])
 
 
+def seed_table(task: Task) -> Table | None:
+    """Return the reported scores at the chosen rates, one column a seed; None for one seed or none tested."""
+    chosen = [(method, method.best) for method in task.methods if method.best is not None]
+    seeds = sorted({run.seed for _, best in chosen for run in best.runs if run.test})
+    if len(seeds) < 2:
+        return None
+    rows = []
+    for method, best in chosen:
+        scores = {run.seed: Stat.of([run.test.get(task.score)]) for run in best.runs}
+        cells = [stat_text(scores[seed], task.score) if seed in scores else "" for seed in seeds]
+        rows.append([method.label, *cells])
+    unit = "" if is_loss(task.score) else ", in %"
+    note = (
+        f"Test {task.score}{unit}. A seed gives every method the same rows in the same order, so that the "
+        "differences in a column are paired."
+    )
+    return Table(["method", *(f"seed {seed}" for seed in seeds)], rows, [note])
+
+
+def start_table(task: Task) -> Table | None:
+    """Return the scores before and after training at the chosen rates; None where none was asked before."""
+    score, rows = task.selected_by, []
+    for method in task.methods:
+        if method.best is not None:
+            runs = method.best.runs
+            before = [
+                stat_text(Stat.of(run.before(moment, score) for run in runs), score)
+                for moment in ("zero_shot", "after_init")
+            ]
+            if any(before):
+                rows.append([method.label, *before, stat_text(method.best.validation, score)])
+    if not rows:
+        return None
+    unit = "" if is_loss(score) else ", in %"
+    note = f"Validation {score}{unit}, mean ± standard deviation over seeds, at the chosen rates."
+    return Table(["method", "untouched model", "after the start", "trained"], rows, [note])
+
+
 def left_out_table(found: Collection) -> Table | None:
     """Return the runs that are in no mean, and why; None if there is none."""
     if not found.left_out:
@@ -187,13 +226,16 @@ def runs_csv(tasks: Sequence[Task], found: Collection) -> str:
             for rate in method.rates:
                 for run in rate.runs:
                     values: list[Any] = [number, method.label, run.learning_rate, run.seed]
-                    values += ["finished", run.validation.get(task.selected_by)]
-                    values += [run.test.get(task.score), run.trainable, run.init_seconds]
+                    values += ["finished", run.before("zero_shot", task.selected_by)]
+                    values += [run.before("after_init", task.selected_by)]
+                    values += [run.validation.get(task.selected_by), run.test.get(task.score)]
+                    values += [run.trainable, run.init_seconds]
                     values += [run.step_seconds, run.train_seconds, run.peak_bytes]
                     writer.writerow([*values, run.device, run.folder, ""])
     for out in found.left_out:
         known = ["", out.method, out.learning_rate, out.seed, out.state]
-        writer.writerow([*known, *[""] * 8, out.name, out.reason])
+        rest = len(RUN_COLUMNS) - len(known) - 2
+        writer.writerow([*known, *[""] * rest, out.name, out.reason])
     return stream.getvalue()
 
 
