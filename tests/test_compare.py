@@ -17,6 +17,7 @@ from conftest import ROOT
 import app.compare.command
 from app.cli import main
 from app.compare.cells import Cell, grid, parse_rates, rate_text
+from app.compare.plan_file import Plan, note_plan, read_plan
 from app.compare.resolve import check_validation, parsed_run, rows_to_set_aside
 from app.errors import InputError
 
@@ -219,9 +220,28 @@ def test_refusals(refused, tmp_path):
     assert "arguments are required: --learning_rates" in refused("--methods=lora")
     told = refused("--methods=lora", rates, "--data.btch_size=3")
     assert told == "method lora: there is no setting data.btch_size; did you mean data.batch_size?"
+    told = refused("--methods=adalora,lora", rates, "--model.adapter.use_dora=true")
+    assert told.startswith("method adalora: model.adapter has use_dora: true and adalora")
+    endless = ("--trainer.max_steps=-1", "--trainer.max_epochs=-1")
+    for launch in ((), ("--launch=wandb",)):
+        told = refused("--methods=lora", rates, *endless, *launch)
+        assert told.startswith("method lora: trainer.max_steps and trainer.max_epochs are both -1")
+    adalora = ("--methods=lora,adalora", "--model.adapter.adalora.init_r=6", rates)
+    told = refused(*adalora, "--trainer.max_steps=1")
+    assert told.startswith("method adalora: AdaLoRA prunes between step")
     told = refused("--methods=lora", rates, "--launch=slurm", "--trainer.num_nodes=2")
     assert "a task of the Slurm array has one device" in told
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_of_which_nothing_was_trained_gives_way(tmp_path):
+    cell = Cell("lora", 1e-3, 0)
+    note_plan(tmp_path, Plan([cell, Cell("dora", 1e-3, 0)], {"trainer.max_steps": 1}))
+    note_plan(tmp_path, Plan([cell], {"trainer.max_steps": 2}))
+    assert read_plan(tmp_path) == Plan([cell], {"trainer.max_steps": 2})
+    (tmp_path / "cells" / cell.name / "version_0").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"another task: trainer.max_steps \(2, 3\)"):
+        note_plan(tmp_path, Plan([cell], {"trainer.max_steps": 3}))
 
 
 def test_options_of_a_method_go_to_those_that_have_them(
@@ -296,7 +316,7 @@ def test_finished_runs_are_asked_a_benchmark_that_is_added(compare, started, tmp
 
 def test_training_rows_are_set_aside_where_the_configuration_has_none(tiny_run, command, capfd):
     run = parsed_run([f"--config={tiny_run}", "--data.validation_size=null"])
-    rows = len(run.make_data().rows("train"))
+    rows = len(run.data.rows("train"))
     assert rows_to_set_aside(run) == rows // 5 > 0
     with pytest.raises(InputError, match="are the rows that the test reports"):
         check_validation(run)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+from app.compare.cells import Cell
 from app.compare.collect import collect
 from app.compare.figures import _mean_curve
 from app.compare.selection import Stat, tasks
@@ -232,7 +233,7 @@ def plan(folder, cells, **more):
 def grid_run(folder, method, rate, seed, *scores, **more):
     """Write the run of a cell."""
     write_run(
-        folder / "cells" / f"{method}-{rate}-{seed}" / "version_0",
+        folder / "cells" / Cell(method, rate, seed).name / "version_0",
         method,
         rate,
         seed,
@@ -250,11 +251,6 @@ def test_half_a_grid_says_something(report, tmp_path, capsys):
     grid_run(grid, "lora", 1e-4, 1, 0.99, 0.6)  # a seed that the other rate has not
     cells = [[m, r, s] for s in (0, 1) for r in (1e-4, 1e-3) for m in ("lora", "lora_one")]
     plan(grid, cells)
-    for cell in cells:  # finished cells lie where the plan expects them
-        name = f"{cell[0]}-lr{'1e-4' if cell[1] == 1e-4 else '1e-3'}-seed{cell[2]}"
-        found = grid / "cells" / f"{cell[0]}-{cell[1]}-{cell[2]}"
-        if found.is_dir():
-            found.rename(grid / "cells" / name)
     assert report(grid) == 0
     printed = capsys.readouterr().out
     assert "Preliminary: 5 of 8 runs are finished, 3 are not." in printed
@@ -299,10 +295,13 @@ def test_lost_runs_of_others_change_no_choice(report, tmp_path, capsys):
         grid_run(tmp_path / "more", "lora", rate, 0, validation, 0.7, r=64)
     other = {"validation_size": 100, "max_length": 64, "batch_size": 8}
     grid_run(tmp_path / "runs" / "other", "lora", 1e-3, 0, data=other)
-    (tmp_path / "runs" / "other" / "cells" / "lora-0.001-0" / "version_0" / "summary.json").unlink()
-    config = tmp_path / "more" / "cells" / "lora-0.001-0" / "version_0" / "config.yaml"
+    (
+        tmp_path / "runs" / "other" / "cells" / "lora-lr1e-3-seed0" / "version_0" / "summary.json"
+    ).unlink()
+    config = tmp_path / "more" / "cells" / "lora-lr1e-3-seed0" / "version_0" / "config.yaml"
     settings = method_settings(yaml.safe_load(config.read_text()))
-    plan(tmp_path / "more", [["lora", 1e-3, 7]], methods={"lora": settings})
+    cells = [["lora", rate, 0] for rate in (1e-4, 1e-3, 1e-2)]
+    plan(tmp_path / "more", [*cells, ["lora", 1e-3, 7]], methods={"lora": settings})
     failed = tmp_path / "more" / "cells" / "lora-lr1e-3-seed7"
     failed.mkdir()
     (failed / "failure.json").write_text('{"message": "no memory"}')
@@ -331,7 +330,7 @@ def test_watching_the_inside_makes_no_other_method(report, tmp_path):
     actor = {"class_path": "my.Callback"}
     for seed, callbacks in enumerate((None, [watcher], [actor], [actor, watcher])):
         grid_run(tmp_path / "runs", "lora", 1e-3, seed)
-        file = tmp_path / "runs" / "cells" / f"lora-0.001-{seed}" / "version_0" / "config.yaml"
+        file = tmp_path / "runs" / "cells" / f"lora-lr1e-3-seed{seed}" / "version_0" / "config.yaml"
         config = yaml.safe_load(file.read_text())
         config["trainer"]["callbacks"] = callbacks
         file.write_text(yaml.safe_dump(config))
@@ -385,20 +384,22 @@ def test_runs_at_the_same_time_are_told(report, tmp_path, capsys):
     times = (("a", 0, 100), ("a", 90, 200), ("a", 95, 99), ("b", 0, 300), ("a", 200, 210))
     for seed, (host, began, ended) in enumerate(times):
         grid_run(tmp_path / "runs", "lora", 1e-3, seed)
-        file = tmp_path / "runs" / "cells" / f"lora-0.001-{seed}" / "version_0" / "summary.json"
+        file = (
+            tmp_path / "runs" / "cells" / f"lora-lr1e-3-seed{seed}" / "version_0" / "summary.json"
+        )
         told = json.loads(file.read_text())
         told["train"] |= {"host": host, "began": 1e9 + began, "ended": 1e9 + ended}
         file.write_text(json.dumps(told))
     assert report(tmp_path / "runs") == 0
     assert "Up to 3 of these runs trained at once" in capsys.readouterr().out
-    assert report(tmp_path / "runs" / "cells" / "lora-0.001-0", file.parent) == 0
+    assert report(tmp_path / "runs" / "cells" / "lora-lr1e-3-seed0", file.parent) == 0
     assert "at once" not in capsys.readouterr().out
 
 
 def test_a_cell_that_was_killed_as_it_began(report, tmp_path, capsys):
     grid = tmp_path / "grid"
     grid_run(grid, "lora", 1e-3, 0)
-    plan(grid, [["lora", 1e-3, 1]])
+    plan(grid, [["lora", 1e-3, 0], ["lora", 1e-3, 1]])
     (grid / "cells" / "lora-lr1e-3-seed1" / "version_0").mkdir(parents=True)
     assert report(grid) == 0
     printed = capsys.readouterr().out

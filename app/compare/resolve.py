@@ -2,6 +2,7 @@
 
 import pkgutil
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import yaml
@@ -20,6 +21,7 @@ from app.compare.settings import (
 from app.compatibility import check_length
 from app.config_files import find_config
 from app.errors import InputError
+from app.parser import causes
 from app.stopping import StopSignals
 
 MOST_ASIDE = 1000
@@ -42,8 +44,9 @@ class ParsedRun(LoraCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing."""
 
-    def make_data(self) -> Any:
-        """Make the data module."""
+    @cached_property
+    def data(self) -> Any:
+        """The data module, made with everything else of the run but the trainer, which checks its settings."""
         return self._get(self.parser.instantiate(self.config), "data")
 
 
@@ -101,9 +104,15 @@ def _check_known(key: str, methods: Sequence[str], options: RunOptions) -> None:
 
 def _parsed(method: str, options: RunOptions) -> ParsedRun:
     try:
-        return parsed_run(options.of(method))
-    except InputError as error:
-        raise InputError(f"method {method}: {error}") from error
+        run = parsed_run(options.of(method))
+        _ = run.data  # made here, so that its errors bear the method's name
+        return run
+    except ValueError as error:
+        # The parser wraps what a class says of its arguments.
+        told = next((e for e in causes(error) if isinstance(e, InputError)), None)
+        if told is None:
+            raise
+        raise InputError(f"method {method}: {told}") from error
 
 
 def check_methods(runs: Mapping[str, Mapping[str, Any]]) -> Settings:
@@ -153,7 +162,7 @@ def rows_to_set_aside(run: ParsedRun) -> int | None:
         A fifth of the training rows, at most 1,000; None where the configuration has set some aside, or the
         data has no classes: then the test asks benchmarks, and the loss of rows chooses.
     """
-    data = run.make_data()
+    data = run.data
     if not data.label_words or data.validation_size is not None:
         return None
     return min(MOST_ASIDE, len(data.rows("train")) // 5)
@@ -161,7 +170,7 @@ def rows_to_set_aside(run: ParsedRun) -> int | None:
 
 def check_validation(run: ParsedRun) -> None:
     """Raise InputError if the validation rows are those that the test reports: rates are chosen on them."""
-    data = run.make_data()
+    data = run.data
     if data.label_words and data.rows("validation") == data.rows("test"):
         raise InputError(
             f"the validation rows of {data.task_name} are the rows that the test reports, so that the best "
@@ -196,7 +205,7 @@ def check_score(score: str | None, run: ParsedRun, benchmarks: Collection[str]) 
     """Raise InputError if no run of the comparison will have a score."""
     if score is None or score == "loss":
         return
-    data = run.make_data()
+    data = run.data
     asked = sorted({*benchmarks, *(evaluation.name for evaluation in data.evals)})
     if "/" in score and score.partition("/")[0] not in asked:
         raise InputError(
