@@ -84,7 +84,8 @@ class InsideTraining(Callback):
             return
         names, rows = read_table(self._folder / INSIDE_FILE)
         if names:
-            before = [row for row in rows if int(row["step"]) <= checkpoint["global_step"]]
+            measured = checkpoint["callbacks"][self.state_key]["measured"]
+            before = [row for row in rows if int(row["step"]) <= measured]
             write_table(self._folder / INSIDE_FILE, names, before)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
