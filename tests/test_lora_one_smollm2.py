@@ -111,15 +111,18 @@ def test_printed_error_estimates_are_within_a_factor_of_two(observed, seed):
 
 
 def loss_of(observed):
-    total = 0.0
+    """Return the token mean over a quarter of the prompts."""
+    total, tokens = 0.0, 0
     with torch.no_grad():
-        for batch in observed.batches:
-            total += float(summed_loss(supervised_logits(observed.model, observed.base, batch)))
-    return total / observed.sketch.tokens
+        for batch in observed.batches[:2]:
+            found = supervised_logits(observed.model, observed.base, batch)
+            total += float(summed_loss(found))
+            tokens += found.labels.numel()
+    return total / tokens
 
 
 def test_a_small_initial_step_lowers_the_loss(observed, monkeypatch):
-    """On the initialisation set; with the default gamma it is only shown."""
+    """On prompts of the initialisation set."""
     monkeypatch.setattr("app.gradient_start.one_step_gradients", lambda *_, **__: observed.sketch)
     module = SimpleNamespace(
         model=observed.model,
@@ -134,8 +137,8 @@ def test_a_small_initial_step_lowers_the_loss(observed, monkeypatch):
         datamodule=SimpleNamespace(gradient_batches=lambda *_: observed.batches),
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
     )
-    losses = {"before": observed.sketch.loss}
-    for gamma in (1024.0, 256.0, 128.0):
+    losses = {"before": loss_of(observed)}
+    for gamma in (1024.0, 256.0):
         LoraOneInit(gamma=gamma).on_fit_start(trainer, module)
         losses[gamma] = loss_of(observed)
         for pair in observed.pairs[::70]:
@@ -145,4 +148,4 @@ def test_a_small_initial_step_lowers_the_loss(observed, monkeypatch):
     print(f"\nloss on the initialisation set by gamma: {losses}")
     assert losses[1024.0] < losses["before"]
     assert losses[256.0] < losses[1024.0]
-    assert module.record.init["loss"] == losses["before"]
+    assert module.record.init["loss"] == observed.sketch.loss
