@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedConfig
 
+from app.adalora import check_schedule
+from app.adapter_settings import LoraSettings
 from app.adapters import weights_of_two_modules
 from app.errors import InputError
 
@@ -38,13 +40,24 @@ def check_optimizer(optimizer: str | None, pairs: bool) -> None:
         )
 
 
-def check_length(max_steps: int | None, max_epochs: int | None) -> None:
-    """Raise InputError if training has no end, as the trainer's settings say."""
+def check_length(
+    adapter: LoraSettings | None, max_steps: int | None, max_epochs: int | None
+) -> None:
+    """Raise InputError if training has no end, or is too short for a new adapter's pruning.
+
+    Args:
+        adapter: The adapter that is made; None where none is, or a saved one is loaded.
+        max_steps: The trainer's setting, which may leave the length to the epochs.
+        max_epochs: The trainer's setting.
+    """
     if max_steps == -1 and max_epochs == -1:
         raise InputError(
             "trainer.max_steps and trainer.max_epochs are both -1, so the learning rate's schedule "
             "has no end: set one of them"
         )
+    budget = None if adapter is None else adapter.adalora
+    if budget is not None and max_steps is not None and max_steps > 0:
+        check_schedule(budget.tinit, budget.tfinal, max_steps)
 
 
 def check_offset(start: str, name: str, config: PreTrainedConfig, sharded: bool) -> None:

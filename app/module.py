@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from app.adalora import add_orthogonality, check_schedule
+from app.adalora import add_orthogonality
 from app.adapter_settings import LoraSettings
 from app.adapters import (
     LoraPair,
@@ -269,12 +269,10 @@ class LoraModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the length of training, and prepare the scores of the validation or test loop."""
         if stage == "fit":
-            check_length(self.trainer.max_steps, self.trainer.max_epochs)
+            made = self.adapter if self.adapter_path is None else None
+            check_length(made, self.trainer.max_steps, self.trainer.max_epochs)
             new = self.adapter is not None and self.adapter.adalora is None
             check_optimizer(self._pair_optimizer, new or self.adapter_path is not None)
-            budget = None if self.adapter is None else self.adapter.adalora
-            if budget is not None and self.adapter_path is None and self.trainer.max_steps > 0:
-                check_schedule(budget.tinit, budget.tfinal, self.trainer.max_steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return a loss whose gradients, summed over a step, are the token mean's; see `TokenMean`."""

@@ -17,8 +17,9 @@ from conftest import ROOT
 import app.compare.command
 from app.cli import main
 from app.compare.cells import Cell, grid, parse_rates, rate_text
+from app.compare.options import RunOptions
 from app.compare.plan_file import Plan, note_plan, read_plan
-from app.compare.resolve import check_validation, parsed_run, rows_to_set_aside
+from app.compare.resolve import check_validation, parsed_run, parsed_runs, rows_to_set_aside
 from app.errors import InputError
 
 REAL = ROOT.parent / "shared" / "data" / "glue" / "SST-2"
@@ -232,6 +233,18 @@ def test_refusals(refused, tmp_path):
     told = refused("--methods=lora", rates, "--launch=slurm", "--trainer.num_nodes=2")
     assert "a task of the Slurm array has one device" in told
     assert not (tmp_path / "runs").exists()
+
+
+def test_only_the_run_that_is_meant_is_checked(tiny_run, tmp_path):
+    """Not a method's configuration without its own options, nor that of a method nobody asked for."""
+    file = tmp_path / "wide.yaml"
+    file.write_text("model: {adapter: {r: 16}}")  # above AdaLoRA's usual init_r
+    for method in ("adalora", "lora"):
+        options = RunOptions([str(tiny_run), str(file)], ["--model.adapter.adalora.init_r=20"])
+        found = parsed_runs([method], ["lora", "adalora"], options)[method].resolved
+        assert found["model"]["adapter"]["r"] == 16
+        if method == "adalora":
+            assert found["model"]["adapter"]["adalora"]["init_r"] == 20
 
 
 def test_a_plan_of_which_nothing_was_trained_gives_way(tmp_path):

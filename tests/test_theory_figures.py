@@ -5,6 +5,7 @@ import pytest
 from test_theory import rng
 
 from app.theory.alignment import angles
+from app.theory.command import SECTIONS
 from app.theory.experiments import TOLERANCE, error_by_rank, steps_by_kappa
 from app.theory.instances import USUAL, linear_instances, log_uniform
 from app.theory.methods import LORA_GA_GAMMA, make_problem
@@ -14,7 +15,6 @@ from app.theory.settings import (
     DescentSettings,
     ProblemSettings,
     SweepSettings,
-    TheoryOutput,
     TheorySettings,
 )
 from app.theory.theorems import linear_convergence
@@ -23,13 +23,8 @@ SMALL = ProblemSettings(inputs=24, outputs=20, samples=400, true_rank=2, kappa=3
 
 
 def settings(problem=SMALL, **sections):
-    usual = {
-        "descent": DescentSettings(),
-        "alignment": AlignmentSettings(),
-        "sweep": SweepSettings(),
-        "output": TheoryOutput(),
-    }
-    return TheorySettings(problem=problem, **{**usual, **sections})
+    usual = {name: kind() for name, kind in SECTIONS.items()}
+    return TheorySettings(**{**usual, "problem": problem, **sections})
 
 
 def curve(picture, label, panel=None):

@@ -1,7 +1,7 @@
 """What runs have left, read from their folders."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,10 @@ def collect(folders: Sequence[Path]) -> Collection:
             )
         before = len(runs) + len(left_out)
         plans = {root: read_plan(root) for root in _plan_folders(folder)}
+        is_withdrawn = _withdrawals(plans)
         for path in _config_files(folder):
             found = read_run(path.parent)
-            if found is not None and _is_withdrawn(path.parent, plans):
+            if found is not None and is_withdrawn(path.parent):
                 told = f"{PLAN_FILE} does not name its cell"
                 found = LeftOut(str(path.parent), "withdrawn", told, found.method)
             if isinstance(found, Run):
@@ -172,13 +173,13 @@ def _plan_folders(folder: Path) -> list[Path]:
     return list(dict.fromkeys(path.parent for path in plans if path.is_file()))
 
 
-def _is_withdrawn(run: Path, plans: Mapping[Path, Plan]) -> bool:
-    """Return whether a run is one of a comparison's cells that its plan does not name any more."""
-    for root, plan in plans.items():
-        if plan.cells and run.is_relative_to(root / CELLS_FOLDER):
-            name = run.relative_to(root / CELLS_FOLDER).parts[0]
-            return name not in {cell.name for cell in plan.cells}
-    return False
+def _withdrawals(plans: Mapping[Path, Plan]) -> Callable[[Path], bool]:
+    """Return what says of a run whether it is of a comparison's cell that the plan does not name any more."""
+    grids = {root / CELLS_FOLDER for root, plan in plans.items() if plan.cells}
+    wanted = {
+        root / CELLS_FOLDER / cell.name for root, plan in plans.items() for cell in plan.cells
+    }
+    return lambda run: any(p.parent in grids and p not in wanted for p in run.parents)
 
 
 def _grid_left_out(plans: Mapping[Path, Plan]) -> Iterable[LeftOut]:

@@ -113,7 +113,6 @@ def compare(arguments: Sequence[str]) -> int:
     # Here, since the command line's parser imports what trains, which a report does without.
     from app.compare.resolve import (
         asked_benchmarks,
-        check_budget,
         check_methods,
         check_score,
         check_validation,
@@ -137,10 +136,6 @@ def compare(arguments: Sequence[str]) -> int:
             raise InputError(
                 f"method {method}: its optimizer has no setting lr, which compare varies"
             )
-        try:
-            check_budget(config)
-        except InputError as error:
-            raise InputError(f"method {method}: {error}") from error
     task = check_methods(configs)
     output = configs[methods[0]]["output"]
     folder = Path(output["root"]) / (given.name or f"compare_{output['name']}")

@@ -1,13 +1,13 @@
 """What a method's run would be, resolved by the command line's own parser and checked before anything runs."""
 
 import pkgutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import yaml
 
-from app.adalora import check_schedule
 from app.cli import LoraCLI, run_cli
 from app.compare.options import RunOptions, has_setting
 from app.compare.settings import (
@@ -45,9 +45,20 @@ class ParsedRun(LoraCLI):
         """Run nothing."""
 
     @cached_property
+    def _made(self) -> Any:
+        """Everything of the run but the trainer; making it checks its settings."""
+        return self.parser.instantiate(self.config)
+
+    @property
     def data(self) -> Any:
-        """The data module, made with everything else of the run but the trainer, which checks its settings."""
-        return self._get(self.parser.instantiate(self.config), "data")
+        """The data module."""
+        return self._get(self._made, "data")
+
+    def check(self) -> None:
+        """Raise an error if a part cannot be made, or training is too short for the adapter."""
+        module, trainer = self._get(self._made, "model"), self.resolved["trainer"]
+        adapter = module.adapter if module.adapter_path is None else None
+        check_length(adapter, trainer.get("max_steps"), trainer.get("max_epochs"))
 
 
 def parsed_run(options: Sequence[str]) -> ParsedRun:
@@ -84,9 +95,12 @@ def parsed_runs(
             others = [method for method in methods if method not in takers]
             goes = f"{key} goes to {', '.join(takers)}; " if takers else f"{key}: "
             print(f"{goes}{', '.join(others)}: no such setting")
-    return {
-        method: _parsed(method, options) if options.partial else run for method, run in runs.items()
-    }
+    if options.partial:
+        runs = {method: _parsed(method, options) for method in runs}
+    for method, run in runs.items():
+        with _told_of(method):
+            run.check()
+    return runs
 
 
 def _check_known(key: str, methods: Sequence[str], options: RunOptions) -> None:
@@ -103,10 +117,15 @@ def _check_known(key: str, methods: Sequence[str], options: RunOptions) -> None:
 
 
 def _parsed(method: str, options: RunOptions) -> ParsedRun:
+    with _told_of(method):
+        return parsed_run(options.of(method))
+
+
+@contextmanager
+def _told_of(method: str) -> Iterator[None]:
+    """Put the method's name before what is wrong with its run."""
     try:
-        run = parsed_run(options.of(method))
-        _ = run.data  # made here, so that its errors bear the method's name
-        return run
+        yield
     except ValueError as error:
         # The parser wraps what a class says of its arguments.
         told = next((e for e in causes(error) if isinstance(e, InputError)), None)
@@ -144,15 +163,6 @@ def check_methods(runs: Mapping[str, Mapping[str, Any]]) -> Settings:
                     "compare one of them"
                 )
     return first
-
-
-def check_budget(config: Mapping[str, Any]) -> None:
-    """Raise InputError if a run's training has no end, or is too short for its schedules."""
-    steps, epochs = (config["trainer"].get(name) for name in ("max_steps", "max_epochs"))
-    check_length(steps, epochs)
-    budget = (config["model"].get("adapter") or {}).get("adalora")
-    if budget is not None and steps is not None and steps > 0:
-        check_schedule(budget["tinit"], budget["tfinal"], steps)
 
 
 def rows_to_set_aside(run: ParsedRun) -> int | None:
