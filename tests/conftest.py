@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from report_runs import report, runs  # noqa: F401 (fixtures)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,

@@ -1,7 +1,6 @@
 """`python train.py report`: means, choices and pictures of hand-made runs, against numpy and a browser."""
 
 import base64
-import csv
 import html.parser
 import io
 import json
@@ -14,100 +13,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 import yaml
+from report_runs import SCORES, change, grid_run, plan, rows_of, write_run
 
-from app.compare.cells import Cell
 from app.compare.collect import collect
 from app.compare.figures import _mean_curve
 from app.compare.selection import Stat, tasks
 from app.compare.settings import method_settings
-
-RATES = (1e-4, 1e-3, 1e-2)
-# Validation and test accuracy by method, rate and seed. Of lora_one the best rate by test is not the best by
-# validation; of lora it is the highest one tried.
-SCORES = {
-    "lora_one": {
-        1e-4: ((0.80, 0.79), (0.82, 0.80), (0.81, 0.80)),
-        1e-3: ((0.90, 0.84), (0.92, 0.86), (0.91, 0.89)),
-        1e-2: ((0.85, 0.97), (0.84, 0.98), (0.83, 0.99)),
-    },
-    "lora": {
-        1e-4: ((0.70, 0.70), (0.71, 0.70), (0.72, 0.70)),
-        1e-3: ((0.75, 0.74), (0.76, 0.75), (0.77, 0.75)),
-        1e-2: ((0.80, 0.81), (0.81, 0.79), (0.82, 0.83)),
-    },
-}
-
-
-def write_run(folder, method="lora", rate=1e-3, seed=0, validation=0.8, test=0.7, **more):
-    """Write the folder of a run as `fit` and `test` leave it, with made numbers."""
-    folder.mkdir(parents=True)
-    sample = more.get("data", {"validation_size": 100, "max_length": 128, "batch_size": 8})
-    config = {
-        "seed_everything": seed,
-        "trainer": {"max_steps": 4},
-        "model": {
-            "name": "model",
-            "method": method,
-            "adapter": {"r": more.get("r", 8)},
-            "optimizer": {"class_path": "AdamW", "init_args": {"lr": rate, "eps": 1e-8}},
-            "lr_scheduler_type": "linear",
-        },
-        "data": {"class_path": "data.Data", "init_args": sample},
-        "init": {"gamma": 16.0} if method == "lora_one" else None,
-        "output": {"name": folder.parent.name},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    step = more.get("step", 0.5)
-    rows = [["step", "train/loss", "train/seconds", "val/accuracy"]]
-    rows += [[i, 1 / (1 + i + seed), step * (i + 1), ""] for i in range(4)]
-    rows += [[1, "", "", 0.6 + 0.01 * seed]]
-    with (folder / "metrics.csv").open("w", newline="") as stream:
-        csv.writer(stream).writerows(rows)
-    metrics = {
-        "zero_shot": {"accuracy": 0.5, "loss": 0.7},
-        "after_init": {"accuracy": 0.55, "loss": 0.65},
-        "final": {"accuracy": validation, "loss": 1 - validation},
-    }
-    if test is not None:
-        metrics["test"] = {"accuracy": test, "loss": 1 - test}
-    init = {"seconds": 2.0 + seed, "peak_bytes": [5 * 2**30]} if method == "lora_one" else {}
-    summary = {
-        "method": method,
-        "model": {"name": "base/model", "fingerprint": "f", "trainable_parameters": 1234},
-        "data": {"name": "glue/sst2", "rows": {"train": 32, "validation": 100, "test": 20}},
-        "seed": seed,
-        "metrics": metrics,
-        "init": init,
-        "train": {"steps": 4, "seconds": 4 * step, "peak_bytes": 3 * 2**30, "device": "cpu"},
-    }
-    (folder / "summary.json").write_text(json.dumps(summary))
-
-
-@pytest.fixture
-def runs(tmp_path):
-    """Return a folder with the runs of SCORES."""
-    for method, by_rate in SCORES.items():
-        for rate, by_seed in by_rate.items():
-            for seed, (validation, test) in enumerate(by_seed):
-                folder = tmp_path / "runs" / f"{method}-{rate}-{seed}" / "version_0"
-                write_run(folder, method, rate, seed, validation, test, step=0.5 + 0.1 * seed)
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def report(command, tmp_path, capsys):
-    """Return `report(*argv)`: the exit status, with the report in tmp_path / "out"."""
-
-    def run(*argv):
-        capsys.readouterr()
-        return command("report", *argv, "--output", tmp_path / "out")
-
-    return run
-
-
-def rows_of(path):
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def test_the_tables_numbers(report, runs, tmp_path, capsys):
@@ -223,25 +134,6 @@ def test_lost_runs_are_no_best_and_are_told(report, runs, tmp_path, capsys):
         assert told in printed
 
 
-def plan(folder, cells, **more):
-    """Write compare.json as `compare` does, for the runs of `write_run`."""
-    content = {"task": None, "methods": {}, "benchmarks": {}, "cells": cells, **more}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compare.json").write_text(json.dumps(content))
-
-
-def grid_run(folder, method, rate, seed, *scores, **more):
-    """Write the run of a cell."""
-    write_run(
-        folder / "cells" / Cell(method, rate, seed).name / "version_0",
-        method,
-        rate,
-        seed,
-        *scores,
-        **more,
-    )
-
-
 def test_half_a_grid_says_something(report, tmp_path, capsys):
     """Seed 0 is whole and seed 1 has begun: rates are chosen on seed 0, which all of them have."""
     grid = tmp_path / "grid"
@@ -294,10 +186,8 @@ def test_lost_runs_of_others_change_no_choice(report, tmp_path, capsys):
         grid_run(tmp_path / "runs", "lora", rate, 0, validation, 0.7)
         grid_run(tmp_path / "more", "lora", rate, 0, validation, 0.7, r=64)
     other = {"validation_size": 100, "max_length": 64, "batch_size": 8}
-    grid_run(tmp_path / "runs" / "other", "lora", 1e-3, 0, data=other)
-    (
-        tmp_path / "runs" / "other" / "cells" / "lora-lr1e-3-seed0" / "version_0" / "summary.json"
-    ).unlink()
+    unfinished = grid_run(tmp_path / "runs" / "other", "lora", 1e-3, 0, data=other)
+    (unfinished / "summary.json").unlink()
     config = tmp_path / "more" / "cells" / "lora-lr1e-3-seed0" / "version_0" / "config.yaml"
     settings = method_settings(yaml.safe_load(config.read_text()))
     cells = [["lora", rate, 0] for rate in (1e-4, 1e-3, 1e-2)]
@@ -329,8 +219,7 @@ def test_watching_the_inside_makes_no_other_method(report, tmp_path):
     watcher = {"class_path": "callbacks.inside_training.InsideTraining", "init_args": {}}
     actor = {"class_path": "my.Callback"}
     for seed, callbacks in enumerate((None, [watcher], [actor], [actor, watcher])):
-        grid_run(tmp_path / "runs", "lora", 1e-3, seed)
-        file = tmp_path / "runs" / "cells" / f"lora-lr1e-3-seed{seed}" / "version_0" / "config.yaml"
+        file = grid_run(tmp_path / "runs", "lora", 1e-3, seed) / "config.yaml"
         config = yaml.safe_load(file.read_text())
         config["trainer"]["callbacks"] = callbacks
         file.write_text(yaml.safe_dump(config))
@@ -383,16 +272,11 @@ def test_other_files_of_the_same_names(report, tmp_path, capsys):
 def test_runs_at_the_same_time_are_told(report, tmp_path, capsys):
     times = (("a", 0, 100), ("a", 90, 200), ("a", 95, 99), ("b", 0, 300), ("a", 200, 210))
     for seed, (host, began, ended) in enumerate(times):
-        grid_run(tmp_path / "runs", "lora", 1e-3, seed)
-        file = (
-            tmp_path / "runs" / "cells" / f"lora-lr1e-3-seed{seed}" / "version_0" / "summary.json"
-        )
-        told = json.loads(file.read_text())
-        told["train"] |= {"host": host, "began": 1e9 + began, "ended": 1e9 + ended}
-        file.write_text(json.dumps(told))
+        run = grid_run(tmp_path / "runs", "lora", 1e-3, seed)
+        change(run, train={"host": host, "began": 1e9 + began, "ended": 1e9 + ended})
     assert report(tmp_path / "runs") == 0
     assert "Up to 3 of these runs trained at once" in capsys.readouterr().out
-    assert report(tmp_path / "runs" / "cells" / "lora-lr1e-3-seed0", file.parent) == 0
+    assert report(tmp_path / "runs" / "cells" / "lora-lr1e-3-seed0", run) == 0
     assert "at once" not in capsys.readouterr().out
 
 

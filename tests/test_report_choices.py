@@ -1,35 +1,16 @@
 """`python train.py report`: which run counts, which rate is chosen, and that tables and pictures say so."""
 
-import json
 import os
 
 import numpy as np
 import pytest
-from test_report import (  # noqa: F401 (fixtures)
-    RATES,
-    SCORES,
-    grid_run,
-    plan,
-    report,
-    rows_of,
-    runs,
-    write_run,
-)
+from report_runs import RATES, SCORES, change, grid_run, plan, rows_of, write_run
 
 import app.compare.figures
 from app.compare.cells import Cell
 
 
-def change(folder, **sections):
-    """Change sections of a run's summary."""
-    file = folder / "summary.json"
-    told = json.loads(file.read_text())
-    for section, values in sections.items():
-        told[section] = {**told[section], **values}
-    file.write_text(json.dumps(told))
-
-
-def test_a_row_for_each_run(report, runs, tmp_path):  # noqa: F811
+def test_a_row_for_each_run(report, runs, tmp_path):
     assert report(runs) == 0
     found = rows_of(tmp_path / "out" / "runs.csv")
     assert len(found) == 18
@@ -44,7 +25,7 @@ def test_a_row_for_each_run(report, runs, tmp_path):  # noqa: F811
         assert float(row["init_seconds"]) == (2 + seed if row["method"] == "lora_one" else 0)
 
 
-def test_before_training_and_seed_by_seed(report, runs, tmp_path):  # noqa: F811
+def test_before_training_and_seed_by_seed(report, runs, tmp_path):
     assert report(runs) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     before = text.partition("### Before and after training")[2].partition("###")[0]
@@ -56,7 +37,7 @@ def test_before_training_and_seed_by_seed(report, runs, tmp_path):  # noqa: F811
     assert "| lora | 81.00 | 79.00 | 83.00 |" in seeds
 
 
-def test_the_curves_over_learning_rates(report, runs, monkeypatch):  # noqa: F811
+def test_the_curves_over_learning_rates(report, runs, monkeypatch):
     drawn = {}
     picture = app.compare.figures._picture
 
@@ -79,7 +60,7 @@ def test_the_curves_over_learning_rates(report, runs, monkeypatch):  # noqa: F81
             assert y.tolist() == pytest.approx(means)
 
 
-def test_of_rates_with_equal_scores_the_one_of_less_loss(report, tmp_path):  # noqa: F811
+def test_of_rates_with_equal_scores_the_one_of_less_loss(report, tmp_path):
     """Few rows tie often; a float32 mean of the same hits differs in its last digits."""
     for rate, accuracy, loss in ((1e-4, 0.9, 0.5), (1e-3, 0.9 - 1e-8, 0.3), (1e-2, 0.9, 0.4)):
         folder = tmp_path / "runs" / f"{rate}" / "version_0"
@@ -90,7 +71,7 @@ def test_of_rates_with_equal_scores_the_one_of_less_loss(report, tmp_path):  # n
     assert row["learning rate"] == "1e-3"
 
 
-def test_a_lower_loss_is_passed_over_where_a_run_failed(report, tmp_path, capsys):  # noqa: F811
+def test_a_lower_loss_is_passed_over_where_a_run_failed(report, tmp_path, capsys):
     grid = tmp_path / "grid"
     for rate, loss in ((1e-4, 0.4), (1e-3, 0.2), (1e-2, 0.6)):
         grid_run(grid, "lora", rate, 0, 1 - loss, 0.5)
@@ -106,19 +87,16 @@ def test_a_lower_loss_is_passed_over_where_a_run_failed(report, tmp_path, capsys
     assert told in capsys.readouterr().out
 
 
-def test_a_cell_that_was_taken_out_of_the_plan_counts_for_nothing(
-    report,  # noqa: F811
-    tmp_path,
-    capsys,
-):
+def test_a_cell_that_was_taken_out_of_the_plan_counts_for_nothing(report, tmp_path, capsys):
     """Neither a run that was finished and best, nor one that had diverged."""
     grid = tmp_path / "grid"
     for rate, validation in ((1e-4, 0.8), (1e-3, 0.95)):
         grid_run(grid, "lora", rate, 0, validation)
-    diverged = grid / "cells" / "lora-lr1e-2-seed0"
-    write_run(diverged / "version_0", "lora", 1e-2, 0)
-    (diverged / "version_0" / "summary.json").unlink()
-    (diverged / "failure.json").write_text('{"message": "the loss is nan", "diverged": true}')
+    diverged = grid_run(grid, "lora", 1e-2, 0)
+    (diverged / "summary.json").unlink()
+    (diverged.parent / "failure.json").write_text(
+        '{"message": "the loss is nan", "diverged": true}'
+    )
     plan(grid, [["lora", 1e-4, 0]])
     assert report(grid) == 0
     printed = capsys.readouterr().out
@@ -128,7 +106,7 @@ def test_a_cell_that_was_taken_out_of_the_plan_counts_for_nothing(
     assert printed.count("withdrawn: compare.json does not name its cell") == 2
 
 
-def test_of_repeated_runs_the_one_trained_last_counts(report, tmp_path):  # noqa: F811
+def test_of_repeated_runs_the_one_trained_last_counts(report, tmp_path):
     """Also where the older one was tested later, which writes its summary again."""
     for name, ended, test in (("version_0", 100.0, 0.6), ("version_1", 200.0, 0.8)):
         write_run(tmp_path / "runs" / name, test=test)
@@ -140,7 +118,7 @@ def test_of_repeated_runs_the_one_trained_last_counts(report, tmp_path):  # noqa
 
 
 @pytest.mark.parametrize("cell", [["lora", float("inf"), 0], ["lora", 0, 0], ["lora", -1e-3, 0]])
-def test_a_damaged_plan_names_no_cell(cell, report, tmp_path):  # noqa: F811
+def test_a_damaged_plan_names_no_cell(cell, report, tmp_path):
     grid_run(tmp_path / "grid", "lora", 1e-3, 0)
     plan(tmp_path / "grid", [cell])
     assert report(tmp_path / "grid") == 0
