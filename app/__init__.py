@@ -1,1 +1,1 @@
-"""The method: gradient observation, spectral initialisation, optimizers, and the model around them."""
+"""A LightningModule that fine-tunes language models with LoRA-One, and the rooms it is built of."""

@@ -24,9 +24,14 @@ import torch.multiprocessing as mp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from app.gradient import SketchedGradient
-from app.gradient_sharing import BUCKET_NUMBERS, Layer, assign_buckets, assign_owners
-from app.gradient_store import ExactStore, SketchStore
+from app.initialization.gradient_estimators import SketchedGradient
+from app.initialization.gradient_exchange import (
+    BUCKET_NUMBERS,
+    Layer,
+    assign_buckets,
+    assign_owners,
+)
+from app.initialization.gradient_store import ExactStore, SketchStore
 
 MODELS = {
     "SmolLM2-135M": ([(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)], 30),

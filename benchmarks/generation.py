@@ -8,10 +8,10 @@ Contenders take turns, batch by batch, for `--rounds` rounds, and the table show
 
     loop     transformers' `generate`, one prompt at a time
     batched  transformers' `generate`, batches padded on the left, in the same order
-    ours     app.generate.generate, the same batches
+    ours     app.models.generation.generate, the same batches
 
 All three must write the same texts, or the benchmark ends with an error. `--write_oracle` keeps what the
-loop wrote for tests/test_generate.py.
+loop wrote for tests/models/test_generation.py.
 """
 
 import argparse
@@ -27,9 +27,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from app.evaluation import Decoding
-from app.generate import generate
-from app.pretrained import load_model, load_tokenizer, resolve_model
+from app.models.generation import Decoding, generate
+from app.models.loading import load_model, load_tokenizer, resolve_model
 
 ORACLE_TOKENS = 32
 LABELS = {

@@ -43,13 +43,14 @@ from peft.tuners.lora import preprocess_loraga
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from app.adapter_settings import LoraSettings
-from app.adapters import add_lora, base_model, install, lora_pairs
-from app.loss import Batch, summed_loss, supervised_logits
-from app.memory import PeakMemory
-from app.one_step import Estimator, one_step_gradients
-from app.pretrained import load_model, load_tokenizer, resolve_model
-from app.spectral_init import SVD, spectral_factors
+from app.initialization.factors import spectral_factors
+from app.initialization.one_step_gradient import Estimator, one_step_gradients
+from app.initialization.svd import SVD
+from app.models.adapter_config import LoraSettings
+from app.models.loading import load_model, load_tokenizer, resolve_model
+from app.models.lora import add_lora, base_model, install, lora_pairs
+from app.models.loss import Batch, summed_loss, supervised_logits
+from app.utils.memory import PeakMemory
 
 GAMMA = 128.0
 REPEATED = ("lora", "sketch", "exact")

@@ -95,7 +95,7 @@ def write_config(folder: Path, model: str, steps: int, every: int) -> Path:
             "name": model,
             "adapter": {"r": 16, "lora_dropout": 0.1},
             "optimizer": {
-                "class_path": "app.precond_adamw.PreconditionedAdamW",
+                "class_path": "app.optim.preconditioned_adamw.PreconditionedAdamW",
                 "init_args": {"lr": 1e-3},
             },
         },
@@ -151,7 +151,7 @@ class Run:
 
     def newest(self) -> int:
         """Return the step of the newest checkpoint; raises if any file is damaged."""
-        from app.checkpoint_io import read_checkpoint
+        from app.training.checkpoint_io import read_checkpoint
 
         steps = [read_checkpoint(path)["global_step"] for path in self.checkpoints.glob("*.ckpt")]
         return max(steps, default=0)

@@ -17,8 +17,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.choices import choice_log_likelihoods
-from app.pretrained import local_directory, resolve_model
+from app.models.likelihood import choice_log_likelihoods
+from app.models.loading import local_directory, resolve_model
 from data_modules.evals.mmlu import Mmlu
 
 BATCH_SIZE = 16

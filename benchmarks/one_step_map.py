@@ -26,16 +26,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from app.adapter_settings import LoraSettings
-from app.adapters import LoraPair, add_lora, base_model, install, lora_pairs
-from app.label_scores import LabelScores
-from app.line_search import mean_loss, search_gamma
-from app.loss import supervised_logits
-from app.observer import frozen
-from app.one_step import Estimator, OneStepResult, one_step_gradients
-from app.pretrained import load_model, load_tokenizer, resolve_model
-from app.progress import track
-from app.spectral_init import SVD, spectral_factors
+from app.evaluation.metrics import LabelScores
+from app.initialization.factors import spectral_factors
+from app.initialization.gamma_search import mean_loss, search_gamma
+from app.initialization.gradient_hooks import frozen
+from app.initialization.one_step_gradient import Estimator, OneStepResult, one_step_gradients
+from app.initialization.svd import SVD
+from app.models.adapter_config import LoraSettings
+from app.models.loading import load_model, load_tokenizer, resolve_model
+from app.models.lora import LoraPair, add_lora, base_model, install, lora_pairs
+from app.models.loss import supervised_logits
+from app.utils.console import track
 from data_modules.glue import GlueDataModule
 from data_modules.movie_reviews import MovieReviewsDataModule
 from data_modules.text import TextDataModule

@@ -23,8 +23,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from app.lora_pro_adamw import LoraProAdamW
-from app.precond_adamw import PreconditionedAdamW
+from app.optim.lora_pro import LoraProAdamW
+from app.optim.preconditioned_adamw import PreconditionedAdamW
 
 # Linear layers of one block as (out_features, in_features), and the number of blocks.
 MODELS = {

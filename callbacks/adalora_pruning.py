@@ -4,14 +4,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from app.adalora import (
+from app.models.adalora import (
     allocator_state,
     load_allocator_state,
     prune,
     remaining_triplets,
     set_total_steps,
 )
-from app.adapters import adalora_tuner
+from app.models.lora import adalora_tuner
 
 
 class AdaLoraPruning(Callback):

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from app.run_folder import CHECKPOINT_FOLDER, checkpoint_files, checkpoint_name
+from app.tracking.run_folder import CHECKPOINT_FOLDER, checkpoint_files, checkpoint_name
 
 
 class Checkpoints(Checkpoint):

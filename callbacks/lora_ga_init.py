@@ -3,16 +3,15 @@
 from typing import Any
 
 from lightning.pytorch import Trainer
-from torch import Tensor
 
-from app.errors import InputError
-from app.gradient_start import GradientStart, check_gamma
-from app.one_step import Estimator
-from app.processes import broadcast
-from app.spectral_init import SVD
+from app.distributed.collectives import broadcast
+from app.initialization.factors import lora_ga_factors
+from app.initialization.one_step_gradient import Estimator
+from app.utils.errors import InputError
+from callbacks.initialization import GradientInit, check_gamma
 
 
-class LoraGaInit(GradientStart):
+class LoraGaInit(GradientInit):
     """Start every LoRA pair so that its first update is the closest to the full gradient's.
 
         U S V^T = SVD(G)
@@ -34,7 +33,7 @@ class LoraGaInit(GradientStart):
     the untouched base. PEFT's LoRA-GA is another one: it has singular values in lora_B.
     """
 
-    offsets_base = True
+    subtracts_from_base = True
 
     def __init__(
         self,
@@ -65,17 +64,5 @@ class LoraGaInit(GradientStart):
             if pair.name not in without:
                 A, B = lora_ga_factors(result.estimates[pair.name].svd, rank, self.gamma)
                 starts[pair.name] = broadcast(A), broadcast(B)
-        module.start_from(starts)
+        module.install_and_subtract(starts)
         return {**told, "gamma": self.gamma}
-
-
-def lora_ga_factors(gradient: SVD, rank: int, gamma: float) -> tuple[Tensor, Tensor]:
-    """Return LoRA-GA's lora_A (r, n) and lora_B (m, r).
-
-    Args:
-        gradient: Leading 2r triplets or more: U (m, k), S (k,), V (n, k).
-        rank: r.
-        gamma: Divisor of the start.
-    """
-    scale = gradient.U.shape[0] ** 0.25 / gamma**0.5
-    return scale * gradient.V[:, :rank].T, scale * gradient.U[:, rank : 2 * rank]

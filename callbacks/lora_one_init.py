@@ -7,19 +7,20 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from app.adapters import LoraPair, install
-from app.gradient_start import GradientStart, check_gamma
-from app.line_search import MOST, mean_loss, search_gamma
-from app.loss import Batch
-from app.one_step import Estimator
-from app.progress import track
-from app.spectral_init import SVD, spectral_factors
+from app.initialization.factors import spectral_factors
+from app.initialization.gamma_search import MOST, mean_loss, search_gamma
+from app.initialization.one_step_gradient import Estimator
+from app.initialization.svd import SVD
+from app.models.lora import LoraPair, install
+from app.models.loss import Batch
+from app.utils.console import track
+from callbacks.initialization import GradientInit, check_gamma
 
 Triplets = list[tuple[LoraPair, SVD]]
 """The pairs that get a start, with the leading r triplets of their gradients."""
 
 
-class LoraOneInit(GradientStart):
+class LoraOneInit(GradientInit):
     """Start every LoRA pair from the best rank-r approximation of its negative one-step gradient.
 
         lora_B @ lora_A = P_r(-G) / (gamma * S_1(G)),    the base weight stays as it is
@@ -30,7 +31,7 @@ class LoraOneInit(GradientStart):
     Args:
         gamma: Divisor of the start, 1e-6 to 1e12 (the authors' `stable_gamma`); larger is a smaller first step.
             `auto` searches the one with the smallest loss on the same samples, at most 8 forward passes
-            over them (`app.line_search`), and is never worse there than the untouched model.
+            over them (`app.initialization.gamma_search`), and is never worse there than the untouched model.
         num_samples: Training rows that the gradient is taken over.
         micro_batch_size: Rows of one forward and backward pass; changes memory and speed. The exact
             estimator's result does not depend on it, the sketch's only within its error.

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
-from app.errors import InputError
-from app.gradient_start import Start
-from app.offset import base_weight
-from app.processes import broadcast
-from app.progress import track
+from app.distributed.collectives import broadcast
+from app.initialization.factors import pissa_factors
+from app.models.lora import base_weight
+from app.utils.console import track
+from app.utils.errors import InputError
+from callbacks.initialization import Start
 
 
 class PissaInit(Start):
@@ -33,7 +33,7 @@ class PissaInit(Start):
     LoRA of rank 2r that belongs to the untouched base.
     """
 
-    offsets_base = True
+    subtracts_from_base = True
 
     def __init__(self, niter: int | None = None) -> None:
         super().__init__()
@@ -53,29 +53,7 @@ class PissaInit(Start):
             A, B = pissa_factors(W, pair.lora_A.shape[0], pair.scaling, self.niter)
             # Decompositions may differ between processes in their last digits.
             starts[pair.name] = broadcast(A), broadcast(B)
-        module.start_from(starts)
+        module.install_and_subtract(starts)
         seconds = time.perf_counter() - began
         rank_zero_info(f"PiSSA start: {len(starts)} layers, {seconds:.1f} s")
         return {"niter": self.niter, "seconds": seconds}
-
-
-def pissa_factors(
-    W: Tensor, rank: int, scaling: float, niter: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return PiSSA's lora_A (r, n) and lora_B (m, r) of a weight W (m, n), float32.
-
-    Args:
-        W: (m, n).
-        rank: r.
-        scaling: Factor of lora_B @ lora_A in the forward pass.
-        niter: Power iterations of a randomised SVD, with a seed of its own; None takes the exact one.
-    """
-    if niter is None:
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        U, S, V = U[:, :rank], S[:rank], Vh[:rank].T
-    else:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            U, S, V = torch.svd_lowrank(W, rank, niter=niter)
-    root = (S / scaling).sqrt()
-    return root[:, None] * V.T, U * root

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from app.progress import SECONDS_BETWEEN_LINES
+from app.utils.console import SECONDS_BETWEEN_LINES
 
 
 class PlainProgress(ProgressBar):

@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from app.processes import from_first_process, largest_over_processes
-from app.stopping import Stopped, StopSignals, exit_status
+from app.distributed.collectives import from_first_process, largest_over_processes
+from app.utils.signals import Stopped, StopSignals, exit_status
 
 PRECEDENCE = (None, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """If processes have got different signals, the last of them counts for all: Slurm's warning."""

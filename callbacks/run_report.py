@@ -11,14 +11,16 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from app.adapters import is_adapted, save_adapter, save_model
-from app.errors import InputError
-from app.memory import PeakMemory, device_name
-from app.plots import read_metrics, write_plots
-from app.processes import largest_over_processes, sum_over_processes
-from app.run_folder import ADAPTER_FOLDER, MODEL_FOLDER, SUMMARY_FILE, remove_empty_folder
-from app.stopping import Stopped
-from app.wandb_story import keep_wandb_run, tell_wandb
+from app.distributed.collectives import largest_over_processes, sum_over_processes
+from app.models.adapter_io import save_adapter, save_model
+from app.models.lora import is_adapted
+from app.tracking.metrics_table import read_metrics
+from app.tracking.plots import write_plots
+from app.tracking.run_folder import ADAPTER_FOLDER, MODEL_FOLDER, SUMMARY_FILE, remove_empty_folder
+from app.tracking.wandb_summary import keep_wandb_run, log_run_summary
+from app.utils.errors import InputError
+from app.utils.memory import PeakMemory, device_name
+from app.utils.signals import Stopped
 
 
 class RunReport(Callback):
@@ -154,6 +156,6 @@ class RunReport(Callback):
         record.write(folder / SUMMARY_FILE)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                tell_wandb(logger, record, plots, adapter)
+                log_run_summary(logger, record, plots, adapter)
                 keep_wandb_run(logger, folder)
         rank_zero_info(f"\n{record.score_table()}\n\nrun folder: {folder}")

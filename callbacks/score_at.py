@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from app.progress import track
+from app.utils.console import track
 
 Moment = Literal["zero_shot", "after_init", "final"]
 

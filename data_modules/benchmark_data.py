@@ -9,11 +9,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from app.answers_file import digest
-from app.errors import InputError
-from app.evaluation import Evaluation
-from app.examiner import EncodedQuestion, Exam
-from app.scoring import EXAM
+from app.evaluation.benchmark import EXAM, Benchmark, EncodedQuestion, PreparedBenchmark
+from app.utils.errors import InputError
+from app.utils.files import digest
 from data_modules.encoding import answer_prefix, encode_prompts
 from data_modules.sampling import SPLIT_SEED, LengthGroupedSampler, draw
 
@@ -37,7 +35,7 @@ class BenchmarkDataModule(LightningDataModule):
 
     def __init__(
         self,
-        evals: list[Evaluation] | None = None,
+        evals: list[Benchmark] | None = None,
         eval_batch_size: int = 64,
         chat_template: bool = False,
         long_prompts: Literal["cut", "refuse"] = "cut",
@@ -61,7 +59,7 @@ class BenchmarkDataModule(LightningDataModule):
         self.is_encoder_decoder = False
         self.context_length: int | None = None
         self.cut_questions: dict[str, int] = {}
-        self._exams: dict[str, list[Exam]] = {}
+        self._exams: dict[str, list[PreparedBenchmark]] = {}
         self._prompts: dict[str, list[str]] = {}  # of all questions, asked or not
 
     def attach(
@@ -101,7 +99,7 @@ class BenchmarkDataModule(LightningDataModule):
             module: Any = self.trainer.lightning_module
             self.attach(module.tokenizer, module.is_encoder_decoder, module.context_length)
 
-    def exams(self, split: str) -> list[Exam]:
+    def exams(self, split: str) -> list[PreparedBenchmark]:
         """Return the benchmarks with their questions encoded.
 
         Args:
@@ -120,7 +118,7 @@ class BenchmarkDataModule(LightningDataModule):
             self._exams[split] = [self._exam(e, size) for e, size in asked if size != 0]
         return self._exams[split]
 
-    def _exam(self, evaluation: Evaluation, size: int | None) -> Exam:
+    def _exam(self, evaluation: Benchmark, size: int | None) -> PreparedBenchmark:
         questions = evaluation.load()
         self._prompts[evaluation.name] = [question.prompt for question in questions]
         if size is not None:
@@ -160,9 +158,9 @@ class BenchmarkDataModule(LightningDataModule):
                 f"their beginning: the model's context has {self.context_length} tokens "
                 "(--data.long_prompts=refuse stops instead)"
             )
-        return Exam(evaluation, encoded, choices)
+        return PreparedBenchmark(evaluation, encoded, choices)
 
-    def _room(self, evaluation: Evaluation, choices: Sequence[Sequence[int]]) -> int | None:
+    def _room(self, evaluation: Benchmark, choices: Sequence[Sequence[int]]) -> int | None:
         """Return the most tokens of a prompt, or None if there is no limit."""
         if self.context_length is None:
             return None

@@ -4,9 +4,9 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from data_modules.evals.rows import hub_rows, json_rows
 from data_modules.generative import GenerativeDataModule
 from data_modules.instructions import instruction_prompt
+from data_modules.readers import hub_rows, json_rows
 
 HUB_ID = "m-a-p/CodeFeedback-Filtered-Instruction"
 FENCE = "```"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from app.errors import InputError
+from app.utils.errors import InputError
 from data_modules.instructions import InstructionDataModule
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from app.errors import InputError
+from app.utils.errors import InputError
 
 Batch = dict[str, Tensor]
 

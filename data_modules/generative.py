@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from app.errors import InputError
+from app.utils.errors import InputError
 from data_modules.encoding import CHUNK_ROWS, EncodedRow, TextRow, encode
 from data_modules.sampling import split_off
 from data_modules.text import TextDataModule

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from app.errors import InputError
+from app.utils.errors import InputError
 from data_modules.encoding import TextRow
 from data_modules.sampling import split_off
 from data_modules.text import TextDataModule

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_modules.evals.gsm8k import HUB_ID, PROMPT
-from data_modules.evals.rows import hub_rows, json_rows
 from data_modules.generative import GenerativeDataModule
+from data_modules.readers import hub_rows, json_rows
 
 CALCULATION = re.compile(r"<<[^<>]*>>")
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_modules.evals.commonsense import PROMPT
-from data_modules.evals.rows import hub_rows, json_rows
 from data_modules.generative import GenerativeDataModule
+from data_modules.readers import hub_rows, json_rows
 
 PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
 REFUSALS = ("sorry", "as an ai")

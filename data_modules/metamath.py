@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from data_modules.evals.gsm8k import PROMPT
-from data_modules.evals.rows import hub_rows, json_rows
 from data_modules.generative import GenerativeDataModule
+from data_modules.readers import hub_rows, json_rows
 
 HUB_ID = "meta-math/MetaMathQA"
 REPEATED_ANSWER = "\nThe answer is:"

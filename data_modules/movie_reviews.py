@@ -8,8 +8,8 @@ import pathlib
 import tarfile
 from typing import Any
 
-from app.errors import InputError
-from app.package_file import fetch_package_file
+from app.utils.errors import InputError
+from app.utils.package_index import fetch_package_file
 from data_modules.encoding import TextRow
 from data_modules.sampling import split_off
 from data_modules.text import TextDataModule

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DistributedSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from app.errors import InputError
+from app.utils.errors import InputError
 from data_modules.encoding import TextRow
 
 SPLIT_SEED = 0  # rows held out do not depend on `seed`: runs with other seeds meet the same ones

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from app.errors import InputError
-from app.evaluation import Evaluation
-from app.processes import is_first_process
+from app.distributed.collectives import is_first_process
+from app.evaluation.benchmark import Benchmark
+from app.utils.errors import InputError
 from data_modules.benchmark_data import BenchmarkDataModule
 from data_modules.contamination import shared_questions
 from data_modules.encoding import (
@@ -59,7 +59,7 @@ class TextDataModule(BenchmarkDataModule):
         seed: int = 0,
         train_size: int | None = None,
         validation_size: int | None = None,
-        evals: list[Evaluation] | None = None,
+        evals: list[Benchmark] | None = None,
         chat_template: bool = False,
         long_prompts: Literal["cut", "refuse"] = "cut",
     ) -> None:

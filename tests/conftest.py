@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from report_runs import report, runs  # noqa: F401 (fixtures)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -25,7 +24,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from app.pretrained import local_directory, resolve_model
+from app.models.loading import local_directory, resolve_model
+from tests.support.report_runs import report, runs  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0, 1, 2, 3
@@ -171,7 +171,7 @@ trainer: {{max_steps: 3, log_every_n_steps: 1, accelerator: cpu}}
 model:
   name: {model}
   adapter: {{r: 4}}
-  optimizer: {{class_path: app.precond_adamw.PreconditionedAdamW, init_args: {{lr: 1.0e-2}}}}
+  optimizer: {{class_path: app.optim.preconditioned_adamw.PreconditionedAdamW, init_args: {{lr: 1.0e-2}}}}
   lr_scheduler_type: constant
 data:
   class_path: data_modules.glue.GlueDataModule
@@ -219,7 +219,8 @@ def tiny_run(tmp_path, run_models, sst2_folder):
 @pytest.fixture
 def command(monkeypatch):
     """Return `command(*argv)`, which runs `python train.py ARGV` in process and returns its status."""
-    from app.cli import LoraCLI, main  # 10 s of imports, which most tests do without
+    from app.cli.lora_cli import LoraCLI
+    from app.cli.main import main  # 10 s of imports, which most tests do without
 
     commands = LoraCLI.subcommands()
 

@@ -9,9 +9,10 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from app.errors import InputError
-from app.evaluation import Decoding, Evaluation, Question
-from data_modules.evals.rows import json_list_rows
+from app.evaluation.benchmark import Benchmark, Question
+from app.models.generation import Decoding
+from app.utils.errors import InputError
+from data_modules.readers import json_list_rows
 
 SETTING = "path of the benchmark commonsense"
 PROMPT = (
@@ -30,7 +31,7 @@ OPTIONS = {
 }
 
 
-class Commonsense(Evaluation):
+class Commonsense(Benchmark):
     """Ask the test questions of one or more commonsense sets.
 
     Args:

@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
-from app.errors import InputError
-from app.evaluation import Decoding, Evaluation, Question
+from app.evaluation.benchmark import Benchmark, Question
+from app.models.generation import Decoding
+from app.utils.errors import InputError
 from data_modules.evals.number_answers import last_number, number_behind, share
-from data_modules.evals.rows import Row, hub_rows, jsonl_rows
+from data_modules.readers import Row, hub_rows, jsonl_rows
 
 HUB_ID = "openai/gsm8k"
 PROMPT = "Q: {question}\nA: "
@@ -21,7 +22,7 @@ MARKER = "####"
 STOP = ("Q:", "</s>", "<|im_end|>")  # of gsm8k_cot in lm-evaluation-harness
 
 
-class Gsm8k(Evaluation):
+class Gsm8k(Benchmark):
     """Ask the test questions of GSM8K without examples.
 
     Args:

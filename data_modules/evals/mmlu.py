@@ -11,9 +11,9 @@ import pathlib
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 
-from app.errors import InputError
-from app.evaluation import Evaluation, Question
-from data_modules.evals.rows import file_bytes, hub_rows
+from app.evaluation.benchmark import Benchmark, Question
+from app.utils.errors import InputError
+from data_modules.readers import file_bytes, hub_rows
 
 HUB_ID = "cais/mmlu"
 SETTING = "path of the benchmark mmlu"
@@ -42,7 +42,7 @@ CATEGORY_OF = {subject: name for name, listed in CATEGORIES.items() for subject 
 Rows = list[tuple[str, list[str]]]  # where it stands; question, four options, letter
 
 
-class Mmlu(Evaluation):
+class Mmlu(Benchmark):
     """Ask MMLU's test questions, subject by subject.
 
     Args:

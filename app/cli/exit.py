@@ -1,0 +1,79 @@
+"""How a command ends: its exit status, what is said, and who waits for whom."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from app.distributed.collectives import is_first_process, world_size
+from app.distributed.heartbeat import (
+    abort_after_peer_failure,
+    disable_watchdog,
+    leave,
+    lost_contact,
+)
+from app.utils.errors import InputError, causes
+from app.utils.signals import Stopped, StopSignals
+
+
+def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
+    """Run a command and end in order, with the other processes if they still are there.
+
+    Args:
+        command: Returns the exit status.
+        signals: Told that the run is ending.
+
+    Returns:
+        The command's status; 2 after an InputError, which is told in one line; that of the signal after
+        `Stopped`.
+    """
+    status = 1
+    lost: RuntimeError | None = None
+    alone = False  # whether this process ends where others may wait for it
+    try:
+        ended = _or_stopped_together(command)
+        signals.ending = True
+        # Before the others may go: launchers end all processes as soon as one has ended with a bad status.
+        _finish_wandb(ended)
+        leave()
+        status = ended
+    except ValueError as error:
+        # The parser wraps what a class says of its arguments.
+        told = next((e for e in causes(error) if isinstance(e, InputError)), None)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        status = 2
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        lost = error
+    except Stopped as stopped:
+        print(stopped.line, file=sys.stderr, flush=True)
+        status, alone = stopped.status, world_size() > 1
+    finally:
+        signals.ending = True
+        disable_watchdog()
+        _finish_wandb(status)
+    if lost is not None:
+        abort_after_peer_failure(lost)
+    if alone:
+        os._exit(status)  # leaving in order would wait for the others
+    return status
+
+
+def _or_stopped_together(command: Callable[[], int]) -> int:
+    try:
+        return command()
+    except Stopped as stopped:
+        if not stopped.together:
+            raise
+        if is_first_process():
+            print(stopped.line, file=sys.stderr, flush=True)
+        return stopped.status
+
+
+def _finish_wandb(status: int) -> None:
+    """Write what W&B still holds, and tell it how the run ended."""
+    wandb = sys.modules.get("wandb")  # importing it is slow, and of no use to a run without it
+    if wandb is not None and wandb.run is not None:
+        wandb.finish(exit_code=status)

@@ -1,0 +1,21 @@
+"""The classes that a `class_path` may name without their module."""
+
+import importlib
+import pkgutil
+
+import callbacks
+import data_modules
+import data_modules.evals
+from app.evaluation.benchmark import Benchmark
+from app.utils.arguments import Parser
+from data_modules.benchmark_data import BenchmarkDataModule
+
+
+def import_known_classes() -> None:
+    """Import every callback, data module and benchmark of the project; the parser looks among subclasses."""
+    for package in (callbacks, data_modules, data_modules.evals):
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+    for base in (BenchmarkDataModule, Benchmark):
+        if base not in Parser.bases:
+            Parser.bases.append(base)

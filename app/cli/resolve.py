@@ -1,0 +1,58 @@
+"""Resolve the configuration of a `fit` without running it."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import yaml
+
+from app.cli.lora_cli import LoraCLI, run_cli
+from app.training.checks import check_length
+from app.utils.arguments import class_named
+from app.utils.signals import StopSignals
+
+
+class ResolvedFit(LoraCLI):
+    """A `fit` that is parsed and not run.
+
+    Attributes:
+        resolved: The configuration, as a run would write it.
+    """
+
+    resolved: dict[str, Any]
+
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
+        self.resolved = yaml.safe_load(self._settings())
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+    @cached_property
+    def _made(self) -> Any:
+        """Everything of the run but the trainer; making it checks its settings."""
+        return self.parser.instantiate(self.config)
+
+    @property
+    def data(self) -> Any:
+        """The data module."""
+        return self._get(self._made, "data")
+
+    def class_named(self, path: str) -> Any:
+        """Return the class that a `class_path` names."""
+        return class_named(path)
+
+    def check(self) -> None:
+        """Raise an error if a part cannot be made, or training is too short for the adapter."""
+        module, trainer = self._get(self._made, "model"), self.resolved["trainer"]
+        adapter = module.adapter if module.adapter_path is None else None
+        check_length(adapter, trainer.get("max_steps"), trainer.get("max_epochs"))
+
+
+def resolve_run(options: Sequence[str]) -> ResolvedFit:
+    """Parse the options of a `fit`.
+
+    Raises:
+        InputError: A setting is unknown or wrong, or a file is missing.
+    """
+    return run_cli(ResolvedFit, ["fit", *options], StopSignals())

@@ -1,0 +1,186 @@
+"""`python train.py dashboard`: a W&B workspace that compares methods, from what every run logs."""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from app.commands.compare.selection import is_better
+from app.commands.compare.settings import RATE
+from app.tracking.alignment_plots import MAPS
+from app.utils.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors like those of the other commands."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"dashboard: {message}; see python train.py dashboard --help")
+
+
+def dashboard_command(arguments: Sequence[str]) -> int:
+    """Parse the arguments of `dashboard` and run it."""
+    parser = _Parser("train.py dashboard", description="Make a W&B workspace for a project's runs.")
+    parser.add_argument("--entity", required=True, help="W&B user or team")
+    parser.add_argument("--project", default="lora-one", help="W&B project; default lora-one")
+    parser.add_argument("--name", default="LoRA-One", help="name of the workspace")
+    parser.add_argument(
+        "--score",
+        default="accuracy",
+        help="the score to compare, such as accuracy, mcc, gsm8k/strict, humaneval/pass@1",
+    )
+    parser.add_argument(
+        "--task", help="show the runs of this task or W&B group alone, such as glue/sst2"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="write the specification to this JSON file instead; no network"
+    )
+    given = parser.parse_args(arguments)
+    made = workspace(given.entity, given.project, given.name, given.score, given.task)
+    if given.output is not None:
+        try:
+            given.output.write_text(json.dumps(specification(made), indent=2) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"--output is {str(given.output)!r}, which cannot be written ({error.strerror}): expected a "
+                "JSON file in a folder that is there"
+            ) from error
+        print(f"wrote {given.output}")
+        return 0
+    try:
+        made.save()
+    except Exception as error:  # of the network, of the key, of the server: all in their own words
+        raise InputError(
+            f"the workspace could not be saved to W&B project {given.entity}/{given.project} ({error}): "
+            "log in with `wandb login`, check --entity and --project, or give --output FILE to write "
+            "its specification"
+        ) from error
+    print(made.url)
+    return 0
+
+
+def workspace(entity: str, project: str, name: str, score: str, task: str | None = None) -> Any:
+    """Describe the workspace: scores, training, start, what the factors do, cost.
+
+    Bars and lines are means over the runs of a cell, which differ in their seed alone.
+
+    Args:
+        entity: W&B user or team.
+        project: W&B project.
+        name: Name of the workspace.
+        score: Name of the score to compare, as it stands behind `val/`, `final/` and `test/`.
+        task: The task or W&B group whose runs are shown; None shows all.
+
+    Returns:
+        A `wandb_workspaces.workspaces.Workspace`, not saved yet.
+
+    Raises:
+        InputError: The library cannot look for the task's name.
+    """
+    if task is not None and not re.fullmatch(r"[^'\\=<>\n]+", task):  # it quotes nothing
+        raise InputError(
+            f"--task is {task!r}: expected the name of a task or of a W&B group, such as glue/sst2, without "
+            "any of ' \\ = < >"
+        )
+    import wandb_workspaces.reports.v2 as wr  # slow, and of no use to any other command
+    import wandb_workspaces.workspaces as ws
+
+    step = "trainer/global_step"
+    by = wr.Config("cell")
+
+    def lines(title: str, key: str, x: str = step, **options: Any) -> Any:
+        return wr.LinePlot(
+            title=title,
+            x=x,
+            y=[key],
+            groupby=by,
+            groupby_aggfunc="mean",
+            groupby_rangefunc="stddev",
+            **options,
+        )
+
+    def bars(title: str, key: str) -> Any:
+        return wr.BarPlot(
+            title=title,
+            metrics=[wr.SummaryMetric(key)],
+            groupby=by,
+            groupby_aggfunc="mean",
+            groupby_rangefunc="stddev",
+        )
+
+    def pictures(title: str, keys: Sequence[str]) -> Any:
+        return wr.MediaBrowser(title=title, media_keys=list(keys), num_columns=2)
+
+    scores = [
+        bars(f"test {score}", f"test/{score}"),
+        bars(f"final validation {score}", f"final/{score}"),
+        bars(f"{score} after the start, before training", f"after_init/{score}"),
+        wr.ScatterPlot(
+            title=f"final validation {score} against the learning rate",
+            x=wr.Config(RATE),
+            y=wr.SummaryMetric(f"final/{score}"),
+            log_x=True,
+        ),
+        lines(f"validation {score}", f"val/{score}"),
+    ]
+    if score != "loss":
+        scores += [
+            bars("final validation loss", "final/loss"),
+            lines("validation loss", "val/loss"),
+        ]
+    training = [
+        lines("training loss against steps", "train/loss", log_y=True),
+        lines("training loss against seconds", "train/loss", x="Relative Time", log_y=True),
+    ]
+    start = [
+        bars("gradient energy that the start captures", "init/captured_energy"),
+        pictures("one-step gradient", ["plots/spectrum", "plots/captured_energy"]),
+    ]
+    inside = [lines(MAPS[key][0], f"inside/{key}") for key in MAPS]
+    inside.append(pictures("over layers and steps", [f"plots/inside_{key}" for key in MAPS]))
+    cost = [
+        bars("trainable parameters", "trainable_parameters"),
+        bars("seconds of the initialisation", "init/seconds"),
+        bars("seconds of training", "train/seconds"),
+        bars("samples a second", "train/samples_per_second"),
+        bars("peak memory of training, bytes", "train/peak_bytes"),
+    ]
+    shown: Any = []
+    if task is not None:  # a group of another name is known from the start, the task at the end
+        shown = ws.Or(ws.Metric("Group") == task, ws.Summary("task") == task)
+    sections = {
+        "Scores": scores,
+        "Training": training,
+        "Start": start,
+        "Inside": inside,
+        "Cost": cost,
+    }
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=name,
+        sections=[
+            ws.Section(name=title, panels=panels, is_open=title != "Inside")
+            for title, panels in sections.items()
+        ],
+        settings=ws.WorkspaceSettings(x_axis=step, max_runs=100),
+        runset_settings=ws.RunsetSettings(
+            filters=shown,
+            groupby=[ws.Metric("Group"), ws.Config("model.method"), ws.Config(RATE)],
+            order=[ws.Ordering(ws.Summary(f"final/{score}"), ascending=is_better(score) < 0)],
+            pinned_columns=[
+                *("summary:method", "summary:task", "summary:seed"),
+                *(f"summary:final/{score}", f"summary:test/{score}"),
+                "summary:trainable_parameters",
+            ],
+        ),
+    )
+
+
+def specification(made: Any) -> dict[str, Any]:
+    """Return what W&B would be sent, as plain data."""
+    view = made._to_model()
+    found: dict[str, Any] = json.loads(view.model_dump_json(by_alias=True))
+    return found

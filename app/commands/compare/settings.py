@@ -1,0 +1,80 @@
+"""Which settings of two runs must agree for a comparison, and which ones make the method."""
+
+from collections.abc import Mapping
+from typing import Any
+
+OPTIMIZER = "model.optimizer"
+RATE = f"{OPTIMIZER}.init_args.lr"
+METHOD = ("model.method", "model.adapter", OPTIMIZER, "init", "trainer.callbacks")
+"""The method: what an overlay in configs/methods may change."""
+
+FREE = (
+    *("seed_everything", "output", "ckpt_path", "weights_only", "data.init_args.evals"),
+    *("data.init_args.num_workers", "data.init_args.eval_batch_size", "trainer.logger"),
+    *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
+    *("trainer.enable_checkpointing", "trainer.log_every_n_steps", "trainer.profiler"),
+    *("trainer.val_check_interval", "trainer.check_val_every_n_epoch"),
+    *("trainer.limit_val_batches", "trainer.detect_anomaly"),
+)
+"""What changes neither the training nor its scores: how often is logged, where it is written."""
+
+WATCHERS = ("callbacks.alignment_monitor.AlignmentMonitor",)
+"""Callbacks that look on and change nothing."""
+
+Settings = dict[str, Any]
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Settings:
+    """Return nested settings with dotted names; an empty section counts as null."""
+    found: Settings = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{name}.")
+        else:
+            found[name] = None if value in ({}, []) else value
+    return found
+
+
+def method_settings(config: Mapping[str, Any]) -> Settings:
+    """Return what makes the method, without its learning rate."""
+    found = {
+        name: value for name, value in flat(config).items() if _in(name, METHOD) and name != RATE
+    }
+    callbacks = found.get("trainer.callbacks")
+    if isinstance(callbacks, list):
+        acting = [c for c in callbacks if c.get("class_path") not in WATCHERS]
+        found["trainer.callbacks"] = acting or None
+    return found
+
+
+def task_settings(config: Mapping[str, Any]) -> Settings:
+    """Return what all runs of a comparison share: model, data, budget, schedule."""
+    return {
+        name: value
+        for name, value in flat(config).items()
+        if not _in(name, METHOD) and not _in(name, FREE)
+    }
+
+
+def without_model_name(task: Settings) -> Settings:
+    """Return a task's settings without the model's name: the same weights may lie elsewhere."""
+    return {name: value for name, value in task.items() if name != "model.name"}
+
+
+def differences(left: Settings, right: Settings) -> dict[str, tuple[Any, Any]]:
+    """Return the settings whose values differ, with both; an absent one counts as null."""
+    names = dict.fromkeys([*left, *right])
+    pairs = {name: (left.get(name), right.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def told(found: Mapping[str, tuple[Any, Any]], most: int = 4) -> str:
+    """Return differences as text: `data.init_args.max_length (128, 256)`."""
+    parts = [f"{name} ({left}, {right})" for name, (left, right) in list(found.items())[:most]]
+    more = len(found) - len(parts)
+    return ", ".join(parts) + (f" and {more} more" if more else "")
+
+
+def _in(name: str, sections: tuple[str, ...]) -> bool:
+    return any(name == section or name.startswith(f"{section}.") for section in sections)

@@ -1,0 +1,110 @@
+"""`python train.py export`: a run's merged model, or its adapter elsewhere."""
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import yaml
+from transformers.utils import logging as transformers_logging
+
+from app.models.adapter_io import load_adapter, save_merged
+from app.models.loading import load_model, load_tokenizer, model_fingerprint, resolve_model
+from app.tracking.run_folder import (
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    MODEL_FOLDER,
+    SUMMARY_FILE,
+    check_run_folder,
+)
+from app.utils.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors like those of the other commands."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"export: {message}; see python train.py export --help")
+
+
+def export_command(arguments: Sequence[str]) -> int:
+    """Parse the arguments of `export` and run it."""
+    parser = _Parser("train.py export", description="Write a run's adapter or merged model.")
+    parser.add_argument("--run", required=True, type=Path, help="folder of a finished run")
+    parser.add_argument(
+        "--merge", action="store_true", help="write the base model with the adapter merged into it"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder to write; default RUN/merged or RUN/exported_adapter"
+    )
+    given = parser.parse_args(arguments)
+    folder = export(given.run, given.merge, given.output)
+    print(f"wrote {folder}")
+    return 0
+
+
+def export(run: Path, merge: bool, output: Path | None = None) -> Path:
+    """Write a run's adapter (PEFT layout) or merged model (safetensors) for use elsewhere.
+
+    Args:
+        run: Folder of a finished run.
+        merge: Merge the adapter into the base model.
+        output: Folder to write; must not exist.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        InputError: If `run` is no finished run, `output` exists, or the base model has changed.
+    """
+    check_run_folder(run)
+    target = output or run / ("merged" if merge else "exported_adapter")
+    if target.exists():
+        raise InputError(
+            f"--output is {str(target)!r}, which exists: remove it or name another folder"
+        )
+    whole = (run / MODEL_FOLDER).is_dir()
+    if whole and not merge:
+        raise InputError(
+            f"--run is {str(run)!r}, which trained the whole model and has no adapter: give --merge, which "
+            "writes the model"
+        )
+    if whole or not merge:
+        with _new_beside(target) as part:
+            made = run / (MODEL_FOLDER if whole else ADAPTER_FOLDER)
+            shutil.copytree(made, part, dirs_exist_ok=True)
+        return target
+    settings = yaml.safe_load((run / CONFIG_FILE).read_text())["model"]
+    summary = json.loads((run / SUMMARY_FILE).read_text())
+    source = resolve_model(settings["name"])
+    found, expected = model_fingerprint(source), summary["model"]["fingerprint"]
+    if found != expected:
+        raise InputError(
+            f"the base model {source.name} has fingerprint {found}, but the run was trained on "
+            f"{expected}: the weights behind model.name have changed"
+        )
+    transformers_logging.disable_progress_bar()
+    base = load_model(source, getattr(torch, settings["dtype"]))
+    trained = load_adapter(base, run / ADAPTER_FOLDER, trainable=False)
+    with _new_beside(target) as part:
+        save_merged(trained, load_tokenizer(source), part)
+    return target
+
+
+@contextmanager
+def _new_beside(target: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes `target` when all is written, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield part
+        part.chmod(0o755)
+        part.replace(target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise

@@ -1,0 +1,1 @@
+"""Work out what a run needs, without loading weights."""

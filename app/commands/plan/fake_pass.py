@@ -1,0 +1,158 @@
+"""Measure what the passes of a model keep in memory, with tensors that have a shape and no content.
+
+The model is built on the meta device and every operation of its forward and backward pass is run by
+torch's FakeTensorMode, which allocates nothing. So any architecture, attention, precision and activation
+checkpointing is measured as it is, and not by a formula for one kind of model.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
+
+from app.initialization.gradient_hooks import frozen, observe
+from app.models.activation_checkpointing import recomputing
+from app.models.lora import LoraPair, without_adapters
+from app.models.loss import Batch, summed_loss, supervised_logits
+
+UNSUPERVISED = -100
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """Memory of one pass over one batch beside parameters and their gradients.
+
+    Attributes:
+        kept: Bytes alive between the forward and the backward pass; 0 for a pass without one.
+        peak: Most bytes alive at once.
+    """
+
+    kept: int
+    peak: int
+
+
+class DryModel:
+    """A model without content whose passes can be measured; takes over a model on the meta device.
+
+    Args:
+        model: On the meta device: the model itself or a PEFT model. Its parameters are replaced.
+        base: The transformers model inside.
+        forward_context: The trainer's precision context.
+        compute_dtype: Type that frozen weights have during a pass, where it is not their own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        forward_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.base = base
+        self.forward_context = forward_context
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._mode:
+            for module in model.modules():
+                for name, p in list(module.named_parameters(recurse=False)):
+                    casts = compute_dtype is not None and not p.requires_grad
+                    dtype = compute_dtype if casts else p.dtype
+                    new = torch.empty(p.shape, dtype=dtype, device="cpu")
+                    setattr(module, name, nn.Parameter(new, p.requires_grad))
+                for name, b in list(module.named_buffers(recurse=False)):
+                    setattr(module, name, torch.empty(b.shape, dtype=b.dtype, device="cpu"))
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(_drop_gradient)
+
+    def training(self, batch: Batch) -> PassMemory:
+        """Measure a training step's forward and backward pass."""
+        self.model.train()
+        return self._measure(batch)
+
+    def evaluation(self, batch: Batch) -> PassMemory:
+        """Measure a forward pass without gradients."""
+        self.model.eval()
+        with torch.no_grad():
+            return self._measure(batch)
+
+    def observation(self, batch: Batch, pairs: Sequence[LoraPair]) -> PassMemory:
+        """Measure the pass of the one-step gradient, without what is kept of the gradient."""
+        self.model.eval()
+        layers = {pair.name: pair.layer for pair in pairs}
+        with ExitStack() as stack:
+            stack.enter_context(frozen(self.model))
+            stack.enter_context(recomputing(self.model))
+            stack.enter_context(without_adapters(self.model))
+            stack.enter_context(observe(layers, dict.fromkeys(layers, lambda x, delta: None)))
+            return self._measure(batch)
+
+    def _measure(self, batch: Batch) -> PassMemory:
+        held = [*self.model.parameters(), *self.model.buffers()]
+        causal = not self.base.config.is_encoder_decoder
+        labels = batch["labels"][:, 1:] if causal else batch["labels"]
+        supervised = int((labels != UNSUPERVISED).sum())
+        with self._mode:
+            fake = {k: torch.empty(v.shape, dtype=v.dtype, device="cpu") for k, v in batch.items()}
+            live = LiveBytes([*held, *fake.values()], supervised)
+            with live:
+                with self.forward_context():
+                    loss = summed_loss(supervised_logits(self.model, self.base, fake))
+                kept = live.now if loss.requires_grad else 0
+                if loss.requires_grad:
+                    loss.backward()
+        return PassMemory(kept, live.peak)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    """Forget a gradient, which is no part of a pass's own memory."""
+    parameter.grad = None
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of all storages that operations have made and that are still referred to.
+
+    Args:
+        known: Tensors whose storages are not counted.
+        supervised: Number of supervised positions. A selection by a boolean mask is given this many
+            rows: how many there are cannot be seen in a mask without content.
+    """
+
+    def __init__(self, known: Sequence[Tensor], supervised: int) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._supervised = supervised
+        self._known = {t.untyped_storage()._cdata for t in known}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool:
+            source, (mask, *_) = args
+            result = source.new_empty((self._supervised, *source.shape[mask.ndim :]))
+        else:
+            result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._see, result)
+        return result
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

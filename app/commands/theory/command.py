@@ -1,0 +1,173 @@
+"""`python train.py theory`: the figures of arXiv:2502.01235 and its inequalities on random instances."""
+
+import csv
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from app.commands.theory import alignment, experiments, relu
+from app.commands.theory.figures import Picture, draw
+from app.commands.theory.settings import (
+    AlignmentSettings,
+    DescentSettings,
+    ProblemSettings,
+    SweepSettings,
+    TheoryOutput,
+    TheorySettings,
+)
+from app.commands.theory.theorems import THEOREMS, Check, Theorem
+from app.tracking.config_files import expand
+from app.tracking.run_folder import CONFIG_FILE, SUMMARY_FILE, new_folder
+from app.utils.arguments import Parser, PlainHelp
+from app.utils.console import on_terminal
+from app.utils.errors import InputError
+
+RESULTS_FILE = "results.csv"
+DESCRIPTION = """Draw the paper's theory figures and check its theorems on random instances, in float64.
+
+  python train.py theory --config theory/linear.yaml      writes runs/theory_linear/version_0
+  python train.py theory --config theory/relu.yaml --problem.kappa 10
+
+The exit status is 0 if every inequality holds and 1 if one does not.
+"""
+SECTIONS = {
+    "problem": ProblemSettings,
+    "descent": DescentSettings,
+    "alignment": AlignmentSettings,
+    "sweep": SweepSettings,
+    "output": TheoryOutput,
+}
+
+Experiment = Callable[[TheorySettings], list[Picture]]
+EXPERIMENTS: dict[str, tuple[Experiment, ...]] = {
+    "linear": (
+        alignment.angles,
+        alignment.angle_by_size,
+        alignment.alignment_time,
+        alignment.paths,
+        experiments.spectral_error,
+        experiments.loss_by_kappa,
+        experiments.steps_by_kappa,
+        experiments.error_by_rank,
+    ),
+    "relu": (
+        relu.angles,
+        relu.error_by_gamma,
+        experiments.spectral_error,
+        experiments.loss_by_kappa,
+        experiments.steps_by_kappa,
+        experiments.error_by_rank,
+    ),
+}
+"""The figures of each kind of problem."""
+
+
+def theory_command(arguments: Sequence[str]) -> int:
+    """Run `theory` with the arguments after its name.
+
+    Returns:
+        Exit status: 0 if every inequality holds, 1 otherwise.
+
+    Raises:
+        InputError: If a setting is unknown or wrong, or the folder cannot be written.
+    """
+    for argument in arguments:
+        if argument.partition("=")[0] == "--run":
+            raise InputError(
+                "there is no setting run for theory; see python train.py theory --help"
+            )
+    parser = Parser(prog="train.py theory", description=DESCRIPTION, formatter_class=PlainHelp)
+    parser.add_argument("-c", "--config", action="config", help="Path or name of a YAML file.")
+    for name, kind in SECTIONS.items():
+        parser.add_class_arguments(kind, name)
+    config = parser.parse_args(expand(arguments))
+    made = parser.instantiate(config)
+    settings = TheorySettings(**{name: made[name] for name in SECTIONS})
+    folder = new_folder(Path(settings.output.root) / settings.output.name)
+    parser.save(config, str(folder / CONFIG_FILE), multifile=False)
+    return run(settings, folder)
+
+
+def run(settings: TheorySettings, folder: Path) -> int:
+    """Check the theorems, draw the figures and write both into an empty folder.
+
+    Writes results.csv (figure, panel, curve, x, y), summary.json (the table of theorems) and a PNG for
+    each figure.
+    """
+    begin = time.perf_counter()
+    kind = settings.problem.kind
+    pictures: list[Picture] = []
+    checks: list[Check] = []
+
+    def check(theorem: Theorem) -> None:
+        rng = np.random.default_rng(settings.problem.seed)
+        checks.extend(theorem(rng, settings.output.instances))
+
+    def show(experiment: Experiment) -> None:
+        found = experiment(settings)
+        pictures.extend(found)
+        for picture in found:
+            draw(picture, folder)
+
+    def bounds(_: TheorySettings) -> list[Picture]:
+        return experiments.convergence_bounds([check for check in checks if check.over_steps])
+
+    parts: list[tuple[str, Callable[[], None]]] = []
+    for name, theorem in THEOREMS[kind].items():
+        parts.append((f"theorem: {name}", partial(check, theorem)))
+    for experiment in EXPERIMENTS[kind]:
+        name = experiment.__name__.replace("_", " ")
+        parts.append((f"figure: {name}", partial(show, experiment)))
+    parts.append(("figure: convergence bounds", partial(show, bounds)))
+    bar = tqdm(parts, leave=False, dynamic_ncols=True, disable=not on_terminal())
+    for i, (label, part) in enumerate(bar):
+        bar.set_description(label)
+        before = time.perf_counter()
+        part()
+        if not on_terminal():
+            seconds = time.perf_counter() - before
+            print(f"{i + 1}/{len(parts)} {label}, {seconds:.1f} s", flush=True)
+    with (folder / RESULTS_FILE).open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("figure", "panel", "curve", "x", "y"))
+        for picture in pictures:
+            writer.writerows(picture.rows())
+    holds = all(check.holds for check in checks)
+    summary = {
+        "kind": kind,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "holds": holds,
+        "theorems": [
+            {
+                "theorem": check.name,
+                "statement": check.statement,
+                "instances": check.instances,
+                # JSON has no NaN
+                "worst_measured_over_bound": check.worst if np.isfinite(check.worst) else None,
+                "holds": check.holds,
+            }
+            for check in checks
+        ],
+        "figures": [f"{picture.name}.png" for picture in pictures],
+    }
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    print(table(checks))
+    print(f"wrote {folder} in {summary['seconds']:.0f} s")
+    return 0 if holds else 1
+
+
+def table(checks: Sequence[Check]) -> str:
+    """Return one line for each inequality: theorem, instances, worst measured / bound, whether it holds."""
+    width = max(len(check.name) for check in checks)
+    lines = [f"{'theorem':<{width}}  instances  measured/bound  holds  inequality"]
+    for check in checks:
+        told = "yes" if check.holds else "NO"
+        lines.append(
+            f"{check.name:<{width}}  {check.instances:>9}  {check.worst:>14.3g}  {told:<5}  {check.statement}"
+        )
+    return "\n".join(lines)

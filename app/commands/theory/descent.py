@@ -1,0 +1,117 @@
+"""Starts and gradient descent of LoRA factors, with and without the preconditioner."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.commands.theory.problems import Problem, normal
+from app.initialization.factors import LoraFactors, spectral_factors
+from app.initialization.svd import SVD, truncated_svd
+from app.optim.preconditioner import Cache, precondition_pairs
+
+
+def random_start(
+    rng: np.random.Generator, problem: Problem, rank: int, scale: Tensor | float
+) -> LoraFactors:
+    """Return LoRA's start: lora_A normal with deviation `scale` (a number or (P, 1, 1)), lora_B zero."""
+    instances, m, n = problem.change.shape
+    lora_A = scale * normal(rng, instances, rank, n)
+    return LoraFactors(lora_A, lora_A.new_zeros(instances, m, rank))
+
+
+def gradient_svds(problem: Problem, rank: int) -> list[SVD]:
+    """Return each instance's leading triplets of the one-step gradient dL/dW at W."""
+    return [truncated_svd(G, rank) for G in problem.gradient(torch.zeros_like(problem.change))]
+
+
+def spectral_start(problem: Problem, rank: int, gamma: float | None = None) -> LoraFactors:
+    """Return the start of the paper's theorems: lora_B @ lora_A = P_r(-dL/dW) / gamma, balanced.
+
+    Args:
+        problem: P problems.
+        rank: r.
+        gamma: Divisor; None takes the one that the theory gives for this model.
+
+    Source: arXiv:2502.01235, eq. 8, whose gamma is 1 / gamma here.
+    """
+    divisor = problem.gamma if gamma is None else gamma
+    starts = [spectral_factors(s, divisor, normalized=False) for s in gradient_svds(problem, rank)]
+    return LoraFactors(*(torch.stack(same) for same in zip(*starts, strict=True)))
+
+
+def lora_ga_start(problem: Problem, rank: int, gamma: float) -> LoraFactors:
+    """Return LoRA-GA's start: triplets 1..r into lora_A, the next r into lora_B, size m^(1/4) / sqrt(gamma).
+
+    Its product is subtracted from the base weight: give `descend` offset = -lora_B @ lora_A.
+
+    Source: arXiv:2407.05000 with the authors' direction ArB2r and scale "stable".
+    """
+    scale = problem.change.shape[-2] ** 0.25 / gamma**0.5
+    svds = gradient_svds(problem, 2 * rank)
+    lora_A = torch.stack([s.V[:, :rank].T for s in svds])
+    lora_B = torch.stack([s.U[:, rank:] for s in svds])
+    return LoraFactors(scale * lora_A, scale * lora_B)
+
+
+def descend(
+    problem: Problem,
+    start: LoraFactors,
+    lr: Tensor | float,
+    steps: int,
+    damping: float | None = None,
+    offset: Tensor | float = 0.0,
+) -> Iterator[LoraFactors]:
+    """Yield the factors before the first and after each step of full-batch gradient descent.
+
+        G       = dL/dW at W + offset + lora_B @ lora_A
+        lora_A <- lora_A - lr * P_A(lora_B^T G)          P_A(g) = (lora_B^T lora_B + damping I)^-1 g
+        lora_B <- lora_B - lr * P_B(G lora_A^T)          P_B(g) = g (lora_A lora_A^T + damping I)^-1
+
+    both from the old factors; without a damping P_A and P_B are the identity.
+
+    Args:
+        problem: P problems.
+        start: lora_A (P, r, n) and lora_B (P, m, r).
+        lr: A number, or one for each instance (P, 1, 1).
+        steps: Number of steps.
+        damping: Of the preconditioner; 0 is the paper's; None leaves the preconditioner out.
+        offset: What is added to W beside the product (P, m, n).
+
+    Raises:
+        RuntimeError: The damping is 0 and a Gram matrix is singular.
+
+    Source: arXiv:2502.01235, eqs. 3 and 9.
+    """
+    lora_A, lora_B = start
+    cache: Cache = {}
+    yield start
+    for _ in range(steps):
+        G = problem.gradient(offset + lora_B @ lora_A)
+        grad_A, grad_B = lora_B.mT @ G, G @ lora_A.mT
+        if damping is not None:
+            ready = precondition_pairs(
+                lora_A.unbind(), lora_B.unbind(), grad_A.unbind(), grad_B.unbind(), damping, cache
+            )
+            grad_A, grad_B = (torch.stack([g for g in side if g is not None]) for side in ready)
+        lora_A, lora_B = lora_A - lr * grad_A, lora_B - lr * grad_B
+        yield LoraFactors(lora_A, lora_B)
+
+
+def descend_core(problem: Problem, rank: int, lr: float, steps: int) -> Iterator[Tensor]:
+    """Yield the update U R V^T before and after each step, R alone being trained (LoRA-SB).
+
+    U and V are the leading singular vectors of the one-step gradient and R starts at diag(-S).
+
+    Source: arXiv:2411.19557, by plain gradient descent.
+    """
+    svds = gradient_svds(problem, rank)
+    left, right = torch.stack([s.U for s in svds]), torch.stack([s.V for s in svds])
+    core = torch.diag_embed(-torch.stack([s.S for s in svds]))
+    update = left @ core @ right.mT
+    yield update
+    for _ in range(steps):
+        core = core - lr * left.mT @ problem.gradient(update) @ right
+        update = left @ core @ right.mT
+        yield update

@@ -1,0 +1,1 @@
+"""Collectives, rendezvous and FSDP2."""

@@ -1,0 +1,1 @@
+"""Benchmarks: ask a model their questions, keep its answers, compute metrics."""

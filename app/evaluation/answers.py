@@ -1,0 +1,108 @@
+"""What a model has answered so far, in a file that an interrupted evaluation goes on with."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch.distributed as dist
+
+from app.distributed.collectives import (
+    from_first_process,
+    global_rank,
+    is_first_process,
+    world_size,
+)
+from app.utils.errors import InputError
+from app.utils.files import digest
+
+Answer = dict[str, Any]
+"""`key` and `prompt_hash` of a question, its `outputs`, their `tokens` and `finished`, and its `scores`."""
+
+
+class AnswersFile:
+    """Answers as JSON lines, written as they come.
+
+    While questions are being asked, every process has a file of its own (`NAME.part0.jsonl`); a line that
+    a kill has cut is not an answer. At the end the first process joins them to `NAME.jsonl`, whole or
+    not at all. The name holds a hash of all that an answer depends on beside its prompt, so that no
+    answer of another model or of other settings is ever taken for one of this evaluation.
+
+    Args:
+        folder: Where the files are; shared by the processes, or else some questions are asked again
+            when an interrupted evaluation goes on.
+        name: The evaluation's name.
+        identity: All that the answers depend on: JSON data.
+    """
+
+    def __init__(self, folder: Path, name: str, identity: Mapping[str, Any]) -> None:
+        text = json.dumps(identity, sort_keys=True)
+        self.folder = folder
+        self.stem = f"{name}-{digest(text)[:8]}"
+        self.path = folder / f"{self.stem}.jsonl"
+        self._stream: TextIO | None = None
+        self._before = from_first_process(
+            lambda: {key: (row["prompt_hash"], row["scores"]) for key, row in self._read().items()}
+        )
+
+    def _read(self) -> dict[str, Answer]:
+        found: dict[str, Answer] = {}
+        for path in [self.path, *sorted(self.folder.glob(f"{self.stem}.part*.jsonl"))]:
+            if path.is_file():
+                for line in path.read_text(encoding="utf-8").split("\n"):
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError:
+                        continue  # the last line of a process that was killed
+                    found[row["key"]] = row
+        return found
+
+    def scores_before(self, key: str, prompt_hash: str) -> dict[str, float] | None:
+        """Return the scores of a question that was answered before this process began, or None."""
+        found_hash, scores = self._before.get(key, ("", None))
+        return scores if found_hash == prompt_hash else None
+
+    def add(self, answers: list[Answer]) -> None:
+        """Write answers at the end of this process's file, and see that they are on the disk.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
+        try:
+            if self._stream is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                path = self.folder / f"{self.stem}.part{global_rank()}.jsonl"
+                self._stream = path.open("a", encoding="utf-8")
+                self._stream.write("\n")  # ends a line that a kill has cut
+            self._stream.writelines(json.dumps(answer) + "\n" for answer in answers)
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise InputError(
+                f"the answers cannot be written to {str(self.folder)!r} ({error.strerror}): free some space or "
+                "set output.root; the same command then goes on where it stopped"
+            ) from error
+
+    def join(self, order: Mapping[str, int]) -> None:
+        """Join all processes' answers to one file, in the order of the questions.
+
+        Args:
+            order: Place of each question's key; answers to questions that are not asked now stay, behind.
+        """
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        if world_size() > 1:
+            dist.barrier()
+        if is_first_process():
+            rows = sorted(self._read().values(), key=lambda row: order.get(row["key"], len(order)))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            whole = self.folder / f"{self.stem}.whole"
+            with whole.open("w", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(row) + "\n" for row in rows)
+                stream.flush()
+                os.fsync(stream.fileno())  # before the parts are gone
+            whole.replace(self.path)
+            for part in self.folder.glob(f"{self.stem}.part*.jsonl"):
+                part.unlink()

@@ -1,0 +1,117 @@
+"""Metrics of rows with classes, and means over benchmark questions, each counted once."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection, SumMetric
+from torchmetrics.classification import (
+    BinaryF1Score,
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+)
+
+from app.models.loss import SupervisedLogits, summed_loss
+
+
+class MatthewsCorrelation(MulticlassConfusionMatrix):
+    """Matthews correlation of a confusion matrix C of any number of classes.
+
+        (n trace(C) - t . p) / sqrt((n^2 - t . t) (n^2 - p . p)),    t, p row and column sums, n the total
+
+    and 0 where the denominator is 0, that is if only one class occurs or is predicted. torchmetrics' own
+    gives small non-zero values there.
+    """
+
+    def compute(self) -> Tensor:
+        """Return the correlation, in [-1, 1]."""
+        matrix = super().compute().double()
+        true, predicted, total = matrix.sum(dim=1), matrix.sum(dim=0), matrix.sum()
+        above = total * matrix.trace() - true @ predicted
+        below = (total**2 - true @ true) * (total**2 - predicted @ predicted)
+        return torch.where(below > 0, above / below.clamp(min=1).sqrt(), 0).float()
+
+
+class LabelScores(torch.nn.Module):
+    """Accumulate scores over an evaluation set; `compute` reduces over processes.
+
+    The prediction is the label word whose first token has the highest logit where the answer begins:
+    one forward pass, no generation. F1 is that of class 1 for two classes and the macro mean for more;
+    Matthews correlation is 0 where it is undefined (one class only), as in scikit-learn.
+
+    Args:
+        label_token_ids: First token of each label word, in the order of the classes; empty where rows have
+            no classes and only the loss is scored.
+    """
+
+    def __init__(self, label_token_ids: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("label_token_ids", torch.tensor(label_token_ids), persistent=False)
+        classes = len(label_token_ids)
+        metrics: dict[str, Metric | MetricCollection] = {}
+        if classes:
+            two = classes == 2
+            metrics = {
+                "accuracy": MulticlassAccuracy(classes, average="micro"),
+                "f1": BinaryF1Score() if two else MulticlassF1Score(classes, average="macro"),
+                "mcc": MatthewsCorrelation(classes),
+            }
+        self.metrics = MetricCollection(metrics, compute_groups=False)
+        # Not MeanMetric, which leaves out batches that are not a number.
+        self.loss, self.tokens = (SumMetric(nan_strategy="disable") for _ in range(2))
+
+    def update(self, found: SupervisedLogits, target: Tensor) -> None:
+        """Take one batch.
+
+        Args:
+            found: Logits at the supervised positions.
+            target: (B,) class of each example; -1 in a padding row, which does not count.
+        """
+        counted = target >= 0
+        if self.metrics and counted.any():
+            first = found.first[counted]
+            predicted = found.logits[first][:, self.label_token_ids].argmax(dim=1)  # type: ignore[index]
+            self.metrics.update(predicted, target[counted])
+        self.loss.update(summed_loss(found))
+        self.tokens.update(found.labels.numel())
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return `loss` (token mean) and, of rows with classes, `accuracy`, `f1` and `mcc`."""
+        scores = self.metrics.compute() if self.metrics else {}
+        return {"loss": self.loss.compute() / self.tokens.compute(), **scores}
+
+
+class MeanScores(Metric):
+    """Mean of each named score over the questions that have it.
+
+    Args:
+        names: Every name that may come; the same list on every process.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = list(names)
+        for state in ("sums", "counts"):
+            zeros = torch.zeros(len(self.names), dtype=torch.float64)
+            self.add_state(state, zeros, dist_reduce_fx="sum")
+
+    def update(self, scores: Mapping[str, float]) -> None:
+        """Take the scores of one question.
+
+        Args:
+            scores: Values by name; names that it leaves out do not count this question.
+        """
+        for name, value in scores.items():
+            place = self.names.index(name)
+            self.sums[place] += value
+            self.counts[place] += 1
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the mean of each score that any question has, in the order of the names."""
+        means = (self.sums / self.counts.clamp(min=1)).float()
+        return {name: means[i] for i, name in enumerate(self.names) if self.counts[i] > 0}

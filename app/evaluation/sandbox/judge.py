@@ -1,0 +1,162 @@
+"""Judge a program that a model wrote by the tests of its problem, in a sandbox."""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+from app.evaluation.sandbox.bubblewrap import HERE, SandboxMode, interpreter, sandbox_command
+from app.utils.errors import InputError
+
+START_S = 60.0  # a sandbox starts in a twentieth of a second; a busy machine is no verdict
+GRACE_S = 30.0  # by which the judge ends itself sooner than it is ended
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a program.
+
+    Attributes:
+        passed: Whether all tests passed in time.
+        reason: Why not; empty if they did.
+    """
+
+    passed: bool
+    reason: str = ""
+
+
+def judge(
+    program: str,
+    entry_point: str,
+    tests: str,
+    setup: str = "",
+    timeout: float = 3.0,
+    sandbox: SandboxMode = "bubblewrap",
+) -> Verdict:
+    """Run a program in the sandbox and its tests outside, each in a process of its own.
+
+    Thread-safe; several calls at once run in parallel.
+
+    Args:
+        program: Python source. Nobody trusts it.
+        entry_point: The function that the tests call.
+        tests: Python source that defines `check(candidate)`, which raises unless the function is right.
+        setup: Python source that the tests need, such as helper functions.
+        timeout: Seconds of wall time for loading the program and all tests; starting does not count.
+        sandbox: See `app.evaluation.sandbox.bubblewrap`.
+
+    Returns:
+        The verdict. A function that returns or changes anything but plain data (see `wire_format`) fails.
+
+    Raises:
+        RuntimeError: There is no verdict, because the sandbox does not start or the tests are broken.
+        InputError: There is no bubblewrap.
+    """
+    folder = tempfile.mkdtemp(prefix="lora-one-") if sandbox == "unprotected" else None
+    job = {
+        "command": sandbox_command(sandbox, timeout),
+        "folder": folder,
+        "program": program,
+        "entry_point": entry_point,
+        "setup": setup,
+        "tests": tests,
+        "timeout": timeout,
+        "start_s": START_S,
+    }
+    command = [interpreter(), "-I", "-S", "-B", str(HERE / "judge_process.py")]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(job).encode(),
+            capture_output=True,
+            timeout=START_S + timeout + GRACE_S,
+            check=False,
+            env={},
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired:
+        return Verdict(False, "timed out")
+    finally:
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                remove_folder(folder)
+    if done.returncode == -signal.SIGPROF:
+        return Verdict(False, "timed out")
+    if done.returncode < 0:
+        return Verdict(False, f"the judge was ended by signal {-done.returncode}")
+    if done.returncode > 0 or not done.stdout:
+        raise RuntimeError(f"no verdict: {done.stderr.decode(errors='replace')[-2000:]}")
+    verdict = json.loads(done.stdout)
+    if verdict["status"] == "broken":
+        raise RuntimeError(f"sandbox={sandbox}: {verdict['reason']}")
+    return Verdict(verdict["status"] == "passed", verdict["reason"])
+
+
+def remove_folder(folder: str) -> None:
+    """Remove a folder, however deep a program has made it, and whatever it has closed.
+
+    Folders inside are moved to its top first: no path gets longer than the system takes, and nothing
+    recurses, as shutil.rmtree does.
+
+    Raises:
+        OSError: Somebody else has files in it, or still writes into it.
+    """
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        with os.scandir(place) as entries:
+            found = list(entries)
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                os.chmod(entry.path, 0o700)
+                waiting.append(os.path.join(folder, secrets.token_hex(16)))
+                os.rename(entry.path, waiting[-1])
+            else:
+                os.unlink(entry.path)
+        if place != folder:
+            os.rmdir(place)
+    os.rmdir(folder)
+
+
+def check_judge(sandbox: SandboxMode) -> None:
+    """Try the sandbox on a program that fails to leave it.
+
+    Raises:
+        InputError: The sandbox does not work on this machine.
+    """
+    try:
+        verdict = judge(PROBE, "probe", PROBE_TESTS, sandbox=sandbox, timeout=30.0)
+        reason = verdict.reason  # empty only if everything was denied
+    except (RuntimeError, OSError) as error:
+        reason = str(error)
+    if reason:
+        raise InputError(
+            f"sandbox={sandbox} does not work on this machine ({reason}). Bubblewrap needs version 0.7 and "
+            "user namespaces, which containers and some distributions deny (docs/sandbox.md says how to "
+            "allow them); sandbox=unprotected does without, with your rights to your files"
+        )
+
+
+PROBE = """
+import os, socket
+
+def fork():
+    if os.fork() == 0:
+        os._exit(0)
+
+def probe(attempt):
+    try:
+        {"fork": fork, "socket": socket.socket, "kill": lambda: os.kill(os.getppid(), 0)}[attempt]()
+    except PermissionError:
+        return "denied"
+    return "done"
+"""
+PROBE_TESTS = """
+def check(candidate):
+    for attempt in ("fork", "socket", "kill"):
+        assert candidate(attempt) == "denied", attempt + " is not denied"
+"""

@@ -1,0 +1,1 @@
+"""Gradient initialization: observe the one-step gradient, decompose it, make LoRA factors."""

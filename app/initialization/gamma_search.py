@@ -1,0 +1,87 @@
+"""How large a first step should be: forward passes over the initialisation set tell."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from app.distributed.collectives import sum_over_processes
+from app.initialization.gradient_hooks import frozen
+from app.models.loss import Batch, summed_loss, supervised_logits
+
+START = 128.0
+"""The authors' gamma for language models."""
+MOST = 8
+"""Losses that a search may ask for."""
+FIRST_STEP = 4.0
+"""Factor between the first gammas tried."""
+
+
+def mean_loss(
+    model: nn.Module,
+    base: PreTrainedModel,
+    batches: Sequence[Batch],
+    device: torch.device,
+    forward_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> float:
+    """Return the token mean of the loss over all processes' batches, in evaluation mode.
+
+    Args:
+        model: The model that is called, with its adapter.
+        base: The transformers model inside it.
+        batches: This process's share; all processes have as many.
+        device: The model's.
+        forward_context: The trainer's precision context.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    with frozen(model), torch.no_grad():
+        for batch in batches:
+            moved = {key: value.to(device) for key, value in batch.items()}
+            with forward_context():
+                found = supervised_logits(model, base, moved)
+                loss = summed_loss(found)
+            total += torch.stack([loss.double(), loss.new_tensor(found.labels.numel()).double()])
+    loss_sum, tokens = sum_over_processes(total).tolist()
+    return loss_sum / tokens
+
+
+def search_gamma(
+    loss_at: Callable[[float], float], untouched: float
+) -> tuple[float | None, dict[float, float]]:
+    """Find a divisor of the start that lowers the loss, along the one direction that the start has.
+
+    A pattern search over log(gamma) from 128: it moves by a factor of 4 to whichever side is better, and
+    halves the exponent of the factor where neither is. Losses that are not finite count as infinite.
+
+    Args:
+        loss_at: Installs the start with a gamma and returns the loss; called at most 8 times.
+        untouched: Loss of the untouched model, gamma -> infinity.
+
+    Returns:
+        The best gamma, or None if none of those tried is better than no start at all; and the loss at
+        each gamma, in the order of the trials.
+    """
+    losses: dict[float, float] = {}  # by exponent of 2
+
+    def at(exponent: float) -> float:
+        if exponent not in losses:
+            found = loss_at(2**exponent)
+            losses[exponent] = found if math.isfinite(found) else math.inf
+        return losses[exponent]
+
+    best, step = math.log2(START), math.log2(FIRST_STEP)
+    at(best)
+    while len(losses) < MOST:
+        for neighbour in (best - step, best + step):
+            if len(losses) < MOST or neighbour in losses:
+                at(neighbour)
+        # Of equal losses, such as infinite ones, that of the smaller start.
+        better = min(losses, key=lambda exponent: (losses[exponent], -exponent))
+        if better == best:
+            step /= 2
+        best = better
+    tried = {2**exponent: loss for exponent, loss in losses.items()}
+    return (2**best if losses[best] < untouched else None), tried

@@ -1,0 +1,230 @@
+"""The one-step full gradient of every adapted layer, over a fixed set of samples."""
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from app.distributed.collectives import gather_numbers, sum_over_processes
+from app.initialization.gradient_estimators import GradientEstimate
+from app.initialization.gradient_exchange import Layer
+from app.initialization.gradient_hooks import frozen, observe
+from app.initialization.gradient_store import ExactStore, GradientStore, SketchStore
+from app.models.activation_checkpointing import recomputing
+from app.models.lora import LoraPair, without_adapters
+from app.models.loss import Batch, summed_loss, supervised_logits
+from app.utils.errors import InputError
+from app.utils.memory import PeakMemory
+
+Progress = Callable[[Sequence[Batch], str], Iterable[Batch]]
+"""Wraps a sequence so that a user sees how far it is."""
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How the gradient is kept while it is observed.
+
+    Args:
+        kind: `sketch` keeps a low-rank form of (m + n) * (r + oversampling) numbers a layer and never a
+            full gradient; `exact` keeps the whole sum, m * n numbers a layer.
+        passes: Passes of the sketch over the samples, 1 to 4; each makes it more exact.
+        oversampling: Columns of the sketch beyond the rank.
+        seed: Seed of the sketch's random start and probes.
+    """
+
+    kind: Literal["sketch", "exact"] = "sketch"
+    passes: int = 1
+    oversampling: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.passes <= 4:
+            raise InputError(f"init.estimator.passes must lie in 1..4, got {self.passes}")
+        if self.kind == "exact" and self.passes != 1:
+            raise InputError(
+                f"init.estimator.kind is exact, which takes one pass, but init.estimator.passes is "
+                f"{self.passes}: leave passes at 1 or set kind to sketch"
+            )
+        if self.oversampling < 0:
+            raise InputError(f"init.estimator.oversampling must be >= 0, got {self.oversampling}")
+
+
+@dataclass(frozen=True)
+class OneStepResult:
+    """The observed gradients and what observing them took.
+
+    Attributes:
+        estimates: One for each layer, by name.
+        loss: Token mean over the whole set, before any step.
+        tokens: Supervised tokens in the set.
+        seconds: Wall time of all passes and decompositions.
+        peak_bytes: Peak memory meanwhile on each process: allocated on the accelerator, or resident on
+            the CPU.
+        sent_bytes: What each process handed to others.
+    """
+
+    estimates: dict[str, GradientEstimate]
+    loss: float
+    tokens: int
+    seconds: float
+    peak_bytes: list[int]
+    sent_bytes: list[int]
+
+
+def one_step_gradients(
+    model: nn.Module,
+    base: PreTrainedModel,
+    pairs: Sequence[LoraPair],
+    batches: Sequence[Batch],
+    rank: int,
+    estimator: Estimator,
+    forward_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    progress: Progress | None = None,
+) -> OneStepResult:
+    """Observe G = dL/dW of every pair's layer at the untouched base model.
+
+        L = (sum of token losses over all batches) / (number of supervised tokens in all batches)
+
+    so G does not depend on how the set is cut into batches, nor on how these are spread over processes:
+    each process passes its share, and all get the same result. The model runs without its adapters, in
+    evaluation mode, with every parameter frozen; no weight gets a `.grad`, and weights, flags, mode and
+    random state are left as they were.
+
+    Args:
+        model: The PEFT model that is called.
+        base: The transformers model inside it.
+        pairs: The layers to observe.
+        batches: This process's share of the initialisation set, on the model's device or the CPU, as
+            micro-batches; all processes have as many.
+        rank: Triplets wanted of each gradient.
+        estimator: How G is kept.
+        forward_context: The trainer's precision context.
+        progress: Shown while a pass runs.
+
+    Returns:
+        OneStepResult; its gradients are those of the token mean.
+
+    Raises:
+        InputError: If a loss or a layer's gradient is not finite (names the batch and the layer), or a
+            layer's sum is not.
+        RuntimeError: If a layer was not reached by the backward pass, on any process.
+    """
+    device = pairs[0].lora_A.device
+    store = _store(pairs, rank, estimator, device)
+    watch = _Watch(store, [pair.name for pair in pairs], device)
+    supervised = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    tokens = int(sum_over_processes(torch.tensor(supervised, device=device)))
+    total = 0.0
+    start = time.perf_counter()
+    with PeakMemory(device) as memory, ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        stack.enter_context(recomputing(model))
+        stack.enter_context(without_adapters(model))
+        layers = {pair.name: pair.layer for pair in pairs}
+        listeners = {name: watch.listener(name) for name in layers}
+        stack.enter_context(observe(layers, listeners))
+        for number in range(estimator.passes):
+            if number > 0:
+                store.next_pass()
+            label = f"one-step gradient, pass {number + 1}/{estimator.passes}"
+            for i, batch in enumerate(progress(batches, label) if progress else batches):
+                moved = {key: value.to(device) for key, value in batch.items()}
+                with torch.enable_grad(), forward_context():
+                    loss = summed_loss(supervised_logits(model, base, moved))
+                # Summed over processes, so that all of them stop where one of them has to.
+                whole = float(sum_over_processes(loss.detach().clone()))
+                if not math.isfinite(whole):
+                    raise InputError(_not_finite("the loss", i, batch))
+                # Outside the precision context, where autocast would round the sums to 16 bits.
+                if loss.requires_grad:
+                    loss.backward()
+                store.end_batch()
+                broken = watch.first_broken()
+                if broken is not None:
+                    raise InputError(_not_finite(f"the gradient at {broken}", i, batch))
+                if number == 0:
+                    total += whole
+        missed = watch.missed()
+        if missed:
+            raise RuntimeError(
+                f"the backward pass did not reach {len(missed)} of {len(layers)} layers, first {missed[0]}. "
+                "Activation checkpointing must be without re-entry (use_reentrant=False); a layer that "
+                "the loss does not depend on has to leave model.adapter.target_modules"
+            )
+        estimates = store.estimates(rank, 1 / tokens)
+    return OneStepResult(
+        estimates=estimates,
+        loss=total / tokens,
+        tokens=tokens,
+        seconds=time.perf_counter() - start,
+        peak_bytes=gather_numbers(memory.peak_bytes, device),
+        sent_bytes=gather_numbers(store.sent_bytes, device),
+    )
+
+
+class _Watch:
+    """Feeds the store, and remembers which layers reported and which broke.
+
+    Processes may reach different layers, in a different order: they compare notes on all of them.
+    """
+
+    def __init__(self, store: GradientStore, layers: Sequence[str], device: torch.device) -> None:
+        self.store = store
+        self.layers = layers
+        self.device = device
+        self._seen: set[str] = set()
+        self._finite: dict[str, Tensor] = {}
+
+    def listener(self, name: str) -> Callable[[Tensor, Tensor], None]:
+        def update(x: Tensor, delta: Tensor) -> None:
+            self._seen.add(name)
+            finite = self.store.update(name, x, delta).isfinite().all()
+            self._finite[name] = finite & self._finite.pop(name, finite)
+
+        return update
+
+    def first_broken(self) -> str | None:
+        """Name the layer where the last backward pass broke, on any process; those below inherit it."""
+        fine = torch.ones((), dtype=torch.bool, device=self.device)
+        finite = torch.stack([self._finite.get(name, fine) for name in self.layers])
+        self._finite = {}
+        # The host waits for the device here, once a micro-batch.
+        told = sum_over_processes((~finite).float()).tolist()
+        backward = zip(reversed(self.layers), reversed(told), strict=True)
+        return next((name for name, bad in backward if bad), None)
+
+    def missed(self) -> list[str]:
+        """Name the layers that the backward passes have reached on no process."""
+        seen = torch.tensor([float(name in self._seen) for name in self.layers], device=self.device)
+        told = sum_over_processes(seen).tolist()
+        return [name for name, times in zip(self.layers, told, strict=True) if not times]
+
+
+def _store(
+    pairs: Sequence[LoraPair], rank: int, estimator: Estimator, device: torch.device
+) -> GradientStore:
+    layers = [Layer(pair.name, pair.lora_B.shape[0], pair.lora_A.shape[1]) for pair in pairs]
+    if estimator.kind == "exact":
+        return ExactStore(layers, device)
+
+    def generator(name: str) -> torch.Generator:
+        # A seed for each layer: its random numbers do not depend on which other layers are adapted.
+        seed = zlib.crc32(f"{estimator.seed}:{name}".encode())
+        return torch.Generator(device).manual_seed(seed)
+
+    return SketchStore(layers, rank + estimator.oversampling, device, generator)
+
+
+def _not_finite(what: str, number: int, batch: Batch) -> str:
+    rows = batch["index"].tolist() if "index" in batch else []
+    return (
+        f"{what} is not finite in micro-batch {number} of the initialisation set (training rows {rows}): "
+        "look at these rows, or use a wider precision (model.dtype float32, trainer.precision 32-true)"
+    )

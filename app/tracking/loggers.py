@@ -1,0 +1,153 @@
+"""The loggers of a run: the CSV table in its folder, and W&B."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from app.distributed.collectives import global_rank, is_first_process
+from app.tracking.metrics_table import append_rows, read_table, write_table
+from app.tracking.run_folder import new_folder
+from app.utils.errors import InputError
+
+
+class MetricsTable(CSVLogger):
+    """Lightning's CSV logger, which goes on in the table that it finds."""
+
+    @property
+    @override
+    def experiment(self) -> Any:
+        """The writer; only the first process has one that writes."""
+        if self._experiment is None and global_rank() == 0:
+            self._experiment = _Writer(self.log_dir)
+        return self._experiment
+
+
+class _Writer(ExperimentWriter):
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self.metrics_keys = read_table(Path(self.metrics_file_path))[0]
+        self._refused = False
+
+    @override
+    def _check_log_dir_exists(self) -> None:
+        """Keep the table that is there."""
+
+    @override
+    def save(self) -> None:
+        """Add the new rows to the table; if the disk refuses, say so once and keep them for the next time."""
+        if not self.metrics:
+            return
+        path = Path(self.metrics_file_path)
+        names = sorted({*self.metrics_keys, *(name for row in self.metrics for name in row)})
+        try:
+            if names != self.metrics_keys or not path.is_file():
+                write_table(path, names, read_table(path)[1])
+                self.metrics_keys = names
+            append_rows(path, names, self.metrics)
+        except OSError as error:
+            if not self._refused:
+                rank_zero_warn(
+                    f"{path} could not be written ({error.strerror or error}): training goes on, and its rows "
+                    "are kept until they can be. Make room, or allow writing there"
+                )
+            self._refused = True
+        else:
+            self.metrics, self._refused = [], False
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """Where a run writes, and whether W&B hears of it.
+
+    Args:
+        name: Name of the experiment; runs go to ROOT/NAME/version_0, version_1, ...
+        root: Folder of all runs.
+        wandb: `auto` is online with an API key and offline without one; never asks.
+        wandb_project: W&B project.
+        wandb_group: W&B group, for comparing runs of one task; null takes the task's name.
+        wandb_tags: W&B tags, beside the method and the seed.
+        checkpoint_every_n_steps: Optimizer steps between two checkpoints; there is one at the end, too.
+    """
+
+    name: str = "run"
+    root: str = "runs"
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    wandb_project: str = "lora-one"
+    wandb_group: str | None = None
+    wandb_tags: list[str] = field(default_factory=list)
+    checkpoint_every_n_steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every_n_steps < 1:
+            raise InputError(
+                f"output.checkpoint_every_n_steps must be >= 1, got {self.checkpoint_every_n_steps}; "
+                "trainer.enable_checkpointing: false turns checkpoints off"
+            )
+
+
+def make_loggers(
+    settings: OutputSettings,
+    continued: Path | None = None,
+    wandb_id: str | None = None,
+    task: str | None = None,
+    tags: Sequence[str] = (),
+) -> list[Logger]:
+    """Make the run folder's CSV logger, and W&B's beside it.
+
+    Args:
+        settings: Where to write. The folder's number is the first free one.
+        continued: The folder of an interrupted run that goes on, instead of a new one.
+        wandb_id: The W&B run that goes on; None for a new one.
+        task: W&B group where the settings name none.
+        tags: W&B tags beside those of the settings.
+
+    Returns:
+        The CSV logger first: its `log_dir` is the run folder. Only the first process has one.
+
+    Raises:
+        InputError: If the folder cannot be written.
+    """
+    if not is_first_process():
+        return []
+    folder = continued or new_folder(Path(settings.root) / settings.name)
+    table = MetricsTable(str(folder.parent.parent), folder.parent.name, folder.name)
+    loggers: list[Logger] = [table]
+    if settings.wandb != "disabled":
+        os.environ.setdefault("WANDB_SILENT", "true")
+        mode = wandb_mode(settings)
+        logger = WandbLogger(
+            name=f"{folder.parent.name}/{folder.name}",
+            id=wandb_id,
+            project=settings.wandb_project,
+            save_dir=str(folder),
+            offline=mode == "offline",
+            # The logger's own switch is an environment variable, which comes too late once W&B
+            # has looked for a key.
+            mode=mode,
+            group=settings.wandb_group or task,
+            tags=[*settings.wandb_tags, *tags] or None,
+        )
+        # Lightning hands this on unasked, and W&B then warns that it means nothing any more.
+        logger._wandb_init.pop("anonymous", None)
+        loggers.append(logger)
+    return loggers
+
+
+def wandb_mode(settings: OutputSettings) -> Literal["online", "offline"]:
+    """Return how W&B hears of a run that is not kept from it."""
+    if settings.wandb == "auto":
+        return "online" if _has_key() else "offline"
+    return "offline" if settings.wandb == "offline" else "online"
+
+
+def _has_key() -> bool:
+    import wandb  # slow, and of no use to a run with `output.wandb: disabled`
+
+    return wandb.login(prompt=False, verify=False)

@@ -1,0 +1,93 @@
+"""metrics.csv: the table of a run, which an interrupted run continues."""
+
+import csv
+import errno
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+TABLE_FILE = "metrics.csv"
+
+
+def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the column names and the rows of a table, without a last row that was cut off."""
+    if not path.is_file():
+        return [], []
+    with path.open(newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        rows = [row for row in reader if None not in row and None not in row.values()]
+        return list(reader.fieldnames or []), rows
+
+
+def write_table(path: Path, names: list[str], rows: Iterable[dict[str, str]]) -> None:
+    """Write a table, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, names)
+            writer.writeheader()
+            writer.writerows(rows)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)  # a full disk needs its room
+        raise
+
+
+def append_rows(path: Path, names: list[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Add rows to a table, all or none."""
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, names).writerows(rows)
+    content = text.getvalue().encode()
+    with path.open("ab", buffering=0) as stream:
+        before = stream.tell()
+        try:
+            if stream.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            stream.truncate(before)
+            raise
+
+
+def rewind_table(path: Path, step: int, validation_due: bool) -> None:
+    """Drop the rows that an interrupted run logged after its checkpoint: they are made again.
+
+    Args:
+        path: The table.
+        step: Optimizer steps at the checkpoint.
+        validation_due: Whether the validation after that step is made again, too.
+    """
+    names, rows = read_table(path)
+    if not names:
+        return
+
+    def stands(row: dict[str, str]) -> bool:
+        if not row["step"].isdigit() or int(row["step"]) > step:
+            return False
+        if (
+            int(row["step"]) == step
+        ):  # steps count from 0; the final scores stand behind the last one
+            return any(value and name.startswith("final/") for name, value in row.items())
+        again = validation_due and int(row["step"]) == step - 1
+        return not (again and any(value and name.startswith("val/") for name, value in row.items()))
+
+    write_table(path, names, filter(stands, rows))
+
+
+def has_value(path: Path, step: int, name: str) -> bool:
+    """Return whether a table holds a value of that name at that step."""
+    return any(row["step"] == str(step) and row.get(name) for row in read_table(path)[1])
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read Lightning's metrics.csv into (step, value) lists, one for each column that has numbers."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    with path.open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            for name, cell in row.items():
+                if cell and name not in ("step", "epoch"):
+                    curves.setdefault(name, []).append((int(float(row["step"])), float(cell)))
+    return curves

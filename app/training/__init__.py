@@ -1,0 +1,1 @@
+"""The LightningModule, its checks, checkpoints and resume points."""

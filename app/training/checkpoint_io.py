@@ -1,0 +1,131 @@
+"""Checkpoint files that are whole or not there, and how damage is told."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from app.utils.errors import InputError
+
+PART = ".part"  # what a file is called until it is complete
+NEEDED = ("state_dict", "loops", "optimizer_states", "base", "method")
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Write a checkpoint under a temporary name, and give it its own once it is safe on the disk.
+
+    Attributes:
+        complete: The last checkpoint that was written or read whole; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.complete: Path | None = None
+        self._failed = False
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint; if the disk refuses, say so and leave the last one as it is.
+
+        Args:
+            checkpoint: Plain data and tensors.
+            path: The file, which is replaced if it exists.
+            storage_options: Not used.
+        """
+        path = Path(path)
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for stale in path.parent.glob(f"*{PART}"):
+                stale.unlink(missing_ok=True)
+            _write(path, content.getbuffer())
+        except OSError as error:
+            self._failed = True
+            kept = (
+                f"the last complete one is {self.complete}"
+                if self.complete
+                else "there is none yet"
+            )
+            rank_zero_warn(
+                f"the checkpoint of step {checkpoint.get('global_step')} could not be written to {path} "
+                f"({error.strerror or error}): training goes on, and {kept}. Make room, or allow writing there"
+            )
+        else:
+            self._failed = False
+            self.complete = path
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint as `read_checkpoint` does, whatever the other arguments."""
+        checkpoint = read_checkpoint(Path(path))
+        self.complete = Path(path)
+        return checkpoint
+
+    @override
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint, unless its successor could not be written."""
+        if not self._failed and Path(path) != self.complete:
+            super().remove_checkpoint(path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint to resume from, on the CPU and without running code that it may hold.
+
+    Raises:
+        InputError: It cannot be read, or holds something else.
+    """
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise InputError(f"ckpt_path is {str(path)!r}: {error.strerror or error}") from error
+    try:
+        with stream:
+            checkpoint = torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:  # damage surfaces as anything, such as a KeyError of the unpickler
+        state = "is empty" if path.stat().st_size == 0 else "cannot be read as a checkpoint"
+        raise InputError(
+            f"ckpt_path is {str(path)!r}, which {state}: it is damaged, or it is none of this program's. "
+            "Give another file, or `last`"
+        ) from error
+    missing = [
+        name for name in NEEDED if not isinstance(checkpoint, dict) or name not in checkpoint
+    ]
+    if missing:
+        raise InputError(
+            f"ckpt_path is {str(path)!r}, which lacks {', '.join(missing)}: expected a checkpoint of this "
+            "program with its optimizer (not save_weights_only), such as "
+            "runs/NAME/version_0/checkpoints/step=100.ckpt"
+        )
+    return checkpoint
+
+
+def _write(path: Path, content: memoryview) -> None:
+    part = path.with_name(path.name + PART)
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+        _sync_folder(path.parent)
+    except OSError:
+        part.unlink(missing_ok=True)  # a full disk needs its room
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name survive a power failure, not only the content."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

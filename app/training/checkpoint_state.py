@@ -1,0 +1,125 @@
+"""What a checkpoint holds: trained weights and what they belong to, random states, loop progress."""
+
+import random
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from app.distributed.collectives import world_size
+from app.utils.errors import InputError
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of this process's random generators, as plain data and tensors."""
+    version, numbers, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 (the global one)
+    name, keys, *rest = numpy_state
+    state: dict[str, Any] = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set this process's random generators to what `random_state` returned, here or elsewhere."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_anew(seed: int, rank: int, step: int) -> None:
+    """Seed the generators of a process that the interrupted run did not have."""
+    mixed = zlib.crc32(f"{seed} {rank} {step}".encode())
+    random.seed(mixed)
+    np.random.seed(mixed)  # noqa: NPY002
+    torch.manual_seed(mixed)
+
+
+def gather_states(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return every process's state, in the order of the processes."""
+    if world_size() == 1:
+        return [state]
+    states: list[Any] = [None] * world_size()
+    dist.all_gather_object(states, state)
+    return states
+
+
+def normalize_loop_progress(loops: dict[str, Any], global_step: int, stepped: bool) -> None:
+    """Set Lightning's counters to what they are when a batch has just ended, in place.
+
+    Lightning resumes exactly from there. Saved during or after the validation that follows a batch, or
+    when an epoch or the training ends, the counters of the same moment differ.
+
+    Args:
+        loops: The checkpoint's `loops`.
+        global_step: Optimizer steps so far.
+        stepped: Whether the last batch ended an optimizer step.
+    """
+    fit = loops["fit_loop"]
+    epochs, batches = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
+    for span in ("total", "current"):
+        epochs[span]["processed"] = epochs[span]["completed"] = epochs[span]["started"] - 1
+        batches[span]["completed"] = batches[span]["ready"] - 1
+    fit["epoch_loop.state_dict"]["_batches_that_stepped"] = global_step - stepped
+    validation = fit["epoch_loop.val_loop.batch_progress"]
+    for span in ("total", "current"):
+        validation[span] = dict.fromkeys(validation[span], 0)
+    validation["is_last_batch"] = False
+
+
+def count_batches(loops: dict[str, Any], batches: int) -> None:
+    """Set the number of batches that this epoch has had, in place: other processes, other counts."""
+    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
+    missing = batches - progress["current"]["ready"]
+    for span in ("total", "current"):
+        progress[span] = {name: count + missing for name, count in progress[span].items()}
+
+
+def keep_trained(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Leave only trainable weights in a checkpoint; the base comes from its name."""
+    trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+    state = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {name: value for name, value in state.items() if name in trainable}
+
+
+def check_trained(
+    checkpoint: Mapping[str, Any], module: nn.Module, model: Mapping[str, Any]
+) -> None:
+    """Raise InputError for the checkpoint of another base model or of another adapter.
+
+    Args:
+        checkpoint: Has "base" and "state_dict".
+        module: Whose trainable weights the checkpoint is to fill.
+        model: Name and fingerprint of its base model.
+    """
+    theirs = checkpoint["base"]
+    if theirs["fingerprint"] != model["fingerprint"]:
+        raise InputError(
+            f"the checkpoint belongs to the base model {theirs['name']} ({theirs['fingerprint']}), but "
+            f"model.name is {model['name']} ({model['fingerprint']}): set model.name or ckpt_path"
+        )
+    trainable = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
+    saved = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+    for name in (*saved, *trainable):
+        if saved.get(name) != trainable.get(name):
+            shapes = [
+                "no weight" if shape is None else f"one of shape {list(shape)}"
+                for shape in (saved.get(name), trainable.get(name))
+            ]
+            raise InputError(
+                f"the checkpoint has {shapes[0]} for {name.removeprefix('model.')}, but this model "
+                f"trains {shapes[1]}: set model.adapter as that run had it, or another ckpt_path"
+            )

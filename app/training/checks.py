@@ -1,0 +1,144 @@
+"""Refuse settings that cannot work together, before anything is loaded."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch import Trainer
+from torch import nn
+from transformers import PreTrainedConfig
+
+from app.distributed.fsdp import Fsdp2Strategy
+from app.distributed.rendezvous import check_number_of_processes
+from app.models.adalora import check_schedule
+from app.models.adapter_config import LoraSettings
+from app.models.lora import tied_target_layers
+from app.utils.errors import InputError
+
+
+def check_sharding(settings: Sequence[str]) -> None:
+    """Raise InputError if an adapter has settings that do not work where the base weights are sharded.
+
+    Args:
+        settings: Those that need whole weights.
+    """
+    if settings:
+        raise InputError(
+            f"the adapter has {settings[0]}, which does not work with the sharded weights of this "
+            f"strategy: set model.adapter without {settings[0]} (or another model.adapter_path), or use "
+            "--config strategies/ddp.yaml"
+        )
+
+
+def check_optimizer(optimizer: str | None, pairs: bool) -> None:
+    """Raise InputError if the optimizer works on LoRA pairs, but the model has none.
+
+    Args:
+        optimizer: Name of an optimizer of pairs; None for any other optimizer.
+        pairs: Whether the model has pairs.
+    """
+    if optimizer is not None and not pairs:
+        raise InputError(
+            f"model.optimizer is {optimizer}, which works on LoRA pairs, but the model has none "
+            "(model.adapter is null, or has adalora): set model.optimizer to torch.optim.AdamW, as "
+            "methods/full.yaml and methods/adalora.yaml do, or model.adapter to LoRA"
+        )
+
+
+def check_length(
+    adapter: LoraSettings | None, max_steps: int | None, max_epochs: int | None
+) -> None:
+    """Raise InputError if training has no end, or is too short for a new adapter's pruning.
+
+    Args:
+        adapter: The adapter that is made; None where none is, or a saved one is loaded.
+        max_steps: The trainer's setting, which may leave the length to the epochs.
+        max_epochs: The trainer's setting.
+    """
+    if max_steps == -1 and max_epochs == -1:
+        raise InputError(
+            "trainer.max_steps and trainer.max_epochs are both -1, so the learning rate's schedule "
+            "has no end: set one of them"
+        )
+    budget = None if adapter is None else adapter.adalora
+    if budget is not None and max_steps is not None and max_steps > 0:
+        check_schedule(budget.tinit, budget.tfinal, max_steps)
+
+
+def check_subtraction(start: str, name: str, config: PreTrainedConfig, sharded: bool) -> None:
+    """Raise InputError if the base weights cannot be changed by a start.
+
+    Args:
+        start: Its name.
+        name: The model's name.
+        config: The model's configuration.
+        sharded: Whether the strategy shards the base weights.
+    """
+    if sharded:
+        raise InputError(
+            f"init is {start}, which changes the base weights that this strategy shards: use "
+            "--config strategies/ddp.yaml, or methods/lora_one.yaml, which leaves them as they are"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"init is {start}, which takes its start off the base weights, but those of model.name "
+            f"{name!r} are quantised (quantization_config) and cannot hold it: use a model whose "
+            "weights are not, or --config methods/lora_one.yaml, which leaves them as they are"
+        )
+
+
+def check_untied(start: str, model: nn.Module) -> None:
+    """Raise InputError if a start of that name would change weights that other modules have too."""
+    for layer, other in tied_target_layers(model).items():
+        raise InputError(
+            f"init is {start}, which changes the weight of {layer}, but that is the weight of {other} too "
+            f"(tie_word_embeddings): leave {layer} out of model.adapter.target_modules, or use --config "
+            "methods/lora_one.yaml, which leaves the base weights as they are"
+        )
+
+
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+
+
+def check_precision(trainer: Trainer) -> None:
+    """Raise InputError if the precision would convert the LoRA factors, which are float32 always."""
+    precision = getattr(trainer.precision_plugin, "precision", PRECISIONS[0])
+    if precision not in PRECISIONS:
+        raise InputError(
+            f"trainer.precision is {precision}, which would convert the LoRA factors, too; they are float32 "
+            "always. Set model.dtype for the base model's weights (bfloat16, float16), and "
+            "trainer.precision bf16-mixed to compute in 16 bits"
+        )
+
+
+def check_device(trainer: Trainer) -> None:
+    """Raise InputError on Apple's GPU: scores and decompositions are in float64, which it has not."""
+    if trainer.strategy.root_device.type == "mps":
+        raise InputError(
+            "trainer.accelerator is mps (Apple's GPU), which has no float64: set trainer.accelerator cpu"
+        )
+
+
+def check_offload(trainer: Trainer) -> None:
+    """Raise InputError if what stays in host memory would be sent by NCCL."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, Fsdp2Strategy) or not strategy.cpu_offload:
+        return
+    if strategy.process_group_backend == "nccl":
+        raise InputError(
+            "trainer.strategy.process_group_backend is nccl, which sends nothing that cpu_offload keeps in "
+            "host memory: leave process_group_backend null, or set it to cpu:gloo,cuda:nccl"
+        )
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raise InputError for settings that cannot work.
+
+    Raises:
+        ValueError: What Lightning says of the launcher's environment, which it would look at too late.
+    """
+    check_precision(trainer)
+    check_number_of_processes(trainer.num_nodes, trainer.num_devices)
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is not None:  # Slurm's tasks
+        environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+    check_device(trainer)
+    check_offload(trainer)

@@ -1,0 +1,164 @@
+"""The command line's parser: every error is one plain line with the nearest known name."""
+
+import argparse
+import difflib
+import pkgutil
+import re
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import LightningArgumentParser
+
+from app.utils.errors import InputError, causes
+
+RENAMED = {"InsideTraining": "AlignmentMonitor"}
+"""Classes of earlier versions and what they are called now."""
+
+
+class PlainHelp(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The parser's usual help, with the lines of a description as they are."""
+
+
+class WrongSetting(InputError):
+    """An unknown setting or a wrong value.
+
+    Args:
+        told: The message, with a `%s` for each of the names.
+        names: Settings, as the parser at hand knows them; those around it add what stands before.
+    """
+
+    def __init__(self, told: str, *names: str) -> None:
+        super().__init__(told % names)
+        self.told = told
+        self.names = names
+
+    def below(self, key: str) -> "WrongSetting":
+        """Return the same error as the parser around sees it."""
+        return WrongSetting(self.told, *(f"{key}.{name}" for name in self.names))
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, whose errors are one plain line with the nearest known name.
+
+    Attributes:
+        bases: Classes whose subclasses a `class_path` may name; the command line adds its own.
+    """
+
+    bases: ClassVar[list[type]] = [Callback, torch.optim.Optimizer]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False  # else a misspelt --output.nam would mean --output.name
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise InputError instead of printing the usage."""
+        text = " ".join(str(message).split())
+        at = re.match(r'Parser key "([^"]+)": ', text)
+        inner = next((e for e in causes(ex) if isinstance(e, WrongSetting)), None)
+        if at and inner:
+            raise inner.below(at[1]) from ex
+        if at:
+            raise _wrong_value(at[1], text[at.end() :]) from ex
+        unknown = re.search(
+            r"(?:Option|does not accept option) '([^']+)'|unrecognized arguments: --([\w.]+)", text
+        )
+        if unknown:
+            raise self._unknown(unknown[1] or unknown[2], text) from ex
+        choice = re.search(r"invalid choice: '([^']*)'", text)
+        if choice or '"subcommand"' in text:
+            got = f"there is no command {choice[1]!r}" if choice else "no command is given"
+            raise InputError(
+                f"{got}: expected fit, plan, validate, test, export, dashboard, theory, compare or report"
+            ) from ex
+        extra = re.match("unrecognized arguments: (.*)", text)
+        if extra:
+            raise InputError(f"{extra[1]!r} belongs to no setting: expected --NAME VALUE") from ex
+        required = re.match("the following arguments are required: (.*)", text)
+        if required:
+            names = re.sub(r"\b(fit|plan|validate|test)\.", "", required[1])
+            raise InputError(
+                f"no value is given for {names}: name a file with --config, such as quickstart.yaml"
+            ) from ex
+        raise InputError(text) from ex
+
+    def _unknown(self, wrong: str, text: str) -> WrongSetting:
+        actions = list(self._actions)
+        command = re.match(r"Subcommand '([^']+)'", text)
+        for parsers in [a.choices for a in self._actions if isinstance(a.choices, dict)]:
+            actions += parsers[command[1]]._actions if command else []
+        group = re.match(r"Group '([^']+)'", text)
+        # `data.batch_size` is short for `data.init_args.batch_size`
+        full = (f"{group[1]}." if group else "") + wrong.removeprefix("init_args.")
+        known = [action.dest for action in actions if action.dest != "help"]
+        close = difflib.get_close_matches(full, known, n=1, cutoff=0.5)
+        if close:
+            return WrongSetting("there is no setting %s; did you mean %s?", full, close[0])
+        return WrongSetting("there is no setting %s; see --help", full)
+
+
+def _wrong_value(key: str, text: str) -> WrongSetting:
+    """Say in plain words what the parser says of a value."""
+    moved = re.search(r"\b(?:app|callbacks|data_modules)\.[\w.]+\.(\w+)", text)
+    if moved:
+        kinds = {kind.__name__ for kind in _known_classes()}
+        name = RENAMED.get(moved[1], moved[1])
+        if name in kinds:
+            return WrongSetting(f"%s is {moved[0]}, which is no class any more: write {name}", key)
+    simple = re.match(r"Expected an? (.+?)\. Got value: (.*)", text)
+    if not simple:  # a value below an optional section, given on the command line
+        nested = re.search(r'- Parser key "([^"]+)": (Expected .*?)(?: - Expected|$)', text)
+        if nested:
+            return _wrong_value(f"{key}.{nested[1]}", nested[2])
+    if simple:
+        kinds, got = simple[1], simple[2]
+        choices = re.findall(r"'([^']+)'", kinds) if "Literal" in kinds else []
+        close = difflib.get_close_matches(got, choices, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        wanted = f"one of {', '.join(choices)}" if choices else _kinds(kinds)
+        return WrongSetting("%s is " + f"{got}: expected {wanted}{hint}".replace("%", "%%"), key)
+    name = re.search(
+        r"given class_path '([^']+)'|dot import path string: ([A-Za-z]\S+)|class_path='([^']+)'",
+        text,
+    )
+    if name:
+        wrong = next(group for group in name.groups() if group)
+        known = {kind.__name__: kind for kind in _known_classes()}
+        close = difflib.get_close_matches(wrong.rpartition(".")[2], known, n=1, cutoff=0.6)
+        kind = known[close[0]] if close else None
+        hint = f"; did you mean {kind.__name__}?" if kind else ""
+        return WrongSetting(
+            "%s is " + f"{wrong!r}, which is no class{hint}".replace("%", "%%"), key
+        )
+    union = re.match(r".*Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", text)
+    if union:
+        told = f"{union[2]}: expected {_kinds(union[1])}"
+        return WrongSetting("%s is " + told.replace("%", "%%"), key)
+    return WrongSetting("%s: " + text.replace("%", "%%"), key)
+
+
+def _kinds(text: str) -> str:
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    words |= {"str": "text", "NoneType": "null"}
+    names = [name.rpartition(".")[2] for name in re.findall(r"<class '([^']+)'>", text)]
+    return " or ".join(words.get(name, name) for name in names) or text
+
+
+def class_named(path: str) -> type:
+    """Return the class that a `class_path` names: a known one by its bare name, any other by its full path.
+
+    Raises:
+        ImportError, AttributeError, ValueError: There is none.
+    """
+    known = {kind.__name__: kind for kind in _known_classes()}
+    return known.get(path) or pkgutil.resolve_name(path)
+
+
+def _known_classes() -> Iterator[type]:
+    """Yield the classes that a `class_path` may name."""
+    waiting = list(Parser.bases)
+    for kind in waiting:
+        yield kind
+        waiting += kind.__subclasses__()

@@ -1,0 +1,66 @@
+"""Progress, status lines, and the messages of libraries that no user can act on."""
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def on_terminal() -> bool:
+    """Return whether someone watches: standard error is a terminal."""
+    return sys.stderr.isatty()
+
+
+def track(items: Sequence[T], label: str, note: Callable[[], str] = str) -> Iterator[T]:
+    """Yield the items and show the progress under `label`, with a note of the moment."""
+    if rank_zero_only.rank > 0:  # type: ignore[attr-defined]
+        yield from items
+        return
+    if on_terminal():
+        with tqdm(items, desc=label, leave=False, dynamic_ncols=True) as bar:
+            for item in bar:
+                yield item
+                bar.set_postfix_str(note())
+        return
+    start = last = time.perf_counter()
+    for i, item in enumerate(items):
+        yield item
+        now = time.perf_counter()
+        if now - last >= SECONDS_BETWEEN_LINES or i + 1 == len(items):
+            last = now
+            told = f", {note()}" if note() else ""
+            print(f"{label}: {i + 1}/{len(items)} batches, {now - start:.0f} s{told}", flush=True)
+
+
+def silence() -> None:
+    """Drop what no user can act on: advertisements, absent hardware, deprecations inside libraries."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_says_something)
+    for inside in (
+        "Experiment logs directory .* exists and is not empty",  # make_loggers has just made it
+        "The dirpath has changed from",  # a run that goes on from another folder's checkpoint
+        "You're resuming from a checkpoint that ended before",  # the data module knows its position
+        "`is_gradient_checkpointing` is deprecated",
+        "`gradient_checkpointing_enable` is deprecated",
+        r"`isinstance\(treespec, LeafSpec\)`",
+        "It is recommended to use `self.log",  # what is logged has been reduced over processes already
+    ):
+        warnings.filterwarnings("ignore", message=inside)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(("💡", "TPU available", "Seed set"))
+
+
+def say(message: str) -> None:
+    """Print one status line to stderr."""
+    print(message, file=sys.stderr, flush=True)

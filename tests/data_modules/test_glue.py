@@ -1,0 +1,345 @@
+"""The GLUE reader: the real files with all their traps, and input that cannot be used."""
+
+import gzip
+import json
+import pathlib
+import shutil
+import time
+
+import datasets
+import pytest
+
+from app.utils.errors import InputError
+from data_modules import glue
+from data_modules.glue import TASKS, GlueDataModule
+
+REAL = pathlib.Path(__file__).parents[3] / "shared" / "data" / "glue"
+real_files = pytest.mark.skipif(
+    not REAL.is_dir(), reason="the GLUE files are not beside the project"
+)
+
+SMALL = {
+    "SST-2/train.tsv": "sentence\tlabel\nunflinchingly bleak \t0\n`` good '' \t1\n",
+    "SST-2/dev.tsv": "sentence\tlabel\nfine \t1\n",
+    "SST-2/test.tsv": "index\tsentence\n0\tno label here\n",
+    "CoLA/train.tsv": "gj04\t1\t\tHe left.\ngj04\t0\t*\tLeft he.\ngj04\t1\t\tHe left.\n"
+    "x\t1\t\tShe ran.\n",
+    "CoLA/test.tsv": "index\tsentence\n0\tBill left.\n",
+    "MRPC/train.tsv": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    '1\t7\t8\t" He said\tHe said # it\n0\t9\t10\t"one\t"two\n',
+    "MRPC/dev.tsv": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\ta\tb\n",
+    "QNLI/train.tsv": 'index\tquestion\tsentence\tlabel\n0\t"Who?\tHe.\tentailment\n'
+    "7\tWhy?\tNo.\tnot_entailment\n",
+    "QNLI/dev.tsv": "index\tquestion\tsentence\tlabel\n0\tWho?\tHe.\tnot_entailment\n",
+    "MNLI/train.tsv": "index\tpromptID\tsentence1\tsentence2\tlabel1\tgold_label\n"
+    "5\t1\t One. \tn/a\tneutral\tcontradiction\n9\t2\tTwo.\tTo\u2028o.\tneutral\t-\n",
+    "MNLI/dev_matched.tsv": "index\tsentence1\tsentence2\tlabel1\tlabel2\tgold_label\n"
+    "0\tA\tB\tentailment\tneutral\tneutral\n",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A GLUE folder of two-line files in the published forms."""
+    for name, text in SMALL.items():
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(text.encode())
+    return tmp_path
+
+
+def load(task, path, **options):
+    return GlueDataModule(task, path=str(path), **options)
+
+
+def texts(data, split="train"):
+    return [(row.prompt, row.answer, row.target) for row in data.rows(split)]
+
+
+def test_prompts_of_sst2(folder):
+    prefix = "classify the sentiment of the text: "
+    assert texts(load("sst2", folder)) == [
+        (f"{prefix}unflinchingly bleak\nresult: ", "negative", 0),
+        (f"{prefix}`` good ''\nresult: ", "positive", 1),
+    ]
+
+
+@pytest.mark.parametrize("mark", ["\r", "\u2028", "\u0085", "\f"])
+def test_only_a_line_feed_ends_a_line(folder, mark):
+    text = f"sentence\tlabel\r\none{mark}two\t1\r\n"
+    (folder / "SST-2" / "train.tsv").write_bytes(text.encode())
+    [(prompt, answer, _)] = texts(load("sst2", folder))
+    assert (f"one{mark}two" in prompt, answer) == (True, "positive")
+
+
+def test_prompts_of_cola_have_no_header(folder):
+    data = load("cola", folder, validation_size=1)
+    prefix = "classify the grammaticality of the text: "
+    everything = texts(data) + texts(data, "validation")
+    assert len(everything) == 4
+    assert (f"{prefix}Left he.\nresult: ", "unacceptable", 0) in everything
+    assert (f"{prefix}He left.\nresult: ", "acceptable", 1) in everything
+
+
+def test_prompts_of_mrpc_keep_quotes_and_number_signs(folder):
+    prefix = "classify the semantic similarity of the text: "
+    assert texts(load("mrpc", folder)) == [
+        (f'{prefix}" He said\nHe said # it\nresult: ', "equivalent", 1),
+        (f'{prefix}"one\n"two\nresult: ', "different", 0),
+    ]
+
+
+def test_prompts_of_qnli(folder):
+    prefix = "classify the semantic similarity of the question and the sentence: "
+    assert texts(load("qnli", folder)) == [
+        (f'{prefix}"Who?\nHe.\nresult: ', "entailment", 0),
+        (f"{prefix}Why?\nNo.\nresult: ", "not_entailment", 1),
+    ]
+
+
+def test_prompts_of_mnli_take_the_gold_label_and_count_rows_without(folder):
+    data = load("mnli", folder)
+    prefix = "classify the semantic similarity of the text: "
+    assert texts(data) == [(f"{prefix}One.\nn/a\nresult: ", "contradiction", 2)]
+    assert texts(data, "validation") == [(f"{prefix}A\nB\nresult: ", "neutral", 1)]
+    assert data.describe()["dropped_rows"]["train"] == 1
+
+
+def test_the_validation_set_is_reported(folder):
+    data = load("sst2", folder)
+    assert data.rows("test") == data.rows("validation")
+    assert data.describe()["rows"] == {"train": 2, "validation": 1, "test": 1}
+
+
+def test_rows_set_aside_validate_and_the_published_set_is_still_reported(folder):
+    published = load("sst2", folder).rows("test")
+    data = load("sst2", folder, validation_size=1)
+    assert data.rows("test") == published
+    assert len(data.rows("train")) == len(data.rows("validation")) == 1
+    assert not set(data.rows("train")) & set(data.rows("validation"))
+
+
+def test_no_validation_set(folder):
+    data = load("cola", folder, validation_size=1)
+    assert data.rows("test") == data.rows("validation")
+    line = "gj04\t1\t\tSentence number {}.\n"
+    (folder / "CoLA" / "train.tsv").write_text("".join(line.format(i) for i in range(40)))
+    data = load("cola", folder)
+    with pytest.warns(UserWarning, match=r"no dev.tsv: 4 training rows.*data.validation_size"):
+        held_out = data.rows("validation")
+    assert len(held_out) == 4
+    assert len(data.rows("train")) == 36
+    assert not set(data.rows("train")) & set(held_out)
+
+
+def test_equal_sentences_stay_on_one_side(folder):
+    for size in (1, 2, 3):
+        data = load("cola", folder, validation_size=size)
+        sides = [{row.prompt for row in data.rows(split)} for split in ("train", "validation")]
+        assert not sides[0] & sides[1]
+
+
+def test_the_folder_of_the_task_itself(folder):
+    assert texts(load("sst2", folder / "SST-2")) == texts(load("sst2", folder))
+
+
+def test_first_file_that_exists_or_the_named_one(folder):
+    rows = [{"premise": "P", "hypothesis": "n/a", "label": "neutral"}]
+    packed = folder / "MNLI" / "train_more.jsonl.gz"
+    packed.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    assert texts(load("mnli", folder))[0][1] == "contradiction"
+    data = load("mnli", folder, train_file="train_more.jsonl.gz")
+    assert texts(data)[0][1:] == ("neutral", 1)
+    assert data.describe()["source"].endswith("MNLI (train_more.jsonl.gz, dev_matched.tsv)")
+    packed.rename(packed.with_name("train.jsonl.gz"))
+    (folder / "MNLI" / "train.tsv").unlink()
+    assert texts(load("mnli", folder))[0][1:] == ("neutral", 1)
+
+
+def test_labels_by_number_are_the_hubs(folder):
+    rows = [{"premise": "P", "hypothesis": "H", "label": label} for label in (0, 1, 2)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "MNLI" / "numbers.jsonl").write_text(text)
+    answers = [row[1:] for row in texts(load("mnli", folder, train_file="numbers.jsonl"))]
+    assert answers == [("entailment", 0), ("neutral", 1), ("contradiction", 2)]
+
+
+@pytest.mark.parametrize("task", ["sst2", "cola"])
+def test_a_test_set_without_labels(folder, task):
+    with pytest.raises(InputError, match=r"test.tsv has no labels.*data.test_split=validation"):
+        load(task, folder, test_split="test", validation_size=1).rows("test")
+
+
+def test_a_test_set_with_labels(folder):
+    shutil.copy(folder / "SST-2" / "dev.tsv", folder / "SST-2" / "test.tsv")
+    assert len(load("sst2", folder, test_split="test").rows("test")) == 1
+
+
+def test_a_missing_test_set(folder):
+    with pytest.raises(InputError, match=r"MRPC has no test set.*found dev.tsv, train.tsv"):
+        load("mrpc", folder, test_split="test").rows("test")
+
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(InputError, match=r"data.path=.*nowhere: expected a GLUE folder"):
+        load("sst2", tmp_path / "nowhere").rows("train")
+
+
+def test_an_empty_folder_and_one_with_other_files(tmp_path):
+    with pytest.raises(InputError, match=r"expected train.tsv or .*found nothing"):
+        load("sst2", tmp_path).rows("train")
+    (tmp_path / "training.csv").touch()
+    with pytest.raises(InputError, match=r"found training.csv; change --data.path"):
+        load("sst2", tmp_path).rows("train")
+
+
+def test_the_folder_of_another_task(folder):
+    with pytest.raises(InputError, match=r"columns sentence, label: expected question, sentence"):
+        load("qnli", folder / "SST-2").rows("train")
+    with pytest.raises(InputError, match=r"line 1 of .* has 2 columns: expected 4 \(source"):
+        load("cola", folder / "SST-2").rows("train")
+
+
+def test_a_row_with_other_columns(folder):
+    with (folder / "SST-2" / "train.tsv").open("a") as file:
+        file.write("no tab\n")
+    with pytest.raises(InputError, match=r"line 4 of .*SST-2/train.tsv has 1 columns: expected 2"):
+        load("sst2", folder).rows("train")
+
+
+def test_an_unknown_label(folder):
+    with (folder / "SST-2" / "train.tsv").open("a") as file:
+        file.write("so so\tmixed\n")
+    with pytest.raises(InputError, match=r"line 4 of .*train.tsv has the label 'mixed': expected"):
+        load("sst2", folder).rows("train")
+
+
+def test_a_set_without_rows(folder):
+    (folder / "SST-2" / "dev.tsv").write_text("sentence\tlabel\n")
+    with pytest.raises(InputError, match="has no validation rows"):
+        load("sst2", folder).rows("train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.tsv.gz", b"not gzip"),
+        ("train.tsv.gz", gzip.compress(b"sentence\tlabel\n" + b"a\t1\n" * 99)[:-9]),
+        ("train.tsv", b"sentence\tlabel\n\xff\xfe\t1\n"),
+        ("train.jsonl", b"{'sentence': 1}\n"),
+        ("train.jsonl", b"7\n"),
+    ],
+    ids=["not gzip", "cut short", "not UTF-8", "not JSON", "no object"],
+)
+def test_a_damaged_file(folder, name, content):
+    (folder / "SST-2" / "train.tsv").unlink()
+    (folder / "SST-2" / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}.*change --data.path"):
+        load("sst2", folder).rows("train")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("sst-2", "sst2"), ("MNLI", "mnli"), ("colla", "cola")]
+)
+def test_an_unknown_task_with_the_closest(name, meant):
+    with pytest.raises(InputError, match=rf"data.task={name}: expected .*did you mean {meant}\?"):
+        GlueDataModule(name)
+
+
+def test_a_training_file_without_a_folder():
+    with pytest.raises(InputError, match=r"data.train_file=train_10k.jsonl.gz.*data.path"):
+        GlueDataModule("mnli", train_file="train_10k.jsonl.gz")
+
+
+class Hub:
+    """Stands for the Hub: `dataset_info` answers, `load_dataset` returns small sets."""
+
+    def __init__(self, **splits):
+        self.splits = splits
+
+    def dataset_info(self, name, timeout):
+        assert (name, timeout < 10) == ("nyu-mll/glue", True)
+
+    def load_dataset(self, name, task):
+        return {split: datasets.Dataset.from_list(rows) for split, rows in self.splits.items()}
+
+
+def test_the_hub(monkeypatch):
+    def rows(label):
+        return [{"premise": "P ", "hypothesis": "H", "label": label, "idx": 0}]
+
+    hub = Hub(train=rows(0), validation_matched=rows(1), test_matched=rows(-1))
+    monkeypatch.setattr(glue, "HfApi", lambda: hub)
+    monkeypatch.setattr(glue.datasets, "load_dataset", hub.load_dataset)
+    data = GlueDataModule("mnli")
+    prompt = "classify the semantic similarity of the text: P\nH\nresult: "
+    assert texts(data) == [(prompt, "entailment", 0)]
+    assert texts(data, "test") == [(prompt, "neutral", 1)]
+    assert data.describe()["source"] == "nyu-mll/glue"
+    with pytest.raises(InputError, match="has no labels, which GLUE withholds"):
+        GlueDataModule("mnli", test_split="test").rows("test")
+
+
+def test_the_hub_out_of_reach_fails_in_seconds(monkeypatch, tmp_path):
+    class Unreachable:
+        def dataset_info(self, name, timeout):
+            raise ConnectionError("no network")
+
+    monkeypatch.setattr(glue, "HfApi", Unreachable)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    offline = datasets.config.HF_HUB_OFFLINE
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"nyu-mll/glue \(sst2\).*data.path.*SST-2/train.tsv"):
+        GlueDataModule("sst2").rows("train")
+    assert time.monotonic() - started < 5
+    assert offline == datasets.config.HF_HUB_OFFLINE
+
+
+@real_files
+@pytest.mark.parametrize(
+    ("task", "num_train", "num_dev", "options"),
+    [
+        ("sst2", 67349, 872, {}),
+        ("cola", 8051, 500, {"validation_size": 500}),
+        ("mrpc", 3667, 408, {}),
+        ("qnli", 9999, 5463, {}),
+        ("qnli", 320, 5463, {"train_file": "train_kshot.tsv"}),
+        ("mnli", 480, 9815, {}),
+        ("mnli", 9999, 9815, {"train_file": "train_10k.jsonl.gz"}),
+    ],
+)
+def test_real_files(task, num_train, num_dev, options):
+    data = load(task, REAL, **options)
+    rows = {split: data.rows(split) for split in ("train", "validation")}
+    assert (len(rows["train"]), len(rows["validation"])) == (num_train, num_dev)
+    for row in rows["train"] + rows["validation"]:
+        body = row.prompt.removeprefix(TASKS[task].prefix)
+        sentences = body.removesuffix("\nresult: ").split("\n")
+        assert len(sentences) == len(TASKS[task].columns) - 1
+        assert all(sentence == sentence.strip() for sentence in sentences)
+    assert {row.target for row in rows["train"]} == set(range(len(data.label_words)))
+
+
+@real_files
+def test_real_cola_labels_and_duplicates():
+    data = load("cola", REAL, validation_size=500)
+    sides = [data.rows(split) for split in ("train", "validation")]
+    assert sum(row.target for side in sides for row in side) == 6023
+    assert not {row.prompt for row in sides[0]} & {row.prompt for row in sides[1]}
+
+
+@real_files
+def test_real_mnli_hypotheses_that_look_missing():
+    rows = load("mnli", REAL, train_file="train_10k.jsonl.gz").rows("train")
+    assert sum(row.prompt.endswith("\nn/a\nresult: ") for row in rows) == 2
+
+
+@real_files
+def test_real_files_again_by_the_words_of_their_lines():
+    lines = (REAL / "MNLI" / "train.tsv").read_bytes().decode().split("\n")[1:-1]
+    last = [line.split("\t")[-1] for line in lines]
+    assert [row.answer for row in load("mnli", REAL).rows("train")] == last
+    lines = (REAL / "MRPC" / "dev.tsv").read_bytes().decode("utf-8-sig").split("\n")[1:-1]
+    assert [str(row.target) for row in load("mrpc", REAL).rows("validation")] == [
+        line[0] for line in lines
+    ]

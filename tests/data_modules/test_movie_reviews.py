@@ -1,0 +1,141 @@
+"""The movie reviews: the archive inside an archive, the ratings, the fixed split."""
+
+import io
+import os
+import pathlib
+import tarfile
+
+import pytest
+
+from app.utils.errors import InputError
+from data_modules import movie_reviews
+from data_modules.movie_reviews import MEMBER, MovieReviewsDataModule
+
+LINES = [
+    "1\t2.26666666667\tThe Rock is destined to be ''Conan''.",
+    "2\t-0.5\tNeither here nor there.",
+    "3\t-1.8125\tHer fans walked out “muttering”. ",
+    "4\t2.3\tThe Rock is destined to be ''Conan''.",
+    "5\t0.533333\tMostly fine.",
+    *(f"{number}\t{number % 2 * 2 - 1}\tSentence {number}." for number in range(6, 26)),
+]
+SMALL = {"validation_size": 3, "test_size": 5}
+
+
+def archive_of(text, name=f"hutto_ICWSM_2014/{MEMBER}"):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for member_name, content in (("hutto_ICWSM_2014/other.txt", b"x"), (name, text)):
+            member = tarfile.TarInfo(member_name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
+
+
+@pytest.fixture
+def ratings(tmp_path):
+    """The published form: CRLF between lines, none after the last."""
+    file = tmp_path / MEMBER
+    file.write_bytes("\r\n".join(LINES).encode())
+    return file
+
+
+def all_rows(data):
+    return [row for split in ("train", "validation", "test") for row in data.rows(split)]
+
+
+def test_rows_of_the_text_file(ratings):
+    data = MovieReviewsDataModule(str(ratings), **SMALL)
+    rows = all_rows(data)
+    assert data.describe()["rows"] == {"train": 15, "validation": 3, "test": 5}
+    assert data.describe()["dropped_rows"] == {"neutral": 1, "repeated": 1}
+    by_prompt = {row.prompt: (row.answer, row.target) for row in rows}
+    prefix = "classify the sentiment of the text: "
+    assert len(by_prompt) == 23
+    assert by_prompt[f"{prefix}The Rock is destined to be ''Conan''.\nresult: "] == ("positive", 1)
+    assert by_prompt[f"{prefix}Her fans walked out “muttering”.\nresult: "] == ("negative", 0)
+    assert by_prompt[f"{prefix}Mostly fine.\nresult: "] == ("positive", 1)
+    assert by_prompt[f"{prefix}Sentence 25.\nresult: "] == ("positive", 1)
+
+
+def test_the_archive_gives_the_same_rows(ratings, tmp_path):
+    archive = tmp_path / "hutto_ICWSM_2014.tar.gz"
+    archive.write_bytes(archive_of(ratings.read_bytes()))
+    from_text = MovieReviewsDataModule(str(ratings), **SMALL)
+    assert all_rows(MovieReviewsDataModule(str(archive), **SMALL)) == all_rows(from_text)
+
+
+def test_without_a_path_the_archive_comes_from_the_package_index(ratings, tmp_path, monkeypatch):
+    archive = tmp_path / "fetched"
+    archive.write_bytes(archive_of(ratings.read_bytes()))
+    urls = []
+    monkeypatch.setattr(
+        movie_reviews, "fetch_package_file", lambda url: urls.append(url) or archive
+    )
+    data = MovieReviewsDataModule(**SMALL)
+    data.prepare_data()
+    assert len(all_rows(data)) == 23
+    assert set(urls) == {data.describe()["source"]}
+    assert urls[0].startswith("pypi://vaderSentiment==3.3.2/additional_resources/hutto_ICWSM_2014")
+
+
+def test_held_out_rows_depend_neither_on_the_seed_nor_on_each_other(ratings):
+    data = MovieReviewsDataModule(str(ratings), **SMALL)
+    other = MovieReviewsDataModule(
+        str(ratings), seed=5, validation_size=6, test_size=5, train_size=4
+    )
+    assert other.rows("test") == data.rows("test")
+    assert len(other.rows("train")) == 4
+    assert set(other.rows("train")) <= set(data.rows("train")) | set(data.rows("validation"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "setting"),
+    [
+        ({"test_size": 23}, "data.test_size=23 of 23"),
+        ({"test_size": 10, "validation_size": 13}, "data.validation_size=13 of 13"),
+        ({"test_size": 0}, "data.test_size=0"),
+    ],
+)
+def test_sizes_out_of_range(ratings, sizes, setting):
+    with pytest.raises(InputError, match=setting):
+        MovieReviewsDataModule(str(ratings), **sizes).rows("train")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"1\tgood\tNo number.\n", r"line 1 of .* expected an id, a rating and a sentence"),
+        (b"1\t1.0\tFine.\n2\t1.0\n", r"line 2 of .*'2.t1.0'"),
+        (b"1\t1.0\t\xff\xfe\n", "cannot read"),
+        (archive_of(b"", "hutto_ICWSM_2014/renamed.txt"), f"has no member {MEMBER}"),
+        (archive_of(os.urandom(10_000))[:5_000], "cannot read"),
+        (b"x" * (movie_reviews.MAX_TEXT_BYTES + 1), "holds more than"),
+        (archive_of(b"x" * (movie_reviews.MAX_TEXT_BYTES + 1)), "holds more than"),
+    ],
+    ids=["no number", "no text", "not UTF-8", "renamed", "cut short", "huge text", "huge archive"],
+)
+def test_files_that_are_something_else(tmp_path, content, message):
+    file = tmp_path / "ratings"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        MovieReviewsDataModule(str(file)).rows("train")
+    assert "--data.path" in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(InputError, match=r"cannot read .*data.path"):
+            MovieReviewsDataModule(str(path)).rows("train")
+
+
+def test_only_a_regular_member_is_read(tmp_path):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        link = tarfile.TarInfo(MEMBER)
+        link.type, link.linkname = tarfile.SYMTYPE, str(pathlib.Path(__file__))
+        archive.addfile(link)
+    file = tmp_path / "links.tar.gz"
+    file.write_bytes(packed.getvalue())
+    with pytest.raises(InputError, match="has no member"):
+        MovieReviewsDataModule(str(file)).rows("train")

@@ -1,0 +1,292 @@
+"""Whole runs of tiny models through the command line: fit, resume, validate, test."""
+
+import csv
+import json
+import pathlib
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import callbacks.initialization
+import callbacks.lora_one_init
+from app.training.module import LoraModule
+
+REAL = pathlib.Path(__file__).parents[3] / "shared" / "data" / "glue"
+MOMENTS = ("zero_shot", "after_init", "final")
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def losses(folder):
+    """Return the training loss of each step, as it was logged."""
+    with (folder / "metrics.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return {int(row["step"]): float(row["train/loss"]) for row in rows if row.get("train/loss")}
+
+
+def adapter(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Return a list that grows by one with each gradient pass."""
+    counted = []
+    original = callbacks.initialization.one_step_gradients
+
+    def counting(*args, **kwargs):
+        counted.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(callbacks.initialization, "one_step_gradients", counting)
+    return counted
+
+
+@pytest.mark.parametrize("model", ["llama", "t5", "gpt2"])
+def test_every_architecture_learns(model, fit, run_models):
+    folder = fit(f"--model.name={run_models / model}", "--trainer.max_steps=8")
+    told = summary(folder)
+    assert told["metrics"]["final"]["loss"] < told["metrics"]["after_init"]["loss"]
+    assert told["metrics"]["after_init"]["loss"] < told["metrics"]["zero_shot"]["loss"]
+    values = list(losses(folder).values())
+    assert len(values) == 8
+    assert values[-1] < values[0]
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] is True
+    assert config["task_type"] == ("SEQ_2_SEQ_LM" if model == "t5" else "CAUSAL_LM")
+    assert config["fan_in_fan_out"] is (model == "gpt2")
+
+
+def test_the_same_seed_twice_another_seed_and_the_saved_config(fit, command, tmp_path):
+    first, again = fit(), fit()
+    assert [first.name, again.name] == ["version_0", "version_1"]
+    assert losses(first) == losses(again)
+    assert len(losses(first)) == 3
+    assert summary(first)["metrics"] == summary(again)["metrics"]
+    assert same(adapter(first), adapter(again))
+    other = fit("--seed_everything=1")
+    assert summary(other)["seed"] == 1
+    assert losses(other) != losses(first)
+    # The configuration that a run leaves behind is the run.
+    assert command("fit", "--config", first / "config.yaml") == 0
+    assert losses(tmp_path / "runs" / "tiny" / "version_3") == losses(first)
+
+
+def test_summary(fit):
+    told = summary(fit())
+    assert (told["method"], told["seed"]) == ("lora_one", 0)
+    assert told["model"]["parameters"] == 8784
+    assert told["model"]["trainable_parameters"] == 2 * 1024
+    assert told["model"]["fingerprint"].startswith("sha256:")
+    assert told["data"]["name"] == "glue/sst2"
+    assert told["data"]["rows"] == {"train": 40, "validation": 20, "test": 20}
+    assert tuple(told["metrics"]) == MOMENTS
+    for scores in told["metrics"].values():
+        assert set(scores) == {"loss", "accuracy", "f1", "mcc"}
+    init = told["init"]
+    assert (init["estimator"], init["passes"], init["samples"]) == ("sketch", 1, 16)
+    assert init["seconds"] > 0
+    assert init["peak_bytes"][0] > 2**20
+    assert 0 < init["captured_energy"]["min"] <= init["captured_energy"]["mean"] <= 1
+    assert len(init["layers"]) == 14
+    train = told["train"]
+    assert (train["steps"], train["samples"]) == (3, 24)
+    assert train["samples_per_second"] == pytest.approx(24 / train["seconds"])
+
+
+def test_lora_has_no_gradient_pass(fit, passes):
+    told = summary(fit("--config", "methods/lora.yaml"))
+    assert told["method"] == "lora"
+    assert told["init"] == {}
+    assert told["metrics"]["after_init"] == told["metrics"]["zero_shot"]
+    assert passes == []
+
+
+def test_lora_one_with_plain_adamw(fit, passes):
+    plain = fit("--config", "methods/lora_one_adamw.yaml", "--model.optimizer.lr=0.01")
+    ours = fit()
+    assert summary(plain)["method"] == "lora_one_adamw"
+    assert len(passes) == 2
+    before = [summary(folder)["metrics"]["after_init"] for folder in (plain, ours)]
+    assert before[0] == before[1]
+    assert losses(plain)[0] == losses(ours)[0]
+    assert losses(plain)[2] != losses(ours)[2]
+
+
+def test_full_fine_tuning(fit):
+    folder = fit(
+        *("--init=null", "--model.adapter=null", "--model.method=full"),
+        *("--model.optimizer=AdamW", "--model.optimizer.lr=0.01"),
+    )
+    told = summary(folder)
+    assert told["model"]["trainable_parameters"] == told["model"]["parameters"]
+    assert told["metrics"]["final"]["loss"] < told["metrics"]["zero_shot"]["loss"] - 0.1
+    assert not (folder / "adapter").exists()
+
+
+def test_the_base_stays_bitwise(fit, run_models, monkeypatch):
+    kept = {}
+
+    def keep(module):
+        kept.update({key: value.clone() for key, value in module.base.state_dict().items()})
+
+    monkeypatch.setattr(LoraModule, "on_fit_end", keep, raising=False)
+    fit("--model.optimizer.lr=0.5")
+    original = load_file(run_models / "llama" / "model.safetensors")
+    unwrapped = {key.replace(".base_layer", ""): value for key, value in kept.items()}
+    assert set(original) <= set(unwrapped)
+    for name, value in original.items():
+        assert torch.equal(unwrapped[name], value), name
+    changed = [key for key in unwrapped if "lora_B" in key and unwrapped[key].abs().max() > 0.1]
+    assert len(changed) == 14
+
+
+def test_checkpoints_hold_trainable_weights_and_resume_exactly(fit, passes, monkeypatch):
+    """Ten steps at once, and five steps, then five more from the checkpoint, are the same."""
+    whole = fit("--trainer.max_epochs=2", "--trainer.max_steps=-1")
+    half = fit("--trainer.max_epochs=1", "--trainer.max_steps=-1")
+    assert len(passes) == 2
+    told_of_half, adapter_of_half = summary(half), adapter(half)
+    [checkpoint] = half.glob("checkpoints/*.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    assert content["global_step"] == 5
+    assert len(content["state_dict"]) == 28
+    assert all(".lora_A." in name or ".lora_B." in name for name in content["state_dict"])
+    assert checkpoint.stat().st_size < 100_000
+
+    def no_install(*args):
+        raise AssertionError("a resumed run was initialised again")
+
+    monkeypatch.setattr(callbacks.lora_one_init, "install", no_install)
+    rest = fit("--trainer.max_epochs=2", "--trainer.max_steps=-1", f"--ckpt_path={checkpoint}")
+    assert len(passes) == 2
+    assert sorted(losses(whole)) == list(range(10))
+    assert rest == half
+    assert losses(rest) == losses(whole)
+    assert same(adapter(rest), adapter(whole))
+    assert not same(adapter(rest), adapter_of_half)
+    told = summary(rest)
+    assert told["metrics"] == summary(whole)["metrics"]
+    assert told["init"]["captured_energy"] == told_of_half["init"]["captured_energy"]
+    assert told["train"]["steps"] == 10
+    assert told["train"]["samples"] == 2 * told_of_half["train"]["samples"]
+
+
+def test_validate_and_test_reproduce_the_final_scores(fit, command, monkeypatch):
+    # The published set validates, so that the test meets the same rows.
+    folder = fit("--data.validation_size=null", "--model.optimizer.lr=0.05")
+    final = summary(folder)["metrics"]["final"]
+    logged = {}
+    original = LoraModule.log_dict
+
+    def log_dict(module, values, **options):
+        logged.update({name: float(value) for name, value in values.items()})
+        original(module, values, **options)
+
+    monkeypatch.setattr(LoraModule, "log_dict", log_dict)
+    for action, prefix in (("validate", "val"), ("test", "test")):
+        logged.clear()
+        assert command(action, "--run", folder) == 0
+        assert set(logged) == {f"{prefix}/{name}" for name in final}
+        assert logged[f"{prefix}/accuracy"] == final["accuracy"]
+        assert logged[f"{prefix}/loss"] == pytest.approx(final["loss"], abs=1e-5)
+        assert logged[f"{prefix}/mcc"] == pytest.approx(final["mcc"], abs=1e-6)
+    assert final != summary(folder)["metrics"]["zero_shot"]
+
+
+def test_accumulation(fit):
+    told = summary(fit("--trainer.accumulate_grad_batches=5", "--trainer.max_steps=2"))
+    assert told["train"]["steps"] == 2
+    assert told["train"]["samples"] == 80
+    assert told["metrics"]["final"]["loss"] < told["metrics"]["after_init"]["loss"]
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_accumulated_batches_of_different_sizes_make_one_token_mean(clip, fit):
+    """Twelve rows as 5 + 5 + 2 and as one batch: the same loss, and the same step of plain SGD."""
+    options = (
+        "--trainer.max_steps=1",
+        f"--trainer.gradient_clip_val={clip}",
+        "--data.train_size=12",
+        "--init.num_samples=8",
+        "--model.optimizer=torch.optim.SGD",
+        "--model.optimizer.lr=1.0",
+    )
+    whole = fit("--data.batch_size=12", *options)
+    parts = fit("--data.batch_size=5", "--trainer.accumulate_grad_batches=3", *options)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-6)
+    start = adapter(fit("--data.batch_size=12", *options, "--model.optimizer.lr=0.0"))
+    one, other = adapter(whole), adapter(parts)
+    for name, value in start.items():
+        moved, wanted = other[name] - value, one[name] - value
+        assert float(wanted.norm()) > 0
+        assert float((moved - wanted).norm() / wanted.norm()) < 1e-3
+
+
+def test_clipping_reaches_the_optimizer(fit):
+    # With an epsilon of 1 a step is as long as the gradient: clipped to nothing, it moves nothing.
+    options = ("--data.batch_size=40", "--model.optimizer.eps=1", "--model.optimizer.damping=1")
+    free = losses(fit(*options))
+    clipped = losses(fit(*options, "--trainer.gradient_clip_val=1e-9"))
+    assert free[0] == clipped[0]
+    assert free[2] < free[0] - 1e-4
+    assert clipped[2] == pytest.approx(clipped[0], abs=1e-6)
+
+
+def test_recomputing_activations_changes_nothing(fit):
+    plain = losses(fit())
+    recomputed = losses(fit("--model.gradient_checkpointing=true"))
+    assert list(recomputed.values()) == pytest.approx(list(plain.values()), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--trainer.precision=bf16-mixed"], ["--model.dtype=bfloat16"]],
+    ids=["mixed", "model"],
+)
+def test_half_precision(options, fit):
+    told = summary(fit(*options))
+    assert told["metrics"]["final"]["loss"] < told["metrics"]["zero_shot"]["loss"]
+    assert told["init"]["captured_energy"]["min"] > 0.5
+
+
+def test_validation_while_training(fit):
+    folder = fit("--trainer.val_check_interval=2", "--trainer.max_steps=4")
+    with (folder / "metrics.csv").open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["val/accuracy"]]
+    assert [int(row["step"]) for row in rows] == [1, 3]
+    for name in ("val/accuracy", "val/f1", "val/mcc", "val/loss"):
+        assert all(row[name] for row in rows)
+    final = summary(folder)["metrics"]["final"]
+    assert float(rows[-1]["val/loss"]) == pytest.approx(final["loss"], abs=1e-5)
+    assert float(rows[-1]["val/accuracy"]) == final["accuracy"]
+
+
+def test_a_dry_run_writes_nothing(command, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert command("fit", "--config", tiny_run, "--trainer.fast_dev_run=true") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    bad = "--init.num_samples=41"
+    assert command("fit", "--config", tiny_run, "--trainer.fast_dev_run=true", bad) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the GLUE files are not beside the project")
+def test_the_real_sst2(fit):
+    folder = fit(
+        *(f"--data.path={REAL}", "--data.train_size=200", "--data.validation_size=100"),
+        *("--data.max_length=80", "--trainer.limit_val_batches=0"),
+    )
+    told = summary(folder)
+    assert told["data"]["rows"]["train"] == 200
+    assert told["data"]["rows"]["validation"] == 100
+    assert told["data"]["rows"]["test"] == 872
+    assert told["metrics"]["final"]["loss"] < told["metrics"]["zero_shot"]["loss"]

@@ -1,0 +1,153 @@
+"""LoRA-One's start on the real SmolLM2-135M and real prompts: is the default accurate, does it help."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from app.initialization.gradient_store import ExactStore
+from app.initialization.one_step_gradient import Estimator, one_step_gradients
+from app.models.adapter_config import LoraSettings
+from app.models.loading import load_model, load_tokenizer, resolve_model
+from app.models.lora import add_lora, lora_pairs
+from app.models.loss import summed_loss, supervised_logits
+from callbacks.lora_one_init import LoraOneInit
+from data_modules.movie_reviews import MovieReviewsDataModule
+
+pytestmark = pytest.mark.smollm2
+RANK = 8
+
+
+@pytest.fixture(scope="module")
+def observed(smollm2_dir):
+    """Return the wrapped model, 64 real prompts, G of every layer, and both estimators' results."""
+    source = resolve_model(str(smollm2_dir))
+    data = MovieReviewsDataModule()
+    data.attach(load_tokenizer(source), False)
+    batches = data.gradient_batches(64, 8)
+    base = load_model(source)
+    model = add_lora(base, LoraSettings(r=RANK)).train()
+    pairs = lora_pairs(model)
+    gradients = {}
+    estimates = ExactStore.estimates
+
+    def keeping(store, rank_wanted, scale):
+        gradients.update({name: scale * found.total for name, found in store.sums.items()})
+        return estimates(store, rank_wanted, scale)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExactStore, "estimates", keeping)
+        exact = one_step_gradients(model, base, pairs, batches, RANK, Estimator("exact"))
+    sketch = one_step_gradients(model, base, pairs, batches, RANK, Estimator())
+    return SimpleNamespace(
+        base=base,
+        model=model,
+        pairs=pairs,
+        batches=batches,
+        gradients=gradients,
+        exact=exact,
+        sketch=sketch,
+    )
+
+
+def leading(estimate):
+    U, S, V = estimate.svd
+    return U[:, :RANK] * S[:RANK] @ V[:, :RANK].T
+
+
+def test_default_estimator_is_within_one_percent_of_the_exact_start(observed):
+    errors = {}
+    for name, estimate in observed.exact.estimates.items():
+        wanted = leading(estimate)
+        found = leading(observed.sketch.estimates[name])
+        errors[name] = float((found - wanted).norm() / wanted.norm())
+    mean, worst = sum(errors.values()) / len(errors), max(errors, key=errors.__getitem__)
+    print(f"\nrelative error: mean {mean:.3%}, worst {errors[worst]:.3%} ({worst})")
+    assert len(errors) == 210
+    assert observed.sketch.loss == pytest.approx(observed.exact.loss, rel=1e-6)
+    assert mean < 0.01
+    assert errors[worst] < 0.05
+
+
+def test_exact_start_equals_the_float64_svd(observed):
+    for pair in observed.pairs[::70]:
+        G = observed.gradients[pair.name].double()
+        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+        wanted = U[:, :RANK] * S[:RANK] @ Vh[:RANK]
+        found = leading(observed.exact.estimates[pair.name]).double()
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+        left = float(S[RANK:].norm() / S.norm())
+        energy = observed.exact.estimates[pair.name].captured_energy
+        assert (1 - energy) ** 0.5 == pytest.approx(left, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_printed_error_estimates_are_within_a_factor_of_two(observed, seed):
+    """What the run prints (mean and worst layer); and 19 of 20 layers each for itself."""
+    sketch = observed.sketch
+    if seed:
+        estimator = Estimator(seed=seed)
+        arguments = observed.model, observed.base, observed.pairs, observed.batches
+        sketch = one_step_gradients(*arguments, RANK, estimator)
+    estimated, true = [], []
+    for name, estimate in sketch.estimates.items():
+        G, wanted = observed.gradients[name], leading(observed.exact.estimates[name])
+        true.append(float((leading(estimate) - wanted).norm() / wanted.norm()))
+        estimated.append(estimate.rank_error)
+        cut = float((G - leading(estimate)).norm() / G.norm())
+        assert 0.5 < (1 - estimate.captured_energy) ** 0.5 / cut < 2
+        assert estimate.norm == pytest.approx(float(G.norm()), rel=0.02)
+    ratios = sorted(e / t for e, t in zip(estimated, true, strict=True))
+    print(
+        f"\nestimated error of the rank-8 matrix: mean {sum(estimated) / len(estimated):.3%}, "
+        f"worst {max(estimated):.3%}; true: mean {sum(true) / len(true):.3%}, worst {max(true):.3%}; "
+        f"estimated / true in a layer: {ratios[0]:.2f} to {ratios[-1]:.2f}, 5th to 95th percentile "
+        f"{ratios[10]:.2f} to {ratios[-11]:.2f}"
+    )
+    assert 0.5 < sum(estimated) / sum(true) < 2
+    assert 0.5 < max(estimated) / max(true) < 2
+    assert sum(0.5 < ratio < 2 for ratio in ratios) >= 0.95 * len(ratios)
+
+
+def loss_of(observed):
+    """Return the token mean over a quarter of the prompts."""
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in observed.batches[:2]:
+            found = supervised_logits(observed.model, observed.base, batch)
+            total += float(summed_loss(found))
+            tokens += found.labels.numel()
+    return total / tokens
+
+
+def test_a_small_initial_step_lowers_the_loss(observed, monkeypatch):
+    """On prompts of the initialisation set."""
+    monkeypatch.setattr(
+        "callbacks.initialization.one_step_gradients", lambda *_, **__: observed.sketch
+    )
+    module = SimpleNamespace(
+        model=observed.model,
+        base=observed.base,
+        lora_pairs=lambda: observed.pairs,
+        one_step=None,
+        record=SimpleNamespace(init=None),
+    )
+    trainer = SimpleNamespace(
+        global_rank=0,
+        world_size=1,
+        datamodule=SimpleNamespace(gradient_batches=lambda *_: observed.batches),
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+    )
+    losses = {"before": loss_of(observed)}
+    for gamma in (1024.0, 256.0):
+        LoraOneInit(gamma=gamma).on_fit_start(trainer, module)
+        losses[gamma] = loss_of(observed)
+        for pair in observed.pairs[::70]:
+            delta = pair.scaling * (pair.lora_B @ pair.lora_A).detach().double()
+            top = float(torch.linalg.svdvals(delta)[0])
+            assert top == pytest.approx(pair.scaling / gamma, rel=1e-4)
+    print(f"\nloss on the initialisation set by gamma: {losses}")
+    assert losses[1024.0] < losses["before"]
+    assert losses[256.0] < losses[1024.0]
+    assert module.record.init["loss"] == observed.sketch.loss

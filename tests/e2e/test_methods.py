@@ -1,0 +1,279 @@
+"""Every method through the whole command: what it trains, what it leaves behind, how it goes on."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from app.models.adapter_config import LoraSettings
+from app.models.lora import add_lora, install, lora_pairs
+from app.training.module import LoraModule
+
+# Of the tiny Llama (d 16, 2 heads of 8, 1 for keys, inner 32, 2 layers) with r = 4, by hand:
+# q, o: 4 (16 + 16); k, v: 4 (16 + 8); gate, up: 4 (16 + 32); down: 4 (32 + 16); twice
+LORA = 2 * 4 * (2 * 32 + 2 * 24 + 3 * 48)
+MAGNITUDES = 2 * (16 + 16 + 8 + 8 + 32 + 32 + 16)
+TRAINED = {
+    "lora": LORA,
+    "rslora": LORA,
+    "lora_plus": LORA,
+    "p_lora": LORA,
+    "lora_pro": LORA,
+    "lora_pro_efficient": LORA,
+    "dora": LORA + MAGNITUDES,
+    "dora_one": LORA + MAGNITUDES,
+    "lora_one": LORA,
+    "lora_one_adamw": LORA,
+    "pissa": LORA,
+    "lora_ga": LORA,
+    "full": 8784,
+}
+DROPOUT = "--model.adapter.lora_dropout=0.3"
+OFTEN = ("--trainer.max_steps=6", "--output.checkpoint_every_n_steps=1")
+
+
+def options(method):
+    found = (f"--config=methods/{method}.yaml", *OFTEN)
+    if method == "lora_ga":
+        found += ("--init.num_samples=16",)
+    return found if method == "full" else (*found, DROPOUT)
+
+
+def ids():
+    return torch.arange(3, 60).reshape(3, 19)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Return a list that holds each fit's logits after training, from the model in memory."""
+    found = []
+
+    def on_fit_end(module):
+        module.model.eval()
+        with torch.no_grad():
+            found.append(module.model(ids()).logits)
+
+    monkeypatch.setattr(LoraModule, "on_fit_end", on_fit_end, raising=False)
+    return found
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_what_a_run_leaves_computes_what_was_trained(
+    method, fit, command, trained, run_models, tmp_path
+):
+    folder = fit(*options(method))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["method"] == method
+    assert summary["model"]["trainable_parameters"] == TRAINED[method]
+    base = AutoModelForCausalLM.from_pretrained(run_models / "llama").eval()
+    if method == "full":
+        model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    else:
+        model = PeftModel.from_pretrained(copy.deepcopy(base), folder / "adapter").eval()
+    with torch.no_grad():
+        assert torch.allclose(model(ids()).logits, trained[0], atol=1e-6)
+        assert not torch.allclose(base(ids()).logits, trained[0], atol=1e-3)
+    # The same by the project's own commands.
+    assert command("test", "--run", folder) == 0
+    assert command("export", "--run", folder, "--merge", "--output", tmp_path / "merged") == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert torch.allclose(merged(ids()).logits, trained[0], atol=1e-5)
+
+
+def weights(folder):
+    [file] = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
+    return load_file(file)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_run_goes_on_bit_for_bit(method, fit, command, tiny_run, monkeypatch):
+    whole = fit(*options(method))
+
+    class Killed(Exception):
+        pass
+
+    with monkeypatch.context() as patched:
+        original = LoraModule.on_train_batch_start
+
+        def start(module, batch, batch_idx):
+            if module.global_step == 4:
+                raise Killed
+            return original(module, batch, batch_idx)
+
+        patched.setattr(LoraModule, "on_train_batch_start", start)
+        with pytest.raises(Killed):
+            fit(*options(method))
+    parts = fit(*options(method), "--ckpt_path=last")
+    assert parts.name == "version_1"
+    found, wanted = weights(parts), weights(whole)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+PLAIN = (
+    "--model.optimizer.init_args.lr=1e-3",
+    "--model.lr_scheduler_type=constant",
+    "--model.warmup_steps=0",
+    "--trainer.max_steps=10",
+)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Return what training steps see: the adapter before the first, then each batch and its loss."""
+    found = {"batches": [], "losses": [], "start": {}}
+    original = LoraModule.training_step
+
+    def training_step(module, batch, batch_idx):
+        if not found["batches"]:
+            trained = ((n, p) for n, p in module.model.named_parameters() if p.requires_grad)
+            found["start"] = {name: p.detach().clone() for name, p in trained}
+        found["batches"].append(batch)
+        loss = original(module, batch, batch_idx)
+        found["losses"].append(float(loss.detach()))
+        return loss
+
+    monkeypatch.setattr(LoraModule, "training_step", training_step)
+    return found
+
+
+def plain_loop(model, batches):
+    """Train in a few lines of torch; return each step's loss."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    losses = []
+    for batch in batches:
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+        optimizer.zero_grad()
+        loss = model.train()(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", {}),
+        ("rslora", {"use_rslora": True}),
+        ("dora", {"use_rslora": True, "use_dora": True}),
+        ("dora_one", {"use_rslora": True, "use_dora": True}),
+        ("lora_one_adamw", {"use_rslora": True}),
+    ],
+)
+def test_ten_steps_of_an_adapter_are_pefts(method, options, fit, seen, run_models):
+    """PEFT's own model with the same start, in a plain loop over the same batches."""
+    folder = fit(f"--config=methods/{method}.yaml", *PLAIN)
+    base = AutoModelForCausalLM.from_pretrained(run_models / "llama")
+    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", **options)
+    model = get_peft_model(base, config)
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert own.keys() == seen["start"].keys()
+    with torch.no_grad():
+        for name, start in seen["start"].items():
+            own[name].copy_(start)
+    assert len(seen["losses"]) == 10
+    assert seen["losses"] == pytest.approx(plain_loop(model, seen["batches"]), rel=1e-5)
+    found = weights(folder)
+    for name, wanted in get_peft_model_state_dict(model).items():
+        assert torch.allclose(found[name], wanted, rtol=1e-4, atol=1e-5), name
+
+
+def test_full_fine_tuning_is_plain_torch(fit, seen, run_models):
+    """The same batches in a loop of a few lines."""
+    folder = fit("--config=methods/full.yaml", *PLAIN)
+    model = AutoModelForCausalLM.from_pretrained(run_models / "llama")
+    assert seen["losses"] == pytest.approx(plain_loop(model, seen["batches"]), rel=1e-5)
+    found = weights(folder)
+    for name, wanted in model.state_dict().items():
+        if name in found:
+            assert torch.allclose(found[name], wanted, rtol=1e-4, atol=1e-6), name
+    assert len(found) >= 20
+
+
+@pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2", "tiny_t5"])
+def test_doras_magnitudes_belong_to_the_installed_factors(build, request):
+    """DoRA computes what LoRA with the same factors does; the magnitudes are torch's norms."""
+    base = request.getfixturevalue(build)()
+    models = [
+        add_lora(copy.deepcopy(base), LoraSettings(r=4, use_dora=dora)).eval()
+        for dora in (False, True)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for pairs in zip(*(lora_pairs(model) for model in models), strict=True):
+        A, B = (
+            torch.randn(p.shape, generator=generator) for p in (pairs[0].lora_A, pairs[0].lora_B)
+        )
+        for pair in pairs:
+            install(pair, A, B)
+        layer = pairs[1].layer
+        weight = layer.get_base_layer().weight.detach()
+        weight = weight.T if build == "tiny_gpt2" else weight
+        norms = (weight + pairs[1].scaling * B @ A).norm(dim=1)
+        assert torch.allclose(layer.lora_magnitude_vector["default"].weight, norms, rtol=1e-5)
+    inputs = {"input_ids": ids()}
+    if build == "tiny_t5":
+        inputs["decoder_input_ids"] = ids()
+    with torch.no_grad():
+        plain, dora = (model(**inputs).logits for model in models)
+    assert torch.allclose(plain, dora, rtol=1e-3, atol=1e-4)
+
+
+def test_peft_loads_an_adapter_by_its_folder_alone(fit, trained):
+    folder = fit(*options("dora_one"))
+    model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
+    with torch.no_grad():
+        assert torch.allclose(model(ids()).logits, trained[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "app.optim.preconditioned_adamw.PreconditionedAdamW",
+        "app.optim.lora_plus.LoraPlusAdamW",
+        "app.optim.lora_pro.LoraProAdamW",
+    ],
+)
+def test_an_optimizer_of_pairs_wants_pairs(optimizer, command, tiny_run, capfd, monkeypatch):
+    """Else it would be plain AdamW under another name."""
+    monkeypatch.setattr(
+        "app.training.module.load_model", None
+    )  # told before any weights are loaded
+    for method in ("full", "adalora"):
+        options = (f"--config=methods/{method}.yaml", f"--model.optimizer={optimizer}")
+        assert command("fit", "--config", tiny_run, *options) == 2
+        name = optimizer.rpartition(".")[2]
+        told = capfd.readouterr().err
+        assert told.startswith(f"error: model.optimizer is {name}, which works on LoRA pairs")
+        assert "set model.optimizer to torch.optim.AdamW" in told
+
+
+def test_nor_does_it_train_an_adapter_without_pairs(fit, command, tiny_run, capfd):
+    adalora = ("--config=methods/adalora.yaml", "--model.adapter.adalora.init_r=6")
+    folder = fit(*adalora) / "adapter"
+    options = (f"--model.adapter_path={folder}", "--init=null")
+    assert command("fit", "--config", tiny_run, *options) == 2
+    assert "PreconditionedAdamW, which works on LoRA pairs" in capfd.readouterr().err
+
+
+def test_an_adapter_from_a_folder_is_asked_what_it_is(fit, command, tiny_run, capfd, monkeypatch):
+    """DoRA's norms need whole weights, whatever model.adapter says beside the folder."""
+    folder = fit("--config=methods/dora.yaml") / "adapter"
+    monkeypatch.setattr(LoraModule, "_sharded", property(lambda _: True))
+    options = (f"--model.adapter_path={folder}", "--init=null")
+    assert command("fit", "--config", tiny_run, *options) == 2
+    assert (
+        "the adapter has use_dora, which does not work with the sharded" in capfd.readouterr().err
+    )

@@ -1,0 +1,387 @@
+"""A run that stops anywhere and goes on is the run that never stopped."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import zlib
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import callbacks.initialization
+from app.evaluation.scoring import Scoring
+from app.tracking.metrics_table import has_value, rewind_table
+from app.training.checkpoint_io import read_checkpoint
+from app.training.module import LoraModule
+from app.utils.signals import STOPPING
+from tests.support.paths import ROOT
+
+LONG = ("--trainer.max_epochs=3", "--trainer.max_steps=-1", "--output.checkpoint_every_n_steps=3")
+DROPOUT = ("--model.adapter.lora_dropout=0.3",)
+
+
+def table(folder):
+    with (folder / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def values(folder, name):
+    """Return a metric as {step: value}; every step stands once."""
+    rows = [
+        (int(row["step"]), row["epoch"], float(row[name])) for row in table(folder) if row.get(name)
+    ]
+    found = {step: (epoch, value) for step, epoch, value in rows}
+    assert len(found) == len(rows), f"a step of {name} stands twice: {rows}"
+    return found
+
+
+def adapter(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+class Killed(Exception):
+    """What stands for `kill -9`: nothing is saved on the way out."""
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Return `killed(step)`: training ends, without any warning, when this many steps are made."""
+
+    def at(step):
+        original = LoraModule.on_train_batch_start
+
+        def start(module, batch, batch_idx):
+            if module.global_step == step:
+                raise Killed
+            return original(module, batch, batch_idx)
+
+        monkeypatch.setattr(LoraModule, "on_train_batch_start", start)
+
+    return at
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Return a list that grows with each gradient pass and each scoring of all rows."""
+    counted = []
+    original = callbacks.initialization.one_step_gradients
+
+    def counting(*args, **kwargs):
+        counted.append("gradient")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(callbacks.initialization, "one_step_gradients", counting)
+    return counted
+
+
+CASES = {
+    "plain": LONG,
+    "dropout": LONG + DROPOUT,
+    "steps": ("--trainer.max_steps=13", *LONG[2:], *DROPOUT),
+    # 5 batches an epoch: windows of 2, 2 and 1
+    "accumulation": (*LONG, *DROPOUT, "--trainer.accumulate_grad_batches=2"),
+    "validation": (*LONG, *DROPOUT, "--trainer.val_check_interval=2"),
+    "validation_of_iterations": (
+        *("--trainer.max_steps=14", "--output.checkpoint_every_n_steps=3", *DROPOUT),
+        *("--trainer.val_check_interval=3", "--trainer.check_val_every_n_epoch=null"),
+    ),
+    "decay": (*LONG, "--model.lr_scheduler_type=cosine", "--model.warmup_steps=4"),
+    "short_epochs": (*LONG, *DROPOUT, "--trainer.limit_train_batches=3", "--trainer.max_epochs=4"),
+    "rare_logs": (*LONG, *DROPOUT, "--trainer.log_every_n_steps=3"),
+    "workers": (*LONG, *DROPOUT, "--data.num_workers=1"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_killed_at_any_step_has_the_losses_of_one_that_was_not(
+    case, command, tiny_run, tmp_path, monkeypatch, killed, passes
+):
+    options = ("fit", "--config", tiny_run, *CASES[case])
+    assert command(*options, "--output.name=whole") == 0
+    whole = tmp_path / "runs" / "whole" / "version_0"
+    steps = len(values(whole, "train/loss")) if case != "rare_logs" else 15
+    moments = sorted(random.Random(zlib.crc32(case.encode())).sample(range(4, steps), 2))
+    original = LoraModule.on_train_batch_start
+    for moment in moments:
+        killed(moment)
+        with pytest.raises(Killed):
+            command(*options, "--output.name=parts", "--ckpt_path=last")
+        monkeypatch.setattr(LoraModule, "on_train_batch_start", original)
+    assert command(*options, "--output.name=parts", "--ckpt_path=last") == 0
+    assert passes == ["gradient"] * 2
+    [parts] = (tmp_path / "runs" / "parts").iterdir()
+    assert values(parts, "train/loss") == values(whole, "train/loss"), moments
+    assert same_adapters(parts, whole)
+    if any(row.get("val/loss") for row in table(whole)):
+        assert values(parts, "val/loss") == values(whole, "val/loss")
+    for moment in ("zero_shot", "after_init", "final"):
+        assert values(parts, f"{moment}/loss") == values(whole, f"{moment}/loss")
+    assert summary(parts)["metrics"] == summary(whole)["metrics"]
+    for name in ("steps", "samples"):
+        assert summary(parts)["train"][name] == summary(whole)["train"][name]
+    assert [path.name for path in (parts / "checkpoints").iterdir()] == [f"step={steps}.ckpt"]
+
+
+def same_adapters(left, right):
+    left, right = adapter(left), adapter(right)
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_run_that_is_trained_further_is_the_longer_run(command, tiny_run, tmp_path):
+    """The shorter run ends in the middle of an epoch."""
+    options = ("fit", "--config", tiny_run, *DROPOUT)
+    assert command(*options, "--output.name=whole", "--trainer.max_steps=12") == 0
+    assert command(*options, "--output.name=parts", "--trainer.max_steps=7") == 0
+    more = (*options, "--output.name=parts", "--trainer.max_steps=12", "--ckpt_path=last")
+    assert command(*more) == 0
+    whole, parts = (tmp_path / "runs" / name / "version_0" for name in ("whole", "parts"))
+    assert values(parts, "train/loss") == values(whole, "train/loss")
+    assert same_adapters(parts, whole)
+    assert summary(parts)["metrics"] == summary(whole)["metrics"]
+    assert summary(parts)["train"]["samples"] == summary(whole)["train"]["samples"]
+
+
+def test_rows_that_the_dead_run_logged_are_made_again_once(tmp_path):
+    path = tmp_path / "metrics.csv"
+    header = "epoch,final/loss,step,train/loss,val/loss\n"
+    rows = ("0,,0,1.5,", "0,,1,1.4,", "0,,1,,1.3", "0,,2,1.2,", "0,9.0,4,,", "0,,3,1.")
+    path.write_text(header + "\n".join(rows))
+    rewind_table(path, 2, validation_due=True)
+    assert path.read_text().split() == [header.strip(), "0,,0,1.5,", "0,,1,1.4,"]
+    path.write_text(header + "\n".join(rows))
+    rewind_table(path, 2, validation_due=False)
+    assert path.read_text().split() == [header.strip(), *rows[:3]]
+    path.write_text(header + "\n".join(rows))
+    rewind_table(path, 4, validation_due=False)
+    assert path.read_text().split() == [header.strip(), *rows[:5]]
+    assert has_value(path, 1, "val/loss")
+    assert not has_value(path, 0, "val/loss")
+
+
+# Signals
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Return `signalled(method, number, when)`: the process sends itself a signal inside a hook."""
+
+    def send(method, number, when=lambda module: True):
+        original = getattr(LoraModule, method)
+
+        def sending(module, *args):
+            if when(module):
+                os.kill(os.getpid(), number)
+            return original(module, *args)
+
+        monkeypatch.setattr(LoraModule, method, sending)
+
+    return send
+
+
+def at_step(step):
+    return lambda module: module.global_step == step
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 128 + signal.SIGUSR1)]
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_signal_saves_and_stops(
+    name, status, accumulate, command, tiny_run, tmp_path, monkeypatch, capfd
+):
+    options = ("fit", "--config", tiny_run, *DROPOUT, "--trainer.max_steps=8")
+    options += (f"--trainer.accumulate_grad_batches={accumulate}",)
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    assert command(*options, "--output.name=whole") == 0
+    parts = (*options, "--output.name=parts", "--ckpt_path=last")
+    with monkeypatch.context() as patched:
+        original = LoraModule.training_step
+
+        def step(module, batch, batch_idx):
+            if module.global_step == 3 and batch_idx % accumulate == 0:  # once
+                os.kill(os.getpid(), signal.Signals[name])
+            return original(module, batch, batch_idx)
+
+        patched.setattr(LoraModule, "training_step", step)
+        assert command(*parts) == status
+    told = capfd.readouterr().err
+    assert f"{name}: stopped after step 4; the last checkpoint is" in told
+    assert "step=4.ckpt; the same command with `--ckpt_path last` goes on from it" in told
+    assert {number: signal.getsignal(number) for number in STOPPING} == before
+    assert command(*parts) == 0
+    whole, parts = (tmp_path / "runs" / name / "version_0" for name in ("whole", "parts"))
+    assert values(parts, "train/loss") == values(whole, "train/loss")
+    assert same_adapters(parts, whole)
+
+
+def test_a_signal_during_validation_stops_there(command, tiny_run, tmp_path, monkeypatch):
+    options = ("fit", "--config", tiny_run, *DROPOUT)
+    options += ("--trainer.max_steps=8", "--trainer.val_check_interval=2")
+    assert command(*options, "--output.name=whole") == 0
+    parts = (*options, "--output.name=parts", "--ckpt_path=last")
+    seen = []
+    with monkeypatch.context() as patched:
+        original = LoraModule.validation_step
+
+        def step(module, batch, batch_idx):
+            seen.append(batch_idx)
+            if module.global_step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(module, batch, batch_idx)
+
+        patched.setattr(LoraModule, "validation_step", step)
+        assert command(*parts) == 143
+    assert seen == [0, 1, 2, 0]
+    assert command(*parts) == 0
+    whole, parts = (tmp_path / "runs" / name / "version_0" for name in ("whole", "parts"))
+    for name in ("train/loss", "val/loss", "final/loss"):
+        assert values(parts, name) == values(whole, name)
+    assert same_adapters(parts, whole)
+
+
+def test_a_signal_before_training_ends_the_run_at_once(
+    command, tiny_run, tmp_path, monkeypatch, capfd
+):
+    def stop(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the pass went on")
+
+    monkeypatch.setattr("callbacks.initialization.one_step_gradients", stop)
+    assert command("fit", "--config", tiny_run) == 143
+    assert "SIGTERM: stopped before the first step" in capfd.readouterr().err
+
+
+ENDS = {
+    "last step": (LoraModule, "training_step", lambda module, *_: module.global_step == 8),
+    "last validation": (LoraModule, "validation_step", lambda module, *_: module.global_step == 9),
+    "final scores": (Scoring, "take", lambda scoring, *_: scoring.module.global_step == 9),
+}
+
+
+@pytest.mark.parametrize(
+    ("moment", "ending"),
+    [
+        ("last step", "SIGTERM"),
+        ("last validation", "SIGTERM"),
+        ("last validation", "kill"),
+        ("final scores", "SIGTERM"),
+        ("final scores", "kill"),
+    ],
+)
+def test_what_is_trained_is_kept_when_the_end_is_interrupted(
+    moment, ending, command, tiny_run, tmp_path, monkeypatch
+):
+    """Scores may take hours: a run that stops in them has them alone left to make."""
+    options = ("fit", "--config", tiny_run, *DROPOUT, "--trainer.max_steps=9")
+    if moment == "last validation":
+        options += ("--trainer.val_check_interval=2",)
+    assert command(*options, "--output.name=whole") == 0
+    parts = (*options, "--output.name=parts", "--ckpt_path=last")
+    kind, method, when = ENDS[moment]
+    with monkeypatch.context() as patched:
+        original = getattr(kind, method)
+
+        def interrupted(self, *args):
+            if when(self, *args):
+                if ending == "kill":
+                    raise Killed
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, *args)
+
+        patched.setattr(kind, method, interrupted)
+        if ending == "kill":
+            with pytest.raises(Killed):
+                command(*parts)
+        else:
+            assert command(*parts) == 143
+    steps = []
+    monkeypatch.setattr(LoraModule, "training_step", lambda *_: steps.append(1))
+    assert command(*parts) == 0
+    assert steps == []
+    whole, parts = (tmp_path / "runs" / name / "version_0" for name in ("whole", "parts"))
+    for name in ("train/loss", "val/loss", "final/loss"):
+        assert values(parts, name) == values(whole, name)
+    assert same_adapters(parts, whole)
+    assert summary(parts)["metrics"] == summary(whole)["metrics"]
+    for name in ("steps", "samples"):
+        assert summary(parts)["train"][name] == summary(whole)["train"][name]
+
+
+def test_a_second_ctrl_c_leaves_at_once(command, tiny_run, tmp_path, signalled, monkeypatch):
+    class Left(BaseException):
+        pass
+
+    def leave(status):
+        raise Left(status)
+
+    monkeypatch.setattr("app.utils.signals.os._exit", leave)
+    signalled("training_step", signal.SIGINT, at_step(2))
+    signalled("on_before_optimizer_step", signal.SIGINT, at_step(2))
+    options = ("--trainer.max_steps=6", "--output.checkpoint_every_n_steps=1")
+    with pytest.raises(Left, match="130"):
+        command("fit", "--config", tiny_run, *options)
+    [path] = (tmp_path / "runs" / "tiny" / "version_0" / "checkpoints").iterdir()
+    assert read_checkpoint(path)["global_step"] == 2
+
+
+@pytest.mark.parametrize("array", [False, True])
+@pytest.mark.parametrize("works", [False, True])
+def test_slurm_is_asked_to_start_the_run_again(
+    array, works, command, tiny_run, tmp_path, signalled, monkeypatch
+):
+    told = tmp_path / "scontrol.txt"
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!/bin/sh\necho $@ > {told}\necho no such job >&2\nexit {0 if works else 1}\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    if array:
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    signalled("training_step", signal.SIGUSR1, at_step(1))
+    if works:
+        assert command("fit", "--config", tiny_run) == 0
+    else:
+        with pytest.warns(UserWarning, match=r"requeue job .* .no such job"):
+            assert command("fit", "--config", tiny_run) == 128 + signal.SIGUSR1
+    assert told.read_text() == f"requeue {'70_3' if array else '77'}\n"
+    assert (tmp_path / "runs" / "tiny" / "version_0" / "checkpoints" / "step=2.ckpt").is_file()
+
+
+def test_a_run_without_checkpoints_says_so(command, tiny_run, signalled, capfd):
+    signalled("training_step", signal.SIGTERM, at_step(1))
+    assert command("fit", "--config", tiny_run, "--trainer.enable_checkpointing=false") == 143
+    assert "SIGTERM: stopped after step 2; there is no checkpoint" in capfd.readouterr().err
+
+
+def test_the_wandb_run_goes_on(command, tiny_run, tmp_path, signalled):
+    options = ("fit", "--config", tiny_run, "--output.wandb=offline", "--ckpt_path=last")
+    signalled("training_step", signal.SIGTERM, at_step(0))
+    assert command(*options) == 143
+    assert command(*options) == 0  # goes on behind step 0
+    folder = tmp_path / "runs" / "tiny" / "version_0"
+    ids = {path.name.rpartition("-")[2] for path in folder.glob("wandb/offline-run-*")}
+    assert len(ids) == 1
+    [path] = (folder / "checkpoints").iterdir()
+    assert read_checkpoint(path)["wandb_id"] in ids
+
+
+@pytest.mark.parametrize("arguments", [("--rounds=1",), ("--rounds=1", "--signal=TERM")])
+def test_rounds_of_real_kills(arguments):
+    """Real processes: the benchmark that anyone can run, shortened."""
+    command = [sys.executable, "benchmarks/kill_rounds.py", "--steps=80", "--every=10", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same, bit for bit; adapter file: the same bytes" in done.stdout

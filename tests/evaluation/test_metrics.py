@@ -1,0 +1,125 @@
+"""Accuracy, F1 and Matthews correlation against scikit-learn; the loss against a mean by hand."""
+
+import warnings
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from app.evaluation.metrics import LabelScores
+from app.models.loss import SupervisedLogits
+
+VOCABULARY = 11
+TOKENS = (7, 2, 5)
+
+
+def batch(predicted, generator, answer_tokens):
+    """Make logits whose highest label word at each answer's start is the one `predicted`."""
+    lengths = torch.tensor(answer_tokens)
+    logits = torch.randn(int(lengths.sum()), VOCABULARY, generator=generator)
+    first = lengths.cumsum(0) - lengths
+    words = torch.tensor(TOKENS)
+    logits[first[:, None], words] -= 10
+    logits[first, words[predicted]] += 5
+    # What is no label word does not count, however high it is.
+    logits[first, 0] += 100
+    labels = torch.randint(VOCABULARY, (len(logits),), generator=generator)
+    return SupervisedLogits(logits, labels, first)
+
+
+def scores_of(predicted, target, classes, batch_size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    keeper = LabelScores(TOKENS[:classes])
+    losses = []
+    for start in range(0, len(target), batch_size):
+        part = slice(start, start + batch_size)
+        lengths = torch.randint(1, 4, (len(target[part]),), generator=generator).tolist()
+        found = batch(predicted[part], generator, lengths)
+        losses.append(
+            torch.nn.functional.cross_entropy(found.logits, found.labels, reduction="none")
+        )
+        keeper.update(found, target[part])
+    return {name: float(value) for name, value in keeper.compute().items()}, torch.cat(losses)
+
+
+def expected_scores(predicted, target, classes):
+    average = "binary" if classes == 2 else "macro"
+    return {
+        "accuracy": accuracy_score(target, predicted),
+        "f1": f1_score(target, predicted, average=average, zero_division=0.0),
+        "mcc": matthews_corrcoef(target, predicted),
+    }
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_random_predictions(classes, batch_size):
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        target = torch.randint(classes, (40,), generator=generator)
+        guess = torch.randint(classes, (40,), generator=generator)
+        predicted = torch.where(torch.rand(40, generator=generator) < 0.6, target, guess)
+        scores, losses = scores_of(predicted, target, classes, batch_size, seed)
+        expected = expected_scores(predicted, target, classes)
+        for name, value in expected.items():
+            assert scores[name] == pytest.approx(value, abs=1e-6)
+        assert scores["loss"] == pytest.approx(float(losses.double().mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("one_class", ["predicted", "target", "both"])
+@pytest.mark.parametrize("value", [0, 1])
+def test_one_class_only(classes, one_class, value):
+    mixed = torch.arange(30) % classes
+    constant = torch.full((30,), value)
+    predicted = mixed if one_class == "target" else constant
+    target = mixed if one_class == "predicted" else constant
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores, _ = scores_of(predicted, target, classes, 8)
+    with warnings.catch_warnings(action="ignore"):  # scikit-learn speaks of a single label
+        expected = expected_scores(predicted, target, classes)
+    assert expected["mcc"] == 0
+    for name, number in expected.items():
+        assert scores[name] == pytest.approx(number, abs=1e-6)
+
+
+def test_opposite_predictions_of_unequal_classes():
+    target = torch.tensor([0] * 17 + [1] * 3)
+    scores, _ = scores_of(1 - target, target, 2, 8)
+    assert scores["mcc"] == pytest.approx(-1)
+    scores, _ = scores_of(target, target, 2, 8)
+    assert scores["mcc"] == pytest.approx(1)
+
+
+def test_large_counts():
+    """The products in the correlation pass 2^63."""
+    keeper = LabelScores(TOKENS[:2])
+    keeper.metrics["mcc"].update(torch.tensor([0]), torch.tensor([0]))
+    keeper.metrics["mcc"].confmat += torch.tensor([[399_999, 100_000], [50_000, 450_000]])
+    counts = [400_000, 100_000, 50_000, 450_000]
+    expected = matthews_corrcoef([0, 0, 1, 1], [0, 1, 0, 1], sample_weight=counts)
+    assert float(keeper.metrics["mcc"].compute()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_loss_that_is_not_a_number_shows():
+    found = batch(torch.tensor([0, 1]), torch.Generator().manual_seed(0), [1, 1])
+    found.logits[1] = torch.nan
+    keeper = LabelScores(TOKENS[:2])
+    keeper.update(
+        batch(torch.tensor([0]), torch.Generator().manual_seed(0), [1]), torch.tensor([0])
+    )
+    keeper.update(found, torch.tensor([0, 1]))
+    assert torch.isnan(keeper.compute()["loss"])
+
+
+def test_rows_without_classes_have_a_loss_alone():
+    keeper = LabelScores([])
+    generator = torch.Generator().manual_seed(0)
+    found = batch(torch.tensor([1, 0]), generator, [2, 1])
+    keeper.update(found, torch.tensor([0, 0]))
+    scores = keeper.compute()
+    alone = torch.nn.functional.cross_entropy(found.logits, found.labels)
+    assert {name: float(value) for name, value in scores.items()} == {
+        "loss": pytest.approx(float(alone), rel=1e-6)
+    }

@@ -1,0 +1,269 @@
+import itertools
+
+import pytest
+import torch
+
+from app.initialization.gradient_estimators import ExactGradient, SketchedGradient, _rank_error
+from app.initialization.svd import SVD
+
+CPU = torch.device("cpu")
+RANK = 4
+
+
+def stream(m, n, spectrum, batches, tokens, seed=0, sparse=False):
+    """Return micro-batches of (x, delta) whose sum of delta^T x has about the given decay."""
+    g = torch.Generator().manual_seed(seed)
+    k = len(spectrum)
+    out = torch.linalg.qr(torch.randn(m, k, generator=g, dtype=torch.float64))[0]
+    into = torch.linalg.qr(torch.randn(n, k, generator=g, dtype=torch.float64))[0]
+    if sparse:
+        into = torch.eye(n, dtype=torch.float64)[:, torch.randperm(n, generator=g)[:k]]
+    root = torch.tensor(spectrum, dtype=torch.float64).sqrt()
+    pairs = []
+    for _ in range(batches):
+        # Each token is a few directions at random strengths; shared signs make the sum coherent.
+        coefficient = torch.randn(tokens, k, generator=g, dtype=torch.float64)
+        other = coefficient + 0.3 * torch.randn(tokens, k, generator=g, dtype=torch.float64)
+        pairs.append((coefficient * root @ into.T, other * root @ out.T))
+    return [(x.float(), delta.float()) for x, delta in pairs]
+
+
+def gradient(pairs):
+    return sum(delta.double().T @ x.double() for x, delta in pairs)
+
+
+def best(matrix, rank):
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, :rank] * S[:rank] @ Vh[:rank]
+
+
+def product(svd, rank=None):
+    return (svd.U[:, :rank] * svd.S[:rank] @ svd.V[:, :rank].T).double()
+
+
+def sketched(pairs, width, passes=1, seed=0, m=None, n=None):
+    m, n = m or pairs[0][1].shape[1], n or pairs[0][0].shape[1]
+    accumulator = SketchedGradient(m, n, width, CPU, torch.Generator().manual_seed(seed))
+    for number in range(passes):
+        if number:
+            accumulator.next_pass()
+        for x, delta in pairs:
+            accumulator.update(x, delta)
+    return accumulator
+
+
+def relative(found, wanted):
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def decaying(count, base=0.7):
+    return [base**i for i in range(count)]
+
+
+def test_exact_is_the_sum_over_tokens():
+    pairs = stream(40, 30, decaying(30), batches=5, tokens=7)
+    exact = ExactGradient(40, 30, CPU)
+    for x, delta in pairs:
+        exact.update(x, delta)
+    G = gradient(pairs)
+    assert relative(exact.total.double(), G) < 1e-6
+    found = exact.estimate(RANK, 0.5)
+    assert relative(product(found.svd), 0.5 * best(G, RANK)) < 1e-5
+    assert found.norm == pytest.approx(0.5 * float(G.norm()), rel=1e-5)
+    kept = float((best(G, RANK).norm() / G.norm()) ** 2)
+    assert found.captured_energy == pytest.approx(kept, rel=1e-5)
+    assert found.rank_error == 0
+
+
+def test_exact_sums_low_precision_streams_in_float32():
+    pairs = [(x.bfloat16(), d.bfloat16()) for x, d in stream(24, 20, decaying(20), 40, 3)]
+    exact = ExactGradient(24, 20, CPU)
+    for x, delta in pairs:
+        exact.update(x, delta)
+    assert exact.total.dtype == torch.float32
+    assert relative(exact.total.double(), gradient(pairs)) < 1e-6
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3, 4])
+@pytest.mark.parametrize(("tokens", "sparse"), [(1, False), (1, True), (5, False), (50, True)])
+def test_a_sketch_as_wide_as_the_rank_is_exact(tokens, sparse, passes):
+    pairs = stream(60, 90, decaying(6), batches=12, tokens=tokens, sparse=sparse)
+    found = sketched(pairs, width=6, passes=passes).estimate(RANK, 1.0)
+    G = gradient(pairs)
+    assert relative(product(found.svd), G) < 2e-5
+    assert relative(product(found.svd, RANK), best(G, RANK)) < 2e-5
+    assert found.rank_error < 1e-4
+    assert found.norm == pytest.approx(float(G.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("base", "tokens", "limits"),
+    [
+        (0.6, 20, (2e-4, 1e-4, 1e-5, 1e-5)),
+        (0.8, 20, (0.02, 0.012, 1e-3, 1e-4)),
+        (0.8, 1, (0.02, 0.012, 1e-3, 1e-4)),
+    ],
+)
+def test_sketch_against_the_float64_svd_of_the_exact_gradient(base, tokens, limits):
+    """Each further pass is at least as good on average, and better at the end."""
+    errors = torch.zeros(4, 4)
+    for seed in range(4):
+        pairs = stream(80, 120, decaying(80, base), batches=160 // tokens, tokens=tokens, seed=seed)
+        wanted = best(gradient(pairs), RANK)
+        for passes in range(1, 5):
+            found = sketched(pairs, width=12, passes=passes, seed=seed).estimate(RANK, 1.0)
+            errors[passes - 1, seed] = relative(product(found.svd, RANK), wanted)
+    mean = errors.mean(dim=1)
+    assert all(float(error) < limit for error, limit in zip(mean, limits, strict=True))
+    for before, after in itertools.pairwise(mean):
+        assert float(after) <= 1.02 * float(before) + 1e-5
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_error_estimates_are_within_a_factor_of_two(passes):
+    """`rank_error` in the mean over layers and for nine in ten of them, the others for each."""
+    ratios, estimated, true = [], 0.0, 0.0
+    for seed in range(20):
+        pairs = stream(80, 120, decaying(80, 0.85), batches=10, tokens=20, seed=seed)
+        found = sketched(pairs, width=RANK + 8, passes=passes, seed=seed).estimate(RANK, 0.1)
+        G = 0.1 * gradient(pairs)
+        error = relative(product(found.svd, RANK), best(G, RANK))
+        ratios.append(found.rank_error / error)
+        estimated, true = estimated + found.rank_error, true + error
+        cut = relative(product(found.svd, RANK), G)
+        assert 0.5 < (1 - found.captured_energy) ** 0.5 / cut < 2
+        assert found.norm == pytest.approx(float(G.norm()), rel=0.05)
+    print(f"\nestimated / true error of G_r: {sorted(round(r, 2) for r in ratios)}")
+    assert 0.5 < estimated / true < 2
+    assert sum(0.5 < ratio < 2 for ratio in ratios) >= 18
+
+
+def test_scale_multiplies_the_gradient_and_nothing_else():
+    pairs = stream(30, 40, decaying(30), batches=4, tokens=6)
+    one, half = (sketched(pairs, width=10).estimate(RANK, scale) for scale in (1.0, 0.5))
+    assert torch.allclose(half.svd.S, 0.5 * one.svd.S)
+    assert torch.equal(half.svd.U, one.svd.U)
+    assert half.norm == pytest.approx(0.5 * one.norm)
+    assert half.captured_energy == one.captured_energy
+    assert half.rank_error == one.rank_error
+
+
+def test_inputs_that_touch_one_feature_at_a_time_are_not_missed():
+    """The columns that earlier micro-batches left empty must not be coordinate axes."""
+    pairs = [(torch.eye(90)[80 + b : 81 + b], torch.randn(1, 60)) for b in range(6)]
+    for passes in (1, 2):
+        found = sketched(pairs, width=6, passes=passes).estimate(6, 1.0)
+        assert relative(product(found.svd), gradient(pairs)) < 1e-4
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_first_micro_batch_of_zeros_is_harmless(passes):
+    pairs = stream(40, 50, decaying(6), batches=6, tokens=9, sparse=True)
+    pairs.insert(0, (pairs[0][0], torch.zeros_like(pairs[0][1])))
+    found = sketched(pairs, width=8, passes=passes).estimate(RANK, 1.0)
+    assert relative(product(found.svd, RANK), best(gradient(pairs), RANK)) < 1e-4
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_a_zero_gradient_is_exactly_zero(passes):
+    pairs = [(x, torch.zeros_like(delta)) for x, delta in stream(12, 20, decaying(9), 3, 5)]
+    for found in (
+        sketched(pairs, width=10, passes=passes).estimate(RANK, 1.0),
+        sketched([], width=10, m=12, n=20).estimate(RANK, 1.0),
+    ):
+        assert float(found.svd.S.abs().max()) == 0
+        assert (found.norm, found.captured_energy, found.rank_error) == (0, 0, 0)
+
+
+def test_width_beyond_the_smaller_side_is_cut_and_exact():
+    pairs = stream(6, 50, decaying(6), batches=3, tokens=8)
+    accumulator = sketched(pairs, width=16)
+    assert accumulator.right.shape == (50, 6)
+    assert relative(product(accumulator.estimate(6, 1.0).svd), gradient(pairs)) < 1e-5
+
+
+@pytest.mark.parametrize("exponent", [-20, 20])
+def test_very_small_and_large_gradients(exponent):
+    pairs = stream(30, 40, decaying(5), batches=4, tokens=6)
+    scaled = [(x, delta * 2.0**exponent) for x, delta in pairs]
+    found = sketched(scaled, width=6).estimate(RANK, 2.0**-exponent)
+    assert relative(product(found.svd), gradient(pairs)) < 2e-5
+
+
+def test_sketch_is_determined_by_its_seed():
+    pairs = stream(40, 50, decaying(40), batches=4, tokens=9)
+    state = torch.get_rng_state()
+    same = [product(sketched(pairs, 8, seed=3).estimate(RANK, 1.0).svd) for _ in range(2)]
+    assert torch.equal(*same)
+    other = product(sketched(pairs, 8, seed=4).estimate(RANK, 1.0).svd)
+    assert not torch.equal(same[0], other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_sketch_holds_two_thin_matrices_and_its_probes(passes):
+    m, n, width = 70, 110, 12
+    pairs = stream(m, n, decaying(20), batches=3, tokens=9)
+    accumulator = sketched(pairs, width, passes)
+    held = sum(v.numel() for v in vars(accumulator).values() if isinstance(v, torch.Tensor))
+    assert held == (m + n) * (width + 2 * SketchedGradient.PROBES)
+    bases = {v.untyped_storage().nbytes() for v in vars(accumulator).values() if torch.is_tensor(v)}
+    assert max(bases) <= 4 * max(m, n) * (width + SketchedGradient.PROBES)
+
+
+@pytest.mark.parametrize("where", ["x", "delta"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["exact", "sketch"])
+def test_update_tells_when_something_is_not_finite(kind, value, where):
+    pairs = stream(12, 20, decaying(9), batches=4, tokens=5)
+    if kind == "exact":
+        accumulators = [ExactGradient(12, 20, CPU)]
+    else:
+        accumulators = [sketched(pairs, 6, passes) for passes in (1, 2, 3)]
+    for accumulator in accumulators:
+        x, delta = (t.clone() for t in pairs[0])
+        assert accumulator.update(x, delta).isfinite().all()
+        (x if where == "x" else delta)[2, 3] = value
+        assert not accumulator.update(x, delta).isfinite().all()
+
+
+def hadamard(n):
+    """Return n probes of entries +1 and -1 that make every estimate exact: Phi Phi^T = n I."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < n:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+@pytest.mark.parametrize("inside", [0.0, 1.0, -1.0, 3.0])
+@pytest.mark.parametrize("gap", [0.3, 0.004])
+def test_rank_error_is_that_of_the_perturbed_matrix(gap, inside):
+    """With exact probes: against the float64 SVD of H + E, also where E decides what the start holds."""
+    m = n = 64
+    g = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(64, 8, generator=g).double())[0] for _ in range(2))
+    S = torch.tensor([1.0, 0.8, 0.6, 0.5, 0.5 - gap, 0.1, 0.05, 0.02]).double()
+    E = 1e-4 * torch.randn(m, n, generator=g).double()
+    # Moves the fourth direction against the fifth: small beside a wide gap, decisive in a narrow one.
+    E = E + inside * 1e-3 * (torch.outer(U[:, 4], V[:, 4]) + torch.outer(U[:, 3], V[:, 4]))
+    H, G = U * S @ V.T, U * S @ V.T + E
+    wanted = relative(best(H, RANK), best(G, RANK))
+    probes = hadamard(64)
+    svd = SVD(U.float(), S.float(), V.float())
+    found = _rank_error(svd, RANK, E.float() @ probes, E.float().T @ probes, probes, probes)
+    assert found == pytest.approx(wanted, rel=0.1)
+
+
+def test_norm_and_energy_where_most_is_missed():
+    """A flat spectrum, of which the sketch holds a small part: probes have to tell the rest."""
+    g = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(200, 120, generator=g), torch.randn(200, 80, generator=g))]
+    G = gradient(pairs)
+    energies, norms = [], []
+    for seed in range(10):
+        found = sketched(pairs, width=RANK + 2, seed=seed).estimate(RANK, 1.0)
+        norms.append(found.norm / float(G.norm()))
+        left = relative(product(found.svd, RANK), G) ** 2
+        energies.append((1 - found.captured_energy) / left)
+    assert sum(norms) / 10 == pytest.approx(1, rel=0.03)
+    assert sum(energies) / 10 == pytest.approx(1, rel=0.05)

@@ -1,0 +1,207 @@
+import pytest
+import torch
+from torch import nn
+
+from app.initialization.one_step_gradient import Estimator, one_step_gradients
+from app.models.adapter_config import LoraSettings
+from app.models.lora import LoraPair, add_lora, base_model, lora_pairs
+from app.utils.errors import InputError
+from tests.support.one_step_oracle import (
+    EXACT,
+    assert_same,
+    checkpointed,
+    make_batches,
+    matrix,
+    oracle,
+    run,
+    run_whole,
+)
+
+BUILDERS = ["tiny_llama", "tiny_gpt2", "tiny_t5"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_exact_gradient_is_autograds_for_every_layer_and_micro_batch(build, checkpointing, request):
+    """The oracle is the plain model on one batch of everything."""
+    model = request.getfixturevalue(build)()
+    is_encoder_decoder = model.config.is_encoder_decoder
+    loss, gradients = oracle(model, make_batches(is_encoder_decoder)[0])
+    if checkpointing:
+        checkpointed(model)
+    wrapped = add_lora(model, LoraSettings(r=4))
+    gradients.pop("lm_head")
+    names = {pair.name for pair in lora_pairs(wrapped)}
+    assert names == set(gradients)
+    for size in (1, 4, 6):
+        result = run_whole(wrapped, make_batches(is_encoder_decoder, size=size))
+        assert_same(result, loss, gradients)
+        assert result.tokens == sum(int((b["labels"] != -100).sum()) for b in make_batches(False))
+    assert result.seconds > 0
+    assert result.peak_bytes[0] > 0
+
+
+def test_trained_adapters_do_not_enter_the_gradient(tiny_llama):
+    model = tiny_llama()
+    loss, gradients = oracle(model, make_batches(False)[0])
+    wrapped = add_lora(model, LoraSettings(r=4))
+    for pair in lora_pairs(wrapped):
+        nn.init.normal_(pair.lora_B)
+    assert_same(run_whole(wrapped, make_batches(False)), loss, gradients)
+
+
+def test_sketch_of_a_model_is_near_the_best_approximation(tiny_llama):
+    wrapped = add_lora(tiny_llama(), LoraSettings(r=2))
+    batches = make_batches(False, rows=12, size=3)
+    exact = run_whole(wrapped, batches)
+    for passes, limit in ((1, 0.05), (2, 0.05), (3, 0.005), (4, 0.001)):
+        found = run(wrapped, batches, Estimator(passes=passes, oversampling=6), rank=2)
+        assert found.loss == pytest.approx(exact.loss)
+        for name, estimate in found.estimates.items():
+            U, S, V = estimate.svd
+            G = matrix(exact.estimates[name])
+            left = (G - U[:, :2] * S[:2] @ V[:, :2].T).norm()
+            assert float(left) < (1 + limit) * float(exact.estimates[name].svd.S[2:].norm())
+
+
+def test_a_gradient_that_is_not_finite_names_layer_batch_and_rows(tiny_llama):
+    wrapped = add_lora(tiny_llama(), LoraSettings(r=4))
+    down = wrapped.get_base_model().model.layers[1].mlp.down_proj
+    calls = []
+
+    def poison(gradient):
+        calls.append(1)
+        return gradient * float("inf") if len(calls) == 2 else gradient
+
+    down.register_forward_pre_hook(lambda _, args: args[0].register_hook(poison) and None)
+    for estimator in (EXACT, Estimator()):
+        calls.clear()
+        wanted = r"gradient at model\.layers\.1\.mlp\.up_proj .*micro-batch 1 .*rows \[2, 3\]"
+        with pytest.raises(InputError, match=wanted):
+            run(wrapped, make_batches(False, size=2), estimator)
+
+
+def test_a_layer_without_gradient_is_an_error_that_names_it(tiny_llama):
+    wrapped = add_lora(tiny_llama(), LoraSettings(r=4))
+    pairs = lora_pairs(wrapped)
+    other = LoraPair("unused", nn.Linear(16, 16), pairs[0].lora_A, pairs[0].lora_B, 1.0)
+    batches = make_batches(False)
+    with pytest.raises(RuntimeError, match=r"did not reach 1 of 15 layers, first unused"):
+        one_step_gradients(wrapped, base_model(wrapped), [*pairs, other], batches, 4, EXACT)
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_bfloat16_autocast_sums_in_float32(build, request):
+    """Only the model's own products are rounded: a sketch of full width loses nothing more."""
+    wrapped = add_lora(request.getfixturevalue(build)(), LoraSettings(r=4))
+    batches = make_batches(wrapped.config.is_encoder_decoder, size=2)
+    plain = run_whole(wrapped, batches)
+    exact = run_whole(wrapped, batches, forward_context=autocast)
+    sketch = run(wrapped, batches, Estimator(oversampling=64), forward_context=autocast)
+    assert exact.loss == pytest.approx(plain.loss, rel=0.02)
+    for name, estimate in exact.estimates.items():
+        G = matrix(estimate)
+        assert G.dtype == torch.float32
+        assert bool(G.isfinite().all())
+        assert (
+            0 < float((G - matrix(plain.estimates[name])).norm()) < 0.4 * plain.estimates[name].norm
+        )
+        assert float((matrix(sketch.estimates[name]) - G).norm()) < 1e-4 * float(G.norm()), name
+
+
+def test_bfloat16_model(tiny_llama):
+    model = tiny_llama()
+    loss, gradients = oracle(model, make_batches(False)[0])
+    wrapped = add_lora(model.bfloat16(), LoraSettings(r=4))
+    for estimator in (EXACT, Estimator(oversampling=64)):
+        result = run_whole(wrapped, make_batches(False, size=2), estimator)
+        assert result.loss == pytest.approx(loss, rel=0.02)
+        for name, estimate in result.estimates.items():
+            assert estimate.svd.S.dtype == torch.float32
+            assert float((matrix(estimate) - gradients[name]).norm()) < 0.4 * gradients[name].norm()
+
+
+def test_a_layers_sketch_depends_on_its_name_and_the_seed_alone(tiny_llama):
+    batches = make_batches(False, size=2)
+    all_layers = run(add_lora(tiny_llama(), LoraSettings(r=2)), batches, Estimator(), rank=2)
+    some = add_lora(tiny_llama(), LoraSettings(r=2, target_modules=["v_proj", "down_proj"]))
+    few = run(some, batches, Estimator(oversampling=2), rank=2)
+    again = run(
+        add_lora(tiny_llama(), LoraSettings(r=2)), batches, Estimator(oversampling=2), rank=2
+    )
+    other = run(some, batches, Estimator(oversampling=2, seed=1), rank=2)
+    assert len(few.estimates) == 4
+    assert len(all_layers.estimates) == 14
+    for name, estimate in few.estimates.items():
+        assert torch.equal(matrix(estimate), matrix(again.estimates[name]))
+        assert not torch.equal(matrix(estimate), matrix(other.estimates[name]))
+
+
+def test_progress_sees_every_pass(tiny_llama):
+    labels = []
+
+    def progress(batches, label):
+        labels.append((len(batches), label))
+        return batches
+
+    wrapped = add_lora(tiny_llama(), LoraSettings(r=2))
+    run(wrapped, make_batches(False, size=2), Estimator(passes=3), rank=2, progress=progress)
+    assert labels == [(3, f"one-step gradient, pass {i}/3") for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"passes": 0}, r"passes must lie in 1\.\.4, got 0"),
+        ({"passes": 5}, r"passes must lie in 1\.\.4, got 5"),
+        ({"kind": "exact", "passes": 2}, "leave passes at 1"),
+        ({"oversampling": -1}, "oversampling must be >= 0"),
+    ],
+)
+def test_wrong_estimators(options, message):
+    with pytest.raises(InputError, match=message):
+        Estimator(**options)
+
+
+def best(estimate, rank):
+    """Return the rank-`rank` matrix that an estimate stands for."""
+    U, S, V = estimate.svd
+    return U[:, :rank] * S[:rank] @ V[:, :rank].T
+
+
+@pytest.mark.parametrize(
+    ("size", "mean", "worst", "left"),
+    [(1, 0.1, 0.3, 0.04), (4, 0.1, 0.3, 0.04), (12, 0.01, 0.06, 0.002)],
+)
+@pytest.mark.parametrize("build", BUILDERS)
+def test_the_default_sketch_is_near_the_exact_start_however_the_set_is_cut(
+    build, size, mean, worst, left, request
+):
+    """A sketch is not invariant to the cut; these are the relative errors that it may make.
+
+    The bounds are twice the most that was seen: mean over layers 4.8 %, worst layer 12.8 % (in one
+    micro-batch 0.5 % and 3.0 %). They are wide because a random model's spectra are flat, so that its
+    leading triplets are hardly defined: what they leave of G exceeds the least possible by 1.9 % (0.07 %).
+    tests/e2e/test_lora_one_smollm2.py has the narrow bounds of a pretrained model.
+    """
+    rank = 4
+    wrapped = add_lora(request.getfixturevalue(build)(), LoraSettings(r=rank))
+    is_encoder_decoder = wrapped.config.is_encoder_decoder
+    G = run_whole(wrapped, make_batches(is_encoder_decoder, rows=12, size=12)).estimates
+    batches = make_batches(is_encoder_decoder, rows=12, size=size)
+    found = run(wrapped, batches, Estimator(), rank=rank)
+    assert found.estimates.keys() == G.keys()
+    errors, excess = {}, {}
+    for name, estimate in found.estimates.items():
+        wanted = best(G[name], rank)
+        start = best(estimate, rank)
+        errors[name] = float((start - wanted).norm() / wanted.norm())
+        whole = matrix(G[name])
+        excess[name] = float((whole - start).norm() / (whole - wanted).norm()) - 1
+    assert sum(errors.values()) / len(errors) < mean
+    assert max(errors.values()) < worst, max(errors, key=errors.__getitem__)
+    assert max(excess.values()) < left, max(excess, key=excess.__getitem__)

@@ -1,0 +1,236 @@
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from app.initialization.factors import spectral_factors
+from app.initialization.gradient_estimators import GradientEstimate
+from app.initialization.svd import SVD, fix_signs, low_rank_svd, truncated_svd
+from app.models.adapter_config import LoraSettings
+from app.models.lora import add_lora, install, lora_pairs
+from app.utils.errors import InputError
+from callbacks.lora_one_init import LoraOneInit
+
+GAMMA = 128.0
+
+
+def random_gradient(kind, m=40, n=24, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(m, n, generator=g, dtype=torch.float64)
+    if kind == "rank-deficient":
+        matrix = matrix[:, :3] @ torch.randn(3, n, generator=g, dtype=torch.float64)
+    elif kind == "ill-conditioned":
+        U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        matrix = U * torch.logspace(4, -8, min(m, n), dtype=torch.float64) @ Vh
+    elif kind == "tiny":
+        matrix = 1e-12 * matrix
+    return matrix.bfloat16() if kind == "bfloat16" else matrix.float()
+
+
+def formula(G, rank, gamma):
+    """Algorithm 1 in float64, written from the paper: SVD of -G, S / S[0], square roots in both."""
+    U, S, Vh = torch.linalg.svd(-G.double(), full_matrices=False)
+    root = torch.diag((S[:rank] / S[0]).sqrt())
+    lora_B = gamma**-0.5 * U[:, :rank] @ root
+    lora_A = gamma**-0.5 * root @ Vh[:rank]
+    return lora_A, lora_B, S
+
+
+KINDS = ["random", "rank-deficient", "ill-conditioned", "bfloat16", "tiny"]
+
+
+@pytest.mark.parametrize("rank", [1, 4, 24])
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (30, 30)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_equal_the_float64_formula(kind, shape, rank):
+    G = random_gradient(kind, *shape)
+    found = spectral_factors(truncated_svd(G, rank), GAMMA)
+    assert found.lora_A.dtype == found.lora_B.dtype == torch.float32
+    assert (found.lora_A.shape, found.lora_B.shape) == ((rank, shape[1]), (shape[0], rank))
+    lora_A, lora_B, S = formula(G, rank, GAMMA)
+    # A product is as accurate as float32 rounding of S_1, whatever the conditioning.
+    wanted = lora_B @ lora_A
+    error = (found.lora_B.double() @ found.lora_A.double() - wanted).norm()
+    assert float(error) < 3e-7 / GAMMA
+    # The best approximation leaves exactly the tail of the spectrum.
+    step = GAMMA * S[0] * (found.lora_B.double() @ found.lora_A.double())
+    left = (-G.double() - step).norm()
+    assert float(left) == pytest.approx(float(S[rank:].norm()), abs=1e-6 * float(S[0]))
+    # Pairs with a gap around them are unique up to a common sign.
+    for i in range(rank):
+        others = torch.cat([S[:i], S[i + 1 :]])
+        if float((others - S[i]).abs().min()) < 1e-2 * float(S[i]) or float(S[i] / S[0]) < 1e-3:
+            continue
+        sign = torch.sign(found.lora_A[i].double() @ lora_A[i])
+        size = float(lora_A[i].norm())
+        assert float((sign * found.lora_A[i] - lora_A[i]).norm()) < 1e-4 * size
+        assert float((sign * found.lora_B[:, i] - lora_B[:, i]).norm()) < 1e-4 * size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gamma", [0.5, 16.0, 1024.0])
+def test_factors_are_balanced(kind, gamma):
+    rank = 6
+    G = random_gradient(kind)
+    S = torch.linalg.svdvals(G.double())[:rank]
+    lora_A, lora_B = (f.double() for f in spectral_factors(truncated_svd(G, rank), gamma))
+    wanted = torch.diag(S / S[0]) / gamma
+    assert float((lora_B.T @ lora_B - wanted).abs().max()) < 1e-6 / gamma
+    assert float((lora_A @ lora_A.T - wanted).abs().max()) < 1e-6 / gamma
+    product = lora_B @ lora_A
+    assert float(torch.linalg.svdvals(product)[0]) == pytest.approx(1 / gamma, rel=1e-6)
+    # Descent: <G, lora_B lora_A> = -sum S_i^2 / S_1 / gamma.
+    descent = float((G.double() * product).sum())
+    assert descent == pytest.approx(-float(S.square().sum() / S[0]) / gamma, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-10, 0.5, 64.0, 1e10])
+def test_factors_do_not_depend_on_the_scale_of_the_loss(scale):
+    G = random_gradient("random")
+    one, other = (spectral_factors(truncated_svd(g, 5), GAMMA) for g in (G, scale * G))
+    assert torch.allclose(one.lora_A, other.lora_A, atol=1e-6 * GAMMA**-0.5, rtol=1e-5)
+    assert torch.allclose(one.lora_B, other.lora_B, atol=1e-6 * GAMMA**-0.5, rtol=1e-5)
+
+
+def test_sign_convention_makes_equal_gradients_give_equal_factors():
+    svd = truncated_svd(random_gradient("random"), 5)
+    largest = svd.U.gather(0, svd.U.abs().argmax(dim=0, keepdim=True))
+    assert bool((largest > 0).all())
+    flips = torch.tensor([1.0, -1, 1, -1, -1])
+    again = fix_signs(SVD(svd.U * flips, svd.S, svd.V * flips))
+    assert torch.equal(again.U, svd.U)
+    assert torch.equal(again.V, svd.V)
+    # lora_B carries the minus of -G.
+    assert bool(
+        (spectral_factors(svd, 1.0).lora_B.gather(0, svd.U.abs().argmax(0)[None]) < 0).all()
+    )
+
+
+def test_wrong_arguments():
+    svd = truncated_svd(random_gradient("random"), 3)
+    for gamma in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="gamma must be > 0"):
+            spectral_factors(svd, gamma)
+    for gamma in (0.0, -128.0):
+        with pytest.raises(InputError, match=r"init\.gamma must lie between"):
+            LoraOneInit(gamma=gamma)
+    for top in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="positive and finite"):
+            spectral_factors(SVD(svd.U, torch.full((3,), top), svd.V), GAMMA)
+    for rank in (0, 25):
+        with pytest.raises(ValueError, match=r"rank must lie in 1\.\.24"):
+            truncated_svd(random_gradient("random"), rank)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
+def test_large_matrices_are_as_accurate_as_small_ones(decay):
+    """Above 192 the path is subspace iteration, or the direct one when it does not settle."""
+    g = torch.Generator().manual_seed(0)
+    U = torch.linalg.qr(torch.randn(260, 220, generator=g, dtype=torch.float64))[0]
+    V = torch.linalg.qr(torch.randn(220, 220, generator=g, dtype=torch.float64))[0]
+    G = U * decay ** torch.arange(220, dtype=torch.float64) @ V.T
+    for matrix, left, right in ((G, U, V), (G.T, V, U)):
+        before = matrix.float()
+        found = truncated_svd(before, 8)
+        assert torch.equal(before, matrix.float())
+        S = decay ** torch.arange(8, dtype=torch.float64)
+        assert torch.allclose(found.S.double(), S, rtol=1e-5)
+        wanted = left[:, :8] * S @ right[:, :8].T
+        product = (found.U * found.S @ found.V.T).double()
+        gap = 1 - decay
+        assert float((product - wanted).norm()) < 1e-5 + 1e-6 / gap
+        assert float((found.U.T @ found.U - torch.eye(8)).abs().max()) < 1e-5
+
+
+def test_truncated_svd_is_deterministic_and_leaves_random_state_alone():
+    G = torch.randn(250, 200)
+    state = torch.get_rng_state()
+    one, other = truncated_svd(G, 8), truncated_svd(G, 8)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 9])
+def test_low_rank_svd_equals_the_svd_of_the_product(rank):
+    left, right = torch.randn(50, 9), torch.randn(31, 9)
+    found = low_rank_svd(left, right, rank)
+    U, S, Vh = torch.linalg.svd(left.double() @ right.double().T, full_matrices=False)
+    wanted = U[:, :rank] * S[:rank] @ Vh[:rank]
+    assert float((found.U * found.S @ found.V.T - wanted).norm()) < 1e-5 * float(S[0])
+    assert torch.allclose(found.S.double(), S[:rank], rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_rslora", [True, False])
+@pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2"])
+def test_the_first_step_has_spectral_norm_scaling_over_gamma(build, use_rslora, request):
+    """Measured on PEFT's own weight update, in the layer's own layout."""
+    settings = LoraSettings(r=4, lora_alpha=16, use_rslora=use_rslora)
+    model = add_lora(request.getfixturevalue(build)(), settings)
+    scaling = 16 / 2 if use_rslora else 16 / 4
+    for pair in lora_pairs(model):
+        assert pair.scaling == scaling
+        m, n = pair.lora_B.shape[0], pair.lora_A.shape[1]
+        G = torch.randn(m, n, dtype=torch.float64)
+        factors = spectral_factors(truncated_svd(G, 4), GAMMA)
+        held = (pair.lora_A.data_ptr(), pair.lora_B.data_ptr())
+        install(pair, factors.lora_A, factors.lora_B)
+        assert held == (pair.lora_A.data_ptr(), pair.lora_B.data_ptr())
+        delta = pair.layer.get_delta_weight("default").detach().double()
+        if pair.layer.fan_in_fan_out:
+            delta = delta.T
+        assert delta.shape == (m, n)
+        assert float(torch.linalg.svdvals(delta)[0]) == pytest.approx(scaling / GAMMA, rel=1e-5)
+        lora_A, lora_B, _ = formula(G, 4, GAMMA)
+        assert torch.allclose(delta, scaling * lora_B @ lora_A, atol=1e-6 * scaling / GAMMA)
+
+
+def zero_and_full_estimates(pairs):
+    estimates = {}
+    for number, pair in enumerate(pairs):
+        G = torch.randn(pair.lora_B.shape[0], pair.lora_A.shape[1]) * (number != 1)
+        estimates[pair.name] = GradientEstimate(truncated_svd(G, 5), float(G.norm()), 0.0, 0.0)
+    return estimates
+
+
+def test_a_layer_without_gradient_keeps_the_usual_start(tiny_llama, monkeypatch):
+    """One warning names it; every other layer gets its factors."""
+    model = add_lora(tiny_llama(), LoraSettings(r=4))
+    pairs = lora_pairs(model)
+    usual = [(p.lora_A.clone(), p.lora_B.clone()) for p in pairs]
+    estimates = zero_and_full_estimates(pairs)
+    result = SimpleNamespace(
+        estimates=estimates, loss=1.0, tokens=2, seconds=0.0, peak_bytes=[0], sent_bytes=[0]
+    )
+    monkeypatch.setattr("callbacks.initialization.one_step_gradients", lambda *_, **__: result)
+    module = SimpleNamespace(
+        model=model,
+        base=None,
+        lora_pairs=lambda: pairs,
+        one_step=None,
+        record=SimpleNamespace(init=None),
+    )
+    trainer = SimpleNamespace(
+        global_rank=0,
+        world_size=1,
+        datamodule=SimpleNamespace(gradient_batches=lambda *_: []),
+        precision_plugin=SimpleNamespace(forward_context=None),
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LoraOneInit().on_fit_start(trainer, module)
+    messages = [str(w.message) for w in caught if "gradient is zero" in str(w.message)]
+    assert len(messages) == 1
+    assert "in 1 layers" in messages[0]
+    assert pairs[1].name in messages[0]
+    assert pairs[0].name not in messages[0]
+    assert module.record.init["layers_without_gradient"] == [pairs[1].name]
+    for number, (pair, (lora_A, lora_B)) in enumerate(zip(pairs, usual, strict=True)):
+        kept = torch.equal(pair.lora_A, lora_A) and torch.equal(pair.lora_B, lora_B)
+        assert kept == (number == 1)
+    # Rank 4 of the 5 triplets was installed, with all of the first.
+    svd = estimates[pairs[0].name].svd
+    wanted = spectral_factors(SVD(svd.U[:, :4], svd.S[:4], svd.V[:, :4]), 128.0)
+    assert torch.equal(pairs[0].lora_B, wanted.lora_B)
+    assert isinstance(pairs[0].lora_A, nn.Parameter)

@@ -1,0 +1,248 @@
+"""AdaLoRA through the command against PEFT's own in a plain loop; its schedule, export and resumption."""
+
+import csv
+import json
+
+import pytest
+import torch
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from app.models.adalora import AVERAGES
+from app.training.module import LoraModule
+from callbacks.adalora_pruning import AdaLoraPruning
+
+STEPS = 10
+LAYERS = 14
+INIT, TARGET = 6, 4
+ADALORA = (
+    "--config=methods/adalora.yaml",
+    f"--model.adapter.adalora.init_r={INIT}",
+    "--model.adapter.adalora.tinit=2",
+    "--model.adapter.adalora.tfinal=2",
+    "--model.optimizer.init_args.lr=0.01",
+    "--model.lr_scheduler_type=constant",
+    f"--trainer.max_steps={STEPS}",
+    "--output.checkpoint_every_n_steps=1",
+)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Return what a fit showed: its batches, the trainable weights before, the logits after."""
+    found = {"batches": [], "start": None}
+    originals = LoraModule.training_step, LoraModule.on_train_start
+
+    def training_step(module, batch, batch_idx):
+        found["batches"].append(batch)
+        return originals[0](module, batch, batch_idx)
+
+    def on_train_start(module):
+        named = module.model.named_parameters()
+        found["start"] = {n: p.detach().clone() for n, p in named if p.requires_grad}
+        return originals[1](module)
+
+    def on_fit_end(module):
+        module.model.eval()
+        with torch.no_grad():
+            found["logits"] = module.model(ids()).logits
+        named = module.model.named_parameters()
+        found["end"] = {n: p.detach().clone() for n, p in named if p.requires_grad}
+
+    monkeypatch.setattr(LoraModule, "training_step", training_step)
+    monkeypatch.setattr(LoraModule, "on_train_start", on_train_start)
+    monkeypatch.setattr(LoraModule, "on_fit_end", on_fit_end, raising=False)
+    return found
+
+
+def ids():
+    return torch.arange(3, 60).reshape(3, 19)
+
+
+def values(folder, name):
+    with (folder / "metrics.csv").open(newline="") as stream:
+        return [float(row[name]) for row in csv.DictReader(stream) if row.get(name)]
+
+
+def budget(step):
+    """The cubic schedule, by hand."""
+    if step <= 2:
+        return LAYERS * INIT
+    left = 1 - (step - 2) / (STEPS - 2 - 2)
+    return int(LAYERS * (INIT - TARGET) * left**3 + LAYERS * TARGET)
+
+
+def test_ten_steps_are_pefts_and_the_budget_is_kept(fit, seen, run_models):
+    folder = fit(*ADALORA)
+    base = AutoModelForCausalLM.from_pretrained(run_models / "llama")
+    config = AdaLoraConfig(
+        init_r=INIT,
+        target_r=TARGET,
+        tinit=2,
+        tfinal=2,
+        deltaT=1,
+        lora_alpha=16,
+        target_modules="all-linear",
+        total_step=STEPS,
+        task_type="CAUSAL_LM",
+    )
+    theirs = get_peft_model(base, config).train()
+    named = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for name, value in seen["start"].items():
+            named[name].copy_(value)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.0)
+    left = []
+    for step, batch in enumerate(seen["batches"], 1):
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+        theirs(**inputs).loss.backward()  # with PEFT's own regulariser in it
+        optimizer.step()
+        theirs.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        left.append(sum(int((p != 0).sum()) for n, p in named.items() if "lora_E" in n))
+    for name, value in seen["end"].items():
+        assert torch.allclose(named[name], value, rtol=1e-3, atol=1e-5), name
+    told = values(folder, "adalora/triplets")
+    assert told == left
+    # A mask keeps the budget: ties aside, what is left is the schedule.
+    assert [int(value) for value in told[2:]] == [budget(step) for step in range(3, 9)] + [
+        LAYERS * TARGET
+    ] * 2
+    assert told[-1] == LAYERS * TARGET < LAYERS * INIT
+    assert len(values(folder, "train/orthogonality")) == STEPS
+
+
+def test_peft_loads_what_is_left(fit, seen, run_models):
+    folder = fit(*ADALORA)
+    summary = json.loads((folder / "summary.json").read_text())
+    # q, o: 16 + 16; k, v: 16 + 8; gate, up, down: 16 + 32; and a value for each triplet
+    assert summary["model"]["trainable_parameters"] == 2 * INIT * (2 * 32 + 2 * 24 + 3 * 48 + 7)
+    base = AutoModelForCausalLM.from_pretrained(run_models / "llama")
+    loaded = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids()).logits, seen["logits"], atol=1e-5)
+    state = load_file(folder / "adapter" / "adapter_model.safetensors")
+    kept = sum(len(value) for name, value in state.items() if "lora_E" in name)
+    assert kept == LAYERS * TARGET
+
+
+@pytest.mark.parametrize("killed_at", [1, 4, 8, 9])
+def test_a_run_goes_on_bit_for_bit(killed_at, fit, monkeypatch):
+    whole = fit(*ADALORA)
+
+    class Killed(Exception):
+        pass
+
+    with monkeypatch.context() as patched:
+        original = LoraModule.on_train_batch_start
+
+        def start(module, batch, batch_idx):
+            if module.global_step == killed_at:
+                raise Killed
+            return original(module, batch, batch_idx)
+
+        patched.setattr(LoraModule, "on_train_batch_start", start)
+        with pytest.raises(Killed):
+            fit(*ADALORA)
+    parts = fit(*ADALORA, "--ckpt_path=last")
+    assert parts.name == "version_1"
+    found, wanted = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (parts, whole))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_accumulation_adds_the_regulariser_once(fit, seen):
+    """Two halves of a batch are the batch, also for what does not depend on the data."""
+    steps = (*ADALORA, "--trainer.max_steps=5", "--data.train_size=4")
+    whole = fit(*steps, "--data.batch_size=4")
+    wanted = seen["end"]
+    seen["batches"].clear()
+    halves = fit(*steps, "--data.batch_size=2", "--trainer.accumulate_grad_batches=2")
+    assert len(seen["batches"]) == 10
+    name = "train/orthogonality"
+    assert values(halves, name) == pytest.approx(values(whole, name), rel=1e-5)
+    for name, value in wanted.items():
+        assert torch.allclose(seen["end"][name], value, rtol=0, atol=1e-5), name
+
+
+def test_a_skipped_step_is_not_weighed(fit, monkeypatch):
+    """A gradient scaler leaves gradients that are not finite behind: they would stay in the averages."""
+    original = AdaLoraPruning.on_train_batch_end
+    kept = []
+
+    def overflowed(callback, trainer, pl_module, *rest):
+        if trainer.global_step == 4:
+            pl_module.model.get_parameter(kept[0]).grad.fill_(torch.inf)
+        original(callback, trainer, pl_module, *rest)
+        if trainer.global_step == 7:
+            kept.append(callback.state_dict())
+
+    def choose(module):
+        kept.append(next(n for n, p in module.model.named_parameters() if p.requires_grad))
+
+    monkeypatch.setattr(AdaLoraPruning, "on_train_batch_end", overflowed)
+    monkeypatch.setattr(LoraModule, "on_train_start", choose)
+    told = values(fit(*ADALORA), "adalora/triplets")
+    assert told[3] == LAYERS * INIT  # which that optimizer step had moved, and nothing pruned again
+    assert [int(value) for value in told[4:7]] == [budget(step) for step in (5, 6, 7)]
+    assert told[-1] == LAYERS * TARGET
+    for average in AVERAGES:
+        assert all(value.isfinite().all() for value in kept[1][average].values()), average
+
+
+def test_no_step_to_weigh_by(fit, command, tiny_run, capfd, monkeypatch):
+    monkeypatch.setattr("app.models.adalora.finite", lambda gradients: False)
+    assert command("fit", "--config", tiny_run, *ADALORA) == 2
+    told = capfd.readouterr().err
+    assert "none of the 8 steps before AdaLoRA's last pruning had finite gradients" in told
+
+
+@pytest.mark.parametrize(("steps", "tinit", "tfinal"), [(2, 0, 0), (3, 1, 1), (4, 2, 1)])
+def test_the_shortest_schedules(steps, tinit, tfinal, fit):
+    folder = fit(
+        *(*ADALORA, f"--trainer.max_steps={steps}", f"--model.adapter.adalora.tinit={tinit}"),
+        f"--model.adapter.adalora.tfinal={tfinal}",
+    )
+    assert values(folder, "adalora/triplets")[-1] == LAYERS * TARGET
+
+
+def test_what_cannot_work(command, tiny_run, capfd, monkeypatch):
+    def told(*options):
+        assert command("fit", "--config", tiny_run, "--config=methods/adalora.yaml", *options) == 2
+        return capfd.readouterr().err
+
+    own = "--model.adapter.adalora."
+    for options in (
+        ("--trainer.max_steps=1",),
+        (f"{own}tfinal=2",),
+        (f"{own}tfinal=3",),
+        (f"{own}tinit=2", f"{own}tfinal=1"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                "app.training.module.load_model", None
+            )  # told before any weights are loaded
+            assert "lower tinit and tfinal, or train longer" in told(*options)
+    # An epoch of 40 rows is 5 steps, which is known once there is a loader.
+    epoch = ("--trainer.max_steps=-1", "--trainer.max_epochs=1", f"{own}init_r=6")
+    assert "but training has 5 steps" in told(*epoch, f"{own}tfinal=4")
+    endless = ("--trainer.max_steps=-1", "--trainer.max_epochs=-1")
+    assert "trainer.max_steps and trainer.max_epochs are both -1" in told(*endless)
+    assert "init_r is 9, but model.layers.0.self_attn.k_proj has shape (8, 16)" in told(
+        f"{own}init_r=9"
+    )
+    assert "init_r is 3, below the budget model.adapter.r 4" in told(
+        "--model.adapter.adalora.init_r=3"
+    )
+    assert "exclude each other" in told("--model.adapter.use_dora=true")
+    with monkeypatch.context() as patched:
+        patched.setattr(LoraModule, "_sharded", property(lambda _: True))
+        assert "the adapter has adalora, which does not work with the sharded" in told(
+            f"{own}init_r=6"
+        )
+    start = "--init=callbacks.lora_one_init.LoraOneInit"
+    assert "init is LoraOneInit, which fills lora_A and lora_B" in told(
+        start, "--init.num_samples=16"
+    )

@@ -1,0 +1,188 @@
+"""Likelihoods of choices against one full forward pass for each prompt and choice, in float64."""
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from app.models.adapter_config import LoraSettings
+from app.models.likelihood import SHORTEST_PREFIX, choice_log_likelihoods
+from app.models.lora import add_lora, base_model, lora_pairs
+from app.utils.errors import InputError
+
+SINGLE = [[5], [17], [99], [6]]
+SEVERAL = [[5], [40, 41, 42], [40, 41, 43], [40, 7], [6, 7], [6, 8]]
+LONG = list(range(4, 4 + SHORTEST_PREFIX + 30))
+PROMPTS = {
+    "of all lengths": [[9], [50, 51, 52, 53], [50, 51], [60, 61, 62, 63, 64, 65, 66]],
+    "with a long beginning in common": [[*LONG, 5], [*LONG, 6, 7, 8], LONG, [*LONG, 6, 7]],
+    "of two families and strangers": [
+        [*LONG, 5],
+        [7, *LONG],
+        [9, 8],
+        [*LONG, 6, 7, 8],
+        [50],
+        [7, *LONG, 9, 9],
+        [*LONG, 6],
+    ],
+    "all the same": [LONG, LONG],
+    "alone": [LONG],
+}
+
+
+def mistral(**config):
+    """Return a model of which every token sees the last 16 alone."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 16}
+    return MistralForCausalLM(MistralConfig(**sizes, **heads, **config)).eval()
+
+
+@pytest.fixture
+def build(tiny_llama, tiny_gpt2, tiny_t5):
+    return {"llama": tiny_llama, "gpt2": tiny_gpt2, "t5": tiny_t5, "mistral": mistral}
+
+
+def expected(model, prompts, choices):
+    """Sum the log-probabilities of each choice by hand, one prompt and one choice at a time."""
+    model = model.double()
+    found = []
+    for prompt in prompts:
+        row = []
+        for choice in choices:
+            if model.config.is_encoder_decoder:
+                decoder = torch.tensor([[model.config.decoder_start_token_id, *choice[:-1]]])
+                logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder).logits
+            else:
+                logits = model(input_ids=torch.tensor([[*prompt, *choice]])).logits
+                logits = logits[:, len(prompt) - 1 : -1]
+            logs = logits[0] - logits[0].exp().sum(dim=-1, keepdim=True).log()
+            row.append(sum(logs[t, token] for t, token in enumerate(choice)).item())
+        found.append(row)
+    model.float()
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("choices", [SINGLE, SEVERAL], ids=["single tokens", "several tokens"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "mistral"])
+@torch.no_grad()
+def test_sums_are_those_of_full_passes(kind, choices, prompts, build):
+    wide = {"initializer_factor": 3.0} if kind == "t5" else {"initializer_range": 0.3}
+    model = build[kind](**wide)
+    by_hand = expected(model, prompts, choices)
+    assert by_hand.std() > 0.1
+    found = choice_log_likelihoods(model, model, prompts, choices)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, by_hand, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_either_attention_gives_them(attention, tiny_llama):
+    model = tiny_llama(attn_implementation=attention, initializer_range=0.3)
+    prompts = PROMPTS["with a long beginning in common"]
+    by_hand = expected(model, prompts, SEVERAL)
+    found = choice_log_likelihoods(model, model, prompts, SEVERAL)
+    torch.testing.assert_close(found, by_hand, rtol=1e-5, atol=1e-5)
+
+
+def watched(model):
+    """Return a list that fills with the shape of each pass's tokens, and of each pass's logits."""
+    passes = []
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings.register_forward_hook(lambda _, args, out: passes.append(tuple(args[0].shape)))
+    head.register_forward_hook(lambda _, args, out: passes.append(tuple(out.shape)))
+    return passes
+
+
+@pytest.mark.parametrize(
+    ("choices", "fed", "scored"), [(SINGLE, [0], [1]), (SEVERAL, [0, 2, 1, 1], [1, 3, 2, 2])]
+)
+def test_what_is_shared_runs_once(choices, fed, scored, tiny_llama):
+    """Beginning once, the rests once for each start of a choice, and the head where a choice is."""
+    model = tiny_llama()
+    passes = watched(model)
+    prompts = PROMPTS["with a long beginning in common"]
+    choice_log_likelihoods(model, model, prompts, choices)
+    # One prompt is no more than the beginning, whose last token is left to the rests.
+    assert passes[:2] == [(1, len(LONG) - 1), (1, 1, 128)]
+    rests = [shape for length in fed for shape in [(4, 4 + length)]]
+    logits = [(1, 4 * length, 128) for length in scored]
+    assert passes[2:] == [shape for pair in zip(rests, logits, strict=True) for shape in pair]
+
+
+def test_each_family_of_prompts_runs_its_beginning_once(tiny_llama):
+    model = tiny_llama()
+    passes = watched(model)
+    choice_log_likelihoods(model, model, PROMPTS["of two families and strangers"], SINGLE)
+    beginnings = [shape for shape in passes[::2] if shape[0] == 1]
+    rests = [shape for shape in passes[::2] if shape[0] > 1]
+    assert beginnings == [(1, len(LONG)), (1, len(LONG))]
+    assert sorted(rests) == [(2, 2), (2, 3), (3, 3)]
+
+
+def test_a_short_beginning_is_not_worth_a_pass(tiny_llama):
+    model = tiny_llama()
+    passes = watched(model)
+    short = LONG[: SHORTEST_PREFIX - 1]
+    choice_log_likelihoods(model, model, [[*short, 5], [*short, 6, 7]], SINGLE)
+    assert passes == [(2, len(short) + 2), (1, 2, 128)]
+
+
+def test_an_encoder_reads_its_prompts_once(tiny_t5):
+    model = tiny_t5()
+    read = []
+    model.encoder.register_forward_hook(lambda *_: read.append(1))
+    choice_log_likelihoods(model, model, PROMPTS["of all lengths"], SEVERAL)
+    assert read == [1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_an_adapted_model_in_training_mode(kind, build):
+    wide = {"initializer_factor": 3.0} if kind == "t5" else {"initializer_range": 0.3}
+    plain, prompts = build[kind](**wide), PROMPTS["with a long beginning in common"]
+    with torch.no_grad():
+        before = expected(plain, prompts, SEVERAL)
+    plain.gradient_checkpointing_enable({"use_reentrant": False})
+    model = add_lora(plain, LoraSettings(r=2, lora_dropout=0.5)).train()
+    plain.enable_input_require_grads()
+    for pair in lora_pairs(model):
+        torch.nn.init.normal_(pair.lora_B.data, std=0.3)
+    frozen = next(module for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    frozen.eval()
+    modes = [module.training for module in model.modules()]
+    found = choice_log_likelihoods(model, base_model(model), prompts, SEVERAL)
+    assert not found.requires_grad
+    assert modes == [module.training for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        by_hand = expected(base_model(model), prompts, SEVERAL)
+    torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-4)
+    assert (by_hand - before).abs().max() > 0.1
+
+
+def test_bfloat16_is_near(tiny_llama):
+    model = tiny_llama(initializer_range=0.3)
+    with torch.no_grad():
+        by_hand = expected(model, PROMPTS["of all lengths"], SEVERAL)
+    found = choice_log_likelihoods(model.bfloat16(), model, PROMPTS["of all lengths"], SEVERAL)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, by_hand, rtol=0.05, atol=0.2)
+
+
+def test_nobody_to_ask(tiny_llama):
+    assert choice_log_likelihoods(tiny_llama(), tiny_llama(), [], SINGLE).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "choices", "told"),
+    [
+        ([[5]], [[5], []], r"choices=\[\[5\], \[\]\]: expected at least one token in each"),
+        ([[5] * 9], [[5], [6, 7]], "9 tokens and a choice 2, .* --data.long_prompts=cut"),
+        ([[5], []], SINGLE, "a prompt has no tokens"),
+    ],
+)
+def test_what_cannot_be_scored(prompts, choices, told, tiny_llama):
+    model = tiny_llama(max_position_embeddings=10)
+    with pytest.raises(InputError, match=told):
+        choice_log_likelihoods(model, model, prompts, choices)

@@ -1,0 +1,141 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from app.models import loading as pretrained
+from app.models.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    local_directory,
+    model_fingerprint,
+    resolve_model,
+)
+from app.utils.errors import InputError
+
+
+def test_directory(tiny_model_dir, tiny_llama, tiny_tokenizer, capfd):
+    source = resolve_model(str(tiny_model_dir))
+    assert (source.kind, source.name) == ("directory", str(tiny_model_dir))
+    assert local_directory(source) == tiny_model_dir
+    ids = torch.arange(20)[None]
+    model = load_model(source)
+    assert torch.equal(model(ids).logits, tiny_llama()(ids).logits)
+    assert not model.training
+    text = "Review: a fine film!\nSentiment: positive\t{1, 2} <b>"
+    tokenizer = load_tokenizer(source)
+    assert tokenizer(text).input_ids == tiny_tokenizer(text).input_ids
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.unk_token_id not in tokenizer(text).input_ids
+    assert load_config(source).num_hidden_layers == 2
+    assert capfd.readouterr() == ("", "")
+
+
+def test_relative_and_home_directories(tiny_model_dir, monkeypatch):
+    monkeypatch.chdir(tiny_model_dir.parent)
+    assert resolve_model(tiny_model_dir.name).kind == "directory"
+    monkeypatch.setenv("HOME", str(tiny_model_dir.parent))
+    assert load_config(resolve_model(f"~/{tiny_model_dir.name}")).model_type == "llama"
+
+
+def test_encoder_decoder(tiny_t5_dir, tiny_t5):
+    model = load_model(resolve_model(str(tiny_t5_dir)))
+    ids = torch.arange(8)[None]
+    expected = tiny_t5()(input_ids=ids, decoder_input_ids=ids).logits
+    assert torch.equal(model(input_ids=ids, decoder_input_ids=ids).logits, expected)
+
+
+def test_dtype_and_attention(tiny_model_dir, tiny_llama):
+    tiny_llama().to(torch.bfloat16).save_pretrained(tiny_model_dir)
+    source = resolve_model(str(tiny_model_dir))
+    assert {p.dtype for p in load_model(source).parameters()} == {torch.float32}
+    model = load_model(source, dtype=torch.bfloat16, attn_implementation="eager")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+
+
+def test_padding_token_is_the_end_of_text_token_if_need_be(tiny_model_dir, tiny_tokenizer, capfd):
+    PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="<eos>"
+    ).save_pretrained(tiny_model_dir)
+    for _ in range(2):
+        assert load_tokenizer(resolve_model(str(tiny_model_dir))).pad_token == "<eos>"
+    assert capfd.readouterr().err.count("no padding token: <eos> pads") == 1
+
+
+def test_missing_shard(tiny_model_dir, tiny_llama):
+    (tiny_model_dir / "model.safetensors").unlink()
+    tiny_llama().save_pretrained(tiny_model_dir, max_shard_size="10KB")
+    source = resolve_model(str(tiny_model_dir))
+    ids = torch.arange(9)[None]
+    assert torch.equal(load_model(source)(ids).logits, tiny_llama()(ids).logits)
+    shard = min(tiny_model_dir.glob("model-*.safetensors"))
+    shard.unlink()
+    with pytest.raises(InputError, match=shard.name):
+        resolve_model(str(tiny_model_dir))
+    (tiny_model_dir / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(InputError, match="a readable model"):
+        resolve_model(str(tiny_model_dir))
+
+
+def test_broken_checkpoints(tiny_model_dir):
+    source = resolve_model(str(tiny_model_dir))
+    weights = tiny_model_dir / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(source)
+    (tiny_model_dir / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(InputError, match="no-such-type"):
+        load_config(source)
+
+
+def test_missing_weights_are_not_made_up(tiny_model_dir):
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    (tiny_model_dir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"lacks 9 weights .* model\.layers\.2\."):
+        load_model(resolve_model(str(tiny_model_dir)))
+
+
+def test_fingerprint_follows_the_weights(tiny_model_dir, tiny_llama):
+    source = resolve_model(str(tiny_model_dir))
+    first = model_fingerprint(source)
+    assert first.startswith("sha256:")
+    (tiny_model_dir / "README.md").write_text("not a weight")
+    assert model_fingerprint(source) == first
+    tiny_llama(seed=1).save_pretrained(tiny_model_dir)
+    assert model_fingerprint(source) != first
+
+
+def test_unreadable_gguf_file_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_ONE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF and rubbish")
+    source = resolve_model(str(path))
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_tokenizer(source)
+    assert [p.suffix for p in (tmp_path / "cache" / "gguf").iterdir()] == [".lock"]
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match="pip install gguf"):
+        load_tokenizer(source)
+
+
+@pytest.mark.smollm2
+def test_smollm2(smollm2_name, smollm2_dir, capfd):
+    source = resolve_model(smollm2_name)
+    assert local_directory(source) == smollm2_dir
+    assert not list(smollm2_dir.parent.glob("*.part"))
+    model = load_model(source)
+    tokenizer = load_tokenizer(source)
+    assert capfd.readouterr() == ("", "")
+    assert not getattr(model, "is_quantized", False)
+    assert not hasattr(model.config, "quantization_config")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    batch = tokenizer("Review: a fine film. Sentiment: positive", return_tensors="pt")
+    oracle = AutoModelForCausalLM.from_pretrained(**source.load_args, dtype=torch.float32)
+    with torch.no_grad():
+        logits, expected = model(**batch).logits, oracle(**batch).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    assert tokenizer.decode(model.generate(**batch, max_new_tokens=1, do_sample=False)[0])

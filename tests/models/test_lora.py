@@ -1,0 +1,170 @@
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from app.models.adapter_io import load_adapter, merge_adapter, save_adapter, save_merged
+from app.models.lora import (
+    LoraSettings,
+    add_lora,
+    base_model,
+    install,
+    lora_pairs,
+    without_adapters,
+)
+from app.utils.errors import InputError
+from tests.support.one_step_oracle import make_batches
+
+BUILDERS = ["tiny_llama", "tiny_gpt2", "tiny_t5"]
+PER_BLOCK = {"tiny_llama": 7 * 2, "tiny_gpt2": 4 * 2, "tiny_t5": 6 * 2 + 10 * 2}
+
+
+def logits(model, batch):
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def trained(model, **settings):
+    wrapped = add_lora(model, LoraSettings(r=4, **settings))
+    for pair in lora_pairs(wrapped):
+        install(pair, 0.3 * torch.randn(pair.lora_A.shape), 0.3 * torch.randn(pair.lora_B.shape))
+    return wrapped
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_add_lora_wraps_every_linear_layer_but_the_head(build, request):
+    model = request.getfixturevalue(build)()
+    batch = make_batches(model.config.is_encoder_decoder)[0]
+    before = logits(model, batch)
+    wrapped = add_lora(model, LoraSettings(r=4)).eval()
+    assert torch.equal(logits(wrapped, batch), before)
+    pairs = lora_pairs(wrapped)
+    assert len(pairs) == PER_BLOCK[build]
+    assert not any("lm_head" in pair.name or pair.name.startswith("base_model") for pair in pairs)
+    assert base_model(wrapped) is model
+    trainable = {id(p) for p in wrapped.parameters() if p.requires_grad}
+    assert trainable == {id(p) for pair in pairs for p in (pair.lora_A, pair.lora_B)}
+    for pair in pairs:
+        weight = pair.layer.base_layer.weight
+        m, n = weight.T.shape if build == "tiny_gpt2" else weight.shape
+        assert pair.lora_A.shape == (4, n)
+        assert pair.lora_B.shape == (m, 4)
+        assert bool((pair.lora_B == 0).all())
+
+
+def test_lora_pairs_of_a_plain_model(tiny_llama):
+    model = tiny_llama()
+    assert lora_pairs(model) == []
+    assert base_model(model) is model
+
+
+def test_adapters_are_float32_over_a_bfloat16_base(tiny_llama):
+    for pair in lora_pairs(add_lora(tiny_llama().bfloat16(), LoraSettings(r=4))):
+        assert pair.lora_A.dtype == pair.lora_B.dtype == torch.float32
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_without_adapters_is_the_base_model(build, request):
+    model = request.getfixturevalue(build)()
+    batch = make_batches(model.config.is_encoder_decoder)[0]
+    before = logits(model, batch)
+    wrapped = trained(model).eval()
+    assert not torch.allclose(logits(wrapped, batch), before, atol=1e-3)
+    with_adapters = logits(wrapped, batch)
+    with without_adapters(wrapped):
+        assert torch.equal(logits(wrapped, batch), before)
+    assert torch.equal(logits(wrapped, batch), with_adapters)
+    with pytest.raises(KeyError), without_adapters(wrapped):
+        raise KeyError
+    assert torch.equal(logits(wrapped, batch), with_adapters)
+
+
+@pytest.mark.parametrize("use_rslora", [True, False])
+@pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2"])
+def test_merged_weights_are_the_base_plus_scaled_product(build, use_rslora, request):
+    model = request.getfixturevalue(build)()
+    batch = make_batches(False)[0]
+    wrapped = trained(model, lora_alpha=6, use_rslora=use_rslora).eval()
+    scaling = 6 / 2 if use_rslora else 6 / 4
+    wanted, before = {}, logits(wrapped, batch)
+    for pair in lora_pairs(wrapped):
+        delta = scaling * pair.lora_B @ pair.lora_A
+        weight = pair.layer.base_layer.weight
+        wanted[pair.name] = (weight + (delta.T if build == "tiny_gpt2" else delta)).detach()
+    merged = merge_adapter(wrapped)
+    modules = dict(merged.named_modules())
+    for name, weight in wanted.items():
+        assert torch.allclose(modules[name].weight, weight, atol=1e-6)
+    assert torch.allclose(logits(merged, batch), before, atol=1e-4)
+    assert lora_pairs(merged) == []
+
+
+def test_saved_adapter_loads_on_a_fresh_base(tiny_llama, tmp_path):
+    """By ours, for training or not, and by plain PEFT; the file says plain LoRA."""
+    batch = make_batches(False)[0]
+    wrapped = trained(tiny_llama()).eval()
+    wanted = logits(wrapped, batch)
+    save_adapter(wrapped, tmp_path / "adapter", "someone/base")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/base"
+    assert config["init_lora_weights"] is True
+    assert config["use_rslora"] is True
+    for trainable in (True, False):
+        loaded = load_adapter(tiny_llama(), tmp_path / "adapter", trainable).eval()
+        assert torch.equal(logits(loaded, batch), wanted)
+        assert all(pair.lora_A.requires_grad == trainable for pair in lora_pairs(loaded))
+    plain = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter")).eval()
+    assert torch.equal(logits(plain, batch), wanted)
+
+
+def test_merged_model_loads_as_plain_transformers(tiny_llama, tiny_tokenizer, tmp_path):
+    batch = make_batches(False)[0]
+    wrapped = trained(tiny_llama()).eval()
+    wanted = logits(wrapped, batch)
+    save_merged(wrapped, tiny_tokenizer, tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(logits(plain, batch), wanted, atol=1e-4)
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+def test_load_adapter_refuses_what_is_not_one_or_does_not_fit(tiny_llama, tmp_path):
+    with pytest.raises(InputError, match=r"adapter_path is .* holds no adapter_config\.json"):
+        load_adapter(tiny_llama(), tmp_path, trainable=True)
+    save_adapter(trained(tiny_llama()), tmp_path, "base")
+    with pytest.raises(InputError, match="does not fit the model"):
+        load_adapter(tiny_llama(hidden_size=32), tmp_path, trainable=True)
+
+
+def test_wrong_settings(tiny_llama):
+    with pytest.raises(InputError, match=r"adapter\.r must be at least 1, got 0"):
+        LoraSettings(r=0)
+    for dropout in (-0.1, 1.0):
+        with pytest.raises(InputError, match=r"lora_dropout must lie in \[0, 1\)"):
+            LoraSettings(lora_dropout=dropout)
+    with pytest.raises(InputError, match=r"r is 9, but .*k_proj has shape \(8, 16\): .*at most 8"):
+        add_lora(tiny_llama(), LoraSettings(r=9))
+    with pytest.raises(InputError, match=r"did you mean q_proj.*q_proj \(2\)"):
+        add_lora(tiny_llama(), LoraSettings(target_modules=["q_prj"]))
+
+
+def test_a_target_pattern_selects(tiny_llama):
+    pattern = r".*layers\.1\..*(q|v)_proj"
+    names = [
+        p.name
+        for p in lora_pairs(add_lora(tiny_llama(), LoraSettings(r=4, target_modules=pattern)))
+    ]
+    assert names == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+
+
+def test_a_saved_adapter_on_a_model_without_numbers_warns_of_nothing(tiny_llama, tmp_path):
+    """As on the processes of a sharded run that do not read the weights."""
+    save_adapter(trained(tiny_llama()), tmp_path, "base")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loaded = load_adapter(tiny_llama().to("meta"), tmp_path, trainable=True)
+    assert len(lora_pairs(loaded)) == 14
+    assert not [w for w in told if "meta" in str(w.message)]

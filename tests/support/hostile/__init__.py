@@ -1,0 +1,139 @@
+"""Programs that attack the sandbox, and how one is set upon it.
+
+Each claims to square a number and returns the right square only once its attack has worked: so a
+verdict "passed" says that the attack worked. Each finds defined: HOME, a folder with the file `secret`;
+OUTSIDE, an empty folder; PROJECT, the checkout; VENV, the environment of its packages; and PORT, a local
+port where somebody listens.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from app.evaluation.sandbox import bubblewrap as sandbox
+from app.evaluation.sandbox.judge import Verdict, judge
+from tests.support.hostile.escapes import ESCAPES
+from tests.support.hostile.exhaustion import EXHAUSTION
+from tests.support.hostile.forgeries import FORGERIES
+from tests.support.hostile.neighbours import NEIGHBOURS
+
+TIMEOUT_S = 20.0
+SHORT_TIMEOUT_S = 1.0  # of those that never end, or not soon
+TESTS = """
+def check(candidate):
+    assert candidate(3) == 9
+    assert candidate(4) == 16
+"""
+PROGRAMS: dict[str, tuple[str, str]] = {
+    **EXHAUSTION,
+    **NEIGHBOURS,
+    **ESCAPES,
+    **FORGERIES,
+}
+
+# What passes where program and tests share a process, as in the field; without harm to the machine.
+WORKS_IN_ONE_PROCESS = (
+    *(
+        "read_environment",
+        "read_home",
+        "read_project",
+        "read_passwd",
+        "list_processes",
+        "read_packages",
+    ),
+    *("write_outside", "write_everywhere", "connect", "resolve", "unix_socket", "subprocess"),
+    *("many_open_files", "huge_file", "raise_the_limits", "background_thread", "system_v_memory"),
+    *("signal_by_pipe", "slow_the_parent_down", "shared_memory_of_others"),
+    *("sys_exit", "sys_exit_when_called", "os_exit", "equal_to_everything"),
+    *("integer_equal_to_everything", "find_the_tests", "import_the_harness", "write_a_verdict"),
+)
+
+# What works without bubblewrap, where a program has the rights of its user to files.
+WORKS_UNPROTECTED = {
+    "read_home",
+    "read_project",
+    "read_passwd",
+    "read_packages",
+    "list_processes",
+    "write_outside",
+    "write_through_symlink",
+    "write_dotdot",
+    "write_everywhere",
+    "rewrite_the_harness",
+    "fill_the_disk",
+    "shared_memory",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where the programs find something to attack."""
+
+    home: Path
+    outside: Path
+    port: int
+
+    def header(self) -> str:
+        places = {
+            "HOME": self.home,
+            "OUTSIDE": self.outside,
+            "PROJECT": sandbox.HERE.parents[2],
+            "VENV": sys.prefix,
+        }
+        return f"PORT = {self.port}\n" + "".join(f"{k} = {str(v)!r}\n" for k, v in places.items())
+
+
+@contextlib.contextmanager
+def stage(folder: Path):
+    """Make a home with a secret, an empty folder, and a listener; and a secret in the environment."""
+    home, outside = folder / "home", folder / "outside"
+    home.mkdir()
+    outside.mkdir()
+    (home / "secret").write_text("secret")
+    before = dict(os.environ)
+    os.environ.update(HOME=str(home), HOSTILE_SECRET="secret")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        try:
+            yield Stage(home, outside, listener.getsockname()[1])
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def timeout(name: str) -> float:
+    """Return the seconds that a program is given."""
+    return SHORT_TIMEOUT_S if name in EXHAUSTION else TIMEOUT_S
+
+
+def attack(
+    name: str, mode: Literal["bubblewrap", "unprotected"], places: Stage
+) -> tuple[Verdict, float]:
+    """Return the verdict on a program, and the seconds that it took."""
+    start = time.perf_counter()
+    source = places.header() + PROGRAMS[name][1]
+    verdict = judge(source, "square", TESTS, timeout=timeout(name), sandbox=mode)
+    return verdict, time.perf_counter() - start
+
+
+def running(mark: str) -> list[str]:
+    """Return the command lines of processes that have `mark` in theirs."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = process.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if mark in words:
+                found.append(words)
+    return found
+
+
+def traces(mark: str) -> list[str]:
+    """Return what `running` finds after a moment to end."""
+    deadline = time.monotonic() + 5.0
+    while (found := running(mark)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found

@@ -1,0 +1,140 @@
+"""Run commands of the project on the processes that torchrun starts, and keep what tests compare.
+
+    torchrun --nproc_per_node 2 worker.py JOBS.json
+
+JOBS.json is a list of {"argv": [...], "keep": FOLDER}; optionally with {"die": [RANK, MOMENT, TIMES]}: that
+process kills itself when it comes to `gradient`, `training` or `checkpoint` for the TIMES-th time; with
+{"hang": ...} it stops there for ever instead, with {"term": ...} and {"usr1": ...} it gets SIGTERM or
+SIGUSR1, with {"fail": ...} its disk is full, and with {"stall": ...} its data loader waits in vain; other
+moments are `weights`, `exam` and `report`. With {"first_reads": true} no process but the first may read the
+weights, and {"slow_finish": SECONDS} is how long the first one has to do at the end. All jobs run in one
+start of the processes, since importing Lightning takes longer than a tiny run. FOLDER gets
+`gradients_RANK.pt` (this process's sums, as the mean over tokens), `factors_RANK.pt` (after the
+initialisation) and `trained_RANK.pt`.
+"""
+
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+import app.cli.exit
+import app.training.module
+import callbacks.run_report
+from app.cli.lora_cli import LoraCLI
+from app.cli.main import main
+from app.distributed.collectives import global_rank
+from app.evaluation.runner import BenchmarkRunner
+from app.initialization.gradient_store import ExactStore, SketchStore
+from app.training.module import LoraModule
+
+
+def keep_from_now_on(folder: Path, patch=setattr) -> None:
+    """Write what tests compare into a folder, from the runs that follow.
+
+    Args:
+        folder: Made if absent.
+        patch: How to replace an attribute; pytest's undoes it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    estimates = ExactStore.estimates
+
+    def watched(store, rank_wanted, scale):
+        sums = {name: scale * found.total for name, found in store.sums.items()}
+        torch.save(sums, folder / f"gradients_{global_rank()}.pt")
+        return estimates(store, rank_wanted, scale)
+
+    def factors(module):
+        pairs = module.lora_pairs()
+        return {p.name: (p.lora_A.detach().clone(), p.lora_B.detach().clone()) for p in pairs}
+
+    class Keep(Callback):
+        """Writes the factors when the initialisation is done and when training is."""
+
+        def on_train_start(self, trainer, pl_module):
+            torch.save(factors(pl_module), folder / f"factors_{global_rank()}.pt")
+
+        def on_train_end(self, trainer, pl_module):
+            torch.save(factors(pl_module), folder / f"trained_{global_rank()}.pt")
+
+    original = LoraCLI.instantiate_trainer
+
+    def with_keeper(cli, **options):
+        trainer = original(cli, **options)
+        trainer.callbacks.append(Keep())
+        return trainer
+
+    patch(ExactStore, "estimates", watched)
+    patch(LoraCLI, "instantiate_trainer", with_keeper)
+
+
+ENDS = {
+    "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hang": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "usr1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+    "fail": lambda: fail(OSError(28, "No space left on device")),
+    "stall": lambda: fail(RuntimeError("DataLoader timed out after 5 seconds")),
+}
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+def end_at(last, moment: str, times: int) -> None:
+    """Call `last` when this process comes to a moment for the given time."""
+    owner, name = {
+        "weights": (app.training.module, "load_model"),
+        "report": (callbacks.run_report, "save_adapter"),
+        "gradient": (SketchStore, "end_batch"),
+        "training": (LoraModule, "on_before_optimizer_step"),
+        "checkpoint": (LoraModule, "on_save_checkpoint"),
+        "exam": (BenchmarkRunner, "ask"),
+    }[moment]
+    original, come = getattr(owner, name), itertools.count(1)
+
+    def dying(*arguments):
+        if next(come) == times:
+            last()
+        return original(*arguments)
+
+    setattr(owner, name, dying)
+
+
+def run(jobs: list[dict]) -> None:
+    """Run each job; stop at the first that fails."""
+    number = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    leave = app.cli.exit.leave
+    commands = LoraCLI.subcommands()
+    callbacks.run_report.write_plots = lambda *_: []
+    untouched = ExactStore.estimates, LoraCLI.instantiate_trainer
+    for job in jobs:
+        ExactStore.estimates, LoraCLI.instantiate_trainer = untouched
+        keep_from_now_on(Path(job["keep"]))
+        # One meeting of the processes for all jobs.
+        app.cli.exit.leave = leave if job is jobs[-1] else lambda: None
+        # Building the parsers of the other commands takes longer than a tiny run.
+        LoraCLI.subcommands = staticmethod(
+            lambda job=job: {job["argv"][0]: commands[job["argv"][0]]}
+        )
+        if job.get("first_reads") and number > 0:
+            app.training.module.load_model = None
+        for end in ENDS.keys() & job.keys():
+            if job[end][0] == number:
+                end_at(ENDS[end], *job[end][1:])
+        if "slow_finish" in job and number == 0:
+            app.cli.exit._finish_wandb = lambda _, job=job: time.sleep(job["slow_finish"])
+        status = main(job["argv"])
+        if status != 0:
+            sys.exit(status)
+
+
+if __name__ == "__main__":
+    run(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,370 @@
+"""Checkpoint files: what is in them, that they are whole, which ones are refused, who is told what."""
+
+import errno
+import json
+import os
+import pathlib
+import shutil
+
+import pytest
+import torch
+
+from app.tracking.loggers import OutputSettings
+from app.training import checkpoint_io
+from app.training.checkpoint_io import CheckpointFiles, read_checkpoint
+from app.training.checkpoint_state import gather_states, random_state, seed_anew, set_random_state
+from app.training.module import LoraModule
+from app.training.resume import find_resume_point
+from app.utils.errors import InputError
+
+CONTENT = {"state_dict": {}, "loops": {}, "optimizer_states": [], "base": {}, "method": "m"}
+OFTEN = ("--trainer.max_steps=5", "--output.checkpoint_every_n_steps=2")
+
+
+def newest(folder):
+    [path] = (folder / "checkpoints").iterdir()
+    return path
+
+
+def plain(value):
+    """Return whether a value is made of plain data and tensors."""
+    if isinstance(value, dict):
+        return all(plain(key) and plain(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(plain, value))
+    return value is None or isinstance(value, str | int | float | bool | torch.Tensor)
+
+
+def test_contents(fit):
+    folder = fit(*OFTEN)
+    path = newest(folder)
+    assert path.name == "step=5.ckpt"
+    content = torch.load(path, weights_only=True)
+    assert plain(content)
+    told = json.loads((folder / "summary.json").read_text())
+    assert content["method"] == told["method"] == "lora_one"
+    assert content["base"] == {name: told["model"][name] for name in ("name", "fingerprint")}
+    assert content["global_step"] == 5
+    assert len(content["state_dict"]) == 28
+    assert all(".lora_" in name for name in content["state_dict"])
+    assert set(content["random"][0]) >= {"python", "numpy", "torch"}
+    assert content["GlueDataModule"] == {"epoch": 1, "done": 0, "group_size": 8}
+    assert content["callbacks"]["LoraOneInit"]["report"] == told["init"]
+    assert content["callbacks"]["ScoreAt[final]"]["scores"] == told["metrics"]["final"]
+    assert path.stat().st_size < 150_000
+
+
+def test_random_states_of_several_processes():
+    state = random_state()
+    assert plain(state)
+    draws = [torch.rand(3), float(torch.randn(()))]
+    set_random_state(state)
+    assert torch.equal(torch.rand(3), draws[0])
+    assert float(torch.randn(())) == draws[1]
+    assert gather_states(state) == [state]
+    seed_anew(0, 3, 100)
+    first = torch.rand(2)
+    seed_anew(0, 3, 100)
+    assert torch.equal(torch.rand(2), first)
+    for other in ((1, 3, 100), (0, 2, 100), (0, 3, 101)):
+        seed_anew(*other)
+        assert not torch.equal(torch.rand(2), first)
+
+
+# What a power failure or kill -9 leaves at each point of writing, and what a full disk does there.
+POINTS = ("open", "write", "fsync", "replace", "folder")
+
+
+def fail_at(point, error, monkeypatch):
+    """Let one of the calls that write a checkpoint raise."""
+
+    def raising(*args, **options):
+        raise error
+
+    if point == "replace":
+        monkeypatch.setattr(checkpoint_io.os, "replace", raising)
+    elif point == "folder":
+        monkeypatch.setattr(checkpoint_io, "_sync_folder", raising)
+    elif point == "fsync":
+        monkeypatch.setattr(checkpoint_io.os, "fsync", raising)
+    else:
+        original = pathlib.Path.open
+
+        def opened(path, mode="r", *args, **options):
+            if mode != "wb":
+                return original(path, mode, *args, **options)
+            if point == "open":
+                raise error
+            stream = original(path, mode, buffering=0)
+            stream.write(b"only the beginning")
+            return Broken(stream, error)
+
+        monkeypatch.setattr(pathlib.Path, "open", opened)
+
+
+class Broken:
+    def __init__(self, stream, error):
+        self.stream, self.error = stream, error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stream.close()
+
+    def write(self, content):
+        raise self.error
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_any_point_of_writing_leaves_the_last_checkpoint(point, tmp_path, monkeypatch):
+    class Kill(BaseException):
+        pass
+
+    files = CheckpointFiles()
+    files.save_checkpoint({**CONTENT, "global_step": 1}, tmp_path / "step=1.ckpt")
+    with monkeypatch.context() as patched:
+        fail_at(point, Kill(), patched)
+        with pytest.raises(Kill):
+            files.save_checkpoint({**CONTENT, "global_step": 2}, tmp_path / "step=2.ckpt")
+    for path in tmp_path.glob("*.ckpt"):
+        assert read_checkpoint(path)["global_step"] == int(path.stem[5:])
+    assert (tmp_path / "step=1.ckpt").is_file()
+    assert (tmp_path / "step=2.ckpt").is_file() == (point == "folder")
+    files.save_checkpoint({**CONTENT, "global_step": 3}, tmp_path / "step=3.ckpt")
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("point", ["open", "write", "fsync", "replace"])
+def test_a_full_disk_is_told_and_training_goes_on(point, fit, monkeypatch):
+    whole = fit(*OFTEN)
+    original = CheckpointFiles.save_checkpoint
+
+    def save(files, checkpoint, path, storage_options=None):
+        with monkeypatch.context() as patched:
+            if checkpoint["global_step"] > 2:
+                fail_at(point, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), patched)
+            original(files, checkpoint, path)
+
+    monkeypatch.setattr(CheckpointFiles, "save_checkpoint", save)
+    with pytest.warns(UserWarning, match="could not be written") as told:
+        folder = fit(*OFTEN)
+    told = [str(entry.message) for entry in told if "could not be written" in str(entry.message)]
+    # the last one is tried again when the final scores are known
+    for step, message in zip((4, 5, 5), told, strict=True):
+        assert f"the checkpoint of step {step} could not be written to" in message
+        assert "No space left on device" in message
+        assert "training goes on, and the last complete one is" in message
+        assert "step=2.ckpt" in message
+    assert newest(folder).name == "step=2.ckpt"
+    assert read_checkpoint(newest(folder))["global_step"] == 2
+    final = [
+        json.loads((f / "summary.json").read_text())["metrics"]["final"] for f in (whole, folder)
+    ]
+    assert final[0] == final[1]
+
+
+def test_a_checkpoint_callback_of_the_users_keeps_its_last_file_when_the_disk_is_full(
+    tmp_path, monkeypatch
+):
+    files = CheckpointFiles()
+    first, second = tmp_path / "first.ckpt", tmp_path / "second.ckpt"
+    files.save_checkpoint(CONTENT, first)
+    with monkeypatch.context() as patched:
+        fail_at("fsync", OSError(errno.ENOSPC, "full"), patched)
+        with pytest.warns(UserWarning, match="could not be written"):
+            files.save_checkpoint(CONTENT, second)
+    files.remove_checkpoint(first)
+    assert first.is_file()
+    files.save_checkpoint(CONTENT, second)
+    files.remove_checkpoint(first)
+    assert not first.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file is in the way")
+    with pytest.warns(UserWarning, match="training goes on, and there is none yet"):
+        CheckpointFiles().save_checkpoint(CONTENT, tmp_path / "checkpoints" / "step=1.ckpt")
+
+
+@pytest.fixture
+def finished(fit):
+    return fit(*OFTEN)
+
+
+def table(folder):
+    return (folder / "metrics.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda content: b"", "which is empty: it is damaged"),
+        (lambda content: content[: len(content) // 2], "which cannot be read as a checkpoint"),
+        (lambda content: content[:-1], "which cannot be read as a checkpoint"),
+        (lambda content: b"PK\x03\x04 and no more", "which cannot be read as a checkpoint"),
+    ],
+)
+def test_a_damaged_file_is_refused(damage, expected, finished, command, tiny_run, capfd):
+    path = newest(finished)
+    path.write_bytes(damage(path.read_bytes()))
+    before = table(finished)
+    assert command("fit", "--config", tiny_run, "--ckpt_path", path) == 2
+    assert expected in capfd.readouterr().err
+    assert table(finished) == before
+    assert [folder.name for folder in finished.parent.iterdir()] == ["version_0"]
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "x.ckpt"
+    torch.save([1, 2], path)
+    with pytest.raises(InputError, match="lacks state_dict, loops, optimizer_states, base, method"):
+        read_checkpoint(path)
+    torch.save({key: value for key, value in CONTENT.items() if key != "optimizer_states"}, path)
+    with pytest.raises(InputError, match=r"lacks optimizer_states: .*not save_weights_only"):
+        read_checkpoint(path)
+    with pytest.raises(InputError, match="is a folder: expected `last` or a checkpoint file"):
+        find_resume_point(str(tmp_path), tmp_path, "m")
+
+
+def test_another_method_base_or_adapter_is_refused(
+    finished, command, tiny_run, run_models, tmp_path, capfd
+):
+    path, before = newest(finished), table(finished)
+
+    def refused(*options):
+        assert command("fit", "--config", tiny_run, "--ckpt_path", path, *options) == 2
+        assert table(finished) == before
+        return capfd.readouterr().err
+
+    told = refused("--config", "methods/lora.yaml")
+    assert "belongs to the method 'lora_one', but model.method is 'lora'" in told
+    told = refused(f"--model.name={run_models / 'gpt2'}")
+    assert f"belongs to the base model {run_models / 'llama'}" in told
+    assert f"but model.name is {run_models / 'gpt2'}" in told
+    assert told.count("sha256:") == 2
+    assert "has one of shape [4, 16] for" in refused("--model.adapter.r=8")
+    assert "trains one of shape [8, 16]" in refused("--model.adapter.r=8")
+    # The same weights elsewhere are the same base.
+    moved = tmp_path / "moved"
+    shutil.copytree(run_models / "llama", moved)
+    options = (f"--model.name={moved}", "--trainer.max_steps=6")
+    assert command("fit", "--config", tiny_run, "--ckpt_path", path, *options) == 0
+
+
+def test_a_refusal_comes_before_the_gradient_pass(
+    finished, command, tiny_run, run_models, monkeypatch
+):
+    def unwanted(*args):
+        raise AssertionError("the gradient pass ran")
+
+    monkeypatch.setattr("callbacks.initialization.one_step_gradients", unwanted)
+    options = ("--ckpt_path", newest(finished), f"--model.name={run_models / 'gpt2'}")
+    assert command("fit", "--config", tiny_run, *options) == 2
+
+
+def test_last_goes_back_behind_a_damaged_file(finished, command, tiny_run):
+    path = newest(finished)
+    (path.parent / "step=9.ckpt").write_bytes(path.read_bytes()[:-100])
+    with pytest.warns(
+        UserWarning, match="step=9.ckpt.*damaged.*Going back to the checkpoint before"
+    ):
+        found = find_resume_point("last", finished.parent, "lora_one")
+    assert found.checkpoint == path
+    assert found.folder == finished
+
+
+def test_last_without_a_checkpoint_starts_anew(fit, caplog):
+    with caplog.at_level("INFO"):
+        folder = fit("--ckpt_path=last", "--trainer.enable_checkpointing=false")
+    assert "there is no checkpoint below" in caplog.text
+    assert "starting anew" in caplog.text
+    assert not (folder / "checkpoints").exists()
+    caplog.clear()
+    assert fit("--ckpt_path=last").name == "version_1"
+    assert f"there is no checkpoint in {folder}" in caplog.text
+    assert fit("--ckpt_path=last").name == "version_1"
+
+
+def test_a_finished_run_stays_as_it_is(finished, fit, caplog):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with caplog.at_level("INFO"):
+        assert fit(*OFTEN, "--ckpt_path=last") == finished
+    [told] = [entry.message for entry in caplog.records if "finished at step" in entry.message]
+    assert "was finished at step 5 already, and stays as it is" in told
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_died_before_its_report_writes_it(fit, monkeypatch):
+    def die(*_):
+        raise KeyError("died")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("callbacks.run_report.save_adapter", die)
+        with pytest.raises(KeyError):
+            fit(*OFTEN)
+    folder = fit(*OFTEN, "--ckpt_path=last")
+    told = json.loads((folder / "summary.json").read_text())
+    assert folder.name == "version_0"
+    assert set(told["metrics"]) == {"zero_shot", "after_init", "final"}
+    assert told["train"]["steps"] == 5
+    assert told["train"]["samples"] == 40
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_checkpoint_elsewhere_starts_a_folder_of_its_own(finished, fit, tmp_path):
+    copied = tmp_path / "copied.ckpt"
+    shutil.copy(newest(finished), copied)
+    before = table(finished)
+    folder = fit("--trainer.max_steps=7", f"--ckpt_path={copied}")
+    assert folder.name == "version_1"
+    assert table(finished) == before
+    assert newest(folder).name == "step=7.ckpt"
+
+
+def test_the_users_own_checkpoints_are_kept_too(fit, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "trainer:\n  callbacks:\n  - class_path: lightning.pytorch.callbacks.ModelCheckpoint\n    init_args:\n"
+        f"      {{dirpath: {tmp_path / 'best'}, monitor: val/loss, filename: best}}\n"
+    )
+    options = ("--trainer.max_epochs=2", "--trainer.max_steps=-1")
+    folder = fit("--config", own, *options)
+    assert newest(folder).name == "step=10.ckpt"
+    [best] = (tmp_path / "best").iterdir()
+    assert read_checkpoint(best)["global_step"] in (5, 10)
+    # It is saved when a validation ends, and resumes as well.
+    told = json.loads((folder / "summary.json").read_text())
+    again = fit("--config", own, *options, f"--ckpt_path={best}")
+    assert again.name == "version_1"
+    assert json.loads((again / "summary.json").read_text())["metrics"] == told["metrics"]
+
+
+def test_a_checkpoint_between_two_steps_is_told(fit, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "trainer:\n  callbacks:\n  - class_path: lightning.pytorch.callbacks.ModelCheckpoint\n    init_args:\n"
+        f"      {{dirpath: {tmp_path / 'best'}, monitor: val/loss}}\n"
+    )
+    options = ("--trainer.val_check_interval=3", "--trainer.accumulate_grad_batches=2")
+    with pytest.warns(UserWarning, match="between two optimizer steps"):
+        fit("--config", own, *options)
+
+
+def test_the_interval_must_be_positive():
+    with pytest.raises(InputError, match=r"output\.checkpoint_every_n_steps must be >= 1, got 0"):
+        OutputSettings(checkpoint_every_n_steps=0)
+
+
+def test_a_checkpoint_is_validated_and_tested(finished, command, tiny_run, monkeypatch):
+    logged = {}
+    original = LoraModule.log_dict
+
+    def log_dict(module, values, **options):
+        logged.update({name: float(value) for name, value in values.items()})
+        original(module, values, **options)
+
+    monkeypatch.setattr(LoraModule, "log_dict", log_dict)
+    assert command("validate", "--config", tiny_run, "--ckpt_path", newest(finished)) == 0
+    final = json.loads((finished / "summary.json").read_text())["metrics"]["final"]
+    assert logged["val/loss"] == pytest.approx(final["loss"], abs=1e-5)

@@ -1,0 +1,134 @@
+"""What surrounds the training steps: modes of the modules, the learning rate, when scores are taken."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from app.training.module import LoraModule
+from callbacks.score_at import ScoreAt
+
+DROPOUT = "--model.adapter.lora_dropout=0.5"
+
+
+def modes(module):
+    return {name: part.training for name, part in module.named_modules()}
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_dropout_acts_in_every_training_step(model, fit, run_models, monkeypatch):
+    """Before and after the start, the scores and a validation, which all evaluate."""
+    steps = []
+    original = LoraModule.training_step
+
+    def training_step(module, batch, batch_idx):
+        resting = [name for name, training in modes(module.model).items() if not training]
+        twice = [module.supervised_logits(batch).logits.detach() for _ in range(2)]
+        steps.append((resting, torch.equal(*twice)))
+        return original(module, batch, batch_idx)
+
+    monkeypatch.setattr(LoraModule, "training_step", training_step)
+    options = ("--trainer.max_steps=4", "--trainer.val_check_interval=2")
+    fit(f"--model.name={run_models / model}", DROPOUT, *options)
+    assert steps == [([], False)] * 4
+
+
+def test_scores_are_taken_in_evaluation_mode_and_modes_are_restored(fit, monkeypatch):
+    found = []
+
+    def on_train_end(module):
+        parts = [part for part in module.modules() if isinstance(part, nn.Dropout)]
+        assert any(part.p == 0.5 for part in parts)
+        # A mixture of modes: restoring is more than calling train().
+        module.base.model.layers[0].eval()
+        before = modes(module)
+        assert len(set(before.values())) == 2
+        for _ in range(2):
+            score = ScoreAt("final")
+            score.on_fit_end(module.trainer, module)
+            found.append(score.scores)
+        assert modes(module) == before
+
+    monkeypatch.setattr(LoraModule, "on_train_end", on_train_end, raising=False)
+    folder = fit(DROPOUT)
+    assert set(found[0]) == {"loss", "accuracy", "f1", "mcc"}
+    assert found[0] == found[1]
+    final = json.loads((folder / "summary.json").read_text())["metrics"]["final"]
+    assert final == found[0]
+
+
+SHAPES = {
+    "linear": lambda k: (10 - k) / 6,
+    "cosine": lambda k: (1 + math.cos(math.pi * (k - 4) / 6)) / 2,
+    "constant_with_warmup": lambda k: 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "warmup", "batches"),
+    [("linear", 4, 1), ("linear", 0.4, 1), ("cosine", 4, 2), ("constant_with_warmup", 0.4, 2)],
+)
+def test_learning_rate_warms_up_and_follows_its_shape(shape, warmup, batches, fit, monkeypatch):
+    """Counted in optimizer steps, of which there are 10 of `batches` batches each."""
+    rates = []
+    original = LoraModule.on_before_optimizer_step
+
+    def on_before_optimizer_step(module, optimizer):
+        rates.extend({group["lr"] for group in optimizer.param_groups})
+        original(module, optimizer)
+
+    monkeypatch.setattr(LoraModule, "on_before_optimizer_step", on_before_optimizer_step)
+    fit(
+        *(f"--model.lr_scheduler_type={shape}", f"--model.warmup_steps={warmup}"),
+        *("--trainer.max_steps=10", f"--trainer.accumulate_grad_batches={batches}"),
+        "--init=null",
+    )
+    factors = [k / 4 if k < 4 else SHAPES[shape](k) for k in range(10)]
+    assert rates == pytest.approx([0.01 * factor for factor in factors], rel=1e-6)
+
+
+@pytest.fixture
+def scored(fit, monkeypatch):
+    """Return `scored(*argv)`: the batches scored in a fit, its final scores, its last validation loss."""
+    taken = []
+    original = LoraModule.supervised_logits
+
+    def supervised_logits(module, batch):
+        taken.append(not torch.is_grad_enabled())
+        return original(module, batch)
+
+    monkeypatch.setattr(LoraModule, "supervised_logits", supervised_logits)
+
+    def run(*argv):
+        taken.clear()
+        folder = fit("--trainer.val_check_interval=2", *argv)
+        with (folder / "metrics.csv").open(newline="") as stream:
+            logged = [float(row["val/loss"]) for row in csv.DictReader(stream) if row["val/loss"]]
+        final = json.loads((folder / "summary.json").read_text())["metrics"]["final"]
+        return sum(taken), final, logged[-1]
+
+    return run
+
+
+# Scoring the 20 validation rows takes 3 batches: zero_shot and after_init make 6.
+def test_final_scores_are_the_last_validations_if_that_saw_the_final_model(scored):
+    batches, final, validated = scored("--trainer.max_steps=4")
+    assert batches == 6 + 3 + 3
+    assert final["loss"] == pytest.approx(validated, rel=1e-6)
+    batches, final, validated = scored("--trainer.max_steps=5")
+    assert batches == 6 + 3 + 3 + 3
+    assert final["loss"] != pytest.approx(validated, rel=1e-6)
+
+
+@pytest.mark.parametrize("part", ["0.5", "1"])
+def test_final_scores_are_measured_anew_if_the_last_validation_saw_a_part(part, scored):
+    _, wanted, _ = scored("--trainer.max_steps=4")
+    batches, final, validated = scored(
+        "--trainer.max_steps=4", f"--trainer.limit_val_batches={part}"
+    )
+    assert batches == 6 + 1 + 1 + 3
+    assert final == pytest.approx(wanted, rel=1e-6)
+    assert final["loss"] != pytest.approx(validated, rel=1e-6)

