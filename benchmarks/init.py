@@ -47,9 +47,10 @@ from app.initialization.factors import spectral_factors
 from app.initialization.one_step_gradient import Estimator, one_step_gradients
 from app.initialization.svd import SVD
 from app.models.adapter_config import LoraSettings
+from app.models.batch import Batch
 from app.models.loading import load_model, load_tokenizer, resolve_model
 from app.models.lora import add_lora, base_model, install, lora_pairs
-from app.models.loss import Batch, summed_loss, supervised_logits
+from app.models.loss import summed_loss, supervised_logits
 from app.utils.memory import PeakMemory
 
 GAMMA = 128.0

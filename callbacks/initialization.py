@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.initialization.one_step_gradient import Estimator, OneStepResult, one_step_gradients
-from app.models.loss import Batch
+from app.models.batch import Batch
 from app.utils.console import track
 from app.utils.errors import InputError
 

@@ -11,8 +11,8 @@ from app.initialization.factors import spectral_factors
 from app.initialization.gamma_search import MOST, mean_loss, search_gamma
 from app.initialization.one_step_gradient import Estimator
 from app.initialization.svd import SVD
+from app.models.batch import Batch
 from app.models.lora import LoraPair, install
-from app.models.loss import Batch
 from app.utils.console import track
 from callbacks.initialization import GradientInit, check_gamma
 

@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from app.models.batch import IGNORED_LABEL, Batch
 from app.utils.errors import InputError
 
-Batch = dict[str, Tensor]
-
-IGNORED_LABEL = -100
 CHUNK_ROWS = 1024  # tokenised in one call: fast, without the token strings of a corpus in memory
 
 

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from app.distributed.collectives import is_first_process
 from app.evaluation.benchmark import Benchmark
+from app.models.batch import Batch
 from app.utils.errors import InputError
 from data_modules.benchmark_data import BenchmarkDataModule
 from data_modules.contamination import shared_questions
 from data_modules.encoding import (
-    Batch,
     EncodedRow,
     PaddedRows,
     TextRow,

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from app.distributed.collectives import sum_over_processes
 from app.initialization.gradient_hooks import frozen
-from app.models.loss import Batch, summed_loss, supervised_logits
+from app.models.batch import Batch
+from app.models.loss import summed_loss, supervised_logits
 
 START = 128.0
 """The authors' gamma for language models."""

@@ -18,8 +18,9 @@ from app.initialization.gradient_exchange import Layer
 from app.initialization.gradient_hooks import frozen, observe
 from app.initialization.gradient_store import ExactStore, GradientStore, SketchStore
 from app.models.activation_checkpointing import recomputing
+from app.models.batch import IGNORED_LABEL, Batch
 from app.models.lora import LoraPair, without_adapters
-from app.models.loss import Batch, summed_loss, supervised_logits
+from app.models.loss import summed_loss, supervised_logits
 from app.utils.errors import InputError
 from app.utils.memory import PeakMemory
 
@@ -119,7 +120,7 @@ def one_step_gradients(
     device = pairs[0].lora_A.device
     store = _store(pairs, rank, estimator, device)
     watch = _Watch(store, [pair.name for pair in pairs], device)
-    supervised = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    supervised = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches)
     tokens = int(sum_over_processes(torch.tensor(supervised, device=device)))
     total = 0.0
     start = time.perf_counter()

@@ -1,6 +1,6 @@
 """The training loss: only supervised positions reach the language-model head."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -8,10 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Batch = Mapping[str, Tensor]
-"""`input_ids`, `attention_mask` (B, T); `labels` (B, L), -100 where unsupervised; `index`, `target` (B,)."""
-
-UNSUPERVISED = -100
+from app.models.batch import IGNORED_LABEL, Batch
 
 
 class SupervisedLogits(NamedTuple):
@@ -63,9 +60,9 @@ def supervised_logits(model: nn.Module, base: PreTrainedModel, batch: Batch) -> 
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)  # type: ignore
         wanted = labels
     else:
-        wanted = torch.full_like(labels, UNSUPERVISED)
+        wanted = torch.full_like(labels, IGNORED_LABEL)
         wanted[:, :-1] = labels[:, 1:]
-    chosen = wanted != UNSUPERVISED
+    chosen = wanted != IGNORED_LABEL
     with select_positions_for_lm_head(base.get_output_embeddings(), chosen):  # type: ignore[arg-type]
         logits = model(**inputs, use_cache=False).logits[0]
     per_row = chosen.sum(dim=1)

@@ -24,6 +24,7 @@ from app.initialization.svd import SVD
 from app.models.adalora import add_orthogonality
 from app.models.adapter_config import LoraSettings
 from app.models.adapter_io import check_adapter_folder, load_adapter
+from app.models.batch import Batch
 from app.models.loading import (
     ModelSource,
     empty_model,
@@ -43,7 +44,7 @@ from app.models.lora import (
     lora_pairs,
     subtract_from_base,
 )
-from app.models.loss import Batch, SupervisedLogits, summed_loss, supervised_logits
+from app.models.loss import SupervisedLogits, summed_loss, supervised_logits
 from app.optim.lora_plus import LoraPlusAdamW
 from app.optim.lora_pro import LoraProAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW

@@ -103,9 +103,9 @@ def _wrong_value(key: str, text: str) -> WrongSetting:
     """Say in plain words what the parser says of a value."""
     moved = re.search(r"\b(?:app|callbacks|data_modules)\.[\w.]+\.(\w+)", text)
     if moved:
-        kinds = {kind.__name__ for kind in _known_classes()}
+        classes = {kind.__name__ for kind in _known_classes()}
         name = RENAMED.get(moved[1], moved[1])
-        if name in kinds:
+        if name in classes:
             return WrongSetting(f"%s is {moved[0]}, which is no class any more: write {name}", key)
     simple = re.match(r"Expected an? (.+?)\. Got value: (.*)", text)
     if not simple:  # a value below an optional section, given on the command line

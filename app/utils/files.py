@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock
 
 from app.utils.errors import InputError
+
+PART = ".part"
+"""End of a file's name until it is complete."""
 
 
 def digest(text: str) -> str:
@@ -61,8 +64,25 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that replaces `path` when the block ends, synced to disk; after an error `path` is as before.
+
+    Its name until then is that of `path` with `.part` behind.
+    """
+    part = path.with_name(path.name + PART)
+    try:
+        with part.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, data: Any) -> None:
     """Write JSON data to a file, whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=2) + "\n")
-    part.replace(path)
+    with atomic_write(path) as stream:
+        stream.write((json.dumps(data, indent=2) + "\n").encode())

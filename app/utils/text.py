@@ -1,5 +1,8 @@
 """Write numbers and names."""
 
+import difflib
+from collections.abc import Iterable
+
 
 def rate_text(rate: float) -> str:
     """Write a learning rate as the field does, 1e-4, without losing a digit."""
@@ -9,3 +12,9 @@ def rate_text(rate: float) -> str:
         if float(f"{digits}e{power}") == rate:
             break
     return f"{digits}e{int(power)}"
+
+
+def did_you_mean(wrong: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return "; did you mean NAME?" with the known name most like a wrong one, or "" if none is like it."""
+    close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -20,10 +20,9 @@ from transformers import PreTrainedModel
 
 from app.initialization.gradient_hooks import frozen, observe
 from app.models.activation_checkpointing import recomputing
+from app.models.batch import IGNORED_LABEL, Batch
 from app.models.lora import LoraPair, without_adapters
-from app.models.loss import Batch, summed_loss, supervised_logits
-
-UNSUPERVISED = -100
+from app.models.loss import summed_loss, supervised_logits
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class DryModel:
         held = [*self.model.parameters(), *self.model.buffers()]
         causal = not self.base.config.is_encoder_decoder
         labels = batch["labels"][:, 1:] if causal else batch["labels"]
-        supervised = int((labels != UNSUPERVISED).sum())
+        supervised = int((labels != IGNORED_LABEL).sum())
         with self._mode:
             fake = {k: torch.empty(v.shape, dtype=v.dtype, device="cpu") for k, v in batch.items()}
             live = LiveBytes([*held, *fake.values()], supervised)

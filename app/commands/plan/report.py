@@ -7,12 +7,12 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from app.commands.plan.memory import Placement, RunMemory
+from app.models.batch import IGNORED_LABEL
 from app.models.lora import lora_pairs
 from app.training.module import LoraModule
 
 EXAMPLES = 3
 OPEN, CLOSE = ">>>", "<<<"
-UNSUPERVISED = -100
 LABEL, NUMBER = 34, 12
 
 
@@ -83,7 +83,7 @@ def _example(number: int, row: dict[str, Any], module: LoraModule) -> list[str]:
     """Show one row of a batch, decoded from the very ids that the model is given."""
     tokenizer = module.tokenizer
     labels = row["labels"]
-    supervised = labels != UNSUPERVISED
+    supervised = labels != IGNORED_LABEL
     prompt = row["attention_mask"].bool()
     if not module.is_encoder_decoder:
         prompt = prompt & ~supervised
