@@ -102,11 +102,11 @@ class Parser(LightningArgumentParser):
 def _wrong_value(key: str, text: str) -> WrongSetting:
     """Say in plain words what the parser says of a value."""
     moved = re.search(r"\b(?:app|callbacks|data_modules)\.[\w.]+\.(\w+)", text)
-    if moved:
+    if moved and not _exists(moved[0]):
         classes = {kind.__name__ for kind in _known_classes()}
-        name = RENAMED.get(moved[1], moved[1])
-        if name in classes:
-            return WrongSetting(f"%s is {moved[0]}, which is no class any more: write {name}", key)
+        now = RENAMED.get(moved[1], moved[1])
+        if now in classes:
+            return WrongSetting(f"%s is {moved[0]}, which is no class any more: write {now}", key)
     simple = re.match(r"Expected an? (.+?)\. Got value: (.*)", text)
     if not simple:  # a value below an optional section, given on the command line
         nested = re.search(r'- Parser key "([^"]+)": (Expected .*?)(?: - Expected|$)', text)
@@ -137,6 +137,14 @@ def _wrong_value(key: str, text: str) -> WrongSetting:
         told = f"{union[2]}: expected {_kinds(union[1])}"
         return WrongSetting("%s is " + told.replace("%", "%%"), key)
     return WrongSetting("%s: " + text.replace("%", "%%"), key)
+
+
+def _exists(path: str) -> bool:
+    try:
+        pkgutil.resolve_name(path)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def _kinds(text: str) -> str:

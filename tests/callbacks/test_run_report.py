@@ -6,6 +6,7 @@ import matplotlib.image
 import pytest
 
 from app.tracking import plots
+from app.tracking.metrics_table import read_metrics
 from app.tracking.record import RunRecord
 
 
@@ -40,7 +41,7 @@ def test_the_folder_of_a_run(monkeypatch, command, tiny_run, tmp_path, caplog):
         row = "".join(f"{value:12.4f}" for value in cells)
         assert f"{moment:>12}{row}" in printed
     assert f"run folder: {folder}" in printed
-    curves = plots.read_metrics(folder / "metrics.csv")
+    curves = read_metrics(folder / "metrics.csv")
     assert [step for step, _ in curves["train/loss"]] == [0, 1, 2]
     assert curves["final/loss"] == [(3, metrics["final"]["loss"])]
     assert curves["zero_shot/accuracy"] == [(0, metrics["zero_shot"]["accuracy"])]

@@ -243,7 +243,9 @@ def test_only_the_run_that_is_meant_is_checked(tiny_run, tmp_path):
     file.write_text("model: {adapter: {r: 16}}")  # above AdaLoRA's usual init_r
     for method in ("adalora", "lora"):
         options = RunOptions([str(tiny_run), str(file)], ["--model.adapter.adalora.init_r=20"])
-        found = resolve_methods([method], ["lora", "adalora"], options)[method].resolved
+        found = resolve_methods([method], ["lora", "adalora"], options, resolve_run)[
+            method
+        ].resolved
         assert found["model"]["adapter"]["r"] == 16
         if method == "adalora":
             assert found["model"]["adapter"]["adalora"]["init_r"] == 20
@@ -289,7 +291,7 @@ def test_options_of_a_method_go_to_those_that_have_them(
 
 
 def test_validation_on_the_reported_rows_is_refused(refused, monkeypatch):
-    monkeypatch.setattr("app.commands.compare.resolve.rows_to_set_aside", lambda run: None)
+    monkeypatch.setattr("app.commands.compare.command.rows_to_set_aside", lambda run: None)
     options = (*OPTIONS[:1], "--data.validation_size=null")
     told = refused("--methods=lora", "--learning_rates=1e-3", options=options)
     assert "are the rows that the test reports" in told

@@ -221,7 +221,7 @@ def test_exact_sums_of_several_processes_are_bounded(monkeypatch, run_models):
     monkeypatch.setattr("app.initialization.gradient_store.world_size", lambda: 4)
     for process in range(4):
         monkeypatch.setattr(
-            "app.initialization.gradient_store.rank", lambda process=process: process
+            "app.initialization.gradient_store.global_rank", lambda process=process: process
         )
         store = ExactStore(layers, CPU)
         bucket = max(sum(m * n for _, m, n in members) for _, members in store.buckets)

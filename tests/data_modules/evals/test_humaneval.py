@@ -265,7 +265,7 @@ def test_bad_settings(settings, message):
 def test_configuration_spells_out_every_setting():
     config = yaml.safe_load((ROOT / "configs" / "eval" / "humaneval.yaml").read_text())
     (spec,) = config["data"]["init_args"]["evals"]
-    assert spec["class_path"] == "data_modules.evals.humaneval.HumanEval"
+    assert spec["class_path"] == "HumanEval"
     signature = inspect.signature(HumanEval).parameters
     assert set(spec["init_args"]) == set(signature)
     assert vars(HumanEval(**spec["init_args"])) == vars(HumanEval())

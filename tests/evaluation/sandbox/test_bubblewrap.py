@@ -119,7 +119,7 @@ def test_attack_is_real(name, tmp_path):
 
 def test_dies_with_the_caller(mode, mark, tmp_path):
     caller = f"""
-from app import sandbox
+from app.evaluation.sandbox import bubblewrap as sandbox
 from app.evaluation.sandbox.judge import judge
 sandbox.TEMPORARY_BYTES = {mark}
 judge("while True: pass", "f", "def check(candidate): pass", timeout=300.0, sandbox={mode!r})
