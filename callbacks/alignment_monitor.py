@@ -16,6 +16,7 @@ from app.initialization.one_step_gradient import Estimator, one_step_gradients
 from app.initialization.svd import SVD
 from app.models.lora import LoraPair
 from app.tracking.alignment_plots import write_heat_maps
+from app.tracking.loggers import run_folder_of
 from app.tracking.metrics_table import append_rows, read_table, write_table
 from app.utils.console import track
 from app.utils.errors import InputError
@@ -94,8 +95,8 @@ class AlignmentMonitor(Callback):
         if stage != "fit":
             return
         module.one_step = {}
-        if trainer.loggers:
-            self._folder = Path(str(trainer.loggers[0].log_dir))
+        folder = run_folder_of(trainer.loggers)
+        self._folder = None if folder is None else folder.path
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the one-step gradient, before any initialisation changes the model, unless that does it."""

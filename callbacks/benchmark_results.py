@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from app.tracking.loggers import OutputSettings
-from app.tracking.run_folder import ANSWERS_FOLDER, SCORES_FILE, SUMMARY_FILE
+from app.tracking.loggers import OutputSettings, run_folder_of
+from app.tracking.run_folder import RunFolder
 from app.tracking.wandb_summary import log_test_scores
 from app.utils.files import write_json
 
@@ -23,18 +23,16 @@ class BenchmarkResults(Callback):
     """
 
     def __init__(self, folder: Path | None = None, output: OutputSettings | None = None) -> None:
-        self.folder = folder
+        self.folder = None if folder is None else RunFolder(folder)
         self.output = output
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell the module where answers go."""
         folder = self.folder
         if folder is None and stage == "fit":
-            run = str(trainer.loggers[0].log_dir) if trainer.loggers else None
-            run = trainer.strategy.broadcast(run)
-            folder = None if run is None else Path(run)
+            folder = trainer.strategy.broadcast(run_folder_of(trainer.loggers))
         module: Any = pl_module
-        module.answers_folder = None if folder is None else folder / ANSWERS_FOLDER
+        module.answers_folder = None if folder is None else folder.answers
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
@@ -58,7 +56,7 @@ class BenchmarkResults(Callback):
         module: Any = pl_module
         if self.folder is None or not trainer.is_global_zero:
             return
-        summary = self.folder / SUMMARY_FILE
+        summary = self.folder.summary
         if summary.is_file():
             scores = {
                 name.removeprefix("test/"): float(value)
@@ -73,7 +71,7 @@ class BenchmarkResults(Callback):
                 log_test_scores(self.folder, self.output)
         found = module.scoring.results()
         if found:
-            path = self.folder / SCORES_FILE
+            path = self.folder.scores
             before = json.loads(path.read_text()) if path.is_file() else {}
             write_json(path, {**before, **found})
-            rank_zero_info(f"\nscores: {path}\nanswers: {self.folder / ANSWERS_FOLDER}")
+            rank_zero_info(f"\nscores: {path}\nanswers: {self.folder.answers}")

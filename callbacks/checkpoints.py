@@ -7,7 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from app.tracking.run_folder import CHECKPOINT_FOLDER, checkpoint_files, checkpoint_name
+from app.tracking.loggers import run_folder_of
+from app.tracking.run_folder import checkpoint_files, checkpoint_name
 
 
 class Checkpoints(Checkpoint):
@@ -27,9 +28,8 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the run folder."""
-        run = str(trainer.loggers[0].log_dir) if trainer.loggers else None
-        run = trainer.strategy.broadcast(run)
-        self.folder = Path(run) / CHECKPOINT_FOLDER if run is not None else None
+        run = trainer.strategy.broadcast(run_folder_of(trainer.loggers))
+        self.folder = None if run is None else run.checkpoints
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

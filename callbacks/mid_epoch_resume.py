@@ -1,6 +1,5 @@
 """Keep a run's place in its training in every checkpoint, and stand there again after a resume."""
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -8,7 +7,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.distributed.collectives import from_first_process
-from app.tracking.metrics_table import TABLE_FILE, has_value, rewind_table
+from app.tracking.loggers import run_folder_of
+from app.tracking.metrics_table import has_value, rewind_table
 from app.training.checkpoint_state import (
     count_batches,
     gather_states,
@@ -116,9 +116,8 @@ class MidEpochResume(Callback):
             from_first_process(lambda: self._rewind(trainer))
 
     def _rewind(self, trainer: Trainer) -> None:
-        if trainer.loggers:
-            table = Path(str(trainer.loggers[0].log_dir)) / TABLE_FILE
-            rewind_table(table, self._resumed["step"], self._resumed["validation_due"])
+        if folder := run_folder_of(trainer.loggers):
+            rewind_table(folder.metrics, self._resumed["step"], self._resumed["validation_due"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make up for what the interrupted run had left to do after its batch."""
@@ -149,9 +148,10 @@ class MidEpochResume(Callback):
     def _log_last_step(self, trainer: Trainer) -> None:
         step = self._resumed["step"] - 1
         for name, value in self._resumed["logged"].items():
-            if not self.continues or not trainer.loggers:
+            folder = run_folder_of(trainer.loggers)
+            if not self.continues or folder is None:
                 return
-            if not has_value(Path(str(trainer.loggers[0].log_dir)) / TABLE_FILE, step, name):
+            if not has_value(folder.metrics, step, name):
                 epoch = trainer.fit_loop.epoch_progress.total.ready - 1
                 for logger in trainer.loggers:
                     logger.log_metrics({name: value, "epoch": epoch}, step=step)

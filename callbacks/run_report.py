@@ -2,7 +2,6 @@
 
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from app.distributed.collectives import largest_over_processes, sum_over_processes
 from app.models.adapter_io import save_adapter, save_model
 from app.models.lora import is_adapted
+from app.tracking.loggers import remove_unused_folder, run_folder_of
 from app.tracking.metrics_table import read_metrics
 from app.tracking.plots import write_plots
-from app.tracking.run_folder import ADAPTER_FOLDER, MODEL_FOLDER, SUMMARY_FILE, remove_empty_folder
 from app.tracking.wandb_summary import keep_wandb_run, log_run_summary
 from app.utils.errors import InputError
 from app.utils.memory import PeakMemory, device_name
@@ -115,16 +114,16 @@ class RunReport(Callback):
         """Remove the folder of a run that ended before anything was measured."""
         measured = pl_module.record.metrics  # type: ignore[union-attr]
         if isinstance(exception, InputError | Stopped) and not measured:
-            remove_empty_folder(trainer.loggers)
+            remove_unused_folder(trainer.loggers)
 
     @rank_zero_only
     def _write(self, trainer: Trainer, pl_module: Any) -> None:
         record = pl_module.record
-        if not trainer.loggers:  # trainer.fast_dev_run logs nowhere
+        folder = run_folder_of(trainer.loggers)
+        if folder is None:  # trainer.fast_dev_run logs nowhere
             rank_zero_info(f"\n{record.score_table()}")
             return
-        folder = Path(str(trainer.loggers[0].log_dir))
-        if not self._trained and (folder / SUMMARY_FILE).is_file():
+        if not self._trained and folder.summary.is_file():
             rank_zero_info(
                 f"the run in {folder} was finished at step {self._steps} already, and stays as it is: raise "
                 "trainer.max_steps or trainer.max_epochs to train it further"
@@ -145,15 +144,15 @@ class RunReport(Callback):
         record.data = trainer.datamodule.describe()  # type: ignore[attr-defined]
         for logger in trainer.loggers:
             logger.save()
-        adapter = folder / ADAPTER_FOLDER if is_adapted(pl_module.model) else None
+        adapter = folder.adapter if is_adapted(pl_module.model) else None
         if adapter is not None:
             save_adapter(pl_module.model, adapter, pl_module.base_name, pl_module.starts)
             pl_module.tokenizer.save_pretrained(str(adapter))
         else:
-            save_model(pl_module.base, pl_module.tokenizer, folder / MODEL_FOLDER)
+            save_model(pl_module.base, pl_module.tokenizer, folder.model)
         layers = record.init.get("layers", {})
-        plots = write_plots(folder, read_metrics(folder / "metrics.csv"), record.metrics, layers)
-        record.write(folder / SUMMARY_FILE)
+        plots = write_plots(folder.path, read_metrics(folder.metrics), record.metrics, layers)
+        record.write(folder.summary)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 log_run_summary(logger, record, plots, adapter)

@@ -1,13 +1,12 @@
 """config.yaml: the resolved configuration of a run."""
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from app.tracking.run_folder import CONFIG_FILE
+from app.tracking.loggers import run_folder_of
 from app.tracking.wandb_summary import cell_of
 
 
@@ -16,14 +15,12 @@ class RunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Write `config.yaml` when fitting starts."""
-        if stage != "fit" or not trainer.loggers:
+        folder = run_folder_of(trainer.loggers)
+        if stage != "fit" or folder is None:
             return
-        folder = Path(str(trainer.loggers[0].log_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / CONFIG_FILE).exists():  # a continued run keeps its own
-            self.parser.save(
-                self.config, str(folder / CONFIG_FILE), skip_unset=False, multifile=False
-            )
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if not folder.config.exists():  # a continued run keeps its own
+            self.parser.save(self.config, str(folder.config), skip_unset=False, multifile=False)
         settings = self.config.as_dict()
         task = getattr(trainer.datamodule, "task_name", None)  # type: ignore[attr-defined]
         for logger in trainer.loggers:

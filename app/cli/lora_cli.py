@@ -18,8 +18,8 @@ from app.cli.known_classes import import_known_classes
 from app.commands.plan.command import PlanTrainer, plan_trainer
 from app.distributed.rendezvous import install_setup_checks
 from app.tracking.config_files import expand
-from app.tracking.loggers import OutputSettings, make_loggers
-from app.tracking.run_folder import ADAPTER_FOLDER, CONFIG_FILE, MODEL_FOLDER, remove_empty_folder
+from app.tracking.loggers import OutputSettings, make_loggers, remove_unused_folder
+from app.tracking.run_folder import RunFolder
 from app.training.checkpoint_io import CheckpointFiles
 from app.training.checks import check_precision, check_trainer
 from app.training.module import LoraModule
@@ -214,7 +214,7 @@ class LoraCLI(LightningCLI):
             check_trainer(trainer)
         except (ValueError, ImportError, MisconfigurationException) as error:
             if self.subcommand == "fit" and self.continuation is None:
-                remove_empty_folder(loggers)
+                remove_unused_folder(loggers)
             if isinstance(error, InputError):
                 raise
             raise InputError(f"the settings in trainer cannot be used: {error}") from error
@@ -225,9 +225,9 @@ class LoraCLI(LightningCLI):
         """Return where a test keeps answers: the run's folder, or that of the experiment's name."""
         model = self._get(self.config, "model")
         trained = Path(model.get("adapter_path") or model["name"])
-        of_a_run = (trained.parent / CONFIG_FILE).is_file()
-        if trained.name in (ADAPTER_FOLDER, MODEL_FOLDER) and of_a_run:
-            return trained.parent
+        folder = RunFolder(trained.parent)
+        if trained in (folder.adapter, folder.model) and folder.config.is_file():
+            return folder.path
         return Path(output.root) / output.name
 
     def after_plan(self) -> None:

@@ -15,13 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from app.models.adapter_io import load_adapter, save_merged
 from app.models.loading import load_model, load_tokenizer, model_fingerprint, resolve_model
-from app.tracking.run_folder import (
-    ADAPTER_FOLDER,
-    CONFIG_FILE,
-    MODEL_FOLDER,
-    SUMMARY_FILE,
-    check_run_folder,
-)
+from app.tracking.run_folder import RunFolder
 from app.utils.errors import InputError
 
 
@@ -62,13 +56,14 @@ def export(run: Path, merge: bool, output: Path | None = None) -> Path:
     Raises:
         InputError: If `run` is no finished run, `output` exists, or the base model has changed.
     """
-    check_run_folder(run)
+    folder = RunFolder(run)
+    folder.check_finished()
     target = output or run / ("merged" if merge else "exported_adapter")
     if target.exists():
         raise InputError(
             f"--output is {str(target)!r}, which exists: remove it or name another folder"
         )
-    whole = (run / MODEL_FOLDER).is_dir()
+    whole = folder.model.is_dir()
     if whole and not merge:
         raise InputError(
             f"--run is {str(run)!r}, which trained the whole model and has no adapter: give --merge, which "
@@ -76,11 +71,11 @@ def export(run: Path, merge: bool, output: Path | None = None) -> Path:
         )
     if whole or not merge:
         with _new_beside(target) as part:
-            made = run / (MODEL_FOLDER if whole else ADAPTER_FOLDER)
+            made = folder.model if whole else folder.adapter
             shutil.copytree(made, part, dirs_exist_ok=True)
         return target
-    settings = yaml.safe_load((run / CONFIG_FILE).read_text())["model"]
-    summary = json.loads((run / SUMMARY_FILE).read_text())
+    settings = yaml.safe_load(folder.config.read_text())["model"]
+    summary = json.loads(folder.summary.read_text())
     source = resolve_model(settings["name"])
     found, expected = model_fingerprint(source), summary["model"]["fingerprint"]
     if found != expected:
@@ -90,7 +85,7 @@ def export(run: Path, merge: bool, output: Path | None = None) -> Path:
         )
     transformers_logging.disable_progress_bar()
     base = load_model(source, getattr(torch, settings["dtype"]))
-    trained = load_adapter(base, run / ADAPTER_FOLDER, trainable=False)
+    trained = load_adapter(base, folder.adapter, trainable=False)
     with _new_beside(target) as part:
         save_merged(trained, load_tokenizer(source), part)
     return target

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from app.tracking.run_folder import ADAPTER_FOLDER, CONFIG_FILE, MODEL_FOLDER, check_run_folder
+from app.tracking.run_folder import RunFolder
 from app.utils.errors import InputError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -34,13 +34,11 @@ def expand(arguments: Sequence[str]) -> list[str]:
             expanded.append(value)
             off.option(value)
         elif option == "--run":
-            folder = Path(value)
-            check_run_folder(folder)
-            expanded += [f"--config={folder / CONFIG_FILE}"]
-            if (folder / MODEL_FOLDER).is_dir():
-                expanded += [f"--model.name={folder / MODEL_FOLDER}"]
-            else:
-                expanded += [f"--model.adapter_path={folder / ADAPTER_FOLDER}"]
+            run = RunFolder(Path(value))
+            run.check_finished()
+            whole = run.model.is_dir()
+            trained = f"name={run.model}" if whole else f"adapter_path={run.adapter}"
+            expanded += [f"--config={run.config}", f"--model.{trained}"]
         else:
             path = find_config(value)
             off.file(path, _read_yaml(path))

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from app.distributed.collectives import global_rank, is_first_process
 from app.tracking.metrics_table import append_rows, read_table, write_table
-from app.tracking.run_folder import new_folder
+from app.tracking.run_folder import RunFolder, new_run_folder
 from app.utils.errors import InputError
 
 
@@ -94,7 +94,7 @@ class OutputSettings:
 
 def make_loggers(
     settings: OutputSettings,
-    continued: Path | None = None,
+    continued: RunFolder | None = None,
     wandb_id: str | None = None,
     task: str | None = None,
     tags: Sequence[str] = (),
@@ -116,7 +116,7 @@ def make_loggers(
     """
     if not is_first_process():
         return []
-    folder = continued or new_folder(Path(settings.root) / settings.name)
+    folder = (continued or new_run_folder(Path(settings.root) / settings.name)).path
     table = MetricsTable(str(folder.parent.parent), folder.parent.name, folder.name)
     loggers: list[Logger] = [table]
     if settings.wandb != "disabled":
@@ -138,6 +138,22 @@ def make_loggers(
         logger._wandb_init.pop("anonymous", None)
         loggers.append(logger)
     return loggers
+
+
+def run_folder_of(loggers: Sequence[Logger]) -> RunFolder | None:
+    """Return the folder that a run's loggers write to; None without loggers.
+
+    Args:
+        loggers: As `make_loggers` returns them; a trainer has none under `fast_dev_run`, and on other
+            processes than the first.
+    """
+    return RunFolder(Path(str(loggers[0].log_dir))) if loggers else None
+
+
+def remove_unused_folder(loggers: Sequence[Logger]) -> None:
+    """Remove the folder of a run that did not begin."""
+    if folder := run_folder_of(loggers):
+        folder.remove_if_unused()
 
 
 def wandb_mode(settings: OutputSettings) -> Literal["online", "offline"]:

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-TABLE_FILE = "metrics.csv"
-
 
 def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Return the column names and the rows of a table, without a last row that was cut off."""

@@ -1,25 +1,72 @@
-"""Where a run writes: runs/NAME/version_N, and the loggers that live there."""
+"""Name the files of a run folder, runs/NAME/version_N."""
 
 import itertools
 import re
 from pathlib import Path
 
-from lightning.pytorch.loggers import Logger
-
 from app.utils.errors import InputError
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
-ADAPTER_FOLDER = "adapter"
-MODEL_FOLDER = "model"  # all weights, where all were trained
-CHECKPOINT_FOLDER = "checkpoints"
-ANSWERS_FOLDER = "answers"
-SCORES_FILE = "benchmarks.json"
-WANDB_FILE = "wandb.json"  # the W&B run that a test adds its scores to
 
 
-def new_folder(runs: Path) -> Path:
-    """Make version_0, version_1, ...: the first that is not there, also when two runs start at once."""
+class RunFolder:
+    """The paths of what a run leaves in its folder.
+
+    Attributes:
+        path: The folder.
+        config: The resolved configuration.
+        summary: The run record.
+        metrics: The table of logged values.
+        checkpoints: Folder of the checkpoints.
+        adapter: Folder of the adapter.
+        model: Folder of all weights, where all were trained.
+        answers: Folder of the answers to benchmarks.
+        scores: Scores of benchmarks.
+        wandb: Which W&B run a test adds its scores to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / CONFIG_FILE
+        self.summary = path / SUMMARY_FILE
+        self.metrics = path / "metrics.csv"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.model = path / "model"
+        self.answers = path / "answers"
+        self.scores = path / "benchmarks.json"
+        self.wandb = path / "wandb.json"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def check_finished(self) -> None:
+        """Raise InputError unless the folder is that of a finished run."""
+        missing = [file.name for file in (self.config, self.summary) if not file.is_file()]
+        trained = (self.adapter / "adapter_config.json", self.model / "config.json")
+        if not any(file.is_file() for file in trained):
+            missing.append(" or ".join(str(file.relative_to(self.path)) for file in trained))
+        if missing:
+            state = f"lacks {', '.join(missing)}" if self.path.exists() else "does not exist"
+            raise InputError(
+                f"--run is {str(self)!r}, which {state}: expected the folder of a finished run, such as "
+                "runs/quickstart/version_0"
+            )
+
+    def remove_if_unused(self) -> None:
+        """Remove the folder if nothing but the configuration is in it: the run never began."""
+        if self.path.is_dir() and set(self.path.iterdir()) <= {self.config}:
+            self.config.unlink(missing_ok=True)
+            self.path.rmdir()
+
+
+def new_run_folder(runs: Path) -> RunFolder:
+    """Make version_0, version_1, ...: the first that is not there, also when two runs start at once.
+
+    Raises:
+        InputError: The folder cannot be made.
+    """
     for number in itertools.count():
         folder = runs / f"version_{number}"
         try:
@@ -32,25 +79,13 @@ def new_folder(runs: Path) -> Path:
             raise InputError(
                 f"the run folder {str(folder)!r} cannot be written ({error.strerror}): set output.root"
             ) from error
-        return folder
+        return RunFolder(folder)
     raise AssertionError("unreachable")
-
-
-def remove_empty_folder(loggers: list[Logger]) -> None:
-    """Remove the folder of a run that did not begin, if nothing but its settings is in it."""
-    if not loggers:
-        return
-    folder = Path(str(loggers[0].log_dir))
-    config = folder / CONFIG_FILE
-    if folder.is_dir() and set(folder.iterdir()) <= {config}:
-        config.unlink(missing_ok=True)
-        folder.rmdir()
 
 
 def run_folders(runs: Path) -> list[Path]:
     """Return version_0, version_1, ... below a folder, in the order of their numbers."""
-    found = [path for path in runs.glob("version_*") if re.fullmatch(r"version_\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("version_")))
+    return _numbered(runs, "version_*", r"version_(\d+)")
 
 
 def checkpoint_name(step: int) -> str:
@@ -60,19 +95,11 @@ def checkpoint_name(step: int) -> str:
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Return the complete checkpoints in a folder, the oldest first."""
-    found = [path for path in folder.glob("step=*.ckpt") if re.fullmatch(r"step=\d+", path.stem)]
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("step=")))
+    return _numbered(folder, "step=*.ckpt", r"step=(\d+)\.ckpt")
 
 
-def check_run_folder(folder: Path) -> None:
-    """Raise InputError unless the folder is that of a finished run."""
-    missing = [name for name in (CONFIG_FILE, SUMMARY_FILE) if not (folder / name).is_file()]
-    trained = (f"{ADAPTER_FOLDER}/adapter_config.json", f"{MODEL_FOLDER}/config.json")
-    if not any((folder / name).is_file() for name in trained):
-        missing.append(" or ".join(trained))
-    if missing:
-        state = "does not exist" if not folder.exists() else f"lacks {', '.join(missing)}"
-        raise InputError(
-            f"--run is {str(folder)!r}, which {state}: expected the folder of a finished run, such as "
-            "runs/quickstart/version_0"
-        )
+def _numbered(folder: Path, glob: str, pattern: str) -> list[Path]:
+    """Return the paths whose whole name matches, in the order of the number in it."""
+    matches = ((re.fullmatch(pattern, path.name), path) for path in folder.glob(glob))
+    numbers = {path: int(match[1]) for match, path in matches if match}
+    return sorted(numbers, key=numbers.__getitem__)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.tracking.loggers import OutputSettings, wandb_mode
 from app.tracking.record import RunRecord
-from app.tracking.run_folder import SUMMARY_FILE, WANDB_FILE
+from app.tracking.run_folder import RunFolder
 from app.utils.files import write_json
 from app.utils.text import rate_text
 
@@ -68,7 +68,7 @@ def log_run_summary(
         _keep_adapter(logger, record, adapter)
 
 
-def keep_wandb_run(logger: WandbLogger, folder: Path) -> None:
+def keep_wandb_run(logger: WandbLogger, folder: RunFolder) -> None:
     """Write into the run folder which W&B run it is, and what that run has been told of itself."""
     run = logger.experiment
     about = {
@@ -80,10 +80,10 @@ def keep_wandb_run(logger: WandbLogger, folder: Path) -> None:
         "tags": list(run.tags or ()),
         "config": dict(run.config),
     }
-    write_json(folder / WANDB_FILE, about)
+    write_json(folder.wandb, about)
 
 
-def log_test_scores(folder: Path, settings: OutputSettings) -> None:
+def log_test_scores(folder: RunFolder, settings: OutputSettings) -> None:
     """Add a test's scores to the summary of the W&B run that has trained what was tested.
 
     The history stays as it is. A W&B that cannot be reached is a warning: the scores are in the folder.
@@ -92,16 +92,15 @@ def log_test_scores(folder: Path, settings: OutputSettings) -> None:
         folder: The run folder, with the scores in its summary. Nothing is told if its training was not.
         settings: Whether W&B hears of it, and how.
     """
-    known = folder / WANDB_FILE
-    if settings.wandb == "disabled" or not known.is_file():
+    if settings.wandb == "disabled" or not folder.wandb.is_file():
         return
     import wandb  # slow, and of no use to a run without it
 
     try:
-        record = RunRecord(**json.loads((folder / SUMMARY_FILE).read_text()))
+        record = RunRecord(**json.loads(folder.summary.read_text()))
         with wandb.init(
             # All of it once more: nothing is lost if `wandb sync` takes this part for the whole run.
-            **json.loads(known.read_text()),
+            **json.loads(folder.wandb.read_text()),
             dir=str(folder),
             mode=wandb_mode(settings),
             resume="allow",
@@ -118,7 +117,7 @@ def log_test_scores(folder: Path, settings: OutputSettings) -> None:
     except Exception as error:  # of the network, of the key, of the server: all in their own words
         rank_zero_warn(
             f"the scores of this test did not reach the W&B run of {folder} ({error}); they are in "
-            f"{folder / SUMMARY_FILE}. --output.wandb disabled keeps a test from W&B"
+            f"{folder.summary}. --output.wandb disabled keeps a test from W&B"
         )
 
 

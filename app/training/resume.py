@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from app.tracking.run_folder import CHECKPOINT_FOLDER, CONFIG_FILE, checkpoint_files, run_folders
+from app.tracking.run_folder import RunFolder, checkpoint_files, run_folders
 from app.training.checkpoint_io import read_checkpoint
 from app.utils.errors import InputError
 
@@ -24,7 +24,7 @@ class ResumePoint:
     """
 
     checkpoint: Path
-    folder: Path | None
+    folder: RunFolder | None
     wandb_id: str | None
 
 
@@ -61,8 +61,8 @@ def find_resume_point(ckpt_path: str, runs: Path, method: str) -> ResumePoint | 
             f"the checkpoint {str(path)!r} belongs to the method {checkpoint['method']!r}, but model.method "
             f"is {method!r}: give the configuration of that run, or another ckpt_path"
         )
-    folder = path.parent.parent
-    inside = path.parent.name == CHECKPOINT_FOLDER and (folder / CONFIG_FILE).is_file()
+    folder = RunFolder(path.parent.parent)
+    inside = path.parent == folder.checkpoints and folder.config.is_file()
     return ResumePoint(
         path, folder if inside else None, checkpoint.get("wandb_id") if inside else None
     )
@@ -70,7 +70,7 @@ def find_resume_point(ckpt_path: str, runs: Path, method: str) -> ResumePoint | 
 
 def _newest(runs: Path) -> tuple[Path, dict[str, Any]] | None:
     folders = run_folders(runs)
-    files = checkpoint_files(folders[-1] / CHECKPOINT_FOLDER) if folders else []
+    files = checkpoint_files(RunFolder(folders[-1]).checkpoints) if folders else []
     for path in reversed(files):
         try:
             checkpoint = read_checkpoint(path)

@@ -15,6 +15,7 @@ from app.commands.compare.dashboard import workspace
 from app.tracking import plots
 from app.tracking.loggers import OutputSettings, make_loggers
 from app.tracking.record import RunRecord
+from app.tracking.run_folder import RunFolder
 from app.tracking.wandb_summary import cell_of, log_run_summary, log_test_scores
 from app.utils.files import write_json
 from callbacks.alignment_monitor import _alignment
@@ -246,14 +247,16 @@ def test_a_test_is_told_where_the_training_was_and_never_fails_by_it(
 
     monkeypatch.setattr(wandb, "init", init)
     write_json(tmp_path / "summary.json", {"metrics": {"test": {"accuracy": 0.5}}})
-    log_test_scores(tmp_path, OutputSettings(wandb="online"))  # its training was not logged
+    log_test_scores(
+        RunFolder(tmp_path), OutputSettings(wandb="online")
+    )  # its training was not logged
     write_json(tmp_path / "wandb.json", {"id": "abc"})
-    log_test_scores(tmp_path, OutputSettings(wandb="disabled"))
+    log_test_scores(RunFolder(tmp_path), OutputSettings(wandb="disabled"))
     assert not asked
     assert not recwarn.list
     for mode in ("online", "offline", "auto"):
         with pytest.warns(UserWarning, match=r"did not reach the W&B run of .* \(no network\)"):
-            log_test_scores(tmp_path, OutputSettings(wandb=mode))
+            log_test_scores(RunFolder(tmp_path), OutputSettings(wandb=mode))
     assert asked == [("abc", "online"), ("abc", "offline"), ("abc", "offline")]
 
 

@@ -271,7 +271,7 @@ def test_last_goes_back_behind_a_damaged_file(finished, command, tiny_run):
     ):
         found = find_resume_point("last", finished.parent, "lora_one")
     assert found.checkpoint == path
-    assert found.folder == finished
+    assert found.folder.path == finished
 
 
 def test_last_without_a_checkpoint_starts_anew(fit, caplog):

@@ -19,7 +19,7 @@ from app.commands.compare.settings import (
     without_model_name,
 )
 from app.tracking.metrics_table import read_metrics
-from app.tracking.run_folder import CONFIG_FILE, SUMMARY_FILE, run_folders
+from app.tracking.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder, run_folders
 from app.utils.errors import InputError
 from app.utils.files import read_json
 
@@ -108,7 +108,7 @@ def read_run(folder: Path) -> Run | ExcludedRun | None:
         return ExcludedRun(
             str(folder), "unreadable", f"{SUMMARY_FILE} is damaged: {damage}", *known
         )
-    table = folder / "metrics.csv"
+    table = RunFolder(folder).metrics
     try:
         curves = read_metrics(table) if table.is_file() else {}
     except (ValueError, TypeError, KeyError) as error:

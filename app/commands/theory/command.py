@@ -22,7 +22,7 @@ from app.commands.theory.settings import (
 )
 from app.commands.theory.theorems import THEOREMS, Check, Theorem
 from app.tracking.config_files import expand
-from app.tracking.run_folder import CONFIG_FILE, SUMMARY_FILE, new_folder
+from app.tracking.run_folder import SUMMARY_FILE, new_run_folder
 from app.utils.arguments import Parser, PlainHelp
 from app.utils.console import on_terminal
 from app.utils.errors import InputError
@@ -88,9 +88,9 @@ def theory_command(arguments: Sequence[str]) -> int:
     config = parser.parse_args(expand(arguments))
     made = parser.instantiate(config)
     settings = TheorySettings(**{name: made[name] for name in SECTIONS})
-    folder = new_folder(Path(settings.output.root) / settings.output.name)
-    parser.save(config, str(folder / CONFIG_FILE), multifile=False)
-    return run(settings, folder)
+    folder = new_run_folder(Path(settings.output.root) / settings.output.name)
+    parser.save(config, str(folder.config), multifile=False)
+    return run(settings, folder.path)
 
 
 def run(settings: TheorySettings, folder: Path) -> int:
