@@ -22,8 +22,8 @@ from app.utils.console import track
 from app.utils.errors import InputError
 from callbacks.initialization import GradientInit
 
-INSIDE_FILE = "inside.csv"
-ALIGNMENT_CHART = "inside/alignment"
+ALIGNMENT_FILE = "alignment.csv"
+ALIGNMENT_CHART = "alignment/angles"
 MEASURES = (
     *("angle_A", "angle_B", "captured", "norm"),
     *("effective_rank", "condition_A", "condition_B"),
@@ -34,11 +34,11 @@ class AlignmentMonitor(Callback):
     """Measure every LoRA pair before training, every few optimizer steps, and at the end.
 
     A model without LoRA pairs (AdaLoRA, full fine-tuning) is left alone, so that one comparison can watch all
-    methods. `inside.csv` in the run folder has a row for each layer and moment, `inside_*.png` draw it, and the
-    loggers get the median over layers as `inside/...` (W&B the histograms, too). The measures are those of
-    `app.initialization.alignment`; the reference is the one-step gradient of the untouched base model. Where
-    the initialisation observes that gradient, it is taken from there; else this callback makes a pass of its
-    own before training.
+    methods. `alignment.csv` in the run folder has a row for each layer and moment, `alignment_*.png` draw it,
+    and the loggers get the median over layers as `alignment/...` (W&B the histograms, too). The measures are
+    those of `app.initialization.alignment`; the reference is the one-step gradient of the untouched base model.
+    Where the initialization observes that gradient, it is taken from there; else this callback makes a pass of
+    its own before training.
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
@@ -83,11 +83,11 @@ class AlignmentMonitor(Callback):
         """Drop what the interrupted run measured after its checkpoint."""
         if self._folder is None or not is_first_process():
             return
-        names, rows = read_table(self._folder / INSIDE_FILE)
+        names, rows = read_table(self._folder / ALIGNMENT_FILE)
         if names:
             measured = checkpoint["callbacks"][self.state_key]["measured"]
             before = [row for row in rows if int(row["step"]) <= measured]
-            write_table(self._folder / INSIDE_FILE, names, before)
+            write_table(self._folder / ALIGNMENT_FILE, names, before)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask the initialisation for its gradient."""
@@ -105,7 +105,7 @@ class AlignmentMonitor(Callback):
         pairs = module.lora_pairs()
         if not pairs:
             rank_zero_info(
-                f"{module.record.method} has no LoRA pairs to look inside: nothing is measured"
+                f"{module.record.method} has no LoRA pairs: no alignment metrics are measured"
             )
         elif not self._reference and not initialised:
             rank = pairs[0].lora_A.shape[0]
@@ -147,13 +147,15 @@ class AlignmentMonitor(Callback):
             return
         for logger in trainer.loggers:
             logger.save()
-        plots = write_heat_maps(self._folder / INSIDE_FILE, self._folder)
+        plots = write_heat_maps(self._folder / ALIGNMENT_FILE, self._folder)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 for plot in plots:
                     logger.log_image(f"plots/{plot.stem}", [str(plot)])
-                logger.experiment.log({ALIGNMENT_CHART: _alignment(self._folder / INSIDE_FILE)})
-        rank_zero_info(f"inside: {self._folder / INSIDE_FILE} and {len(plots)} heat maps")
+                logger.experiment.log({ALIGNMENT_CHART: _alignment(self._folder / ALIGNMENT_FILE)})
+        rank_zero_info(
+            f"alignment metrics: {self._folder / ALIGNMENT_FILE} and {len(plots)} heat maps"
+        )
 
     @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: Any) -> None:
@@ -165,7 +167,7 @@ class AlignmentMonitor(Callback):
         if not is_first_process() or self._folder is None:
             return
         rows = measure(pl_module.lora_pairs(), self._reference)
-        path = self._folder / INSIDE_FILE
+        path = self._folder / ALIGNMENT_FILE
         names = ["step", *rows[0]]
         if not path.is_file():
             write_table(path, names, [])
@@ -173,7 +175,7 @@ class AlignmentMonitor(Callback):
         columns = {name: torch.tensor([row[name] for row in rows]) for name in MEASURES}
         # Medians: a layer that is singular or has no span has no say.
         told = {
-            f"inside/{name}": float(values.nanmedian())
+            f"alignment/{name}": float(values.nanmedian())
             for name, values in columns.items()
             if not values.isnan().all()
         }
@@ -241,7 +243,7 @@ def _log_histograms(logger: WandbLogger, columns: dict[str, Tensor], step: int) 
     import wandb  # slow, and of no use to a run without it
 
     histograms = {
-        f"inside_layers/{name}": wandb.Histogram(values[values.isfinite()].tolist())
+        f"alignment_layers/{name}": wandb.Histogram(values[values.isfinite()].tolist())
         for name, values in columns.items()
         if values.isfinite().any()
     }

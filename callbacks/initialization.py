@@ -15,7 +15,7 @@ SMALLEST_GAMMA, LARGEST_GAMMA = 1e-6, 1e12
 """Beyond these the start is lost in the rounding of the weights, or they are lost in its own."""
 
 
-class Start(Callback):
+class AdapterInit(Callback):
     """Fills a new adapter when fitting starts, once; a resumed run has it already.
 
     Attributes:
@@ -49,15 +49,15 @@ class Start(Callback):
         if not self.report:
             if self.subtracts_from_base:
                 module.check_untied(type(self).__name__)
-            self.report = self.start(trainer, module)
+            self.report = self.install_init(trainer, module)
         module.record.init = self.report
 
-    def start(self, trainer: Trainer, module: Any) -> dict[str, Any]:
+    def install_init(self, trainer: Trainer, module: Any) -> dict[str, Any]:
         """Fill the module's adapter; return what the start was."""
         raise NotImplementedError
 
 
-class GradientInit(Start):
+class GradientInit(AdapterInit):
     """A start made of the one-step gradient of the untouched model.
 
     Args:

@@ -45,7 +45,7 @@ class LoraGaInit(GradientInit):
         super().__init__(num_samples, micro_batch_size, estimator)
         self.gamma = check_gamma(gamma)
 
-    def start(self, trainer: Trainer, module: Any) -> dict[str, Any]:
+    def install_init(self, trainer: Trainer, module: Any) -> dict[str, Any]:
         """Install the start and take it off the base; return what it was."""
         pairs = module.lora_pairs()
         rank = pairs[0].lora_A.shape[0]

@@ -52,7 +52,7 @@ class LoraOneInit(GradientInit):
         super().__init__(num_samples, micro_batch_size, estimator)
         self.gamma = gamma if gamma == "auto" else check_gamma(gamma)
 
-    def start(self, trainer: Trainer, module: Any) -> dict[str, Any]:
+    def install_init(self, trainer: Trainer, module: Any) -> dict[str, Any]:
         """Install the start; return what it was."""
         pairs = module.lora_pairs()
         batches = self.batches(trainer)

@@ -12,10 +12,10 @@ from app.initialization.factors import pissa_factors
 from app.models.lora import base_weight
 from app.utils.console import track
 from app.utils.errors import InputError
-from callbacks.initialization import Start
+from callbacks.initialization import AdapterInit
 
 
-class PissaInit(Start):
+class PissaInit(AdapterInit):
     """Let the adapter train the weight's principal part, and freeze the rest.
 
         U S V^T = SVD(W)
@@ -44,7 +44,7 @@ class PissaInit(Start):
         self.niter = niter
 
     @torch.no_grad()
-    def start(self, trainer: Trainer, module: Any) -> dict[str, Any]:
+    def install_init(self, trainer: Trainer, module: Any) -> dict[str, Any]:
         """Install the start and take it off the base; return what it was."""
         began = time.perf_counter()
         starts = {}

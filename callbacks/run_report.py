@@ -146,7 +146,9 @@ class RunReport(Callback):
             logger.save()
         adapter = folder.adapter if is_adapted(pl_module.model) else None
         if adapter is not None:
-            save_adapter(pl_module.model, adapter, pl_module.base_name, pl_module.starts)
+            save_adapter(
+                pl_module.model, adapter, pl_module.base_name, pl_module.subtracted_factors
+            )
             pl_module.tokenizer.save_pretrained(str(adapter))
         else:
             save_model(pl_module.base, pl_module.tokenizer, folder.model)

@@ -10,7 +10,7 @@ from app.tracking.loggers import run_folder_of
 from app.tracking.wandb_summary import cell_of
 
 
-class RunConfig(SaveConfigCallback):
+class SaveConfig(SaveConfigCallback):
     """Write the resolved configuration into the run folder and to the loggers."""
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:

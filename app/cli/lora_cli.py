@@ -38,7 +38,7 @@ from callbacks.pissa_init import PissaInit
 from callbacks.plain_progress import PlainProgress
 from callbacks.preemption import Preemption
 from callbacks.run_report import RunReport
-from callbacks.save_config import RunConfig
+from callbacks.save_config import SaveConfig
 from callbacks.score_at import ScoreAt
 from data_modules.benchmark_data import BenchmarkDataModule
 
@@ -71,7 +71,7 @@ def run_cli(kind: type[CLI], arguments: Sequence[str], signals: StopSignals) -> 
         subclass_mode_data=True,
         parser_class=Parser,
         parser_kwargs={"parser_mode": "omegaconf+"},
-        save_config_callback=RunConfig,
+        save_config_callback=SaveConfig,
         save_config_kwargs={"save_to_log_dir": False},
         seed_everything_default=0,
         trainer_defaults={

@@ -20,7 +20,7 @@ def save_adapter(
     model: PeftModel,
     folder: Path,
     base_name: str,
-    starts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    subtracted_factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Write the adapter in PEFT's layout, as one that every tool can load onto the untouched base.
 
@@ -33,17 +33,18 @@ def save_adapter(
         model: The trained PEFT model.
         folder: Target directory; made if absent.
         base_name: Written as `base_model_name_or_path`.
-        starts: lora_A (r, n) and lora_B (m, r) that were subtracted from the base, by layer; None if none were.
+        subtracted_factors: lora_A (r, n) and lora_B (m, r) that were subtracted from the base, by layer;
+            None if none were.
     """
     config = model.peft_config[ADAPTER]
     config.base_model_name_or_path = base_name
-    if not starts:
+    if not subtracted_factors:
         # Asking whether the vocabulary was resized would contact the hub; embeddings are never trained.
         model.save_pretrained(str(folder), save_embedding_layers=False)
         return
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     for pair in lora_pairs(model):
-        A_0, B_0 = starts.get(
+        A_0, B_0 = subtracted_factors.get(
             pair.name, (torch.zeros_like(pair.lora_A), torch.zeros_like(pair.lora_B))
         )
         names = [f"base_model.model.{pair.name}.{factor}.weight" for factor in ("lora_A", "lora_B")]

@@ -29,8 +29,8 @@ def write_heat_maps(table: Path, folder: Path) -> list[Path]:
     span of a zero factor) is grey.
 
     Args:
-        table: `inside.csv`.
-        folder: Where `inside_MEASURE.png` go.
+        table: `alignment.csv`.
+        folder: Where `alignment_MEASURE.png` go.
 
     Returns:
         The files written.
@@ -48,7 +48,7 @@ def write_heat_maps(table: Path, folder: Path) -> list[Path]:
         grid = np.full((len(layers), len(steps)), np.nan)
         for row in rows:
             grid[line[row["layer"]], column[int(row["step"])]] = float(row[measure])
-        path = folder / f"inside_{measure}.png"
+        path = folder / f"alignment_{measure}.png"
         _draw(path, np.where(np.isfinite(grid), grid, np.nan), layers, steps, title, unit)
         written.append(path)
     return written

@@ -12,6 +12,8 @@ from app.utils.errors import InputError
 
 PROJECT = Path(__file__).resolve().parents[2]
 CONFIGS = PROJECT / "configs"
+RENAMED = {"callbacks/inside": "callbacks/alignment.yaml"}
+"""Files of earlier versions, without their suffix, and what they are called now."""
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
@@ -122,6 +124,8 @@ def find_config(name: str) -> Path:
     known = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
     stems = {path.removesuffix(".yaml"): path for path in known}
     wanted = name.removesuffix(".yaml")
+    if wanted in RENAMED:
+        raise InputError(f"--config is {name!r}, which is now called {RENAMED[wanted]}")
     close = difflib.get_close_matches(wanted, stems, n=1, cutoff=0.5)
     hint = f" Did you mean {stems[close[0]]}?" if close else ""
     raise InputError(

@@ -127,7 +127,7 @@ class LoraModule(LightningModule):
         # Leading triplets of each layer's one-step gradient, where a callback wants them kept.
         self.one_step: dict[str, SVD] | None = None
         # lora_A and lora_B that were subtracted from the base, by layer.
-        self.starts: dict[str, tuple[Tensor, Tensor]] = {}
+        self.subtracted_factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.scoring: Scoring
         self._token_mean = TokenMean()
 
@@ -242,18 +242,18 @@ class LoraModule(LightningModule):
         assert self.model is not None
         check_untied(start, self.model)
 
-    def install_and_subtract(self, starts: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def install_and_subtract(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Install factors and subtract them from the base, so that the model computes what it did."""
-        self._offset(starts)
+        self._subtract(factors)
         for pair in self.lora_pairs():
-            if pair.name in starts:
-                install(pair, *starts[pair.name])
+            if pair.name in factors:
+                install(pair, *factors[pair.name])
 
-    def _offset(self, starts: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def _subtract(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         for pair in self.lora_pairs():
-            if pair.name in starts:
-                subtract_from_base(pair, *starts[pair.name])
-        self.starts = starts
+            if pair.name in factors:
+                subtract_from_base(pair, *factors[pair.name])
+        self.subtracted_factors = factors
 
     def supervised_logits(self, batch: Batch) -> SupervisedLogits:
         """Run the model on a batch; see `app.models.loss.supervised_logits`."""
@@ -375,13 +375,14 @@ class LoraModule(LightningModule):
         keep_trained(checkpoint, self)
         checkpoint["base"] = {name: self.record.model[name] for name in ("name", "fingerprint")}
         checkpoint["method"] = self.record.method
-        if self.starts:
+        if self.subtracted_factors:
             checkpoint["starts"] = {
-                name: [A.cpu(), B.cpu()] for name, (A, B) in self.starts.items()
+                name: [A.cpu(), B.cpu()] for name, (A, B) in self.subtracted_factors.items()
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another base model or of another adapter."""
         check_trained(checkpoint, self, self.record.model)
-        if not self.starts:
-            self._offset({name: (A, B) for name, (A, B) in checkpoint.get("starts", {}).items()})
+        if not self.subtracted_factors:
+            saved = checkpoint.get("starts", {})
+            self._subtract({name: (A, B) for name, (A, B) in saved.items()})

@@ -15,14 +15,14 @@ import callbacks.initialization
 from app.training.module import LoraModule
 from callbacks.alignment_monitor import MEASURES
 
-WATCH = ("--config", "callbacks/inside.yaml", "--trainer.callbacks.every_n_steps=2")
+WATCH = ("--config", "callbacks/alignment.yaml", "--trainer.callbacks.every_n_steps=2")
 WATCH += ("--trainer.callbacks.num_samples=16",)
 LORA = ("--config", "methods/lora.yaml")
 MORE = ("--trainer.max_steps=5", "--output.checkpoint_every_n_steps=1")
 
 
 def rows(folder):
-    with (folder / "inside.csv").open(newline="") as stream:
+    with (folder / "alignment.csv").open(newline="") as stream:
         return list(csv.DictReader(stream))
 
 
@@ -62,7 +62,7 @@ def test_the_start_lies_in_the_gradients_spans_and_the_end_is_that_of_the_adapte
         told = [float(row[f"sv_{i + 1}"]) for i in range(len(A))]
         assert told == pytest.approx(values, rel=1e-5, abs=1e-9)
         assert float(row["norm"]) == pytest.approx(np.linalg.norm(values), rel=1e-5)
-    maps = sorted(path.stem.removeprefix("inside_") for path in folder.glob("inside_*.png"))
+    maps = sorted(path.stem.removeprefix("alignment_") for path in folder.glob("alignment_*.png"))
     assert maps == sorted(MEASURES)
 
 
@@ -107,33 +107,33 @@ def test_a_resumed_run_has_the_table_of_one_that_was_not(method, fit, passes, mo
             fit(*MORE, *method, *WATCH)
     parts = fit(*MORE, *method, *WATCH, "--ckpt_path=last")
     assert len(passes) == 2
-    assert (parts / "inside.csv").read_text() == (whole / "inside.csv").read_text()
+    assert (parts / "alignment.csv").read_text() == (whole / "alignment.csv").read_text()
 
 
 def test_scalars_reach_the_table_and_histograms_wandb(fit):
     folder = fit(*WATCH, "--output.wandb=offline")
     with (folder / "metrics.csv").open(newline="") as stream:
-        found = [row for row in csv.DictReader(stream) if row.get("inside/norm")]
+        found = [row for row in csv.DictReader(stream) if row.get("alignment/norm")]
     assert [int(row["step"]) for row in found] == [0, 1, 2]
     told = [float(row["norm"]) for row in rows(folder) if row["step"] == "2"]
-    assert float(found[1]["inside/norm"]) == pytest.approx(float(torch.tensor(told).median()))
+    assert float(found[1]["alignment/norm"]) == pytest.approx(float(torch.tensor(told).median()))
 
 
 @pytest.mark.parametrize("method", ["adalora", "full"])
 def test_a_model_without_pairs_is_left_alone(method, fit, passes, caplog):
     options = ("--model.adapter.adalora.init_r=6",) if method == "adalora" else ()
     folder = fit(f"--config=methods/{method}.yaml", *options, *WATCH)
-    line = f"{method} has no LoRA pairs to look inside: nothing is measured"
+    line = f"{method} has no LoRA pairs: no alignment metrics are measured"
     assert caplog.text.count(line) == 1
     assert passes == []
-    assert not list(folder.glob("inside*"))
+    assert not list(folder.glob("alignment*"))
 
 
 def test_the_reference_has_the_rank_of_the_adapter(fit):
     """Of one that comes from a folder, which model.adapter says nothing of."""
     adapter = fit(*LORA) / "adapter"
     own = ("--init=null", f"--model.adapter_path={adapter}", *WATCH)
-    tables = [(fit(*own, f"--model.adapter.r={r}") / "inside.csv").read_text() for r in (4, 2)]
+    tables = [(fit(*own, f"--model.adapter.r={r}") / "alignment.csv").read_text() for r in (4, 2)]
     assert tables[0] == tables[1]
 
 

@@ -40,7 +40,7 @@ def no_key(monkeypatch, tmp_path):
 def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("callbacks.run_report.write_plots", plots.write_plots)
     options = ("--output.wandb=auto", "--output.wandb_group=g", "--output.wandb_tags=[one, two]")
-    options += ("--config", "callbacks/inside.yaml", "--trainer.callbacks.every_n_steps=1")
+    options += ("--config", "callbacks/alignment.yaml", "--trainer.callbacks.every_n_steps=1")
     options += ("--trainer.val_check_interval=1",)
     assert command("fit", "--config", tiny_run, *options) == 0
     folder = tmp_path / "runs" / "tiny" / "version_0"
@@ -92,7 +92,7 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
     pictures = {
         path.name.partition("_")[0] for path in file.parent.glob("files/media/images/plots/*")
     }
-    assert pictures >= {"loss", "validation", "spectrum", "captured", "inside"}
+    assert pictures >= {"loss", "validation", "spectrum", "captured", "alignment"}
 
     [adapter] = [artifact for artifact in fitted.artifacts if artifact.type == "adapter"]
     about = json.loads(adapter.metadata)
@@ -104,14 +104,14 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
         content = set(adapter.manifest.manifest_file_path)
     assert content
 
-    rows = inside_rows(folder)
+    rows = alignment_rows(folder)
     steps = sorted({int(row["step"]) for row in rows})
-    shown = [h for h in history if "inside_layers/norm/bins" in h]
+    shown = [h for h in history if "alignment_layers/norm/bins" in h]
     assert [h["trainer/global_step"] for h in shown] == steps == [0, 1, 2, 3]
     for h, step in zip(shown, steps, strict=True):
         of_step = [float(row["norm"]) for row in rows if int(row["step"]) == step]
-        assert sum(h["inside_layers/norm/values"]) == len(of_step)
-        bins = h["inside_layers/norm/bins"]
+        assert sum(h["alignment_layers/norm/values"]) == len(of_step)
+        bins = h["alignment_layers/norm/bins"]
         assert (bins[0], bins[-1]) == pytest.approx((min(of_step), max(of_step)))
     check_charts(file.parent, rows)
     check_dashboard(history, {**summary, **tested.summary}, config)
@@ -137,14 +137,14 @@ def check_test(fitted, tested, scores):
     assert configs[0] == configs[1]
 
 
-def inside_rows(folder):
-    with (folder / "inside.csv").open(newline="") as stream:
+def alignment_rows(folder):
+    with (folder / "alignment.csv").open(newline="") as stream:
         return list(csv.DictReader(stream))
 
 
 def check_charts(wandb_folder, rows):
     """The custom charts are tables beside the run's file."""
-    [chart] = wandb_folder.glob("files/media/table/inside/alignment*.table.json")
+    [chart] = wandb_folder.glob("files/media/table/alignment/angles*.table.json")
     content = json.loads(chart.read_text())
     found = {(step, key): value for step, key, value in content["data"]}
     for side, key in (("A", "lora_A, input side"), ("B", "lora_B, output side")):
@@ -208,8 +208,8 @@ def test_a_gradient_of_zero_has_no_chart():
 def test_angles_that_are_no_numbers_are_left_out_of_the_chart(tmp_path):
     rows = [(0, "80", "nan"), (0, "70", "nan"), (2, "60", "nan"), (2, "50", "40")]
     table = "step,angle_A,angle_B\n" + "".join(f"{s},{a},{b}\n" for s, a, b in rows)
-    (tmp_path / "inside.csv").write_text(table)
-    chart = _alignment(tmp_path / "inside.csv")
+    (tmp_path / "alignment.csv").write_text(table)
+    chart = _alignment(tmp_path / "alignment.csv")
     sides = ("lora_A, input side", "lora_B, output side")
     assert chart.table.data == [[0, sides[0], 70], [2, sides[0], 50], [2, sides[1], 40]]
 

@@ -138,8 +138,8 @@ def workspace(entity: str, project: str, name: str, score: str, task: str | None
         bars("gradient energy that the start captures", "init/captured_energy"),
         pictures("one-step gradient", ["plots/spectrum", "plots/captured_energy"]),
     ]
-    inside = [lines(MAPS[key][0], f"inside/{key}") for key in MAPS]
-    inside.append(pictures("over layers and steps", [f"plots/inside_{key}" for key in MAPS]))
+    inside = [lines(MAPS[key][0], f"alignment/{key}") for key in MAPS]
+    inside.append(pictures("over layers and steps", [f"plots/alignment_{key}" for key in MAPS]))
     cost = [
         bars("trainable parameters", "trainable_parameters"),
         bars("seconds of the initialisation", "init/seconds"),
