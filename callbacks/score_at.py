@@ -98,7 +98,7 @@ class ScoreAt(Callback):
                 for batch in track(loader, label, scoring.speed):
                     moved = trainer.strategy.batch_to_device(batch, pl_module.device)
                     with trainer.precision_plugin.forward_context():
-                        scoring.take(moved)
+                        scoring.update(moved)
                     if self.between_batches is not None:
                         self.between_batches(trainer, pl_module)
         finally:

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from app.evaluation.benchmark import EXAM, Benchmark, EncodedQuestion, PreparedBenchmark
+from app.evaluation.benchmark import BENCHMARK, Benchmark, EncodedQuestion, PreparedBenchmark
 from app.utils.errors import InputError
 from app.utils.files import digest
 from data_modules.encoding import answer_prefix, encode_prompts
@@ -45,7 +45,7 @@ class BenchmarkDataModule(LightningDataModule):
         if eval_batch_size < 1:
             raise InputError(f"--data.eval_batch_size={eval_batch_size}: expected at least 1")
         self.evals = list(evals or [])
-        names = [evaluation.name for evaluation in self.evals]
+        names = [benchmark.name for benchmark in self.evals]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise InputError(
@@ -59,7 +59,7 @@ class BenchmarkDataModule(LightningDataModule):
         self.is_encoder_decoder = False
         self.context_length: int | None = None
         self.cut_questions: dict[str, int] = {}
-        self._exams: dict[str, list[PreparedBenchmark]] = {}
+        self._prepared: dict[str, list[PreparedBenchmark]] = {}
         self._prompts: dict[str, list[str]] = {}  # of all questions, asked or not
 
     def attach(
@@ -92,14 +92,14 @@ class BenchmarkDataModule(LightningDataModule):
             )
         self._attach_to_module()
         for split in {"fit": ["validation"], "validate": ["validation"]}.get(stage or "", ["test"]):
-            self.exams(split)
+            self.prepare_benchmarks(split)
 
     def _attach_to_module(self) -> None:
         if self.trainer is not None:
             module: Any = self.trainer.lightning_module
             self.attach(module.tokenizer, module.is_encoder_decoder, module.context_length)
 
-    def exams(self, split: str) -> list[PreparedBenchmark]:
+    def prepare_benchmarks(self, split: str) -> list[PreparedBenchmark]:
         """Return the benchmarks with their questions encoded.
 
         Args:
@@ -108,27 +108,27 @@ class BenchmarkDataModule(LightningDataModule):
         Raises:
             InputError: A benchmark cannot run here, its file is wrong, or a prompt is too long.
         """
-        if split not in self._exams:
+        if split not in self._prepared:
             asked = [
                 (e, e.validation_size if split == "validation" else e.limit) for e in self.evals
             ]
-            for evaluation, size in asked:
+            for benchmark, size in asked:
                 if size != 0:
-                    evaluation.check()
-            self._exams[split] = [self._exam(e, size) for e, size in asked if size != 0]
-        return self._exams[split]
+                    benchmark.check()
+            self._prepared[split] = [self._prepare(e, size) for e, size in asked if size != 0]
+        return self._prepared[split]
 
-    def _exam(self, evaluation: Benchmark, size: int | None) -> PreparedBenchmark:
-        questions = evaluation.load()
-        self._prompts[evaluation.name] = [question.prompt for question in questions]
+    def _prepare(self, benchmark: Benchmark, size: int | None) -> PreparedBenchmark:
+        questions = benchmark.load()
+        self._prompts[benchmark.name] = [question.prompt for question in questions]
         if size is not None:
             if not 1 <= size <= len(questions):
                 raise InputError(
-                    f"{size} questions of {evaluation.name} are asked for, which has {len(questions)}: set "
+                    f"{size} questions of {benchmark.name} are asked for, which has {len(questions)}: set "
                     "limit and validation_size of the benchmark to at most as many, or to null for all"
                 )
             # The same questions for every seed of a run.
-            chosen = sorted(draw(len(questions), size, SPLIT_SEED, evaluation.name))
+            chosen = sorted(draw(len(questions), size, SPLIT_SEED, benchmark.name))
             questions = [questions[i] for i in chosen]
         tokenizer = self._tokenizer()
         prompts = encode_prompts(
@@ -138,40 +138,40 @@ class BenchmarkDataModule(LightningDataModule):
             self.chat_template,
         )
         choices: list[list[int]] = []
-        if evaluation.choices:
+        if benchmark.choices:
             chat = self.chat_template
             before = "" if chat else answer_prefix(tokenizer, self.is_encoder_decoder)
             choices = [
                 tokenizer(before + choice.strip(), add_special_tokens=False)["input_ids"]
-                for choice in evaluation.choices
+                for choice in benchmark.choices
             ]
-        room = self._room(evaluation, choices)
-        prompts = [self._fit(ids, room, evaluation.name) for ids in prompts]
+        room = self._room(benchmark, choices)
+        prompts = [self._fit(ids, room, benchmark.name) for ids in prompts]
         mark = f"{self.chat_template} {self.context_length}"
         encoded = [
             EncodedQuestion(question, ids, digest(f"{mark} {question.prompt}"))
             for question, ids in zip(questions, prompts, strict=True)
         ]
-        if self.cut_questions.get(evaluation.name):
+        if self.cut_questions.get(benchmark.name):
             rank_zero_warn(
-                f"{self.cut_questions[evaluation.name]} of {len(questions)} prompts of {evaluation.name} lost "
+                f"{self.cut_questions[benchmark.name]} of {len(questions)} prompts of {benchmark.name} lost "
                 f"their beginning: the model's context has {self.context_length} tokens "
                 "(--data.long_prompts=refuse stops instead)"
             )
-        return PreparedBenchmark(evaluation, encoded, choices)
+        return PreparedBenchmark(benchmark, encoded, choices)
 
-    def _room(self, evaluation: Benchmark, choices: Sequence[Sequence[int]]) -> int | None:
+    def _room(self, benchmark: Benchmark, choices: Sequence[Sequence[int]]) -> int | None:
         """Return the most tokens of a prompt, or None if there is no limit."""
         if self.context_length is None:
             return None
         if self.is_encoder_decoder:
             return self.context_length
         answer = max(map(len, choices), default=0)
-        if evaluation.decoding is not None:
-            answer = evaluation.decoding.max_new_tokens
+        if benchmark.decoding is not None:
+            answer = benchmark.decoding.max_new_tokens
         if answer >= self.context_length:
             raise InputError(
-                f"max_new_tokens={answer} of {evaluation.name} fill the model's context of "
+                f"max_new_tokens={answer} of {benchmark.name} fill the model's context of "
                 f"{self.context_length} tokens: expected fewer, to leave room for the question"
             )
         return self.context_length - answer
@@ -195,17 +195,17 @@ class BenchmarkDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Return batches of each benchmark's validation questions."""
-        return self._exam_loaders("validation")
+        return self._question_loaders("validation")
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Return batches of each benchmark's test questions."""
-        return self._exam_loaders("test")
+        return self._question_loaders("test")
 
-    def _exam_loaders(self, split: str) -> list[DataLoader[Any]]:
+    def _question_loaders(self, split: str) -> list[DataLoader[Any]]:
         loaders: list[DataLoader[Any]] = []
-        for number, exam in enumerate(self.exams(split)):
-            lengths = [len(question) for question in exam.questions]
-            if exam.choice_ids:
+        for number, prepared in enumerate(self.prepare_benchmarks(split)):
+            lengths = [len(question) for question in prepared.questions]
+            if prepared.choice_ids:
                 # In the file's order neighbours begin alike (MMLU's subjects), which is read once.
                 lengths = [1] * len(lengths)
             sampler = LengthGroupedSampler(
@@ -235,8 +235,7 @@ class BenchmarkDataModule(LightningDataModule):
         """Return what is asked, for the summary of a run."""
         return {
             "evals": [
-                {"name": evaluation.name, "version": evaluation.version}
-                for evaluation in self.evals
+                {"name": benchmark.name, "version": benchmark.version} for benchmark in self.evals
             ],
             "cut_questions": dict(self.cut_questions),
         }
@@ -262,4 +261,4 @@ class _Collate:
         self.number = number
 
     def __call__(self, places: Sequence[int]) -> QuestionBatch:
-        return {EXAM: self.number, "index": torch.tensor(places)}
+        return {BENCHMARK: self.number, "index": torch.tensor(places)}

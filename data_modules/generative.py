@@ -156,7 +156,7 @@ class GenerativeDataModule(TextDataModule):
                 "--config eval/gsm8k.yaml"
             )
         self._attach_to_module()
-        self.exams("test")
+        self.prepare_benchmarks("test")
 
     def _evaluation_rows(self, split: str) -> list[Any]:
         return [] if split == "test" else super()._evaluation_rows(split)

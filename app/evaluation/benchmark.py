@@ -96,14 +96,14 @@ class PreparedBenchmark:
     """A benchmark made ready for a model.
 
     Attributes:
-        evaluation: The benchmark.
+        benchmark: The benchmark.
         questions: Those to ask, encoded.
-        choice_ids: Token ids of the evaluation's `choices`; empty where the model writes.
+        choice_ids: Token ids of the benchmark's `choices`; empty where the model writes.
     """
 
-    evaluation: Benchmark
+    benchmark: Benchmark
     questions: Sequence[EncodedQuestion]
     choice_ids: Sequence[Sequence[int]]
 
 
-EXAM = "exam"  # key of a batch of questions: the number of their exam
+BENCHMARK = "benchmark"  # key of a batch of questions: the number of their benchmark

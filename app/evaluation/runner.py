@@ -48,7 +48,7 @@ class BenchmarkRunner:
     """Asks one benchmark's questions once and adds the scores up over all processes.
 
     Args:
-        exam: Benchmark and questions.
+        prepared: Benchmark and questions.
         folder: Where answers are kept; None keeps none.
         identity: What answers depend on beside the benchmark: the model and its weights. JSON data.
         device: Where the processes add the scores up.
@@ -56,14 +56,14 @@ class BenchmarkRunner:
 
     def __init__(
         self,
-        exam: PreparedBenchmark,
+        prepared: PreparedBenchmark,
         folder: Path | None,
         identity: dict[str, Any],
         device: torch.device,
     ) -> None:
-        self.exam = exam
+        self.prepared = prepared
         self.metric = MeanScores(
-            exam.evaluation.score_names([q.question for q in exam.questions])
+            prepared.benchmark.score_names([q.question for q in prepared.questions])
         ).to(device)
         self.tokens = 0  # that this process has generated, or read where choices are compared
         self.seconds = 0.0
@@ -76,15 +76,15 @@ class BenchmarkRunner:
     @property
     def name(self) -> str:
         """The benchmark's name."""
-        return self.exam.evaluation.name
+        return self.prepared.benchmark.name
 
     def _own_identity(self) -> dict[str, Any]:
-        evaluation = self.exam.evaluation
-        settings = {k: v for k, v in vars(evaluation).items() if k not in NOT_WHAT_IS_ASKED}
+        benchmark = self.prepared.benchmark
+        settings = {k: v for k, v in vars(benchmark).items() if k not in NOT_WHAT_IS_ASKED}
         public: dict[str, Any] = {k: str(v) for k, v in settings.items() if not k.startswith("_")}
-        told = {"name": self.name, "version": evaluation.version}
-        if evaluation.decoding is not None:
-            public["decoding"] = asdict(evaluation.decoding)
+        told = {"name": self.name, "version": benchmark.version}
+        if benchmark.decoding is not None:
+            public["decoding"] = asdict(benchmark.decoding)
         return {**told, "settings": public}
 
     def ask(self, module: Any, index: Sequence[int], together: bool) -> None:
@@ -92,10 +92,10 @@ class BenchmarkRunner:
 
         Args:
             module: The `LoraModule`, in evaluation mode.
-            index: (B,) places in the exam's questions; -1 is a padding row, which nobody asks.
+            index: (B,) places in the benchmark's questions; -1 is a padding row, which nobody asks.
             together: Whether the processes must run the model in step, since it is sharded.
         """
-        questions = [self.exam.questions[i] for i in index if i >= 0]
+        questions = [self.prepared.questions[i] for i in index if i >= 0]
         to_ask = []
         for encoded in questions:
             before = self._scores_before(encoded)
@@ -107,7 +107,7 @@ class BenchmarkRunner:
         if not to_ask and not together:
             return
         start = time.perf_counter()
-        way = self._compare if self.exam.choice_ids else self._write
+        way = self._compare if self.prepared.choice_ids else self._write
         answers = way(module, to_ask, together)
         self.seconds += time.perf_counter() - start
         self._judge(to_ask, answers)
@@ -118,15 +118,15 @@ class BenchmarkRunner:
         return self.file.scores_before(encoded.question.key, encoded.prompt_hash)
 
     def _write(self, module: Any, asked: Sequence[EncodedQuestion], together: bool) -> list[Answer]:
-        evaluation = self.exam.evaluation
-        assert evaluation.decoding is not None
+        benchmark = self.prepared.benchmark
+        assert benchmark.decoding is not None
         written = generate(
             module.model,
             module.base,
             module.tokenizer,
             [encoded.prompt_ids for encoded in asked],
             [encoded.question.key for encoded in asked],
-            evaluation.decoding,
+            benchmark.decoding,
             together=together,
         )
         self.tokens += sum(text.num_tokens for texts in written for text in texts)
@@ -142,17 +142,17 @@ class BenchmarkRunner:
     def _compare(
         self, module: Any, asked: Sequence[EncodedQuestion], together: bool
     ) -> list[Answer]:
-        evaluation = self.exam.evaluation
+        benchmark = self.prepared.benchmark
         found = choice_log_likelihoods(
             module.model,
             module.base,
             [encoded.prompt_ids for encoded in asked],
-            self.exam.choice_ids,
+            self.prepared.choice_ids,
             together=together,
         )
         self.tokens += sum(len(encoded) for encoded in asked)
         return [
-            {"outputs": [evaluation.choices[int(row.argmax())]], "log_likelihoods": row.tolist()}
+            {"outputs": [benchmark.choices[int(row.argmax())]], "log_likelihoods": row.tolist()}
             for row in found
         ]
 
@@ -162,7 +162,7 @@ class BenchmarkRunner:
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // neighbours)) as pool:
             outputs = [answer["outputs"] for answer in answers]
             scores = list(
-                pool.map(self.exam.evaluation.score, [e.question for e in asked], outputs)
+                pool.map(self.prepared.benchmark.score, [e.question for e in asked], outputs)
             )
         self.asked += len(asked)
         whole = []
@@ -176,9 +176,9 @@ class BenchmarkRunner:
     def finish(self) -> dict[str, Tensor]:
         """Join the answers of all processes and return the scores, the same on every process."""
         if self.file is not None:
-            self.file.join({q.question.key: i for i, q in enumerate(self.exam.questions)})
+            self.file.join({q.question.key: i for i, q in enumerate(self.prepared.questions)})
         means = {name: float(value) for name, value in self.metric.compute().items()}
-        self.scores = self.exam.evaluation.combine(means)
+        self.scores = self.prepared.benchmark.combine(means)
         told = torch.tensor([self.asked, self.known, self.tokens], device=self.metric.device)
         asked, known, tokens = sum_over_processes(told).tolist()
         self.counts = {

@@ -269,7 +269,9 @@ class LoraModule(LightningModule):
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         folder = None if self.answers_folder is None else self.answers_folder / moment
-        return Scoring(self, data.label_token_ids(), data.exams(split), folder, self._sharded)
+        return Scoring(
+            self, data.label_token_ids(), data.prepare_benchmarks(split), folder, self._sharded
+        )
 
     def setup(self, stage: str) -> None:
         """Check the length of training, and prepare the scores of the validation or test loop."""
@@ -327,7 +329,7 @@ class LoraModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take one batch of rows or of questions into the validation scores."""
-        self.scoring.take(batch)
+        self.scoring.update(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation scores as `val/...`."""
@@ -339,7 +341,7 @@ class LoraModule(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take one batch of rows or of questions into the test scores."""
-        self.scoring.take(batch)
+        self.scoring.update(batch)
 
     def on_test_epoch_end(self) -> None:
         """Log the test scores as `test/...`."""

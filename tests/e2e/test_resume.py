@@ -263,7 +263,7 @@ def test_a_signal_before_training_ends_the_run_at_once(
 ENDS = {
     "last step": (LoraModule, "training_step", lambda module, *_: module.global_step == 8),
     "last validation": (LoraModule, "validation_step", lambda module, *_: module.global_step == 9),
-    "final scores": (Scoring, "take", lambda scoring, *_: scoring.module.global_step == 9),
+    "final scores": (Scoring, "update", lambda scoring, *_: scoring.module.global_step == 9),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
-EXAMS = """
+CONFIG = """
 trainer: {{accelerator: cpu}}
 model: {{name: {model}, adapter: null}}
 data:
@@ -23,8 +23,8 @@ output: {{name: toy, root: {root}, wandb: disabled}}
 def arguments(folder, model, size, strategy=None):
     """Write a configuration into a folder and return the command of a test on it."""
     folder.mkdir(exist_ok=True)
-    file = folder / "exams.yaml"
-    file.write_text(EXAMS.format(model=model, size=size, root=folder / "runs"))
+    file = folder / "benchmarks.yaml"
+    file.write_text(CONFIG.format(model=model, size=size, root=folder / "runs"))
     more = []
     if strategy:
         more = [f"--config={ROOT}/configs/strategies/{strategy}.yaml", "--trainer.devices=2"]
@@ -63,8 +63,8 @@ def test_two_processes_find_what_one_finds(models_without_dropout, command, torc
     for name in ("ddp", "fsdp"):
         others, texts, _ = found(tmp_path / name)
         assert texts == outputs
-        for exam, values in scores.items():
-            assert others[exam] == pytest.approx(values, rel=1e-6)
+        for name, values in scores.items():
+            assert others[name] == pytest.approx(values, rel=1e-6)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -75,7 +75,7 @@ def test_a_killed_test_goes_on(strategy, models_without_dropout, command, torchr
     scores, outputs, _ = found(tmp_path / "alone")
     folder = tmp_path / strategy
     job = {"argv": arguments(folder, model, 3, strategy), "keep": str(tmp_path / "kept")}
-    status, _ = torchrun([{**job, "die": [1, "exam", 3]}])
+    status, _ = torchrun([{**job, "die": [1, "benchmark", 3]}])
     assert status != 0
     parts = list((folder / "runs" / "toy" / "answers").rglob("*.part*.jsonl"))
     assert parts

@@ -6,7 +6,7 @@ JOBS.json is a list of {"argv": [...], "keep": FOLDER}; optionally with {"die": 
 process kills itself when it comes to `gradient`, `training` or `checkpoint` for the TIMES-th time; with
 {"hang": ...} it stops there for ever instead, with {"term": ...} and {"usr1": ...} it gets SIGTERM or
 SIGUSR1, with {"fail": ...} its disk is full, and with {"stall": ...} its data loader waits in vain; other
-moments are `weights`, `exam` and `report`. With {"first_reads": true} no process but the first may read the
+moments are `weights`, `benchmark`, `report`. With {"first_reads": true} no process but the first may read the
 weights, and {"slow_finish": SECONDS} is how long the first one has to do at the end. All jobs run in one
 start of the processes, since importing Lightning takes longer than a tiny run. FOLDER gets
 `gradients_RANK.pt` (this process's sums, as the mean over tokens), `factors_RANK.pt` (after the
@@ -96,7 +96,7 @@ def end_at(last, moment: str, times: int) -> None:
         "gradient": (SketchStore, "end_batch"),
         "training": (LoraModule, "on_before_optimizer_step"),
         "checkpoint": (LoraModule, "on_save_checkpoint"),
-        "exam": (BenchmarkRunner, "ask"),
+        "benchmark": (BenchmarkRunner, "ask"),
     }[moment]
     original, come = getattr(owner, name), itertools.count(1)
 

@@ -284,13 +284,13 @@ def run_memory(trainer: PlanTrainer, module: LoraModule, data: Any, model: nn.Mo
 def generation_bytes(module: LoraModule, data: Any) -> int:
     """Return the keys and values of the largest batch of benchmark questions in validation."""
     largest = 0
-    for exam in data.exams("validation"):
-        decoding = exam.evaluation.decoding
+    for prepared in data.prepare_benchmarks("validation"):
+        decoding = prepared.benchmark.decoding
         samples, new = (
             (1, 1) if decoding is None else (decoding.num_samples, decoding.max_new_tokens)
         )
-        rows = min(data.eval_batch_size, len(exam.questions)) * samples
-        tokens = max(map(len, exam.questions)) + new
+        rows = min(data.eval_batch_size, len(prepared.questions)) * samples
+        tokens = max(map(len, prepared.questions)) + new
         itemsize = getattr(torch, module.dtype_name).itemsize
         largest = max(largest, cache_bytes(module.base.config, rows, tokens, itemsize))
     return largest

@@ -50,12 +50,14 @@ def data_text(trainer: Trainer, module: LoraModule, data: Any, placement: Placem
         longest = max(map(len, rows[split]))
         note = f"longest {longest} tokens; {cut} prompts cut to data.max_length={data.max_length}"
         lines.append(_line(f"{split} rows", f"{len(rows[split]):,}", note))
-    for exam in data.exams("validation"):
-        decoding = exam.evaluation.decoding
-        longest = max(map(len, exam.questions))
+    for prepared in data.prepare_benchmarks("validation"):
+        decoding = prepared.benchmark.decoding
+        longest = max(map(len, prepared.questions))
         told = "likeliest choice" if decoding is None else f"up to {decoding.max_new_tokens} new"
         note = f"longest {longest} tokens; {told}"
-        lines.append(_line(f"{exam.evaluation.name}", f"{len(exam.questions):,} questions", note))
+        lines.append(
+            _line(f"{prepared.benchmark.name}", f"{len(prepared.questions):,} questions", note)
+        )
     lines.append(_line("tokens an epoch", f"{tokens:,}", f"{supervised:,} supervised"))
     made = f"data.batch_size {data.batch_size} x {placement.world_size} processes x {accumulated}"
     lines.append(_line("rows an optimizer step", f"{batch:,}", f"{made} accumulated"))
