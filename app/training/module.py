@@ -138,6 +138,10 @@ class LoraModule(LightningModule):
             self._source = resolve_model(self.name)
         return self._source
 
+    @source.setter
+    def source(self, source: ModelSource) -> None:
+        self._source = source
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded on first use and without the weights."""
@@ -177,32 +181,16 @@ class LoraModule(LightningModule):
         """Load the base model and add the adapter; called once by every stage."""
         if self.model is not None:
             return
-        plain = self.adapter is None and self.adapter_path is None
         fitting = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
-        if self._sharded and plain and fitting:
-            raise InputError(
-                "model.adapter is null, but this strategy shards frozen weights only: set model.adapter, "
-                "or train every weight with --config strategies/ddp.yaml"
-            )
-        if self._sharded and self.adapter is not None and self.adapter_path is None:
-            check_sharding(self.adapter.fsdp_incompatible_options())
+        if self._sharded:
+            self.check_sharded(fitting)
         dtype = getattr(torch, self.dtype_name)
         # A sharded model is read by the first process alone, which hands out the shards.
         make = empty_model if self._sharded and global_rank() > 0 else load_model
         base = make(self.source, dtype, self.attn_implementation)
         parameters = sum(p.numel() for p in base.parameters())
-        if self.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-        if self.adapter_path is not None:
-            self.model = load_adapter(base, Path(self.adapter_path), trainable=True)
-        elif self.adapter is not None:
-            self.model = add_lora(base, self.adapter)
-        else:
-            # A checkpoint to test holds what was trained.
-            self.model = base.requires_grad_(fitting or self.trainer.ckpt_path is not None)
-        if self.gradient_checkpointing:
-            # Without re-entry a block is recomputed only if its input is in the graph.
-            base.enable_input_require_grads()
+        # A checkpoint to test holds what was trained.
+        self.model = self.adapt(base, fitting or self.trainer.ckpt_path is not None)
         if self._sharded:
             check_sharding(fsdp_incompatible_settings(self.model))
             self.trainer.strategy.shard(self.model)  # type: ignore[attr-defined]
@@ -223,6 +211,45 @@ class LoraModule(LightningModule):
             "parameters": parameters,
             "trainable_parameters": trainable,
         }
+
+    def check_sharded(self, fitting: bool = True) -> None:
+        """Raise InputError if these settings do not work where frozen weights are sharded."""
+        if self.adapter_path is not None:
+            return  # the saved adapter's own settings are checked once it is loaded
+        if self.adapter is not None:
+            check_sharding(self.adapter.fsdp_incompatible_options())
+        elif fitting:
+            raise InputError(
+                "model.adapter is null, but this strategy shards frozen weights only: set model.adapter, "
+                "or train every weight with --config strategies/ddp.yaml"
+            )
+
+    def adapt(self, base: PreTrainedModel, trainable: bool = True) -> nn.Module:
+        """Add the adapter and activation checkpointing to a base model, also on the meta device.
+
+        Args:
+            base: From `load_model` or `empty_model`.
+            trainable: Whether the weights require gradients where there is no adapter.
+
+        Returns:
+            The PEFT model, or `base` itself without an adapter.
+
+        Raises:
+            InputError: The adapter does not fit the model.
+        """
+        if self.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        model: nn.Module
+        if self.adapter_path is not None:
+            model = load_adapter(base, Path(self.adapter_path), trainable=True)
+        elif self.adapter is not None:
+            model = add_lora(base, self.adapter)
+        else:
+            model = base.requires_grad_(trainable)
+        if self.gradient_checkpointing:
+            # Without re-entry a block is recomputed only if its input is in the graph.
+            base.enable_input_require_grads()
+        return model
 
     @property
     def _sharded(self) -> bool:

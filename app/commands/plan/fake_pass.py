@@ -3,6 +3,10 @@
 The model is built on the meta device and every operation of its forward and backward pass is run by
 torch's FakeTensorMode, which allocates nothing. So any architecture, attention, precision and activation
 checkpointing is measured as it is, and not by a formula for one kind of model.
+
+The one file of this room with private parts of torch: `FakeTensorMode` has no public name. `LiveBytes` could
+be torch.distributed's MemTracker, once that is public and can be told the number of rows that a boolean
+mask selects.
 """
 
 import weakref
@@ -38,7 +42,7 @@ class PassMemory:
     peak: int
 
 
-class DryModel:
+class FakeModel:
     """A model without content whose passes can be measured; takes over a model on the meta device.
 
     Args:
@@ -59,15 +63,12 @@ class DryModel:
         self.base = base
         self.forward_context = forward_context
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        if compute_dtype is not None:
+            for p in model.parameters():
+                if not p.requires_grad:
+                    p.data = p.data.to(compute_dtype)
         with self._mode:
-            for module in model.modules():
-                for name, p in list(module.named_parameters(recurse=False)):
-                    casts = compute_dtype is not None and not p.requires_grad
-                    dtype = compute_dtype if casts else p.dtype
-                    new = torch.empty(p.shape, dtype=dtype, device="cpu")
-                    setattr(module, name, nn.Parameter(new, p.requires_grad))
-                for name, b in list(module.named_buffers(recurse=False)):
-                    setattr(module, name, torch.empty(b.shape, dtype=b.dtype, device="cpu"))
+            model.to_empty(device="cpu")
         for p in model.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(_drop_gradient)
@@ -85,7 +86,6 @@ class DryModel:
 
     def observation(self, batch: Batch, pairs: Sequence[LoraPair]) -> PassMemory:
         """Measure the pass of the one-step gradient, without what is kept of the gradient."""
-        self.model.eval()
         layers = {pair.name: pair.layer for pair in pairs}
         with ExitStack() as stack:
             stack.enter_context(frozen(self.model))
@@ -95,14 +95,13 @@ class DryModel:
             return self._measure(batch)
 
     def _measure(self, batch: Batch) -> PassMemory:
-        held = [*self.model.parameters(), *self.model.buffers()]
         causal = not self.base.config.is_encoder_decoder
         labels = batch["labels"][:, 1:] if causal else batch["labels"]
         supervised = int((labels != IGNORED_LABEL).sum())
         with self._mode:
             fake = {k: torch.empty(v.shape, dtype=v.dtype, device="cpu") for k, v in batch.items()}
-            live = LiveBytes([*held, *fake.values()], supervised)
-            with live:
+            held = [*self.model.parameters(), *self.model.buffers(), *fake.values()]
+            with LiveBytes(held, supervised) as live:
                 with self.forward_context():
                     loss = summed_loss(supervised_logits(self.model, self.base, fake))
                 kept = live.now if loss.requires_grad else 0
@@ -130,7 +129,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         self._supervised = supervised
-        self._known = {t.untyped_storage()._cdata for t in known}
+        self._known = {id(t.untyped_storage()) for t in known}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -144,8 +143,8 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        storage = tensor.untyped_storage()  # the same object as long as any tensor has the storage
+        key, size = id(storage), storage.nbytes()
         if key not in self._known:
             self._known.add(key)
             self.now += size

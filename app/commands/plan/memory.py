@@ -2,15 +2,17 @@
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 from transformers import PreTrainedConfig
 
 from app.commands.plan.fake_pass import PassMemory
+from app.commands.plan.placement import Placement
 from app.distributed.fsdp import blocks
 from app.initialization.gradient_estimators import SketchedGradient
 from app.initialization.gradient_exchange import BUCKET_NUMBERS
@@ -20,31 +22,20 @@ FLOAT32 = 4
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where a run's processes put the weights.
+class InitializationMemory:
+    """Bytes of an initialization that is made of the one-step gradient.
 
     Attributes:
-        strategy: The trainer's name of it, for the reader.
-        devices: Processes on each node.
-        num_nodes: Nodes.
-        sharded: Whether frozen weights are spread over all processes; otherwise each holds everything.
-        gather_dtype: Type in which sharded weights are gathered; None is their own.
-        cpu_offload: Whether the shards live in host memory.
-        reshard_after_forward: Whether a block's gathered weights are freed after its forward pass.
+        activations: Most at once in the pass over a micro-batch.
+        sketch: What the sketch estimator keeps of all gradients.
+        exact: What the exact estimator keeps of them.
+        estimator: Which of the two the run uses.
     """
 
-    strategy: str
-    devices: int = 1
-    num_nodes: int = 1
-    sharded: bool = False
-    gather_dtype: torch.dtype | None = None
-    cpu_offload: bool = False
-    reshard_after_forward: bool = True
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self.devices * self.num_nodes
+    activations: int
+    sketch: int
+    exact: int
+    estimator: str
 
 
 @dataclass(frozen=True)
@@ -54,62 +45,59 @@ class RunMemory:
     Attributes:
         frozen: Frozen weights and buffers: the whole, or this process's share.
         gathered: Weights of other processes that are here while a block is computed.
-        trained: Trained weights.
-        gradients: Their gradients.
+        trained: Trained weights; their gradients take as much again.
         loading: Host memory of the process that reads the weights, before they are sharded.
         exchange: The buffer in which gradients are summed over processes.
         optimizer: The optimizer's states.
         training: The pass over a training batch.
-        evaluation: The pass over a validation batch.
+        validation: Most at once in the pass over a validation batch; 0 without validation rows.
         generation: Keys and values of the largest batch of benchmark questions; 0 without benchmarks.
-        observation: The pass over an initialisation batch; None without LoRA-One's start.
-        sketch: What the sketch estimator keeps of all gradients.
-        exact: What the exact estimator keeps of them.
-        estimator: Which of the two the run uses.
+        initialization: What it takes; None if it observes no gradient.
     """
 
     frozen: int
     gathered: int
     trained: int
-    gradients: int
     loading: int
     exchange: int
     optimizer: int
     training: PassMemory
-    evaluation: PassMemory
+    validation: int = 0
     generation: int = 0
-    observation: PassMemory | None = None
-    sketch: int = 0
-    exact: int = 0
-    estimator: str | None = None
+    initialization: InitializationMemory | None = None
 
     @property
     def weights(self) -> int:
         """All weights that are here at a time."""
         return self.frozen + self.gathered + self.trained
 
-    def initialisation_peak(self, estimator: str) -> int:
-        """Most bytes during LoRA-One's start, which comes before the optimizer has states."""
-        assert self.observation is not None
-        kept = self.sketch if estimator == "sketch" else self.exact
-        return self.weights + self.observation.peak + kept
+    @property
+    def initialization_peaks(self) -> dict[str, int]:
+        """Most bytes during the initialization, which comes before the optimizer has states, by estimator."""
+        given = self.initialization
+        if given is None:
+            return {}
+        kept = {"sketch": given.sketch, "exact": given.exact}
+        return {kind: self.weights + given.activations + size for kind, size in kept.items()}
 
     @property
     def training_peak(self) -> int:
         """Most bytes during a training step; an optimizer step makes a copy of the gradients."""
-        resident = self.weights + self.gradients + self.optimizer
-        return resident + max(self.training.peak, self.exchange + self.gradients)
+        resident = self.weights + self.trained + self.optimizer
+        return resident + max(self.training.peak, self.exchange + self.trained)
 
     @property
-    def evaluation_peak(self) -> int:
+    def validation_peak(self) -> int:
         """Most bytes during validation between training steps."""
-        return self.weights + self.optimizer + max(self.evaluation.peak, self.generation)
+        return self.weights + self.optimizer + max(self.validation, self.generation)
 
     @property
     def peak(self) -> int:
         """Most bytes during the whole run."""
-        start = 0 if self.estimator is None else self.initialisation_peak(self.estimator)
-        return max(start, self.training_peak, self.evaluation_peak)
+        peaks = [self.training_peak, self.validation_peak]
+        if self.initialization is not None:
+            peaks.append(self.initialization_peaks[self.initialization.estimator])
+        return max(peaks)
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -170,11 +158,12 @@ def exchange_bytes(gradients: int, placement: Placement) -> int:
     return gradients if placement.world_size > 1 else 0
 
 
-def optimizer_bytes(make_optimizer: Any, groups: Iterable[Mapping[str, Any]]) -> int:
+def optimizer_bytes(make_optimizer: OptimizerCallable, groups: Iterable[dict[str, Any]]) -> int:
     """Return the bytes of an optimizer's states after its first step.
 
-    The optimizer is run once on small parameters whose sides all differ; what it keeps of them tells what it
-    keeps of large ones (AdamW two of each parameter's shape, LoRA-Pro two of the weight's).
+    The optimizer makes one step on small parameters, whose sides differ where those of the large ones do; the
+    shapes of its states then say what it keeps of large parameters (AdamW two of each parameter's shape,
+    LoRA-Pro two of the weight's).
 
     Args:
         make_optimizer: From parameters or groups to an optimizer.
@@ -183,38 +172,31 @@ def optimizer_bytes(make_optimizer: Any, groups: Iterable[Mapping[str, Any]]) ->
     """
     total = 0
     for group in groups:
-        params = list(group["params"])
-        width = 2 if group.get("lora_pairs") else 1
-        for start in range(0, len(params), width):
-            total += _state_bytes(make_optimizer, params[start : start + width])
+        params = group["params"]
+        together = 2 if group.get("lora_pairs") else 1
+        for i in range(0, len(params), together):
+            shapes = [p.shape for p in params[i : i + together]]
+            sides = sorted({side for shape in shapes for side in shape})
+            small = {side: 2 + place for place, side in enumerate(sides)}
+            large = {2 + place: side for place, side in enumerate(sides)}
+            made = tuple(tuple(small[side] for side in shape) for shape in shapes)
+            total += sum(
+                itemsize * math.prod(large.get(side, side) for side in shape)
+                for itemsize, shape in _states(make_optimizer, made, params[i].dtype)
+            )
     return total
 
 
-def _state_bytes(make_optimizer: Any, params: Sequence[nn.Parameter]) -> int:
-    """Return the bytes of what an optimizer keeps of one parameter, or of one pair."""
-    small: list[tuple[int, ...]]
-    if len(params) == 2:
-        (r, n), m = params[0].shape, params[1].shape[0]
-        small, large = [(2, 3), (5, 2)], {2: r, 3: n, 5: m}
-    else:
-        names = range(2, 2 + len(params[0].shape))
-        small, large = [tuple(names)], dict(zip(names, params[0].shape, strict=True))
-    return sum(
-        itemsize * math.prod(large[side] for side in shape)
-        for itemsize, shape in _kept(make_optimizer, tuple(small), params[0].dtype)
-    )
-
-
 @functools.cache
-def _kept(
-    make_optimizer: Any, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
+def _states(
+    make_optimizer: OptimizerCallable, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
 ) -> list[tuple[int, tuple[int, ...]]]:
     """Return item size and shape of all states after a step on parameters of these shapes."""
-    sample = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
-    for p in sample:
+    params = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+    for p in params:
         p.grad = torch.ones_like(p)
-    group = {"params": sample, "lora_pairs": len(sample) == 2, "scaling": [1.0]}
-    optimizer = make_optimizer([group] if len(sample) == 2 else sample)
+    pair = {"params": params, "lora_pairs": True, "scaling": [1.0]}
+    optimizer = make_optimizer([pair] if len(params) == 2 else params)
     optimizer.step()
     states = [s for state in optimizer.state.values() for s in state.values()]
     return [(s.element_size(), tuple(s.shape)) for s in states if isinstance(s, torch.Tensor)]

@@ -6,13 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 from torch.utils._pytree import tree_map_only
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from app.commands.plan.command import PlanTrainer, build, plan_trainer, read_placement
-from app.commands.plan.fake_pass import DryModel, LiveBytes
+from app.commands.plan.command import PlanTrainer, build, plan_trainer
+from app.commands.plan.fake_pass import FakeModel, LiveBytes
 from app.commands.plan.memory import (
-    Placement,
     cache_bytes,
     exact_bytes,
     frozen_bytes,
@@ -21,6 +21,7 @@ from app.commands.plan.memory import (
     sketch_bytes,
     tensor_bytes,
 )
+from app.commands.plan.placement import Placement, read_placement
 from app.distributed.fsdp import Fsdp2Strategy
 from app.initialization.gradient_exchange import Layer
 from app.initialization.gradient_store import ExactStore
@@ -114,7 +115,7 @@ def real_peak(module, batch):
 def check_activations(name, rel, **settings):
     real, plan = loaded(name, **settings), planned(name, **settings)
     batch = batch_for(real)
-    found = DryModel(plan.model, plan.base).training(batch)
+    found = FakeModel(plan.model, plan.base).training(batch)
     assert found.kept == pytest.approx(saved_bytes(real, batch), rel=rel)
     assert found.peak == pytest.approx(real_peak(real, batch), rel=0.01)
     return found
@@ -291,15 +292,62 @@ def test_the_command(plan):
     assert "result:>>> positive<eos><<<" in told
     assert told.count("tokens read, 2 supervised") == 3
     assert "rank 4 in 14 layers" in told
-    assert "initialisation (sketch)" in told
+    assert "initialization (sketch)" in told
     assert "\nfits: " in told
     assert "memory of each process (one process)" in told
 
 
-def test_the_command_on_t5_without_initialisation(plan, run_models):
+def test_the_command_on_t5_without_initialization(plan, run_models):
     told = plan("--model.name", run_models / "t5", "--config", "methods/lora.yaml")
     assert ">>>positive<eos><<<" in told or ">>> positive<eos><<<" in told
-    assert "initialisation" not in told
+    assert "initialization" not in told
+
+
+CODE = "```python\ndef f(x):\n    return x\n```"
+ROWS = {
+    "Gsm8kDataModule": {"question": "What is {i} + 1?", "answer": "One more.\n#### {i}"},
+    "MetaMathQADataModule": {"query": "What is {i}?", "response": "It is {i}.", "type": "GSM_SV"},
+    "CodeFeedbackDataModule": {"query": "Write f{i}.", "answer": CODE},
+    "InstructionDataModule": {"instruction": "Add {i}.", "input": "", "output": "one more"},
+    "CommonsenseDataModule": {
+        "instruction": "Is {i} true? Answer format: true/false",
+        "input": "",
+        "output": "the correct answer is true",
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_the_tokenizer_chooses(name, plan, tmp_path):
+    """Sources of free answers keep rows by their tokens, so that their rows need the tokenizer."""
+    rows = [{k: v.replace("{i}", str(i)) for k, v in ROWS[name].items()} for i in range(20)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    sizes = {"max_length": 512, "batch_size": 4, "validation_size": 4}
+    arguments = {"path": str(tmp_path / "rows.json"), **sizes}
+    data = {"data": {"class_path": name, "init_args": arguments}}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
+    printed = plan("--config", tmp_path / "data.yaml")
+    assert "train rows                                  16" in printed
+    assert "validation rows                              4" in printed
+    assert printed.count("tokens read, ") == 3
+    assert "initialization (sketch)" in printed
+    assert "\nfits: " in printed
+
+
+def test_rows_of_movie_reviews(plan, tmp_path):
+    lines = [f"{i}\t{i % 2 * 2 - 1}\tSentence {i}." for i in range(28)]
+    (tmp_path / "ratings.txt").write_text("\r\n".join(lines))
+    arguments = {"path": str(tmp_path / "ratings.txt"), "validation_size": 3, "test_size": 5}
+    data = {"class_path": "MovieReviewsDataModule", "init_args": arguments}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": data}))
+    assert "train rows                                  20" in plan(
+        "--config", tmp_path / "data.yaml"
+    )
+
+
+def test_questions_alone_are_no_training_data(plan, tmp_path):
+    (tmp_path / "data.yaml").write_text("data: {class_path: BenchmarkDataModule}")
+    assert "has no rows to train on" in plan("--config", tmp_path / "data.yaml", status=2)
 
 
 def test_a_cluster_from_a_laptop(plan):
@@ -392,7 +440,7 @@ def test_seventy_billion_parameters(plan, run_models, tmp_path):
         *options,
         *("--model.gradient_checkpointing=true", "--config=strategies/fsdp.yaml"),
         *("--trainer.accelerator=gpu", "--trainer.devices=8", "--memory_gib=80"),
-        "--config=methods/lora.yaml",  # the pass of the initialisation takes ten seconds more
+        "--config=methods/lora.yaml",  # the pass of the initialization takes ten seconds more
     )
     assert "68,976,648,192   bfloat16" in told
     assert "frozen weights                        16.1 GiB   1/8 of them" in told
