@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.tracking.loggers import OutputSettings, run_folder_of
+from app.tracking.record import RunRecord
 from app.tracking.run_folder import RunFolder
 from app.tracking.wandb_summary import log_test_scores
 from app.utils.files import write_json
@@ -63,10 +64,9 @@ class BenchmarkResults(Callback):
                 for name, value in trainer.callback_metrics.items()
                 if name.startswith("test/")
             }
-            record = json.loads(summary.read_text())
-            metrics = record["metrics"]
-            scores = {**metrics.get("test", {}), **scores}
-            write_json(summary, {**record, "metrics": {**metrics, "test": scores}})
+            record = RunRecord.read(summary)
+            record.metrics["test"] = {**record.metrics.get("test", {}), **scores}
+            record.write(summary)
             if self.output is not None:
                 log_test_scores(self.folder, self.output)
         found = module.scoring.results()

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.initialization.one_step_gradient import Estimator, OneStepResult, one_step_gradients
 from app.models.batch import Batch
+from app.tracking.record import InitRecord
 from app.utils.console import track
 from app.utils.errors import InputError
 
@@ -50,7 +51,7 @@ class AdapterInit(Callback):
             if self.subtracts_from_base:
                 module.check_untied(type(self).__name__)
             self.report = self.install_init(trainer, module)
-        module.record.init = self.report
+        module.record.init = InitRecord.from_json(self.report)
 
     def install_init(self, trainer: Trainer, module: Any) -> dict[str, Any]:
         """Fill the module's adapter; return what the start was."""

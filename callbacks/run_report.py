@@ -16,6 +16,7 @@ from app.models.lora import is_adapted
 from app.tracking.loggers import remove_unused_folder, run_folder_of
 from app.tracking.metrics_table import read_metrics
 from app.tracking.plots import write_plots
+from app.tracking.record import DataRecord, TrainRecord
 from app.tracking.wandb_summary import keep_wandb_run, log_run_summary
 from app.utils.errors import InputError
 from app.utils.memory import PeakMemory, device_name
@@ -129,19 +130,19 @@ class RunReport(Callback):
                 "trainer.max_steps or trainer.max_epochs to train it further"
             )
             return
-        record.train = {
-            "steps": self._steps,
-            "seconds": self._seconds,
-            "samples": self._samples,
-            "samples_per_second": self._samples / self._seconds if self._seconds else 0.0,
-            "peak_bytes": self._peak_bytes,
-            "device": self._device,
-            "host": platform.node(),
-            "began": self._began,
-            "ended": self._ended,
-        }
+        record.train = TrainRecord(
+            steps=self._steps,
+            seconds=self._seconds,
+            samples=self._samples,
+            samples_per_second=self._samples / self._seconds if self._seconds else 0.0,
+            peak_bytes=self._peak_bytes,
+            device=self._device,
+            host=platform.node(),
+            began=self._began,
+            ended=self._ended,
+        )
         record.seed = self.seed
-        record.data = trainer.datamodule.describe()  # type: ignore[attr-defined]
+        record.data = DataRecord.from_json(trainer.datamodule.describe())  # type: ignore[attr-defined]
         for logger in trainer.loggers:
             logger.save()
         adapter = folder.adapter if is_adapted(pl_module.model) else None
@@ -152,8 +153,9 @@ class RunReport(Callback):
             pl_module.tokenizer.save_pretrained(str(adapter))
         else:
             save_model(pl_module.base, pl_module.tokenizer, folder.model)
-        layers = record.init.get("layers", {})
-        plots = write_plots(folder.path, read_metrics(folder.metrics), record.metrics, layers)
+        plots = write_plots(
+            folder.path, read_metrics(folder.metrics), record.metrics, record.init.layers
+        )
         record.write(folder.summary)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

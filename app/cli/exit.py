@@ -23,7 +23,7 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
         signals: Told that the run is ending.
 
     Returns:
-        The command's status; 2 after an InputError, which is told in one line; that of the signal after
+        The command's status; after an InputError, which is told in one line, its own; that of the signal after
         `Stopped`.
     """
     status = 1
@@ -42,7 +42,7 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
         if told is None:
             raise
         print(f"error: {told}", file=sys.stderr)
-        status = 2
+        status = told.exit_status
     except RuntimeError as error:
         if not lost_contact(error):
             raise

@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0; 1 where `plan` finds too little memory; 2 after an error that is the user's to mend;
-        143 after SIGTERM and 130 after Ctrl-C, with a checkpoint.
+        3 where training diverged, with a loss or a gradient that is not finite; 143 after SIGTERM and 130
+        after Ctrl-C, with a checkpoint.
     """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     silence()

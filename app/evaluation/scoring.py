@@ -36,7 +36,7 @@ class Scoring:
         self.runners: list[BenchmarkRunner] = []
         if benchmarks:
             identity = {
-                "base": module.record.model["fingerprint"],
+                "base": module.record.model.fingerprint,
                 "weights": trained_weights_digest(module.model),
                 "dtype": module.dtype_name,
                 "precision": str(module.trainer.precision),

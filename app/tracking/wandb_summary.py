@@ -50,7 +50,7 @@ def log_run_summary(
         adapter: Folder of the exported adapter, which becomes an artifact; None without one.
     """
     logger.experiment.summary.update(summary_of(record))
-    layers = record.init.get("layers", {})
+    layers = record.init.layers
     if layers:
         rows = [
             [name, i + 1, value, values["captured_energy"]]
@@ -97,7 +97,7 @@ def log_test_scores(folder: RunFolder, settings: OutputSettings) -> None:
     import wandb  # slow, and of no use to a run without it
 
     try:
-        record = RunRecord(**json.loads(folder.summary.read_text()))
+        record = RunRecord.read(folder.summary)
         with wandb.init(
             # All of it once more: nothing is lost if `wandb sync` takes this part for the whole run.
             **json.loads(folder.wandb.read_text()),
@@ -125,21 +125,21 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
     """Return one number or word for each column by which the table of runs can be sorted."""
     told: dict[str, Any] = {
         "method": record.method,
-        "task": record.data.get("name"),
+        "task": record.data.name,
         "seed": record.seed,
-        "parameters": record.model.get("parameters"),
-        "trainable_parameters": record.model.get("trainable_parameters"),
+        "parameters": record.model.parameters,
+        "trainable_parameters": record.model.trainable_parameters,
     }
     for moment, scores in record.metrics.items():
         told |= {f"{moment}/{name}": value for name, value in scores.items()}
     for section, values in (("train", record.train), ("init", record.init)):
         told |= {
             f"{section}/{name}": value
-            for name, value in values.items()
+            for name, value in values.to_json().items()
             if isinstance(value, int | float)
         }
-    if "captured_energy" in record.init:
-        told["init/captured_energy"] = record.init["captured_energy"]["mean"]
+    if record.init.captured_energy:
+        told["init/captured_energy"] = record.init.captured_energy["mean"]
     return {name: value for name, value in told.items() if value is not None}
 
 
@@ -175,11 +175,13 @@ def _keep_adapter(logger: WandbLogger, record: RunRecord, folder: Path) -> None:
     import wandb  # slow, and of no use to a run without it
 
     run = logger.experiment
-    base = {name: record.model[name] for name in ("name", "fingerprint")}
+    base = {"name": record.model.name, "fingerprint": record.model.fingerprint}
     about = {"base": base, "method": record.method, "seed": record.seed, "scores": record.metrics}
     adapter = wandb.Artifact(f"adapter-{run.id}", type="adapter", metadata=about)
     adapter.add_dir(str(folder))
     if not run.offline:  # W&B knows no inputs of a run that it has not heard of
-        source = wandb.Artifact(f"base-{base['fingerprint'][:16]}", type="model", metadata=base)
+        source = wandb.Artifact(
+            f"base-{str(record.model.fingerprint)[:16]}", type="model", metadata=base
+        )
         run.use_artifact(source)
     run.log_artifact(adapter)

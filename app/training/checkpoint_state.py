@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from app.distributed.collectives import world_size
+from app.tracking.record import ModelRecord
 from app.utils.errors import InputError
 
 
@@ -95,21 +96,19 @@ def keep_trained(checkpoint: dict[str, Any], module: nn.Module) -> None:
     checkpoint["state_dict"] = {name: value for name, value in state.items() if name in trainable}
 
 
-def check_trained(
-    checkpoint: Mapping[str, Any], module: nn.Module, model: Mapping[str, Any]
-) -> None:
+def check_trained(checkpoint: Mapping[str, Any], module: nn.Module, model: ModelRecord) -> None:
     """Raise InputError for the checkpoint of another base model or of another adapter.
 
     Args:
         checkpoint: Has "base" and "state_dict".
         module: Whose trainable weights the checkpoint is to fill.
-        model: Name and fingerprint of its base model.
+        model: Its base model.
     """
     theirs = checkpoint["base"]
-    if theirs["fingerprint"] != model["fingerprint"]:
+    if theirs["fingerprint"] != model.fingerprint:
         raise InputError(
             f"the checkpoint belongs to the base model {theirs['name']} ({theirs['fingerprint']}), but "
-            f"model.name is {model['name']} ({model['fingerprint']}): set model.name or ckpt_path"
+            f"model.name is {model.name} ({model.fingerprint}): set model.name or ckpt_path"
         )
     trainable = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
     saved = {name: value.shape for name, value in checkpoint["state_dict"].items()}

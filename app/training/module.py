@@ -48,7 +48,7 @@ from app.models.loss import SupervisedLogits, summed_loss, supervised_logits
 from app.optim.lora_plus import LoraPlusAdamW
 from app.optim.lora_pro import LoraProAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW
-from app.tracking.record import RunRecord
+from app.tracking.record import ModelRecord, RunRecord
 from app.training.checkpoint_state import check_trained, keep_trained
 from app.training.checks import (
     check_length,
@@ -58,7 +58,7 @@ from app.training.checks import (
     check_untied,
 )
 from app.training.token_mean import TokenMean
-from app.utils.errors import InputError
+from app.utils.errors import DivergedError, InputError
 
 PAIR_OPTIMIZERS = (PreconditionedAdamW, LoraPlusAdamW, LoraProAdamW)
 """Optimizers of LoRA pairs, which are plain AdamW on anything else."""
@@ -204,13 +204,13 @@ class LoraModule(LightningModule):
             f"{self.source.name}: {parameters:,} parameters in {self.dtype_name}"
             + (f"; {trainable:,} are trained" if fitting else "")
         )
-        self.record.model = {
-            "name": self.source.name,
+        self.record.model = ModelRecord(
+            name=self.source.name,
             # Reads every byte of a local model, which one process does for all.
-            "fingerprint": from_first_process(lambda: model_fingerprint(self.source)),
-            "parameters": parameters,
-            "trainable_parameters": trainable,
-        }
+            fingerprint=from_first_process(lambda: model_fingerprint(self.source)),
+            parameters=parameters,
+            trainable_parameters=trainable,
+        )
 
     def check_sharded(self, fitting: bool = True) -> None:
         """Raise InputError if these settings do not work where frozen weights are sharded."""
@@ -315,7 +315,7 @@ class LoraModule(LightningModule):
         tokens = loss.new_tensor(found.labels.numel())
         whole = sum_over_processes(torch.stack([loss.detach(), tokens]))
         if not torch.isfinite(whole[0]):
-            raise InputError(
+            raise DivergedError(
                 f"the loss is {float(whole[0] / whole[1])} in batch {batch_idx} of epoch {self.current_epoch} "
                 f"(training rows {batch['index'].tolist()}): lower model.optimizer.lr, set "
                 "trainer.gradient_clip_val, or use a wider precision (model.dtype, trainer.precision)"
@@ -344,7 +344,7 @@ class LoraModule(LightningModule):
         if not torch.isfinite(nn.utils.get_total_norm([grad for _, grad in named])):
             broken = (name for name, grad in named if not torch.isfinite(grad).all())
             bad = next(broken, "all parameters together")
-            raise InputError(
+            raise DivergedError(
                 f"the gradient of {bad.removeprefix('model.')} is not finite before optimizer step "
                 f"{self.global_step}: lower model.optimizer.lr, set trainer.gradient_clip_val, or use a "
                 "wider precision (model.dtype, trainer.precision)"
@@ -402,7 +402,8 @@ class LoraModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only trainable weights in the checkpoint, and what they belong to."""
         keep_trained(checkpoint, self)
-        checkpoint["base"] = {name: self.record.model[name] for name in ("name", "fingerprint")}
+        model = self.record.model
+        checkpoint["base"] = {"name": model.name, "fingerprint": model.fingerprint}
         checkpoint["method"] = self.record.method
         if self.subtracted_factors:
             checkpoint["starts"] = {

@@ -96,7 +96,7 @@ def test_many_layers_and_long_curves(tmp_path):
 def test_record_is_written_whole_or_not_at_all(tmp_path):
     record = RunRecord(method="m", metrics={"final": {"accuracy": 0.5, "loss": 1.0}})
     record.write(tmp_path / "summary.json")
-    record.init = {"broken": object()}
+    record.init.details = {"broken": object()}
     with pytest.raises(TypeError):
         record.write(tmp_path / "summary.json")
     assert json.loads((tmp_path / "summary.json").read_text())["metrics"] == record.metrics

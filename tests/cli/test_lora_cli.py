@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import app.cli.lora_cli
 import app.tracking.config_files
+from app.utils.errors import DivergedError
 from app.utils.files import file_sha256
 
 
@@ -52,9 +53,9 @@ def refused_late(command, capsys):
 
 
 def _refusal(command, capsys):
-    def run(*argv):
+    def run(*argv, status=2):
         capsys.readouterr()
-        assert command(*argv) == 2
+        assert command(*argv) == status
         told = capsys.readouterr().err
         assert "Traceback" not in told
         [line] = [line for line in told.splitlines() if line.startswith("error: ")]
@@ -430,7 +431,8 @@ def change_weights(run_models, folder, change):
 
 def test_a_loss_that_is_not_finite_names_the_rows(refused_late, tiny_run):
     told = refused_late(
-        *("fit", "--config", tiny_run, "--model.optimizer.lr=1e20", "--data.batch_size=2")
+        *("fit", "--config", tiny_run, "--model.optimizer.lr=1e20", "--data.batch_size=2"),
+        status=DivergedError.exit_status,
     )
     assert told.startswith("the loss is nan in batch 1 of epoch 0 (training rows [")
     rows = yaml.safe_load(told[told.index("[") : told.index("]") + 1])
@@ -473,7 +475,8 @@ def test_a_gradient_that_is_not_finite_while_training(refused_late, tiny_run, mo
         module.lora_pairs()[0].lora_B.register_hook(broken)
 
     monkeypatch.setattr(app.cli.lora_cli.LoraModule, "configure_model", configure_model)
-    told = refused_late("fit", "--config", tiny_run, "--config", "methods/lora.yaml")
+    lora = ("--config", "methods/lora.yaml")
+    told = refused_late("fit", "--config", tiny_run, *lora, status=DivergedError.exit_status)
     assert "q_proj.lora_B.default.weight is not finite before optimizer step 0" in told
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from app.commands.compare.dashboard import workspace
 from app.tracking import plots
 from app.tracking.loggers import OutputSettings, make_loggers
-from app.tracking.record import RunRecord
+from app.tracking.record import InitRecord, RunRecord
 from app.tracking.run_folder import RunFolder
 from app.tracking.wandb_summary import cell_of, log_run_summary, log_test_scores
 from app.utils.files import write_json
@@ -195,7 +195,7 @@ def charts_of(layers):
     told = []
     experiment = SimpleNamespace(summary={}, log=told.extend)
     logger = SimpleNamespace(experiment=experiment, log_table=lambda key, **_: told.append(key))
-    log_run_summary(logger, RunRecord(init={"layers": layers}), plots=[], adapter=None)
+    log_run_summary(logger, RunRecord(init=InitRecord(layers=layers)), plots=[], adapter=None)
     return told
 
 

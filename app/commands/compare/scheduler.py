@@ -24,12 +24,11 @@ from app.commands.compare.cells import (
     CellState,
     state_of,
 )
+from app.utils.errors import DivergedError
 from app.utils.files import write_json
 from app.utils.signals import Stopped, exit_status
 
 POLL_SECONDS = 0.2
-NOT_FINITE = ("is not finite before optimizer step", "the loss is nan", "the loss is inf")
-"""How `app.training.module` says that training diverged."""
 
 
 class Process(Protocol):
@@ -209,7 +208,7 @@ class GridRun:
             "method": cell.method,
             "learning_rate": cell.learning_rate,
             "seed": cell.seed,
-            "diverged": any(text in message for text in NOT_FINITE),
+            "diverged": status == DivergedError.exit_status,
             "message": message,
             "time": time.time(),
         }
