@@ -33,6 +33,27 @@ SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 VOCAB_SIZE = 128
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the slow tests, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect the slow tests, unless all are asked for, or whoever names files or markers has chosen."""
+    named = config.args_source is config.ArgsSource.ARGS
+    if config.option.full or config.option.markexpr or named:
+        return
+    slow = [item for item in items if not _is_fast(item)]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if _is_fast(item)]
+
+
+def _is_fast(item):
+    real = item.get_closest_marker("smollm2")
+    if real is not None and not real.kwargs.get("fast", False):
+        return False
+    return not any(item.get_closest_marker(name) for name in ("slow", "multiprocess"))
+
+
 @pytest.fixture(autouse=True)
 def _settled_environment(monkeypatch):
     """Seed every generator; let nothing talk to Weights & Biases."""
