@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from app.cli.callback_order import fit_callbacks, progress_bar
 from app.cli.known_classes import import_known_classes
 from app.commands.plan.command import PlanTrainer, plan_trainer
 from app.distributed.rendezvous import install_setup_checks
@@ -25,21 +26,13 @@ from app.training.checks import check_precision, check_trainer
 from app.training.module import LoraModule
 from app.training.resume import ResumePoint, find_resume_point
 from app.utils.arguments import Parser, PlainHelp
-from app.utils.console import on_terminal
 from app.utils.errors import InputError
 from app.utils.signals import StopSignals
-from callbacks.adalora_pruning import AdaLoraPruning
 from callbacks.benchmark_results import BenchmarkResults
-from callbacks.checkpoints import Checkpoints
 from callbacks.lora_ga_init import LoraGaInit
 from callbacks.lora_one_init import LoraOneInit
-from callbacks.mid_epoch_resume import MidEpochResume
 from callbacks.pissa_init import PissaInit
-from callbacks.plain_progress import PlainProgress
-from callbacks.preemption import Preemption
-from callbacks.run_report import RunReport
 from callbacks.save_config import SaveConfig
-from callbacks.score_at import ScoreAt
 from data_modules.benchmark_data import BenchmarkDataModule
 
 DESCRIPTION = """Fine-tune a language model with LoRA-One.
@@ -62,8 +55,17 @@ import_known_classes()
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 
-def run_cli(kind: type[CLI], arguments: Sequence[str], signals: StopSignals) -> CLI:
-    """Make the command line of a kind, which parses and runs the arguments."""
+def make_cli(
+    kind: type[CLI], arguments: Sequence[str], signals: StopSignals, run: bool = True
+) -> CLI:
+    """Make a command line, which parses the arguments and runs the command that comes first in them.
+
+    Args:
+        kind: Its class.
+        arguments: A command and its options.
+        signals: Note a request to stop.
+        run: Whether to run; else the arguments are options of `fit`, without the command.
+    """
     return kind(
         LoraModule,
         BenchmarkDataModule,
@@ -81,19 +83,24 @@ def run_cli(kind: type[CLI], arguments: Sequence[str], signals: StopSignals) -> 
         },
         auto_configure_optimizers=False,
         args=expand(arguments),
+        run=run,
         signals=signals,
     )
 
 
 class LoraCLI(LightningCLI):
-    """`fit`, `plan`, `validate` and `test` of a LoraModule on a data module."""
+    """`fit`, `plan`, `validate` and `test` of a LoraModule on a data module.
 
-    status = 0
-    """Exit status of the command."""
+    Attributes:
+        signals: Note a request to stop.
+        resume_point: Where the run goes on; None for a new run.
+        status: Exit status of the command.
+    """
 
     def __init__(self, *args: Any, signals: StopSignals, **kwargs: Any) -> None:
         self.signals = signals
-        self.continuation: ResumePoint | None = None
+        self.resume_point: ResumePoint | None = None
+        self.status = 0
         super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -106,34 +113,11 @@ class LoraCLI(LightningCLI):
             "test": {"model", "dataloaders", "datamodule"},
         }
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse without Lightning's warning about tests that call `main` themselves."""
-        try:
-            self.config = parser.parse_args(args)
-        except OmegaConfBaseException as error:
-            key = str(error.full_key).removeprefix(f"{args[0]}.")
-            told = str(error).partition("\n")[0]
-            name = (
-                re.search(r"resolved to '(?:\w+\.)?(.+?)'", told) if "not found" in told else None
-            )
-            reason = f"refers to {name[1]}, which is no setting" if name else f"is wrong: {told}"
-            raise InputError(f"{key} {reason}") from error
-
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser; that of all commands describes the program."""
         kwargs = {"description": DESCRIPTION, **kwargs}
         kwargs["formatter_class"] = PlainHelp
         return super().init_parser(**kwargs)
-
-    def _parse_ckpt_path(self) -> None:
-        """Look for the checkpoint before a model is loaded, and read it once."""
-        settings = self.config[self.config.subcommand]
-        if settings.get("ckpt_path") is None:
-            return
-        runs = Path(settings.output.root) / settings.output.name
-        self.continuation = find_resume_point(str(settings.ckpt_path), runs, settings.model.method)
-        found = self.continuation
-        settings.ckpt_path = None if found is None else str(found.checkpoint)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections `init` and `output`, and one seed for everything."""
@@ -141,96 +125,121 @@ class LoraCLI(LightningCLI):
             "--init",
             type=LoraOneInit | LoraGaInit | PissaInit | None,
             default=None,
-            help="The callback that gives the adapter its start, such as LoraOneInit; null keeps "
-            "PEFT's (lora_A random, lora_B zero).",
+            help="The callback that initializes the adapter, such as LoraOneInit; null keeps "
+            "PEFT's initialization (lora_A random, lora_B zero).",
         )
         parser.add_class_arguments(OutputSettings, "output")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
-    def _settings(self) -> str:
-        """Return the resolved configuration as YAML."""
-        return str(
-            self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)
-        )
+    @property
+    def settings(self) -> Namespace:
+        """The parsed settings of the command."""
+        return self.config[self.config.subcommand]
+
+    @property
+    def made(self) -> Namespace:
+        """The same with the objects that were made of them."""
+        return self.config_init[self.config.subcommand]
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and find the checkpoint to go on from before a model is loaded."""
+        try:
+            # Without Lightning's warning about tests that call `main` themselves.
+            self.config = parser.parse_args(args)
+        except OmegaConfBaseException as error:
+            key = str(error.full_key).removeprefix(f"{args[0]}.")
+            message = str(error).partition("\n")[0]
+            reason = f"is wrong: {message}"
+            name = re.search(r"resolved to '(?:\w+\.)?(.+?)'", message)
+            if name and "not found" in message:
+                reason = f"refers to {name[1]}, which is no setting"
+            raise InputError(f"{key} {reason}") from error
+        if "subcommand" not in self.config or self.settings.get("ckpt_path") is None:
+            return
+        settings = self.settings
+        runs = Path(settings.output.root) / settings.output.name
+        self.resume_point = find_resume_point(str(settings.ckpt_path), runs, settings.model.method)
+        settings.ckpt_path = None  # LightningCLI would read the file again, for hyperparameters
+
+    def before_instantiate_classes(self) -> None:
+        """Give the trainer the checkpoint that was found."""
+        if self.resume_point is not None:
+            self.settings.ckpt_path = str(self.resume_point.checkpoint)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with the run's loggers and the project's callbacks."""
-        strategy = self._get(self.config_init, "trainer")["strategy"]
-        if isinstance(strategy, FSDPStrategy) or str(strategy).startswith("fsdp"):
+        given = self.made.trainer
+        if isinstance(given.strategy, FSDPStrategy) or str(given.strategy).startswith("fsdp"):
             raise InputError(
-                f"trainer.strategy is {strategy!r}, which is FSDP1: give --config strategies/fsdp.yaml, which "
-                "is FSDP2, instead"
+                f"trainer.strategy is {given.strategy!r}, which is FSDP1: give --config strategies/fsdp.yaml, "
+                "which is FSDP2, instead"
             )
-        init = self._get(self.config_init, "init")
-        output = self._get(self.config_init, "output")
-        extra: list[Callback] = []
-        seed = self._get(self.config, "seed_everything")
-        if self._get(self.config_init, "trainer")["enable_progress_bar"] is not False:
-            extra.append(TQDMProgressBar() if on_terminal() else PlainProgress())
-        own = self._get(self.config_init, "trainer")["logger"]
-        kwargs["logger"] = own
-        if self.subcommand == "fit":
-            dry = self._get(self.config_init, "trainer")["fast_dev_run"]
-            going_on = self.continuation
-            folder, wandb_id = (
-                (None, None) if going_on is None else (going_on.folder, going_on.wandb_id)
-            )
-            method = self._get(self.config, "model")["method"]
-            task = getattr(self._get(self.config_init, "data"), "task_name", None)
-            about = (task, (method, f"seed {seed}"))
-            loggers = [] if dry else make_loggers(output, folder, wandb_id, *about)
-            given = [] if own in (None, True, False) else own if isinstance(own, list) else [own]
-            kwargs["logger"] = loggers + given or False
-            extra += [
-                AdaLoraPruning(),
-                MidEpochResume(seed, folder is not None),
-                ScoreAt("zero_shot"),
-            ]
-            if init is not None:
-                extra += [init, ScoreAt("after_init")]
-            else:
-                extra.append(ScoreAt("after_init", same_as="zero_shot"))
-            checkpoints = Checkpoints(output.checkpoint_every_n_steps)
-            keeps = self._get(self.config_init, "trainer")["enable_checkpointing"] is not False
-            preemption = Preemption(self.signals, checkpoints.save if keeps else None)
-            final = ScoreAt("final", between_batches=preemption.stop_if_asked)
-            extra += [final, BenchmarkResults(), RunReport(seed), preemption]
-            extra += [checkpoints] if keeps else []
-        else:
-            extra.append(BenchmarkResults(self._test_folder(output), output))
-            if own is None:
-                kwargs["logger"] = False
-        plugins = self._get(self.config_init, "trainer")["plugins"] or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, CheckpointFiles()]
-        trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        loggers = self._run_loggers() if self.subcommand == "fit" else []
         try:
             if self.subcommand == "plan":
-                trainer: Trainer = plan_trainer(trainer_config, init)
+                trainer: Trainer = plan_trainer(given, self.made.init)
                 check_precision(trainer)
                 return trainer
-            trainer = self._instantiate_trainer(trainer_config, extra)
+            kwargs["logger"] = [*loggers, *_listed(given.logger)] or bool(
+                given.logger and self.subcommand != "fit"
+            )
+            kwargs["callbacks"] = [*_listed(given.callbacks), *self._callbacks()]
+            kwargs["plugins"] = _listed(given.plugins)
+            if not any(isinstance(plugin, CheckpointIO) for plugin in kwargs["plugins"]):
+                kwargs["plugins"].append(CheckpointFiles())
+            trainer = super().instantiate_trainer(**kwargs)
             check_trainer(trainer)
         except (ValueError, ImportError, MisconfigurationException) as error:
-            if self.subcommand == "fit" and self.continuation is None:
+            if self.resume_point is None:
                 remove_unused_folder(loggers)
             if isinstance(error, InputError):
                 raise
             raise InputError(f"the settings in trainer cannot be used: {error}") from error
-        install_setup_checks(trainer.strategy, self._settings())
+        install_setup_checks(trainer.strategy, self.parser.dump(self.config, skip_unset=False))
         return trainer
 
-    def _test_folder(self, output: OutputSettings) -> Path:
+    def _run_loggers(self) -> list[Logger]:
+        """Make the run folder, or go on in that of the checkpoint."""
+        if self.made.trainer.fast_dev_run:
+            return []
+        point = self.resume_point
+        folder, wandb_id = (None, None) if point is None else (point.folder, point.wandb_id)
+        tags = (self.settings.model.method, f"seed {self.settings.seed_everything}")
+        return make_loggers(
+            self.made.output, folder, wandb_id, getattr(self.datamodule, "task_name", None), tags
+        )
+
+    def _callbacks(self) -> list[Callback]:
+        given, output = self.made.trainer, self.made.output
+        bar = [] if given.enable_progress_bar is False else [progress_bar()]
+        if self.subcommand != "fit":
+            return [*bar, BenchmarkResults(self._test_folder(), output)]
+        saves = given.enable_checkpointing is not False
+        return bar + fit_callbacks(
+            self.made.init,
+            self.settings.seed_everything,
+            self.signals,
+            self.resume_point is not None and self.resume_point.folder is not None,
+            output.checkpoint_every_n_steps if saves else None,
+        )
+
+    def _test_folder(self) -> Path:
         """Return where a test keeps answers: the run's folder, or that of the experiment's name."""
-        model = self._get(self.config, "model")
-        trained = Path(model.get("adapter_path") or model["name"])
-        folder = RunFolder(trained.parent)
-        if trained in (folder.adapter, folder.model) and folder.config.is_file():
-            return folder.path
+        model, output = self.settings.model, self.made.output
+        trained = Path(model.adapter_path or model.name)
+        run = RunFolder(trained.parent)
+        if trained in (run.adapter, run.model) and run.config.is_file():
+            return run.path
         return Path(output.root) / output.name
 
     def after_plan(self) -> None:
         """Let the exit status say whether the run fits."""
-        trainer: Any = self.trainer
-        self.status = 0 if trainer.fits else 1
+        assert isinstance(self.trainer, PlanTrainer)
+        self.status = 0 if self.trainer.fits else 1
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return one or several objects of the trainer as a list; switches (null, true, false) count as none."""
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list) else [value]

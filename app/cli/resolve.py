@@ -5,11 +5,13 @@ from functools import cached_property
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
-from app.cli.lora_cli import LoraCLI, run_cli
+from app.cli.lora_cli import LoraCLI, make_cli
 from app.training.checks import check_length
 from app.utils.arguments import class_named
 from app.utils.signals import StopSignals
+from callbacks.save_config import config_text
 
 
 class ResolvedFit(LoraCLI):
@@ -23,20 +25,17 @@ class ResolvedFit(LoraCLI):
 
     def instantiate_classes(self) -> None:
         """Make nothing."""
-        self.resolved = yaml.safe_load(self._settings())
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing."""
+        self.resolved = yaml.safe_load(config_text(self.parser, self.config))
 
     @cached_property
-    def _made(self) -> Any:
+    def made(self) -> Namespace:
         """Everything of the run but the trainer; making it checks its settings."""
         return self.parser.instantiate(self.config)
 
     @property
     def data(self) -> Any:
         """The data module."""
-        return self._get(self._made, "data")
+        return self.made.data
 
     def class_named(self, path: str) -> Any:
         """Return the class that a `class_path` names."""
@@ -44,7 +43,7 @@ class ResolvedFit(LoraCLI):
 
     def check(self) -> None:
         """Raise an error if a part cannot be made, or training is too short for the adapter."""
-        module, trainer = self._get(self._made, "model"), self.resolved["trainer"]
+        module, trainer = self.made.model, self.resolved["trainer"]
         adapter = module.adapter if module.adapter_path is None else None
         check_length(adapter, trainer.get("max_steps"), trainer.get("max_epochs"))
 
@@ -55,4 +54,4 @@ def resolve_run(options: Sequence[str]) -> ResolvedFit:
     Raises:
         InputError: A setting is unknown or wrong, or a file is missing.
     """
-    return run_cli(ResolvedFit, ["fit", *options], StopSignals())
+    return make_cli(ResolvedFit, options, StopSignals(), run=False)

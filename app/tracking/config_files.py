@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from app.tracking.run_folder import RunFolder
+from app.utils.class_paths import exists, shorten_class_paths
 from app.utils.errors import InputError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -40,12 +41,19 @@ def expand(arguments: Sequence[str]) -> list[str]:
             run.check_finished()
             whole = run.model.is_dir()
             trained = f"name={run.model}" if whole else f"adapter_path={run.adapter}"
-            expanded += [f"--config={run.config}", f"--model.{trained}"]
+            expanded += [f"--config={_current(run.config)}", f"--model.{trained}"]
         else:
             path = find_config(value)
             off.file(path, _read_yaml(path))
-            expanded.append(f"--config={path}")
+            expanded.append(f"--config={_current(path)}")
     return expanded
+
+
+def _current(path: Path) -> str:
+    """Return a file, or its content with the bare names of classes that have moved since it was written."""
+    text = path.read_text(encoding="utf-8")
+    current = shorten_class_paths(text, lambda name: not exists(name))
+    return str(path) if current == text else current
 
 
 def _named_files(arguments: Sequence[str]) -> list[tuple[str | None, str]]:

@@ -21,18 +21,20 @@ def name_of(file):
 
 @pytest.fixture
 def parsed(monkeypatch, command):
-    """Return the configuration that a command comes to."""
+    """Return the configuration that a command line comes to, without running anything."""
+
+    class Parsed(Exception):
+        pass
+
+    def stop(cli):
+        raise Parsed(cli.settings)
+
+    monkeypatch.setattr(app.cli.lora_cli.LoraCLI, "instantiate_classes", stop)
 
     def parse(*argv, subcommand="fit"):
-        found = []
-        monkeypatch.setattr(app.cli.lora_cli.LoraCLI, "instantiate_classes", lambda cli: None)
-        monkeypatch.setattr(
-            app.cli.lora_cli.LoraCLI,
-            "_run_subcommand",
-            lambda cli, name: found.append(cli.config[name]),
-        )
-        assert command(subcommand, *argv) == 0
-        return found[0]
+        with pytest.raises(Parsed) as parsed:
+            command(subcommand, *argv)
+        return parsed.value.args[0]
 
     return parse
 

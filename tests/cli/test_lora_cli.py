@@ -21,16 +21,18 @@ from app.utils.files import file_sha256
 def parsed(monkeypatch, command):
     """Return the configuration that a command line comes to, without running anything."""
 
+    class Parsed(Exception):
+        pass
+
+    def stop(cli):
+        raise Parsed(cli.settings)
+
+    monkeypatch.setattr(app.cli.lora_cli.LoraCLI, "instantiate_classes", stop)
+
     def parse(*argv):
-        found = []
-
-        def stop(cli, subcommand):
-            found.append(cli.config[subcommand])
-
-        monkeypatch.setattr(app.cli.lora_cli.LoraCLI, "instantiate_classes", lambda cli: None)
-        monkeypatch.setattr(app.cli.lora_cli.LoraCLI, "_run_subcommand", stop)
-        assert command(*argv) == 0
-        return found[0]
+        with pytest.raises(Parsed) as parsed:
+            command(*argv)
+        return parsed.value.args[0]
 
     return parse
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from app.utils.class_paths import bare_name
+
 OPTIMIZER = "model.optimizer"
 RATE = f"{OPTIMIZER}.init_args.lr"
 METHOD = ("model.method", "model.adapter", OPTIMIZER, "init", "trainer.callbacks")
@@ -18,19 +20,24 @@ FREE = (
 )
 """What changes neither the training nor its scores: how often is logged, where it is written."""
 
-WATCHERS = ("callbacks.alignment_monitor.AlignmentMonitor",)
+WATCHERS = ("AlignmentMonitor",)
 """Callbacks that look on and change nothing."""
 
 Settings = dict[str, Any]
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Settings:
-    """Return nested settings with dotted names; an empty section counts as null."""
+    """Return nested settings with dotted names; an empty section counts as null.
+
+    Classes of the project have their bare names, whatever modules they lay in when a run was written.
+    """
     found: Settings = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             found |= flat(value, f"{name}.")
+        elif key == "class_path":
+            found[name] = bare_name(str(value))
         else:
             found[name] = None if value in ({}, []) else value
     return found
@@ -43,7 +50,8 @@ def method_settings(config: Mapping[str, Any]) -> Settings:
     }
     callbacks = found.get("trainer.callbacks")
     if isinstance(callbacks, list):
-        acting = [c for c in callbacks if c.get("class_path") not in WATCHERS]
+        named = [{**c, "class_path": bare_name(c["class_path"])} for c in callbacks]
+        acting = [c for c in named if c["class_path"] not in WATCHERS]
         found["trainer.callbacks"] = acting or None
     return found
 

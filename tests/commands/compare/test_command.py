@@ -278,7 +278,7 @@ def test_options_of_a_method_go_to_those_that_have_them(
         config = yaml.safe_load((run / "config.yaml").read_text())
         models[method], starts[method] = config["model"], config["init"]
     assert starts["lora"] is starts["full"] is models["full"]["adapter"] is None
-    assert starts["pissa"]["class_path"] == "callbacks.pissa_init.PissaInit"
+    assert starts["pissa"]["class_path"] == "PissaInit"
     assert starts["lora_one"]["init_args"]["num_samples"] == 4
     assert models["lora_one"]["optimizer"]["init_args"]["damping"] == 1e-3
     assert {models[m]["adapter"]["r"] for m in ("lora", "pissa", "lora_one")} == {2}

@@ -1,0 +1,36 @@
+"""Class paths of the project's own classes, which have bare names wherever they lie."""
+
+import pkgutil
+import re
+from collections.abc import Callable
+
+RENAMED = {"InsideTraining": "AlignmentMonitor"}
+"""Classes of earlier versions and what they are called now."""
+
+_OWN = re.compile(r"(?:app|callbacks|data_modules)\.[\w.]+")
+_SETTING = re.compile(rf"""(\bclass_path["']?:\s*["']?)({_OWN.pattern})""")
+
+
+def bare_name(path: str) -> str:
+    """Return the name of a class of the project without its module; any other path as it is."""
+    name = path.rpartition(".")[2]
+    return RENAMED.get(name, name) if _OWN.fullmatch(path) else path
+
+
+def exists(path: str) -> bool:
+    """Return whether a full path names something that can be imported."""
+    try:
+        pkgutil.resolve_name(path)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def shorten_class_paths(text: str, wanted: Callable[[str], bool]) -> str:
+    """Return a YAML text with the bare names of the project's own classes.
+
+    Args:
+        text: A configuration.
+        wanted: Whether to shorten this full path; other ones stay.
+    """
+    return _SETTING.sub(lambda m: m[1] + (bare_name(m[2]) if wanted(m[2]) else m[2]), text)
