@@ -1,4 +1,4 @@
-"""Figures of the linear model alone: the alignment of LoRA's random start, and paths in a plane."""
+"""Figures of the linear model alone: the alignment of LoRA's factors, and paths in a plane."""
 
 import math
 from typing import NamedTuple
@@ -6,11 +6,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.linalg import matrix_norm
 
-from app.commands.theory.descent import descend, random_start, spectral_start
+from app.commands.theory.descent import descend, first_step, random_init, spectral_init
 from app.commands.theory.experiments import STEP
 from app.commands.theory.figures import Axis, Curve, Picture
-from app.commands.theory.instances import column, misalignment, outside, spectral_norm
+from app.commands.theory.instances import aligning_deviation, column, misalignment, outside
 from app.commands.theory.problems import (
     LinearProblem,
     low_rank_change,
@@ -29,23 +30,23 @@ MOMENTS = 150
 
 
 def angles(settings: TheorySettings) -> list[Picture]:
-    """Draw how LoRA's random start aligns with the one-step gradient, over sizes of the start."""
+    """Draw how LoRA's factors align with the one-step gradient, over sizes of the random initialization."""
     given, curves = settings.problem, []
     run = _align(settings, given.outputs, given.inputs)
     output, inputs = "output side: lora_B (exact from step 1)", "input side: lora_A"
     for i, variance in enumerate(settings.alignment.variances):
-        label = f"start variance {variance:g}"
+        label = f"initial variance {variance:g}"
         curves.append(Curve(output, label, run.steps[1:], run.output[i, 1:].tolist()))
         curves.append(Curve(inputs, label, run.steps[1:], run.input[i, 1:].tolist()))
     label = "linearised descent, any variance"
     curves.append(Curve(inputs, label, run.steps[1:], run.linearised[1:], kind="bound"))
-    title = f"Alignment from LoRA's start, {_told(settings)}"
+    title = f"Alignment from LoRA's initialization, {_ranks(settings)}"
     y = Axis(ANGLE, "log", 0.03)
     return [Picture("alignment", title, Axis(STEP), y, curves, share_y=False)]
 
 
 def angle_by_size(settings: TheorySettings) -> list[Picture]:
-    """Draw the smallest angle and the last risk against the size of the start (the paper's Fig. 2)."""
+    """Draw the smallest angle and the last risk over the size of the initialization (the paper's Fig. 2)."""
     given, variances = settings.alignment, settings.alignment.variances
     smallest, risks = [], []
     for size in given.sizes:
@@ -53,24 +54,22 @@ def angle_by_size(settings: TheorySettings) -> list[Picture]:
         label = f"m = n = {size}"
         smallest.append(Curve("input side", label, variances, run.input.amin(-1).tolist()))
         risks.append(Curve(f"after {given.steps} steps", label, variances, run.risk.tolist()))
-    x = Axis("variance of the entries of lora_A at the start", "log")
-    risk = Axis("risk |BA - Delta|_F^2", "log")
-    told = _told(settings)
+    x = Axis("variance of the entries of the initial lora_A", "log")
+    ranks, risk = _ranks(settings), Axis("risk |BA - Delta|_F^2", "log")
+    title = f"Smallest angle over the steps, {ranks}"
     return [
-        Picture(
-            "smallest_angle", f"Smallest angle over the steps, {told}", x, Axis(ANGLE), smallest
-        ),
-        Picture("risk", f"Risk from LoRA's start, {told}", x, risk, risks),
+        Picture("smallest_angle", title, x, Axis(ANGLE), smallest),
+        Picture("risk", f"Risk from LoRA's initialization, {ranks}", x, risk, risks),
     ]
 
 
-def _told(settings: TheorySettings) -> str:
+def _ranks(settings: TheorySettings) -> str:
     rank = settings.problem.true_rank
     return f"r = {2 * rank}, r* = {rank}, kappa = {settings.alignment.kappa:g}"
 
 
 class _Run(NamedTuple):
-    """Descents from starts of several variances, which differ in nothing else."""
+    """Descents from random initializations of several variances, which differ in nothing else."""
 
     steps: list[int]
     output: Tensor
@@ -94,15 +93,15 @@ def _align(settings: TheorySettings, m: int, n: int) -> _Run:
     problem = LinearProblem(change.expand(many, -1, -1), moment.expand(many, -1, -1))
     scales = torch.tensor(given.variances, dtype=torch.float64).sqrt()
     A_0 = normal(rng, 1, 2 * true_rank, n)
-    start = LoraFactors(column(scales) * A_0, torch.zeros(many, m, 2 * true_rank).double())
+    initial = LoraFactors(column(scales) * A_0, torch.zeros(many, m, 2 * true_rank).double())
     U, S, Vh = torch.linalg.svd(problem.gradient(torch.zeros_like(problem.change)))
     output, inputs = U[..., :true_rank], Vh[:, :true_rank].mT
     weakest = torch.linalg.svdvals(A_0 @ inputs[:1])[0, -1]
-    rho = float(spectral_norm(outside(inputs[:1], A_0.mT))[0] / weakest)
+    rho = float(matrix_norm(outside(inputs[:1], A_0.mT), 2)[0] / weakest)
     growth = given.lr * float(S[0, true_rank - 1])
     every = max(1, given.steps // MOMENTS)
     steps, on_output, on_input, linearised = [], [], [], []
-    for t, (lora_A, lora_B) in enumerate(descend(problem, start, given.lr, given.steps)):
+    for t, (lora_A, lora_B) in enumerate(descend(problem, initial, given.lr, given.steps)):
         if t % every and t != 1:
             continue
         steps.append(t)
@@ -118,12 +117,10 @@ def alignment_time(settings: TheorySettings) -> list[Picture]:
 
         T = ln(sqrt(n) / theta) / ln(1 + lr s_r*(G))          with the unknown constant set to 1
 
-    over angles, step sizes and input lengths, with the start as small as the theorem wants it.
+    over angles, step sizes and input lengths, with the initialization as small as the theorem wants it.
     """
     sweeps: dict[str, list[tuple[float, float, int]]] = {
-        "theta from 0.3 to 0.001": [
-            (theta, 0.1, 64) for theta in (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-        ],
+        "theta from 0.3 to 0.001": [(x, 0.1, 64) for x in (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)],
         "lr from 0.005 to 0.5": [(THETA, lr, 64) for lr in (0.005, 0.015, 0.05, 0.15, 0.5)],
         "n from 16 to 512": [(THETA, 0.1, n) for n in (16, 32, 64, 128, 256, 512)],
     }
@@ -131,9 +128,9 @@ def alignment_time(settings: TheorySettings) -> list[Picture]:
     for label, places in sweeps.items():
         xs, ys = [], []
         for theta, lr, n in places:
-            expected, found = hitting_times(settings.problem.seed, theta, lr, n, 5)
+            expected, measured = hitting_times(settings.problem.seed, theta, lr, n, 5)
             xs += expected
-            ys += found
+            ys += measured
         times += xs
         curves.append(Curve("r = 2 r* = 4, kappa 1 to 1.5", label, xs, ys, kind="points"))
     ends = [min(times), max(times)]
@@ -160,30 +157,29 @@ def hitting_times(
     change = low_rank_change(rng, spaced(2, kappa), 16, n)
     problem = LinearProblem(change, sample_second_moment(rng, count, n, 40 * n))
     _, S, Vh = torch.linalg.svd(problem.gradient(torch.zeros_like(change)), full_matrices=False)
-    space, conditioning = Vh[:, :2].mT, S[:, 0] / S[:, 1]
-    alpha = theta ** (1.5 * conditioning) * n ** (-0.75 * conditioning - 0.5) * S[:, 0].sqrt()
-    start = random_start(rng, problem, 4, column(alpha))
+    space, alpha = Vh[:, :2].mT, aligning_deviation(theta, n, S[:, 0], S[:, 1])
+    initial = random_init(rng, problem, 4, column(alpha))
     expected = math.log(math.sqrt(n) / theta) / torch.log1p(lr * S[:, 1])
-    first = torch.full((count,), float("nan"), dtype=torch.float64)
-    for t, (lora_A, _) in enumerate(descend(problem, start, lr, 4 * int(expected.max()))):
-        first[(misalignment(space, lora_A.mT) <= theta) & first.isnan()] = t
-        if not bool(first.isnan().any()):
-            break
-    return expected.tolist(), first.tolist()
+    path = descend(problem, initial, lr, 4 * int(expected.max()))
+    steps = first_step(path, lambda factors: misalignment(space, factors.lora_A.mT) <= theta, count)
+    return expected.tolist(), steps
 
 
 def paths(settings: TheorySettings) -> list[Picture]:
-    """Draw the way of lora_B @ lora_A in the plane: two inputs, one output, rank 1, four samples."""
+    """Draw the path of lora_B @ lora_A in the plane: two inputs, one output, rank 1, four samples."""
     rng = np.random.default_rng(settings.problem.seed)
     target = torch.tensor([[[2.0, 1.0]]], dtype=torch.float64)
     problem = LinearProblem(target, second_moment_of(normal(rng, 1, 4, 2)))
     lr, steps = 0.1, 1000
     panel = f"lr {lr}, {steps} steps"
     curves = []
-    starts = [(f"LoRA, draw {i + 1}", random_start(rng, problem, 1, 1.0)) for i in range(3)]
-    for label, start in [*starts, ("spectral start", spectral_start(problem, 1))]:
-        way = [(lora_B @ lora_A)[0, 0] for lora_A, lora_B in descend(problem, start, lr, steps)]
-        x, y = torch.stack(way).T.tolist()
+    initializations = {f"LoRA, draw {i + 1}": random_init(rng, problem, 1, 1.0) for i in range(3)}
+    initializations["spectral initialization"] = spectral_init(problem, 1)
+    for label, initial in initializations.items():
+        points = [
+            (lora_B @ lora_A)[0, 0] for lora_A, lora_B in descend(problem, initial, lr, steps)
+        ]
+        x, y = torch.stack(points).T.tolist()
         curves.append(Curve(panel, label, x, y))
     curves.append(Curve(panel, "Delta", [2.0], [1.0], kind="points"))
     curves.append(Curve(panel, "W", [0.0], [0.0], kind="points"))

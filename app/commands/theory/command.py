@@ -1,7 +1,6 @@
 """`python train.py theory`: the figures of arXiv:2502.01235 and its inequalities on random instances."""
 
 import csv
-import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,6 +25,7 @@ from app.tracking.run_folder import SUMMARY_FILE, new_run_folder
 from app.utils.arguments import Parser, PlainHelp
 from app.utils.console import on_terminal
 from app.utils.errors import InputError
+from app.utils.files import write_json
 
 RESULTS_FILE = "results.csv"
 DESCRIPTION = """Draw the paper's theory figures and check its theorems on random instances, in float64.
@@ -100,48 +100,16 @@ def run(settings: TheorySettings, folder: Path) -> int:
     each figure.
     """
     begin = time.perf_counter()
-    kind = settings.problem.kind
-    pictures: list[Picture] = []
-    checks: list[Check] = []
-
-    def check(theorem: Theorem) -> None:
-        rng = np.random.default_rng(settings.problem.seed)
-        checks.extend(theorem(rng, settings.output.instances))
-
-    def show(experiment: Experiment) -> None:
-        found = experiment(settings)
-        pictures.extend(found)
-        for picture in found:
-            draw(picture, folder)
-
-    def bounds(_: TheorySettings) -> list[Picture]:
-        return experiments.convergence_bounds([check for check in checks if check.over_steps])
-
-    parts: list[tuple[str, Callable[[], None]]] = []
-    for name, theorem in THEOREMS[kind].items():
-        parts.append((f"theorem: {name}", partial(check, theorem)))
-    for experiment in EXPERIMENTS[kind]:
-        name = experiment.__name__.replace("_", " ")
-        parts.append((f"figure: {name}", partial(show, experiment)))
-    parts.append(("figure: convergence bounds", partial(show, bounds)))
-    bar = tqdm(parts, leave=False, dynamic_ncols=True, disable=not on_terminal())
-    for i, (label, part) in enumerate(bar):
-        bar.set_description(label)
-        before = time.perf_counter()
-        part()
-        if not on_terminal():
-            seconds = time.perf_counter() - before
-            print(f"{i + 1}/{len(parts)} {label}, {seconds:.1f} s", flush=True)
+    checks, pictures = _checks_and_pictures(settings, folder)
     with (folder / RESULTS_FILE).open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(("figure", "panel", "curve", "x", "y"))
         for picture in pictures:
             writer.writerows(picture.rows())
-    holds = all(check.holds for check in checks)
     summary = {
-        "kind": kind,
+        "kind": settings.problem.kind,
         "seconds": round(time.perf_counter() - begin, 1),
-        "holds": holds,
+        "holds": all(check.holds for check in checks),
         "theorems": [
             {
                 "theorem": check.name,
@@ -155,10 +123,43 @@ def run(settings: TheorySettings, folder: Path) -> int:
         ],
         "figures": [f"{picture.name}.png" for picture in pictures],
     }
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(folder / SUMMARY_FILE, summary)
     print(table(checks))
     print(f"wrote {folder} in {summary['seconds']:.0f} s")
-    return 0 if holds else 1
+    return 0 if summary["holds"] else 1
+
+
+def _checks_and_pictures(
+    settings: TheorySettings, folder: Path
+) -> tuple[list[Check], list[Picture]]:
+    """Check the theorems, then make and draw the figures, and show the progress."""
+    kind, checks, pictures = settings.problem.kind, list[Check](), list[Picture]()
+
+    def check(theorem: Theorem) -> None:
+        rng = np.random.default_rng(settings.problem.seed)
+        checks.extend(theorem(rng, settings.output.instances))
+
+    def show(experiment: Experiment) -> None:
+        for picture in experiment(settings):
+            pictures.append(picture)
+            draw(picture, folder)
+
+    def convergence_bounds(_: TheorySettings) -> list[Picture]:
+        return experiments.convergence_bounds([check for check in checks if check.over_steps])
+
+    parts = [(f"theorem: {name}", partial(check, given)) for name, given in THEOREMS[kind].items()]
+    for experiment in (*EXPERIMENTS[kind], convergence_bounds):
+        name = experiment.__name__.replace("_", " ")
+        parts.append((f"figure: {name}", partial(show, experiment)))
+    bar = tqdm(parts, leave=False, dynamic_ncols=True, disable=not on_terminal())
+    for i, (label, part) in enumerate(bar):
+        bar.set_description(label)
+        before = time.perf_counter()
+        part()
+        if not on_terminal():
+            seconds = time.perf_counter() - before
+            print(f"{i + 1}/{len(parts)} {label}, {seconds:.1f} s", flush=True)
+    return checks, pictures
 
 
 def table(checks: Sequence[Check]) -> str:
@@ -166,8 +167,6 @@ def table(checks: Sequence[Check]) -> str:
     width = max(len(check.name) for check in checks)
     lines = [f"{'theorem':<{width}}  instances  measured/bound  holds  inequality"]
     for check in checks:
-        told = "yes" if check.holds else "NO"
-        lines.append(
-            f"{check.name:<{width}}  {check.instances:>9}  {check.worst:>14.3g}  {told:<5}  {check.statement}"
-        )
+        numbers = f"{check.instances:>9}  {check.worst:>14.3g}  {'yes' if check.holds else 'NO':<5}"
+        lines.append(f"{check.name:<{width}}  {numbers}  {check.statement}")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
-"""Starts and gradient descent of LoRA factors, with and without the preconditioner."""
+"""Initializations and gradient descent of LoRA factors, with and without the preconditioner."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,11 +12,13 @@ from app.initialization.factors import LoraFactors, spectral_factors
 from app.initialization.svd import SVD, truncated_svd
 from app.optim.preconditioner import Cache, precondition_pairs
 
+State = TypeVar("State")
 
-def random_start(
+
+def random_init(
     rng: np.random.Generator, problem: Problem, rank: int, scale: Tensor | float
 ) -> LoraFactors:
-    """Return LoRA's start: lora_A normal with deviation `scale` (a number or (P, 1, 1)), lora_B zero."""
+    """Return LoRA's: lora_A normal with deviation `scale` (a number or (P, 1, 1)), lora_B zero."""
     instances, m, n = problem.change.shape
     lora_A = scale * normal(rng, instances, rank, n)
     return LoraFactors(lora_A, lora_A.new_zeros(instances, m, rank))
@@ -26,8 +29,8 @@ def gradient_svds(problem: Problem, rank: int) -> list[SVD]:
     return [truncated_svd(G, rank) for G in problem.gradient(torch.zeros_like(problem.change))]
 
 
-def spectral_start(problem: Problem, rank: int, gamma: float | None = None) -> LoraFactors:
-    """Return the start of the paper's theorems: lora_B @ lora_A = P_r(-dL/dW) / gamma, balanced.
+def spectral_init(problem: Problem, rank: int, gamma: float | None = None) -> LoraFactors:
+    """Return that of the paper's theorems: lora_B @ lora_A = P_r(-dL/dW) / gamma, balanced.
 
     Args:
         problem: P problems.
@@ -37,12 +40,12 @@ def spectral_start(problem: Problem, rank: int, gamma: float | None = None) -> L
     Source: arXiv:2502.01235, eq. 8, whose gamma is 1 / gamma here.
     """
     divisor = problem.gamma if gamma is None else gamma
-    starts = [spectral_factors(s, divisor, normalized=False) for s in gradient_svds(problem, rank)]
-    return LoraFactors(*(torch.stack(same) for same in zip(*starts, strict=True)))
+    factors = [spectral_factors(s, divisor, normalized=False) for s in gradient_svds(problem, rank)]
+    return LoraFactors(*(torch.stack(same) for same in zip(*factors, strict=True)))
 
 
-def lora_ga_start(problem: Problem, rank: int, gamma: float) -> LoraFactors:
-    """Return LoRA-GA's start: triplets 1..r into lora_A, the next r into lora_B, size m^(1/4) / sqrt(gamma).
+def lora_ga_init(problem: Problem, rank: int, gamma: float) -> LoraFactors:
+    """Return LoRA-GA's: triplets 1..r into lora_A, the next r into lora_B, size m^(1/4) / sqrt(gamma).
 
     Its product is subtracted from the base weight: give `descend` offset = -lora_B @ lora_A.
 
@@ -57,7 +60,7 @@ def lora_ga_start(problem: Problem, rank: int, gamma: float) -> LoraFactors:
 
 def descend(
     problem: Problem,
-    start: LoraFactors,
+    initial: LoraFactors,
     lr: Tensor | float,
     steps: int,
     damping: float | None = None,
@@ -73,7 +76,7 @@ def descend(
 
     Args:
         problem: P problems.
-        start: lora_A (P, r, n) and lora_B (P, m, r).
+        initial: lora_A (P, r, n) and lora_B (P, m, r).
         lr: A number, or one for each instance (P, 1, 1).
         steps: Number of steps.
         damping: Of the preconditioner; 0 is the paper's; None leaves the preconditioner out.
@@ -84,9 +87,9 @@ def descend(
 
     Source: arXiv:2502.01235, eqs. 3 and 9.
     """
-    lora_A, lora_B = start
+    lora_A, lora_B = initial
     cache: Cache = {}
-    yield start
+    yield initial
     for _ in range(steps):
         G = problem.gradient(offset + lora_B @ lora_A)
         grad_A, grad_B = lora_B.mT @ G, G @ lora_A.mT
@@ -102,16 +105,26 @@ def descend(
 def descend_core(problem: Problem, rank: int, lr: float, steps: int) -> Iterator[Tensor]:
     """Yield the update U R V^T before and after each step, R alone being trained (LoRA-SB).
 
-    U and V are the leading singular vectors of the one-step gradient and R starts at diag(-S).
+    U and V are the leading singular vectors of the one-step gradient and R is diag(-S) at first.
 
     Source: arXiv:2411.19557, by plain gradient descent.
     """
     svds = gradient_svds(problem, rank)
     left, right = torch.stack([s.U for s in svds]), torch.stack([s.V for s in svds])
     core = torch.diag_embed(-torch.stack([s.S for s in svds]))
-    update = left @ core @ right.mT
-    yield update
-    for _ in range(steps):
-        core = core - lr * left.mT @ problem.gradient(update) @ right
+    for _ in range(steps + 1):
         update = left @ core @ right.mT
         yield update
+        core = core - lr * left.mT @ problem.gradient(update) @ right
+
+
+def first_step(
+    path: Iterable[State], reached: Callable[[State], Tensor], instances: int
+) -> list[float]:
+    """Return the first step at which `reached` (P,) holds, for each instance; NaN where it never does."""
+    first = torch.full((instances,), float("nan"), dtype=torch.float64)
+    for t, state in enumerate(path):
+        first[reached(state) & first.isnan()] = t
+        if not bool(first.isnan().any()):
+            break
+    return first.tolist()

@@ -1,22 +1,21 @@
-"""Figures of both models: convergence over condition numbers and ranks, the spectral start's error."""
+"""Figures of both models: convergence over condition numbers and ranks, the spectral initialization's error."""
 
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
+from torch.linalg import matrix_norm, svdvals
 
-from app.commands.theory.descent import spectral_start
+from app.commands.theory.descent import first_step, spectral_init
 from app.commands.theory.figures import Axis, Curve, Picture
-from app.commands.theory.instances import frobenius, spectral_norm
+from app.commands.theory.instances import deviation
 from app.commands.theory.methods import (
     METHODS,
+    along,
     lora_ga_updates,
     lora_sb_updates,
-    losses,
     make_problem,
     squared_errors,
-    steps_until,
     updates,
 )
 from app.commands.theory.problems import LinearProblem, ReluProblem
@@ -34,11 +33,11 @@ def loss_by_kappa(settings: TheorySettings) -> list[Picture]:
     """Draw loss against steps of each method, one panel for a condition number."""
     kappas = settings.sweep.kappas
     rank, steps = settings.problem.true_rank, settings.descent.steps
-    problem = make_problem(settings, np.random.default_rng(settings.problem.seed), kappas)
+    problem = make_problem(settings, kappas)
     curves = []
     for method in METHODS:
-        values = losses(problem, updates(settings, problem, method, rank, steps, singular=False))
-        for kappa, row in zip(kappas, values.tolist(), strict=True):
+        rows = along(updates(settings, problem, method, rank, steps), problem.loss)
+        for kappa, row in zip(kappas, rows, strict=True):
             curves.append(Curve(f"kappa = {kappa:g}", method.label, range(steps + 1), row))
     title = f"Loss at rank r = r* = {rank}, {settings.problem.kind} model"
     return [Picture("loss_by_kappa", title, Axis(STEP), Axis("loss L", "log", FLOOR), curves)]
@@ -54,24 +53,20 @@ def error_by_rank(settings: TheorySettings) -> list[Picture]:
     panels += [(low, low, kappa), (2 * low, low, kappa)]
     curves = []
     for rank, true_rank, kappa in panels:
-        rng = np.random.default_rng(settings.problem.seed)
-        problem = make_problem(settings, rng, [kappa], true_rank)
+        problem = make_problem(settings, [kappa], true_rank)
         panel = f"r = {rank}, r* = {true_rank}"
-        for method in METHODS:
-            path = updates(settings, problem, method, rank, steps, singular=rank > true_rank)
-            [row] = squared_errors(problem, path).tolist()
-            curves.append(Curve(panel, method.label, range(steps + 1), row))
-        for label, path in (
-            ("LoRA-GA, preconditioned", lora_ga_updates(settings, problem, rank, steps)),
-            ("LoRA-SB, gradient descent", lora_sb_updates(settings, problem, rank, steps)),
-        ):
-            [row] = squared_errors(problem, path).tolist()
+        paths = {
+            method.label: updates(settings, problem, method, rank, steps, rank > true_rank)
+            for method in METHODS
+        }
+        paths["LoRA-GA, preconditioned"] = lora_ga_updates(settings, problem, rank, steps)
+        paths["LoRA-SB, gradient descent"] = lora_sb_updates(settings, problem, rank, steps)
+        for label, path in paths.items():
+            [row] = squared_errors(problem, path)
             curves.append(Curve(panel, label, range(steps + 1), row))
         if rank < true_rank:
-            best = float(torch.linalg.svdvals(problem.change[0])[rank:true_rank].square().sum())
-            curves.append(
-                Curve(panel, "best rank-r matrix", [0, steps], [best, best], kind="bound")
-            )
+            best = float(svdvals(problem.change[0])[rank:true_rank].square().sum())
+            curves.append(Curve(panel, "best rank-r matrix", [0, steps], [best, best], "bound"))
     title = f"Error at ranks below, at and above the true one, {settings.problem.kind} model"
     y = Axis("error |BA - Delta|_F^2", "log", FLOOR)
     return [Picture("error_by_rank", title, Axis(STEP), y, curves, share_y=False)]
@@ -79,62 +74,52 @@ def error_by_rank(settings: TheorySettings) -> list[Picture]:
 
 def steps_by_kappa(settings: TheorySettings) -> list[Picture]:
     """Draw the steps to a fixed error against the condition number, with and without preconditioner."""
-    kappas = settings.sweep.many_kappas
-    rank = settings.problem.true_rank
-    problem = make_problem(settings, np.random.default_rng(settings.problem.seed), kappas)
+    kappas, rank = settings.sweep.many_kappas, settings.problem.true_rank
+    problem = make_problem(settings, kappas)
     most = math.ceil(20 * max(5, *kappas) / settings.descent.lr)
 
     def reached(update: torch.Tensor) -> torch.Tensor:
-        return frobenius(update - problem.change) <= TOLERANCE
+        return matrix_norm(update - problem.change) <= TOLERANCE
 
     curves, panel = [], f"r = r* = {rank}"
     for method in METHODS:
-        path = updates(settings, problem, method, rank, most, singular=False)
-        found = steps_until(reached, path, len(kappas)).tolist()
-        curves.append(Curve(panel, method.label, kappas, found))
+        path = updates(settings, problem, method, rank, most)
+        curves.append(Curve(panel, method.label, kappas, first_step(path, reached, len(kappas))))
     one = curves[2].y[0]
     line = [one * kappa / kappas[0] for kappa in kappas]
-    curves.append(Curve(panel, "proportional to kappa", kappas, line, kind="bound"))
+    curves.append(Curve(panel, "proportional to kappa", kappas, line, "bound"))
     title = f"Steps to |BA - Delta|_F = {TOLERANCE:g} |Delta|, {settings.problem.kind} model"
     x = Axis("condition number kappa of Delta", "log")
     return [Picture("steps_by_kappa", title, x, Axis("steps", "log"), curves)]
 
 
 def spectral_error(settings: TheorySettings) -> list[Picture]:
-    """Draw the spectral start's error against the number of samples, with its bound."""
-    given, per_input = settings.problem, settings.sweep.samples_per_input
+    """Draw the spectral initialization's error against the number of samples, with its bound."""
+    given, xs = settings.problem, settings.sweep.samples_per_input
     kappas = [given.kappa] * settings.sweep.draws
-    ranks = [max(1, given.true_rank // 2), given.true_rank, 2 * given.true_rank]
-    found: dict[tuple[int, str], list[float]] = {}
-    for many in per_input:
-        rng = np.random.default_rng(given.seed)
-        problem = make_problem(settings, rng, kappas, samples=many * given.inputs)
-        for rank in ranks:
-            lora_A, lora_B = spectral_start(problem, rank)
-            error = spectral_norm(lora_B @ lora_A - problem.change)
-            found.setdefault((rank, "error"), []).append(float(error.mean()))
-            if isinstance(problem, LinearProblem):
-                bound = spectral_norm(problem.second_moment - torch.eye(given.inputs).double())
-                found.setdefault((rank, "bound"), []).append(float(bound.mean()))
+    problems = [make_problem(settings, kappas, samples=many * given.inputs) for many in xs]
+    change, last = problems[0].change, problems[-1]  # Delta is the same for all numbers of samples
     curves = []
-    for rank in ranks:
+    for rank in (max(1, given.true_rank // 2), given.true_rank, 2 * given.true_rank):
         panel = f"r = {rank}, r* = {given.true_rank}"
-        label = f"spectral start, mean of {settings.sweep.draws}"
-        curves.append(Curve(panel, label, per_input, found[rank, "error"]))
-        if rank >= given.true_rank and (rank, "bound") in found:
-            bound_label = "bound |Sigma - I|_op (Thm 3.3)"
-            curves.append(Curve(panel, bound_label, per_input, found[rank, "bound"], kind="bound"))
+        errors = []
+        for problem in problems:
+            lora_A, lora_B = spectral_init(problem, rank)
+            errors.append(float(matrix_norm(lora_B @ lora_A - problem.change, 2).mean()))
+        label = f"spectral initialization, mean of {settings.sweep.draws}"
+        curves.append(Curve(panel, label, xs, errors))
         if rank < given.true_rank:
-            left = float(torch.linalg.svdvals(problem.change[0])[rank])
-            row = [left] * len(per_input)
-            curves.append(Curve(panel, "best rank-r matrix", per_input, row, kind="bound"))
-        elif isinstance(problem, ReluProblem):
-            G = problem.expected_gradient(torch.zeros_like(problem.change)) / problem.gamma
-            row = [float(spectral_norm(-G - problem.change).mean())] * len(per_input)
-            curves.append(
-                Curve(panel, "error for N to infinity, any rank", per_input, row, "bound")
-            )
-    title = f"Error of the spectral start, {given.kind} model"
+            left = float(svdvals(change[0])[rank])
+            curves.append(Curve(panel, "best rank-r matrix", xs, [left] * len(xs), "bound"))
+        elif isinstance(last, ReluProblem):
+            G = last.expected_gradient(torch.zeros_like(change)) / last.gamma
+            row = [float(matrix_norm(-G - change, 2).mean())] * len(xs)
+            curves.append(Curve(panel, "error for N to infinity, any rank", xs, row, "bound"))
+        else:
+            linear = [problem for problem in problems if isinstance(problem, LinearProblem)]
+            row = [float(deviation(problem.second_moment).mean()) for problem in linear]
+            curves.append(Curve(panel, "bound |Sigma - I|_op (Thm 3.3)", xs, row, "bound"))
+    title = f"Error of the spectral initialization, {given.kind} model"
     y = Axis("|BA - Delta|_op / |Delta|_op", "log")
     return [Picture("spectral_error", title, Axis("samples per input N / n", "log"), y, curves)]
 
@@ -145,9 +130,9 @@ def convergence_bounds(checks: Sequence[Check]) -> list[Picture]:
     for check in checks:
         ratio = check.measured / check.bound
         steps = range(1, 1 + ratio.shape[1])
-        count = check.instances
         for label, row in (("largest", ratio.amax(0)), ("median", ratio.median(0).values)):
-            curves.append(Curve(check.name, f"{label} of {count} instances", steps, row.tolist()))
-        curves.append(Curve(check.name, "the bound", [0, steps[-1]], [1, 1], kind="bound"))
+            label = f"{label} of {check.instances} instances"
+            curves.append(Curve(check.name, label, steps, row.tolist()))
+        curves.append(Curve(check.name, "the bound", [0, steps[-1]], [1, 1], "bound"))
     y = Axis("|BA - Delta|_F / its bound", "log", 1e-6)
     return [Picture("convergence_bounds", "Convergence against its bound", Axis(STEP), y, curves)]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.linalg import matrix_norm
 
 from app.commands.theory.problems import (
     LinearProblem,
@@ -37,17 +38,22 @@ def misalignment(space: Tensor, matrix: Tensor) -> Tensor:
     Source: arXiv:2502.01235, eqs. 6-7. Small angles keep their digits: nothing is subtracted from 1.
     """
     k = min(space.shape[-1], matrix.shape[-1])
-    return spectral_norm(outside(space, leading_left(matrix, k)))
+    return matrix_norm(outside(space, leading_left(matrix, k)), 2)
 
 
-def spectral_norm(matrix: Tensor) -> Tensor:
-    """Return the largest singular value (P,)."""
-    return torch.linalg.matrix_norm(matrix, ord=2)
+def aligning_deviation(theta: Tensor | float, n: int, largest: Tensor, smallest: Tensor) -> Tensor:
+    """Return the deviation (P,) of lora_A's entries from which Theorem 3.2 has lora_A align.
 
+        alpha = theta^(3 kappa_G / 2) n^(-3 kappa_G / 4 - 1 / 2) |G|^(1/2),     the unknown constant being 1
 
-def frobenius(matrix: Tensor) -> Tensor:
-    """Return the Frobenius norm (P,)."""
-    return torch.linalg.matrix_norm(matrix)
+    Args:
+        theta: Sine of the angle to reach.
+        n: Input length.
+        largest: s_1(G), shape (P,).
+        smallest: s_r*(G), shape (P,); kappa_G = s_1 / s_r*.
+    """
+    alpha = theta ** (1.5 * largest / smallest) * largest.sqrt()
+    return alpha * n ** (-0.75 * largest / smallest - 0.5)
 
 
 class Shape(NamedTuple):
@@ -100,12 +106,13 @@ def linear_instances(
     for value in kappa.tolist():
         samples = math.ceil(n * (3 * value / closeness) ** 2)
         moment = sample_second_moment(rng, 1, n, samples)
-        while float(_deviation(moment)) > closeness / value:
+        while float(deviation(moment)) > closeness / value:
             moment = sample_second_moment(rng, 1, n, samples)
         moments.append(moment)
     problem = LinearProblem(change, torch.cat(moments))
-    return Instances(problem, kappa, top, _deviation(problem.second_moment))
+    return Instances(problem, kappa, top, deviation(problem.second_moment))
 
 
-def _deviation(second_moment: Tensor) -> Tensor:
-    return spectral_norm(second_moment - torch.eye(second_moment.shape[-1], dtype=torch.float64))
+def deviation(second_moment: Tensor) -> Tensor:
+    """Return |Sigma - I|_op (P,)."""
+    return matrix_norm(second_moment - torch.eye(second_moment.shape[-1], dtype=torch.float64), 2)

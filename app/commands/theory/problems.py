@@ -2,31 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-
-
-class Problem(Protocol):
-    """P independent problems: find `change` (P, m, n), by which the target differs from the base."""
-
-    gamma: ClassVar[float]
-    """The divisor that makes the spectral start estimate `change`; 1 / gamma of the paper."""
-
-    @property
-    def change(self) -> Tensor:
-        """Return Delta = W_target - W (P, m, n)."""
-
-    def loss(self, update: Tensor) -> Tensor:
-        """Return the loss (P,) of W + update, an update being (P, m, n)."""
-
-    def gradient(self, update: Tensor) -> Tensor:
-        """Return the gradient (P, m, n) of the loss by the full weight at W + update."""
-
-    def risk(self, update: Tensor) -> Tensor:
-        """Return E |y - f(x)|^2 (P,) for a new standard normal x."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +25,21 @@ class LinearProblem:
     """
 
     gamma: ClassVar[float] = 1.0
+    """The divisor that makes the spectral initialization estimate Delta: 1 / gamma of the paper."""
     change: Tensor
     second_moment: Tensor
 
     def loss(self, update: Tensor) -> Tensor:
-        """Return 1/2 tr(E Sigma E^T)."""
+        """Return the loss (P,) of W + update, an update being (P, m, n)."""
         error = update - self.change
         return ((error @ self.second_moment) * error).sum((-2, -1)) / 2
 
     def gradient(self, update: Tensor) -> Tensor:
-        """Return E Sigma."""
+        """Return the gradient (P, m, n) of the loss by the full weight at W + update."""
         return (update - self.change) @ self.second_moment
 
     def risk(self, update: Tensor) -> Tensor:
-        """Return |E|_F^2, which is E |y - f(x)|^2 exactly."""
+        """Return E |y - f(x)|^2 (P,) for a new standard normal x: |E|_F^2 exactly."""
         return (update - self.change).square().sum((-2, -1))
 
 
@@ -80,24 +62,21 @@ class ReluProblem:
     change: Tensor
     inputs: Tensor
 
-    def __post_init__(self) -> None:
-        targets = (self.inputs @ (self.base + self.change).mT).relu_()
-        object.__setattr__(self, "_targets", targets)
+    @cached_property
+    def targets(self) -> Tensor:
+        """The answers y_i, shape (P, N, m)."""
+        return (self.inputs @ (self.base + self.change).mT).relu_()
 
     def loss(self, update: Tensor) -> Tensor:
         """Return the mean over the samples of half the squared error."""
-        hidden, targets = self._hidden(update)
-        return (hidden.relu() - targets).square().sum((-2, -1)) / (2 * self.inputs.shape[-2])
+        hidden = self.inputs @ (self.base + update).mT
+        return (hidden.relu() - self.targets).square().sum((-2, -1)) / (2 * self.inputs.shape[-2])
 
     def gradient(self, update: Tensor) -> Tensor:
         """Return 1/N sum_i [(f(x_i) - y_i) * relu'((W + update) x_i)] x_i^T."""
-        hidden, targets = self._hidden(update)
-        residual = (hidden - targets).mul_(hidden > 0)
+        hidden = self.inputs @ (self.base + update).mT
+        residual = (hidden - self.targets).mul_(hidden > 0)
         return residual.mT @ self.inputs / self.inputs.shape[-2]
-
-    def _hidden(self, update: Tensor) -> tuple[Tensor, Tensor]:
-        targets: Tensor = self._targets  # type: ignore[attr-defined]
-        return self.inputs @ (self.base + update).mT, targets
 
     def expected_gradient(self, update: Tensor) -> Tensor:
         """Return the gradient (P, m, n) for N to infinity.
@@ -119,14 +98,16 @@ class ReluProblem:
         return (apart / 2 - size * other * bend / math.pi).sum((-2, -1))
 
 
+Problem = LinearProblem | ReluProblem
+"""P independent problems: find `change` (P, m, n), by which the target differs from the base."""
+
+
 def _angles(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the lengths of both and the angle between them, each (P, m, 1), exact for small angles."""
     size, other = (x.norm(dim=-1, keepdim=True) for x in (rows, others))
     one, two = rows / size, others / other
-    half = torch.atan2(
-        (one - two).norm(dim=-1, keepdim=True), (one + two).norm(dim=-1, keepdim=True)
-    )
-    return size, other, 2 * half
+    apart, between = ((one + sign * two).norm(dim=-1, keepdim=True) for sign in (-1, 1))
+    return size, other, 2 * torch.atan2(apart, between)
 
 
 def normal(rng: np.random.Generator, *shape: int) -> Tensor:

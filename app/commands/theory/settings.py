@@ -1,5 +1,6 @@
 """Settings of `python train.py theory`."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,6 +10,23 @@ from app.utils.errors import InputError
 def _check(name: str, value: object, right: bool, expected: str) -> None:
     if not right:
         raise InputError(f"{name} is {value}: expected {expected}")
+
+
+def _check_at_least(section: str, settings: object, **lowest: float) -> None:
+    """Check numbers, and all numbers of lists, which may not be empty, against the smallest allowed."""
+    for name, low in lowest.items():
+        value = getattr(settings, name)
+        several = isinstance(value, list)
+        numbers = value if several else [value]
+        right = bool(numbers) and all(low <= number < math.inf for number in numbers)
+        expected = f"numbers of at least {low}" if several else f"at least {low}"
+        _check(f"{section}.{name}", value, right, expected)
+
+
+def _check_positive(section: str, settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _check(f"{section}.{name}", value, 0 < value < math.inf, "more than 0")
 
 
 @dataclass(frozen=True)
@@ -36,24 +54,13 @@ class ProblemSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        smaller = min(self.inputs, self.outputs)
-        _check("problem.inputs", self.inputs, self.inputs >= 2, "at least 2")
-        _check("problem.outputs", self.outputs, self.outputs >= 2, "at least 2")
-        _check(
-            "problem.samples",
-            self.samples,
-            self.samples > self.inputs,
-            f"more than problem.inputs ({self.inputs}): the theory needs n < N",
-        )
-        _check(
-            "problem.true_rank",
-            self.true_rank,
-            1 <= 6 * self.true_rank <= smaller,
-            f"1 to a sixth of the smaller of problem.inputs and problem.outputs ({smaller})",
-        )
-        _check("problem.kappa", self.kappa, 1 <= self.kappa < float("inf"), "at least 1")
-        _check("problem.signal", self.signal, 0 < self.signal < float("inf"), "more than 0")
-        _check("problem.seed", self.seed, self.seed >= 0, "at least 0")
+        _check_at_least("problem", self, inputs=2, outputs=2, kappa=1, seed=0)
+        _check_positive("problem", self, "signal")
+        more = f"more than problem.inputs ({self.inputs}): the theory needs n < N"
+        _check("problem.samples", self.samples, self.samples > self.inputs, more)
+        side = min(self.inputs, self.outputs)
+        sixth = f"1 to a sixth of the smaller of problem.inputs and problem.outputs ({side})"
+        _check("problem.true_rank", self.true_rank, 1 <= 6 * self.true_rank <= side, sixth)
 
 
 @dataclass(frozen=True)
@@ -64,33 +71,31 @@ class DescentSettings:
         lr: Step size of plain gradient descent.
         preconditioned_lr: Step size of preconditioned gradient descent.
         steps: Steps of the loss curves.
-        damping: Of the preconditioner where a Gram matrix is singular: from LoRA's random start, and at
-            ranks above the true one. Elsewhere it is 0, as in the theorems.
-        start_variance: Variance of the entries of LoRA's random lora_A.
+        damping: Of the preconditioner where a Gram matrix is singular: from LoRA's random initialization, and
+            at ranks above the true one. Elsewhere it is 0, as in the theorems.
+        init_variance: Variance of the entries of LoRA's random lora_A.
     """
 
     lr: float = 0.3
     preconditioned_lr: float = 0.5
     steps: int = 150
     damping: float = 1e-3
-    start_variance: float = 1e-3
+    init_variance: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name in ("lr", "preconditioned_lr", "damping", "start_variance"):
-            value = getattr(self, name)
-            _check(f"descent.{name}", value, 0 < value < float("inf"), "more than 0")
-        _check("descent.steps", self.steps, self.steps >= 1, "at least 1")
+        _check_positive("descent", self, "lr", "preconditioned_lr", "damping", "init_variance")
+        _check_at_least("descent", self, steps=1)
 
 
 @dataclass(frozen=True)
 class AlignmentSettings:
-    """The figures of alignment from LoRA's random start, of the linear model, at rank 2 r*.
+    """The figures of alignment from LoRA's random initialization, of the linear model, at rank 2 r*.
 
     Args:
         kappa: Condition number of Delta there.
         lr: Step size.
         steps: Number of steps.
-        variances: Variances of the entries of lora_A at the start.
+        variances: Variances of the entries of the initial lora_A.
         sizes: m = n of the figures over sizes, with as many samples per input as the problem has.
     """
 
@@ -101,12 +106,10 @@ class AlignmentSettings:
     sizes: list[int] = field(default_factory=lambda: [25, 50, 100])
 
     def __post_init__(self) -> None:
-        _check("alignment.kappa", self.kappa, 1 <= self.kappa < float("inf"), "at least 1")
-        _check("alignment.lr", self.lr, 0 < self.lr < float("inf"), "more than 0")
-        _check("alignment.steps", self.steps, self.steps >= 1, "at least 1")
-        right = bool(self.variances) and all(0 < v < float("inf") for v in self.variances)
+        _check_at_least("alignment", self, kappa=1, steps=1)
+        _check_positive("alignment", self, "lr")
+        right = bool(self.variances) and all(0 < v < math.inf for v in self.variances)
         _check("alignment.variances", self.variances, right, "numbers above 0")
-        _check("alignment.sizes", self.sizes, bool(self.sizes), "at least one size")
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class SweepSettings:
     Args:
         kappas: Condition numbers of the loss curves, one panel each.
         many_kappas: Condition numbers of the figure of step counts.
-        samples_per_input: N / n of the figure of the spectral start's error.
+        samples_per_input: N / n of the figure of the spectral initialization's error.
         draws: Random draws behind each point of that figure.
     """
 
@@ -126,11 +129,7 @@ class SweepSettings:
     draws: int = 5
 
     def __post_init__(self) -> None:
-        for name, low in (("kappas", 1), ("many_kappas", 1), ("samples_per_input", 2)):
-            values = getattr(self, name)
-            right = bool(values) and all(low <= v < float("inf") for v in values)
-            _check(f"sweep.{name}", values, right, f"numbers of at least {low}")
-        _check("sweep.draws", self.draws, self.draws >= 1, "at least 1")
+        _check_at_least("sweep", self, kappas=1, many_kappas=1, samples_per_input=2, draws=1)
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ class TheoryOutput:
     instances: int = 100
 
     def __post_init__(self) -> None:
-        _check("output.instances", self.instances, self.instances >= 1, "at least 1")
+        _check_at_least("output", self, instances=1)
 
 
 @dataclass(frozen=True)
@@ -162,15 +161,14 @@ class TheorySettings:
     output: TheoryOutput
 
     def __post_init__(self) -> None:
-        rank = self.problem.true_rank
-        sizes = self.alignment.sizes
+        rank, sizes = self.problem.true_rank, self.alignment.sizes
         expected = f"sizes of at least 2 problem.true_rank ({2 * rank})"
-        _check("alignment.sizes", sizes, min(sizes) >= 2 * rank, expected)
-        every = {
-            "alignment.kappa": [self.alignment.kappa],
-            "problem.kappa": [self.problem.kappa],
-            "sweep.kappas": self.sweep.kappas,
-            "sweep.many_kappas": self.sweep.many_kappas,
-        }
-        for name, kappas in every.items():
+        right = bool(sizes) and min(sizes) >= 2 * rank
+        _check("alignment.sizes", sizes, right, expected)
+        for name, kappas in (
+            ("alignment.kappa", [self.alignment.kappa]),
+            ("problem.kappa", [self.problem.kappa]),
+            ("sweep.kappas", self.sweep.kappas),
+            ("sweep.many_kappas", self.sweep.many_kappas),
+        ):
             _check(name, kappas, rank > 1 or set(kappas) == {1}, "1 where problem.true_rank is 1")

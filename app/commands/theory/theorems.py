@@ -5,28 +5,35 @@ ours: the statement of the check says which, and docs/theory.md how it was found
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.linalg import matrix_norm, svd, svdvals
 
-from app.commands.theory.descent import descend, random_start, spectral_start
+from app.commands.theory.descent import descend, random_init, spectral_init
 from app.commands.theory.instances import (
     SMALL,
     USUAL,
     Shape,
+    aligning_deviation,
     column,
-    frobenius,
     leading_left,
     linear_instances,
     log_uniform,
     misalignment,
     outside,
-    spectral_norm,
 )
-from app.commands.theory.problems import low_rank_change, normal, relu_problem, spaced
+from app.commands.theory.problems import (
+    Problem,
+    low_rank_change,
+    normal,
+    relu_problem,
+    spaced,
+)
+from app.initialization.factors import LoraFactors
 
 ROUNDING = 1e-13
 """Where float64 ends, relative to |Delta|: bounds that go to zero go to this."""
@@ -70,12 +77,13 @@ class Check:
 def exact_alignment(
     rng: np.random.Generator, count: int, shape: Shape = USUAL, steps: int = 200
 ) -> list[Check]:
-    """Check Theorem 3.1: from a random start lora_B's columns lie in the output space of G at every t >= 1.
+    """Check Theorem 3.1: from a random initialization lora_B's columns lie in G's output space, t >= 1.
 
     Ranks below, at and above the true one. "Equal" means rounding: m n eps times the condition number of
     lora_B, whose smallest singular vectors are the ones that rounding turns most.
     """
     moments = {1, 2, 3, 5, 10, 20, 50, 100, steps}
+    rounding = shape.m * shape.n * torch.finfo(torch.float64).eps
     measured, bound = [], []
     for rank in sorted({max(1, shape.true_rank // 2), shape.true_rank, 2 * shape.true_rank}):
         problem, _, top, _ = linear_instances(rng, count, shape, 4, 1)
@@ -83,20 +91,16 @@ def exact_alignment(
         space = leading_left(G, shape.true_rank)
         scale = log_uniform(rng, 1e-3, 1, count) * (top / shape.n).sqrt()
         lr = log_uniform(rng, 0.02, 0.2, count) / top
-        start = random_start(rng, problem, rank, column(scale))
+        initial = random_init(rng, problem, rank, column(scale))
         k = min(rank, shape.true_rank)
-        for t, (_, lora_B) in enumerate(descend(problem, start, column(lr), steps)):
+        for t, (_, lora_B) in enumerate(descend(problem, initial, column(lr), steps)):
             if t in moments:
-                S = torch.linalg.svdvals(lora_B)
-                rounding = shape.m * shape.n * torch.finfo(torch.float64).eps
+                S = svdvals(lora_B)
                 measured.append(misalignment(space, lora_B))
                 bound.append(rounding * S[:, 0] / S[:, k - 1])
     statement = "angle of lora_B's space to that of G = 0 for all t >= 1 (rounding: m n eps cond)"
-    return [
-        Check(
-            "Thm 3.1, exact alignment", statement, torch.stack(measured, 1), torch.stack(bound, 1)
-        )
-    ]
+    both = torch.stack(measured, 1), torch.stack(bound, 1)
+    return [Check("Thm 3.1, exact alignment", statement, *both)]
 
 
 def approximate_alignment(
@@ -104,7 +108,7 @@ def approximate_alignment(
 ) -> list[Check]:
     """Check Theorem 3.2 and Lemma C.6: when lora_A's rows reach the input space of G, rank 2 r*.
 
-        alpha = theta^(3 kappa_G / 2) n^(-3 kappa_G / 4 - 1 / 2) |G|^(1/2)      deviation of lora_A's entries
+        alpha = aligning_deviation(theta)                                       deviation of lora_A's entries
         T     = ln(sqrt(n) / theta) / ln(1 + lr s_r*(G))                        the paper's time
         t*    = ln(2 rho / theta) / ln(1 + lr s_r*(G)),  rho = |A_0 V_perp| / s_min(A_0 V)
 
@@ -117,39 +121,36 @@ def approximate_alignment(
     """
     problem, _, top, _ = linear_instances(rng, count, shape, max_kappa, 0.5)
     G = problem.gradient(torch.zeros_like(problem.change))
-    _, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    _, S, Vh = svd(G, full_matrices=False)
     largest, smallest = S[:, 0], S[:, shape.true_rank - 1]
     space = Vh[:, : shape.true_rank].mT
     theta = log_uniform(rng, 0.03, 0.3, count)
-    alpha = theta ** (1.5 * largest / smallest) * largest.sqrt()
-    alpha = alpha * shape.n ** (-0.75 * largest / smallest - 0.5)
-    start = random_start(rng, problem, 2 * shape.true_rank, column(alpha))
+    alpha = aligning_deviation(theta, shape.n, largest, smallest)
+    initial = random_init(rng, problem, 2 * shape.true_rank, column(alpha))
     lr = log_uniform(rng, 0.05, 0.3, count) / top
-    A_0 = start.lora_A.mT
-    rho = spectral_norm(outside(space, A_0)) / torch.linalg.svdvals(space.mT @ A_0)[:, -1]
+    A_0 = initial.lora_A.mT
+    rho = matrix_norm(outside(space, A_0), 2) / svdvals(space.mT @ A_0)[:, -1]
     growth = torch.log1p(lr * smallest)
     paper_time = (math.sqrt(shape.n) / theta).log() / growth
     time = ((2 * rho / theta).log() / growth).ceil()
     angle, remainder = torch.zeros(count).double(), torch.zeros(count).double()
-    linear_A, linear_B = start
-    for t, (lora_A, lora_B) in enumerate(descend(problem, start, column(lr), int(time.max()))):
+    linear_A, linear_B = initial
+    for t, (lora_A, lora_B) in enumerate(descend(problem, initial, column(lr), int(time.max()))):
         arrived = time == t
         if bool(arrived.any()):
             angle[arrived] = misalignment(space[arrived], lora_A[arrived].mT)
         early = paper_time >= t
         if t % 5 == 0 and bool(early.any()):
             rest = torch.cat([(lora_A - linear_A).mT, lora_B - linear_B], 1)[early]
-            remainder[early] = torch.maximum(remainder[early], spectral_norm(rest))
-        linear_A, linear_B = (
-            linear_A - column(lr) * (linear_B.mT @ G),
-            linear_B - column(lr) * (G @ linear_A.mT),
-        )
+            remainder[early] = torch.maximum(remainder[early], matrix_norm(rest, 2))
+        grad_A, grad_B = linear_B.mT @ G, G @ linear_A.mT
+        linear_A, linear_B = linear_A - column(lr) * grad_A, linear_B - column(lr) * grad_B
     return [
         Check(
             "Lemma C.6, remainder of the linearised descent",
             "|Z_t - H^t Z_0| <= |A_0| for t <= ln(sqrt(n)/theta) / ln(1 + lr s_r*) (constants 1)",
             remainder,
-            spectral_norm(A_0),
+            matrix_norm(A_0, 2),
         ),
         Check(
             "Thm 3.2, alignment in time",
@@ -160,30 +161,24 @@ def approximate_alignment(
     ]
 
 
-def spectral_initialisation(
+def spectral_initialization(
     rng: np.random.Generator, count: int, shape: Shape = USUAL, max_kappa: float = 100
 ) -> list[Check]:
-    """Check Theorem 3.3: the error of the spectral start, where |Sigma - I| <= 1 / (2 kappa).
+    """Check Theorem 3.3: the error of the spectral initialization, where |Sigma - I| <= 1 / (2 kappa).
 
     The condition's second half, c / kappa^3, has an unknown c and is left out: less is assumed.
     """
     drawn = linear_instances(rng, count, shape, max_kappa, 0.5)
-    lora_A, lora_B = spectral_start(drawn.problem, shape.true_rank)
-    error = spectral_norm(lora_B @ lora_A - drawn.problem.change)
-    rounding = ROUNDING * drawn.top
+    lora_A, lora_B = spectral_init(drawn.problem, shape.true_rank)
+    error = matrix_norm(lora_B @ lora_A - drawn.problem.change, 2)
+    name, bound = (
+        "Thm 3.3, spectral initialization",
+        drawn.deviation * drawn.top + ROUNDING * drawn.top,
+    )
+    half = "|BA - Delta| <= s_r*(Delta) / 2 where |Sigma - I| <= 1 / (2 kappa)"
     return [
-        Check(
-            "Thm 3.3, spectral start",
-            "|BA - Delta| <= |Sigma - I| |Delta|",
-            error,
-            drawn.deviation * drawn.top + rounding,
-        ),
-        Check(
-            "Thm 3.3, spectral start",
-            "|BA - Delta| <= s_r*(Delta) / 2 where |Sigma - I| <= 1 / (2 kappa)",
-            error,
-            drawn.top / drawn.kappa / 2,
-        ),
+        Check(name, "|BA - Delta| <= |Sigma - I| |Delta|", error, bound),
+        Check(name, half, error, drawn.top / drawn.kappa / 2),
     ]
 
 
@@ -194,7 +189,7 @@ def linear_convergence(
     shape: Shape = USUAL,
     max_kappa: float | None = None,
 ) -> list[Check]:
-    """Check the linear rate from the spectral start (App. C.2 and C.3) with constants of our own.
+    """Check the linear rate from the spectral initialization (App. C.2 and C.3) with constants of our own.
 
         gradient descent   |E_t|_F <= (1 - lr s_r*(Delta) / 2)^t |E_0|_F      lr <= 1 / (4 |Delta|)
         preconditioned     |E_t|_F <= (1 - lr / 2)^t |E_0|_F                  lr <= 1 / 2
@@ -211,27 +206,23 @@ def linear_convergence(
         lr = log_uniform(rng, 0.025, 0.25, count) / top
         rate, damping, steps = 1 - lr * top / kappa / 2, None, 300
         name, statement = "App. C.2, gradient descent", "(1 - lr s_r*/2)^t |E_0|"
-    errors = []
-    start = spectral_start(problem, shape.true_rank)
-    for lora_A, lora_B in descend(problem, start, column(lr), steps, damping):
-        errors.append(frobenius(lora_B @ lora_A - problem.change))
-    measured = torch.stack(errors, 1)
-    bound = rate[:, None] ** torch.arange(steps + 1) * measured[:, :1]
-    return [
-        Check(
-            name,
-            f"|BA - Delta|_F <= {statement} where |Sigma - I| <= 1/(16 kappa) (constants ours)",
-            measured[:, 1:],  # at t = 0 there is nothing to compare
-            bound[:, 1:] + ROUNDING * top[:, None],
-            over_steps=True,
-        )
-    ]
+    initial = spectral_init(problem, shape.true_rank)
+    measured = _errors(problem, descend(problem, initial, column(lr), steps, damping))
+    bound = rate[:, None] ** torch.arange(steps + 1) * measured[:, :1] + ROUNDING * top[:, None]
+    statement = f"|BA - Delta|_F <= {statement} where |Sigma - I| <= 1/(16 kappa) (constants ours)"
+    # At t = 0 there is nothing to compare.
+    return [Check(name, statement, measured[:, 1:], bound[:, 1:], over_steps=True)]
+
+
+def _errors(problem: Problem, path: Iterator[LoraFactors]) -> Tensor:
+    """Return |BA - Delta|_F at each step, shape (P, steps + 1)."""
+    return torch.stack([matrix_norm(B @ A - problem.change) for A, B in path], 1)
 
 
 def relu_convergence(
     rng: np.random.Generator, count: int, shape: Shape = SMALL, max_kappa: float = 1.5
 ) -> list[Check]:
-    """Check Theorem 4.2: preconditioned descent of the ReLU layer from the spectral start, rank r*.
+    """Check Theorem 4.2: preconditioned descent of the ReLU layer from the spectral initialization, rank r*.
 
         |BA - Delta|_F <= (1 - lr/4)^t rho s_r*(Delta),     rho = 1/20, the theorem's largest
 
@@ -249,26 +240,16 @@ def relu_convergence(
         hard = true_rank * float(kappa)
         change = low_rank_change(rng, top * spaced(true_rank, kappa[None]), m, n)
         problem = relu_problem(rng, change, math.ceil(256 * (n * hard) ** 2), 16 * hard)
-        path = descend(problem, spectral_start(problem, true_rank), lr, steps, 0.0)
-        errors = [frobenius(lora_B @ lora_A - change) for lora_A, lora_B in path]
-        measured.append(torch.stack(errors, 1))
+        path = descend(problem, spectral_init(problem, true_rank), lr, steps, 0.0)
+        measured.append(_errors(problem, path))
         bound.append((1 - lr / 4) ** torch.arange(steps + 1)[None] * top / kappa / 20)
     error, limit = torch.cat(measured), torch.cat(bound)
     name = "Thm 4.2, ReLU, preconditioned"
+    first = "|BA - Delta|_F <= s_r*(Delta) / 20 at t = 0 (constants of the conditions ours)"
+    later = "|BA - Delta|_F <= (1 - lr/4)^t s_r*(Delta) / 20 at t >= 1"
     return [
-        Check(
-            name,
-            "|BA - Delta|_F <= s_r*(Delta) / 20 at t = 0 (constants of the conditions ours)",
-            error[:, 0],
-            limit[:, 0],
-        ),
-        Check(
-            name,
-            "|BA - Delta|_F <= (1 - lr/4)^t s_r*(Delta) / 20 at t >= 1",
-            error[:, 1:],
-            limit[:, 1:],
-            over_steps=True,
-        ),
+        Check(name, first, error[:, 0], limit[:, 0]),
+        Check(name, later, error[:, 1:], limit[:, 1:], over_steps=True),
     ]
 
 
@@ -289,7 +270,7 @@ THEOREMS: dict[str, dict[str, Theorem]] = {
     "linear": {
         "exact alignment": exact_alignment,
         "approximate alignment": approximate_alignment,
-        "spectral start": spectral_initialisation,
+        "spectral initialization": spectral_initialization,
         "gradient descent": lambda rng, count: linear_convergence(rng, count, False),
         "preconditioned descent": lambda rng, count: linear_convergence(rng, count, True),
     },

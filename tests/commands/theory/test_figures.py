@@ -34,7 +34,7 @@ def curve(picture, label, panel=None):
 
 def first_problem(given, *kappas):
     """Return Delta and Sigma of each problem of a figure."""
-    problem = make_problem(given, rng(given.problem.seed), kappas)
+    problem = make_problem(given, kappas)
     return [
         (change.numpy(), moment.numpy())
         for change, moment in zip(problem.change, problem.second_moment, strict=True)
@@ -71,9 +71,9 @@ def test_steps_to_a_fixed_error():
     given = settings(sweep=SweepSettings(many_kappas=kappas))
     [picture] = steps_by_kappa(given)
     for label, lr, damping in (
-        ("spectral start, gradient descent", given.descent.lr, None),
+        ("spectral initialization, gradient descent", given.descent.lr, None),
         (
-            "spectral start, preconditioned (LoRA-One)",
+            "spectral initialization, preconditioned (LoRA-One)",
             given.descent.preconditioned_lr,
             0.0,
         ),
@@ -110,7 +110,7 @@ def test_the_bound_of_the_angle_is_that_of_the_linearised_descent():
     sweep = SweepSettings(kappas=[1], many_kappas=[1])
     [picture] = angles(settings(problem, alignment=alignment, sweep=sweep))
     panel = "input side: lora_A"
-    measured = np.array(curve(picture, "start variance 1e-20", panel))
+    measured = np.array(curve(picture, "initial variance 1e-20", panel))
     ratio = measured / np.array(curve(picture, "linearised descent, any variance", panel))
     assert ratio.max() <= 1
     assert ratio[-1] > 0.9
