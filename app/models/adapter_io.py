@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ def save_adapter(
         subtracted_factors: lora_A (r, n) and lora_B (m, r) that were subtracted from the base, by layer;
             None if none were.
     """
-    config = model.peft_config[ADAPTER]
+    config: Any = model.peft_config[ADAPTER]
     config.base_model_name_or_path = base_name
     if not subtracted_factors:
         # Asking whether the vocabulary was resized would contact the hub; embeddings are never trained.
@@ -51,13 +51,21 @@ def save_adapter(
         A, B = (state[name].detach().cpu() for name in names)
         state[names[0]] = torch.cat([A, A_0.cpu()]).contiguous()
         state[names[1]] = torch.cat([B, -B_0.cpu()], dim=1).contiguous()
-    wide: Any = copy.deepcopy(config)
-    wide.lora_alpha *= 2**0.5 if wide.use_rslora else 2
-    wide.r *= 2
-    wide.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    wide.save_pretrained(str(folder))
+    _of_twice_the_rank(config).save_pretrained(str(folder))
+
+
+def _of_twice_the_rank(config: Any) -> LoraConfig:
+    """Return the configuration of an adapter with twice the rank and the same scaling, in every layer."""
+    factor = 2**0.5 if config.use_rslora else 2
+    wide = copy.deepcopy(config)
+    wide.r *= 2
+    wide.lora_alpha *= factor
+    wide.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
+    wide.alpha_pattern = {name: factor * a for name, a in config.alpha_pattern.items()}
+    wide.inference_mode = True
+    return wide
 
 
 def check_adapter_folder(folder: Path) -> None:
@@ -77,9 +85,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
     """
     check_adapter_folder(folder)
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # of torch, on the meta device: its numbers have nowhere to go
+        with warnings.catch_warnings():
+            # Of torch, on the meta device: its numbers have nowhere to go.
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
             return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError) as error:

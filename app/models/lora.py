@@ -5,30 +5,29 @@ rank; lora_A (r, n), lora_B (m, r); Delta W = scaling * lora_B @ lora_A. The LoR
 input x output, so its A is lora_A^T, its B is lora_B^T, and left and right singular spaces change places.
 """
 
-import difflib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from app.models.adapter_config import LoraSettings
 from app.utils.errors import InputError
+from app.utils.text import did_you_mean
 
 ADAPTER = "default"
 """PEFT's name of the adapter that is trained."""
-UNKNOWN_STEPS = 10**9
-"""Stands for the length of training, which AdaLoRA wants to know before there is a trainer."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,11 @@ class LoraPair:
     lora_B: nn.Parameter
     scaling: float
 
+    @property
+    def rank(self) -> int:
+        """Rank r of the pair, which a rank pattern may set for each layer."""
+        return self.lora_A.shape[0]
+
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     """Freeze a model and wrap its target layers with LoRA (lora_B = 0, lora_A random).
@@ -61,47 +65,46 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         The PEFT model; adapters are float32 even where the base is not.
 
     Raises:
-        InputError: If no module matches the targets, or r (AdaLoRA's init_r) exceeds a target's smaller side.
+        InputError: If no module matches the targets, a pattern matches no target, or a layer's rank (AdaLoRA's
+            init_r) exceeds its smaller side.
     """
-    targets = settings.target_modules
-    conv1d = any(isinstance(module, Conv1D) for module in model.modules())
     encodes = model.config.is_encoder_decoder
-    options: dict[str, Any] = {
-        "lora_alpha": settings.lora_alpha,
-        "lora_dropout": settings.lora_dropout,
-        "target_modules": targets,
-        "fan_in_fan_out": conv1d,
-        "task_type": TaskType.SEQ_2_SEQ_LM if encodes else TaskType.CAUSAL_LM,
-    }
-    config: LoraConfig
-    if settings.adalora is None:
-        own: dict[str, Any] = {
-            "r": settings.r,
-            "use_rslora": settings.use_rslora,
-            "use_dora": settings.use_dora,
-        }
-        config = LoraConfig(**options, **own)
-    else:
-        budget = asdict(settings.adalora)
-        config = AdaLoraConfig(**options, **budget, target_r=settings.r, total_step=UNKNOWN_STEPS)
+    config = settings.peft_config(
+        task_type=TaskType.SEQ_2_SEQ_LM if encodes else TaskType.CAUSAL_LM,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
     try:
         wrapped = get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(_no_target(model, targets, str(error))) from error
-    setting, rank = "r", settings.r
-    if settings.adalora is not None:
-        setting, rank = "adalora.init_r", settings.adalora.init_r
-    for name, module in wrapped.named_modules():
-        if not isinstance(module, LoraLayer) or ADAPTER not in module.lora_A:
-            continue
-        shape: Any = module.out_features, module.in_features
+        raise InputError(_no_target(model, settings.target_modules, str(error))) from error
+    _check_patterns(wrapped, settings)
+    _check_ranks(wrapped, settings)
+    return wrapped
+
+
+def _check_ranks(model: PeftModel, settings: LoraSettings) -> None:
+    name_of_rank = "r" if settings.adalora is None else "adalora.init_r"
+    for name, layer in _lora_layers(model):
+        rank, shape = layer.r[ADAPTER], (int(layer.out_features or 0), int(layer.in_features or 0))
         if rank > min(shape):
+            setting = name_of_rank if rank not in settings.rank_pattern.values() else "rank_pattern"
             raise InputError(
-                f"model.adapter.{setting} is {rank}, but {name.removeprefix('base_model.model.')} has shape "
-                f"{shape}: set model.adapter.{setting} to at most {min(shape)}, or leave the layer out of "
+                f"model.adapter.{setting} is {rank}, but {name} has shape {shape}: set "
+                f"model.adapter.{setting} to at most {min(shape)}, or leave the layer out of "
                 "model.adapter.target_modules"
             )
-    return wrapped
+
+
+def _check_patterns(model: PeftModel, settings: LoraSettings) -> None:
+    """Raise InputError for a pattern that no adapted layer fits; PEFT would ignore it."""
+    names = [name for name, _ in _lora_layers(model)]
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(settings, setting):
+            if not any(get_pattern_key([pattern], name) == pattern for name in names):
+                raise InputError(
+                    f"model.adapter.{setting} names {pattern!r}, which fits no adapted layer: expected the "
+                    f"end of a name or a regular expression, such as {names[0]}"
+                )
 
 
 def _no_target(model: nn.Module, targets: str | list[str], reason: str) -> str:
@@ -111,8 +114,7 @@ def _no_target(model: nn.Module, targets: str | list[str], reason: str) -> str:
         if isinstance(module, (nn.Linear, Conv1D))
     )
     wanted = [targets] if isinstance(targets, str) else targets
-    close = {c for w in wanted for c in difflib.get_close_matches(w, kinds, n=2, cutoff=0.4)}
-    hint = f"; did you mean {', '.join(sorted(close))}?" if close else ""
+    hint = "".join(did_you_mean(name, kinds, cutoff=0.4) for name in wanted)
     listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
     return (
         f"model.adapter.target_modules is {targets!r}, which fits no layer of this model{hint} "
@@ -131,39 +133,37 @@ def is_adapted(model: nn.Module) -> bool:
     return isinstance(model, PeftModel)
 
 
-def adalora_tuner(model: nn.Module) -> Any:
+def adalora_tuner(model: nn.Module) -> AdaLoraModel | None:
     """Return PEFT's AdaLoRA around a model, with its allocator of ranks; None where there is none."""
     tuner = model.base_model if isinstance(model, PeftModel) else None
     return tuner if isinstance(tuner, AdaLoraModel) else None
 
 
-def fsdp_incompatible_settings(model: nn.Module) -> list[str]:
-    """Name the settings of a model's adapter that do not work where the base weights are sharded."""
-    config = model.peft_config[ADAPTER] if isinstance(model, PeftModel) else None
-    settings = {
-        "use_dora": getattr(config, "use_dora", False),
-        "adalora": isinstance(config, AdaLoraConfig),
-    }
-    return [name for name, on in settings.items() if on]
+def adapter_config(model: nn.Module) -> LoraConfig | None:
+    """Return PEFT's configuration of a model's adapter; None where there is none."""
+    return model.peft_config[ADAPTER] if isinstance(model, PeftModel) else None  # type: ignore
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Yield the adapted layers in module order, by their names in the base model."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+            yield name.removeprefix("base_model.model."), module
 
 
 def lora_pairs(model: nn.Module) -> list[LoraPair]:
     """List the LoRA layers of a PEFT model in module order; empty for any other model, and for AdaLoRA."""
-    pairs = []
-    for name, module in model.named_modules():
-        if isinstance(module, AdaLoraLayer):
-            continue  # has triplets, not pairs
-        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
-            pairs.append(
-                LoraPair(
-                    name=name.removeprefix("base_model.model."),
-                    layer=module,  # type: ignore[arg-type]
-                    lora_A=module.lora_A[ADAPTER].weight,  # type: ignore[arg-type]
-                    lora_B=module.lora_B[ADAPTER].weight,  # type: ignore[arg-type]
-                    scaling=module.scaling[ADAPTER],
-                )
-            )
-    return pairs
+    return [
+        LoraPair(
+            name=name,
+            layer=layer,  # type: ignore[arg-type]
+            lora_A=layer.lora_A[ADAPTER].weight,  # type: ignore[arg-type]
+            lora_B=layer.lora_B[ADAPTER].weight,  # type: ignore[arg-type]
+            scaling=layer.scaling[ADAPTER],
+        )
+        for name, layer in _lora_layers(model)
+        if not isinstance(layer, AdaLoraLayer)  # has triplets, not pairs
+    ]
 
 
 @contextmanager
@@ -172,14 +172,9 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
     PEFT toggles the adapters' `requires_grad` on the way; hold the flags with `gradient_hooks.frozen`.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
+    assert isinstance(model, PeftModel)
+    with model.disable_adapter():
         yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
 
 
 @torch.no_grad()
@@ -211,13 +206,13 @@ def tied_target_layers(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             holders[id(parameter)].append(name.removeprefix("base_model.model."))
-    found = {}
-    for names in holders.values():
-        for name in names:
-            others = [other for other in names if other != name]
-            if name.endswith(".base_layer") and others:
-                found[name.removesuffix(".base_layer")] = others[0].removesuffix(".base_layer")
-    return found
+    return {
+        name.removesuffix(".base_layer"): other.removesuffix(".base_layer")
+        for names in holders.values()
+        for name in names
+        for other in names
+        if name.endswith(".base_layer") and other != name
+    }
 
 
 def base_weight(pair: LoraPair) -> Tensor:
@@ -238,8 +233,8 @@ def subtract_from_base(pair: LoraPair, lora_A: Tensor, lora_B: Tensor) -> None:
     # Eight bits are codes that a scale belongs to, whatever torch calls their type.
     if not weight.is_floating_point() or weight.element_size() < 2:
         raise InputError(
-            f"init takes a start off the weight of {pair.name}, but that is quantised ({weight.dtype}): use a "
-            "model.name with weights that are not, or --config methods/lora_one.yaml, which keeps them"
+            f"init subtracts factors from the weight of {pair.name}, but that is quantised ({weight.dtype}): "
+            "use a model.name with weights that are not, or --config methods/lora_one.yaml, which keeps them"
         )
     # Always the same sums, rounded once: a resumed run subtracts before its model is moved to a GPU, and its
     # base has to be that of the interrupted run bit for bit.

@@ -22,7 +22,7 @@ from app.distributed.fsdp import Fsdp2Strategy
 from app.evaluation.scoring import Scoring
 from app.initialization.svd import SVD
 from app.models.adalora import add_orthogonality
-from app.models.adapter_config import LoraSettings
+from app.models.adapter_config import LoraSettings, fsdp_incompatible_options
 from app.models.adapter_io import check_adapter_folder, load_adapter
 from app.models.batch import Batch
 from app.models.loading import (
@@ -37,9 +37,9 @@ from app.models.loading import (
 from app.models.lora import (
     LoraPair,
     adalora_tuner,
+    adapter_config,
     add_lora,
     base_model,
-    fsdp_incompatible_settings,
     install,
     lora_pairs,
     subtract_from_base,
@@ -192,7 +192,8 @@ class LoraModule(LightningModule):
         # A checkpoint to test holds what was trained.
         self.model = self.adapt(base, fitting or self.trainer.ckpt_path is not None)
         if self._sharded:
-            check_sharding(fsdp_incompatible_settings(self.model))
+            if (config := adapter_config(self.model)) is not None:
+                check_sharding(fsdp_incompatible_options(config))
             self.trainer.strategy.shard(self.model)  # type: ignore[attr-defined]
         if global_rank() > 0:
             # The adapter was drawn alike everywhere; dropout is each process's own.
@@ -217,7 +218,7 @@ class LoraModule(LightningModule):
         if self.adapter_path is not None:
             return  # the saved adapter's own settings are checked once it is loaded
         if self.adapter is not None:
-            check_sharding(self.adapter.fsdp_incompatible_options())
+            check_sharding(fsdp_incompatible_options(self.adapter.peft_config()))
         elif fitting:
             raise InputError(
                 "model.adapter is null, but this strategy shards frozen weights only: set model.adapter, "
