@@ -99,9 +99,9 @@ def work(
     layers, device = layers_of("SmolLM2-135M"), torch.device("cpu")
     store: ExactStore | SketchStore = ExactStore(layers, device)
     if kind == "sketch":
-        width = given.rank + given.oversampling
+        widths = {layer.name: given.rank + given.oversampling for layer in layers}
         store = SketchStore(
-            layers, width, device, lambda name: torch.Generator().manual_seed(int(name))
+            layers, widths, device, lambda name: torch.Generator().manual_seed(int(name))
         )
     random = torch.Generator().manual_seed(rank)
     rows = -(-given.samples // processes)
@@ -112,7 +112,7 @@ def work(
             x = torch.randn(32, layer.n, generator=random)
             store.update(layer.name, x, torch.randn(32, layer.m, generator=random))
         store.end_batch()
-    store.estimates(given.rank, 1.0)
+    store.estimates({layer.name: given.rank for layer in layers}, 1.0)
     dist.barrier()
     wire = loopback_bytes() - before
     told = torch.tensor([store.sent_bytes], dtype=torch.int64)

@@ -108,7 +108,6 @@ class AlignmentMonitor(Callback):
                 f"{module.record.method} has no LoRA pairs: no alignment metrics are measured"
             )
         elif not self._reference and not initialised:
-            rank = pairs[0].lora_A.shape[0]
             result = one_step_gradients(
                 module.model,
                 module.base,
@@ -116,7 +115,7 @@ class AlignmentMonitor(Callback):
                 trainer.datamodule.gradient_batches(  # type: ignore[attr-defined]
                     self.num_samples, self.micro_batch_size, trainer.global_rank, trainer.world_size
                 ),
-                rank,
+                {pair.name: pair.rank for pair in pairs},
                 Estimator(),
                 trainer.precision_plugin.forward_context,
                 track,
@@ -129,7 +128,7 @@ class AlignmentMonitor(Callback):
         if not self._reference:
             # The gradient points uphill; the spans do not know the sign.
             for pair in module.lora_pairs():
-                rank, svd = pair.lora_A.shape[0], module.one_step[pair.name]
+                rank, svd = pair.rank, module.one_step[pair.name]
                 self._reference[pair.name] = SVD(svd.U[:, :rank], svd.S[:rank], svd.V[:, :rank])
             self._measure(trainer, pl_module)
 
@@ -168,7 +167,7 @@ class AlignmentMonitor(Callback):
             return
         rows = measure(pl_module.lora_pairs(), self._reference)
         path = self._folder / ALIGNMENT_FILE
-        names = ["step", *rows[0]]
+        names = ["step", *max(rows, key=len)]  # a rank pattern leaves some spectra shorter
         if not path.is_file():
             write_table(path, names, [])
         append_rows(path, names, [{"step": step, **row} for row in rows])

@@ -1,6 +1,6 @@
 """What the starts of an adapter share: when they may run, what a resumed run knows, what they report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -90,7 +90,12 @@ class GradientInit(AdapterInit):
         return found
 
     def observe(
-        self, trainer: Trainer, module: Any, batches: Sequence[Batch], rank: int, title: str
+        self,
+        trainer: Trainer,
+        module: Any,
+        batches: Sequence[Batch],
+        ranks: Mapping[str, int],
+        title: str,
     ) -> tuple[OneStepResult, list[str], dict[str, Any]]:
         """Take the one-step gradient of every layer, and tell how it was observed.
 
@@ -98,7 +103,7 @@ class GradientInit(AdapterInit):
             trainer: Its precision is that of the pass.
             module: The LoraModule; its `one_step` gets the triplets, where a callback wants them.
             batches: From `batches`.
-            rank: Triplets that the start uses.
+            ranks: Triplets that the initialization uses, by layer.
             title: The start's name.
 
         Returns:
@@ -109,7 +114,7 @@ class GradientInit(AdapterInit):
             module.base,
             module.lora_pairs(),
             batches,
-            rank,
+            ranks,
             self.estimator,
             trainer.precision_plugin.forward_context,
             track,
@@ -117,7 +122,7 @@ class GradientInit(AdapterInit):
         if module.one_step is not None:
             module.one_step.update({name: e.svd for name, e in result.estimates.items()})
         without = layers_without_gradient(result)
-        told = report(title, result, self.estimator, self.num_samples, rank, without)
+        told = report(title, result, self.estimator, self.num_samples, ranks, without)
         return result, without, told
 
 
@@ -165,7 +170,7 @@ def report(
     result: OneStepResult,
     estimator: Estimator,
     num_samples: int,
-    rank: int,
+    ranks: Mapping[str, int],
     without: list[str],
 ) -> dict[str, Any]:
     """Tell how the gradient was observed, and return it for the run's record.
@@ -175,17 +180,18 @@ def report(
         result: The gradients.
         estimator: How they were kept.
         num_samples: Rows they were taken over.
-        rank: Triplets that the start uses.
+        ranks: Triplets that the initialization uses, by layer.
         without: Layers whose gradient is zero.
     """
     energy = {name: e.captured_energy for name, e in result.estimates.items()}
     mean, lowest = sum(energy.values()) / len(energy), min(energy.values())
     errors = {name: e.rank_error for name, e in result.estimates.items()}
+    rank_text = "/".join(map(str, sorted(set(ranks.values()))))
     worst = max(errors, key=errors.__getitem__)
     rank_zero_info(
         f"{title} start: {len(energy)} layers, {num_samples} samples, loss {result.loss:.4f}; "
         f"captured energy {mean:.1%} on average, {lowest:.1%} at least "
-        f"({min(energy, key=energy.__getitem__)}); estimated error of the rank-{rank} part "
+        f"({min(energy, key=energy.__getitem__)}); estimated error of the rank-{rank_text} part "
         f"{sum(errors.values()) / len(errors):.2%} on average, {errors[worst]:.2%} at most ({worst}); "
         f"{result.seconds:.1f} s"
     )

@@ -48,21 +48,21 @@ class LoraGaInit(GradientInit):
     def install_init(self, trainer: Trainer, module: Any) -> dict[str, Any]:
         """Install the start and take it off the base; return what it was."""
         pairs = module.lora_pairs()
-        rank = pairs[0].lora_A.shape[0]
         for pair in pairs:
             smaller = min(pair.lora_B.shape[0], pair.lora_A.shape[1])
-            if 2 * rank > smaller:
+            if 2 * pair.rank > smaller:
                 raise InputError(
                     f"init is LoraGaInit, which needs 2 r singular vectors, but {pair.name} has only "
-                    f"{smaller}: set model.adapter.r to at most {smaller // 2}, or leave the layer out of "
-                    "model.adapter.target_modules"
+                    f"{smaller}: set model.adapter.r (or its rank_pattern) to at most {smaller // 2}, or leave "
+                    "the layer out of model.adapter.target_modules"
                 )
+        ranks = {pair.name: 2 * pair.rank for pair in pairs}
         batches = self.batches(trainer)
-        result, without, told = self.observe(trainer, module, batches, 2 * rank, "LoRA-GA")
+        result, without, told = self.observe(trainer, module, batches, ranks, "LoRA-GA")
         starts = {}
         for pair in pairs:
             if pair.name not in without:
-                A, B = lora_ga_factors(result.estimates[pair.name].svd, rank, self.gamma)
+                A, B = lora_ga_factors(result.estimates[pair.name].svd, pair.rank, self.gamma)
                 starts[pair.name] = broadcast(A), broadcast(B)
         module.install_and_subtract(starts)
         return {**told, "gamma": self.gamma}

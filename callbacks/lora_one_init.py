@@ -56,10 +56,10 @@ class LoraOneInit(GradientInit):
         """Install the start; return what it was."""
         pairs = module.lora_pairs()
         batches = self.batches(trainer)
-        rank = pairs[0].lora_A.shape[0]
-        result, without, told = self.observe(trainer, module, batches, rank, "LoRA-One")
+        ranks = {pair.name: pair.rank for pair in pairs}
+        result, without, told = self.observe(trainer, module, batches, ranks, "LoRA-One")
         start = [
-            (pair, SVD(*(part[..., :rank] for part in result.estimates[pair.name].svd)))
+            (pair, SVD(*(part[..., : pair.rank] for part in result.estimates[pair.name].svd)))
             for pair in pairs
             if pair.name not in without
         ]

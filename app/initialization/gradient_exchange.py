@@ -1,6 +1,6 @@
 """Whose layer is whose, and how every process gets what the owners have."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -113,7 +113,7 @@ def share_estimates(
     mine: dict[str, GradientEstimate],
     layers: Sequence[Layer],
     owners: dict[str, int],
-    widths: dict[str, int],
+    widths: Mapping[str, int],
     store: Sender,
 ) -> dict[str, GradientEstimate]:
     """Give every process all estimates."""

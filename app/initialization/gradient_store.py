@@ -49,8 +49,12 @@ class GradientStore(Protocol):
     def next_pass(self) -> None:
         """Prepare for one more pass over the same samples."""
 
-    def estimates(self, rank_wanted: int, scale: float) -> dict[str, GradientEstimate]:
-        """Return all layers' estimates, the same on every process, multiplied by `scale`.
+    def estimates(self, ranks: Mapping[str, int], scale: float) -> dict[str, GradientEstimate]:
+        """Return all layers' estimates, the same on every process.
+
+        Args:
+            ranks: Triplets wanted of each layer.
+            scale: Factor of all gradients.
 
         Raises:
             InputError: On every process, if a layer's gradient cannot be decomposed.
@@ -143,14 +147,13 @@ class ExactStore:
         """Refuse: one pass is already exact."""
         raise RuntimeError("the exact estimator needs one pass")
 
-    def estimates(self, rank_wanted: int, scale: float) -> dict[str, GradientEstimate]:
+    def estimates(self, ranks: Mapping[str, int], scale: float) -> dict[str, GradientEstimate]:
         """Decompose the own layers and share the results."""
         if largest_over_processes(len(self._staged), self.device):
             self.end_batch()  # what entered buckets late in the last one
-        mine = raise_on_all_ranks(lambda: _decompose(self.sums, rank_wanted, scale))
+        mine = raise_on_all_ranks(lambda: _decompose(self.sums, ranks, scale))
         owners = {layer.name: owner for owner, members in self.buckets for layer in members}
-        widths = dict.fromkeys(owners, rank_wanted)
-        return share_estimates(mine, list(self.layers.values()), owners, widths, self)
+        return share_estimates(mine, list(self.layers.values()), owners, ranks, self)
 
 
 class SketchStore:
@@ -158,7 +161,7 @@ class SketchStore:
 
     Args:
         layers: The layers in module order, the same on every process.
-        width: Columns of a sketch.
+        widths: Columns of each layer's sketch.
         device: Where sketches live.
         generator: Makes a layer's generator from its name, the same on every process: the probes have to
             agree.
@@ -167,7 +170,7 @@ class SketchStore:
     def __init__(
         self,
         layers: Sequence[Layer],
-        width: int,
+        widths: Mapping[str, int],
         device: torch.device,
         generator: Callable[[str], torch.Generator],
     ) -> None:
@@ -175,7 +178,9 @@ class SketchStore:
         self.device = device
         self.sent_bytes = 0
         self.kept = {
-            layer.name: SketchedGradient(layer.m, layer.n, width, device, generator(layer.name))
+            layer.name: SketchedGradient(
+                layer.m, layer.n, widths[layer.name], device, generator(layer.name)
+            )
             for layer in layers
         }
         self.owners = assign_owners(layers, world_size())
@@ -219,14 +224,14 @@ class SketchStore:
         self.sent_bytes += 4 * sum(p.numel() for o, p in enumerate(packed) if o != global_rank())
         raise_on_all_ranks(lambda: _add_up(mine, received))
 
-    def estimates(self, rank_wanted: int, scale: float) -> dict[str, GradientEstimate]:
+    def estimates(self, ranks: Mapping[str, int], scale: float) -> dict[str, GradientEstimate]:
         """Merge, decompose the own layers and share the results."""
         if world_size() > 1:
             self._merge()
         own = {
             name: found for name, found in self.kept.items() if self.owners[name] == global_rank()
         }
-        mine = raise_on_all_ranks(lambda: _decompose(own, rank_wanted, scale))
+        mine = raise_on_all_ranks(lambda: _decompose(own, ranks, scale))
         widths = {name: found.left.shape[1] for name, found in self.kept.items()}
         return share_estimates(mine, self.layers, self.owners, widths, self)
 
@@ -244,12 +249,12 @@ def _naming(layer: str) -> Iterator[None]:
 
 
 def _decompose(
-    sums: Mapping[str, ExactGradient | SketchedGradient], rank_wanted: int, scale: float
+    sums: Mapping[str, ExactGradient | SketchedGradient], ranks: Mapping[str, int], scale: float
 ) -> dict[str, GradientEstimate]:
     found = {}
     for name, gradient in sums.items():
         with _naming(name):
-            found[name] = gradient.estimate(rank_wanted, scale)
+            found[name] = gradient.estimate(ranks[name], scale)
     return found
 
 

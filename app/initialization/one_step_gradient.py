@@ -3,7 +3,7 @@
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -84,7 +84,7 @@ def one_step_gradients(
     base: PreTrainedModel,
     pairs: Sequence[LoraPair],
     batches: Sequence[Batch],
-    rank: int,
+    rank: int | Mapping[str, int],
     estimator: Estimator,
     forward_context: Callable[[], AbstractContextManager[None]] = nullcontext,
     progress: Progress | None = None,
@@ -104,7 +104,7 @@ def one_step_gradients(
         pairs: The layers to observe.
         batches: This process's share of the initialisation set, on the model's device or the CPU, as
             micro-batches; all processes have as many.
-        rank: Triplets wanted of each gradient.
+        rank: Triplets wanted of each gradient; by layer where they differ.
         estimator: How G is kept.
         forward_context: The trainer's precision context.
         progress: Shown while a pass runs.
@@ -118,7 +118,8 @@ def one_step_gradients(
         RuntimeError: If a layer was not reached by the backward pass, on any process.
     """
     device = pairs[0].lora_A.device
-    store = _store(pairs, rank, estimator, device)
+    ranks = rank if isinstance(rank, Mapping) else {pair.name: rank for pair in pairs}
+    store = _store(pairs, ranks, estimator, device)
     watch = _Watch(store, [pair.name for pair in pairs], device)
     supervised = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches)
     tokens = int(sum_over_processes(torch.tensor(supervised, device=device)))
@@ -159,7 +160,7 @@ def one_step_gradients(
                 "Activation checkpointing must be without re-entry (use_reentrant=False); a layer that "
                 "the loss does not depend on has to leave model.adapter.target_modules"
             )
-        estimates = store.estimates(rank, 1 / tokens)
+        estimates = store.estimates(ranks, 1 / tokens)
     return OneStepResult(
         estimates=estimates,
         loss=total / tokens,
@@ -209,7 +210,10 @@ class _Watch:
 
 
 def _store(
-    pairs: Sequence[LoraPair], rank: int, estimator: Estimator, device: torch.device
+    pairs: Sequence[LoraPair],
+    ranks: Mapping[str, int],
+    estimator: Estimator,
+    device: torch.device,
 ) -> GradientStore:
     layers = [Layer(pair.name, pair.lora_B.shape[0], pair.lora_A.shape[1]) for pair in pairs]
     if estimator.kind == "exact":
@@ -220,7 +224,8 @@ def _store(
         seed = zlib.crc32(f"{estimator.seed}:{name}".encode())
         return torch.Generator(device).manual_seed(seed)
 
-    return SketchStore(layers, rank + estimator.oversampling, device, generator)
+    widths = {name: rank + estimator.oversampling for name, rank in ranks.items()}
+    return SketchStore(layers, widths, device, generator)
 
 
 def _not_finite(what: str, number: int, batch: Batch) -> str:

@@ -90,7 +90,9 @@ def test_small_models_give_every_process_something():
 
 def stores():
     layers = [Layer("small", 8, 9), Layer("other", 8, 9)]
-    sketch = SketchStore(layers, 4, CPU, lambda name: torch.Generator().manual_seed(1))
+    sketch = SketchStore(
+        layers, {"small": 4, "other": 4}, CPU, lambda name: torch.Generator().manual_seed(1)
+    )
     return ExactStore(layers, CPU), sketch
 
 
@@ -122,4 +124,4 @@ def test_a_sum_that_overflows_names_its_layer():
     assert not sketch.update("small", *huge).isfinite().all()
     exact.update("other", torch.ones(3, 9), torch.ones(3, 8))
     with pytest.raises(InputError, match="the gradient at small cannot be decomposed"):
-        exact.estimates(2, 1.0)
+        exact.estimates({"small": 2, "other": 2}, 1.0)

@@ -79,7 +79,7 @@ def out_of_step() -> None:
                 if process == global_rank():
                     store.update(name, x, delta)
         store.end_batch()
-    found = store.estimates(5, 0.5)
+    found = store.estimates(dict.fromkeys("abcdefg", 5), 0.5)
     for name, gradient in wanted.items():
         assert float((matrix(found[name]) - gradient / 2).norm() / gradient.norm()) < 1e-5, name
     # Only the owner of a sum sees that it is not finite.
@@ -90,7 +90,7 @@ def out_of_step() -> None:
         assert bool(reported.isfinite().all())
     store.end_batch()
     with pytest.raises(InputError, match="gradient at d cannot be decomposed"):
-        store.estimates(5, 1.0)
+        store.estimates(dict.fromkeys("abcdefg", 5), 1.0)
     heartbeat.leave()
 
 

@@ -257,4 +257,4 @@ def exact_bytes(pairs: Sequence[LoraPair], world_size: int) -> int:
 
 def _shapes(pairs: Sequence[LoraPair]) -> list[tuple[int, int, int]]:
     """List (m, n, r) of each layer."""
-    return [(p.lora_B.shape[0], p.lora_A.shape[1], p.lora_A.shape[0]) for p in pairs]
+    return [(p.lora_B.shape[0], p.lora_A.shape[1], p.rank) for p in pairs]

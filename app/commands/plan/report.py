@@ -111,7 +111,8 @@ def model_text(module: LoraModule, model: nn.Module) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     parameters = everything - (trained if pairs else 0)
-    rank = f", rank {pairs[0].lora_A.shape[0]} in {len(pairs)} layers" if pairs else ""
+    ranks = "/".join(map(str, sorted({pair.rank for pair in pairs})))
+    rank = f", rank {ranks} in {len(pairs)} layers" if pairs else ""
     types = ", ".join(sorted({str(p.dtype)[6:] for p in model.parameters()}))
     share = f"{trained / parameters:.2%} of them{rank}"
     lines = [f"model: {module.name}", _line("parameters", parameters, types)]
