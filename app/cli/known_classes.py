@@ -7,6 +7,7 @@ import callbacks
 import data_modules
 import data_modules.evals
 from app.evaluation.benchmark import Benchmark
+from app.models.adapter_config import unsupported_settings
 from app.utils.arguments import Parser
 from data_modules.benchmark_data import BenchmarkDataModule
 
@@ -19,3 +20,7 @@ def import_known_classes() -> None:
     for base in (BenchmarkDataModule, Benchmark):
         if base not in Parser.bases:
             Parser.bases.append(base)
+    for name, instead in unsupported_settings().items():
+        message = f"PEFT's {name} is not supported: {instead}"
+        Parser.unsupported[f"model.adapter.{name}"] = message
+        Parser.unsupported[f"model.adapter.adalora.{name}"] = message

@@ -114,7 +114,7 @@ def _no_target(model: nn.Module, targets: str | list[str], reason: str) -> str:
         if isinstance(module, (nn.Linear, Conv1D))
     )
     wanted = [targets] if isinstance(targets, str) else targets
-    hint = "".join(did_you_mean(name, kinds, cutoff=0.4) for name in wanted)
+    hint = "".join(did_you_mean(name, kinds, 0.4) for name in wanted if name not in kinds)
     listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
     return (
         f"model.adapter.target_modules is {targets!r}, which fits no layer of this model{hint} "

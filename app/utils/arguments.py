@@ -45,9 +45,11 @@ class Parser(LightningArgumentParser):
 
     Attributes:
         bases: Classes whose subclasses a `class_path` may name; the command line adds its own.
+        unsupported: What to say of settings that a reader may know from elsewhere; the command line adds them.
     """
 
     bases: ClassVar[list[type]] = [Callback, torch.optim.Optimizer]
+    unsupported: ClassVar[dict[str, str]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -59,7 +61,7 @@ class Parser(LightningArgumentParser):
         at = re.match(r'Parser key "([^"]+)": ', text)
         inner = next((e for e in causes(ex) if isinstance(e, WrongSetting)), None)
         if at and inner:
-            raise inner.below(at[1]) from ex
+            raise self._named(inner.below(at[1])) from ex
         if at:
             raise _wrong_value(at[1], text[at.end() :]) from ex
         unknown = re.search(
@@ -83,6 +85,13 @@ class Parser(LightningArgumentParser):
                 f"no value is given for {names}: name a file with --config, such as quickstart.yaml"
             ) from ex
         raise InputError(text) from ex
+
+    def _named(self, error: WrongSetting) -> WrongSetting:
+        """Return the error, or a better one of a setting that is known not to be supported."""
+        for name, message in self.unsupported.items():
+            if f"{error.names[0]}.".startswith(f"{name}."):
+                return WrongSetting(f"%s: {message}", error.names[0])
+        return error
 
     def _unknown(self, wrong: str, text: str) -> WrongSetting:
         actions = list(self._actions)
