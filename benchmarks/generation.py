@@ -21,7 +21,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,6 +40,68 @@ LABELS = {
     "continuous": "`generate_batch`, continuous batching",
     "ours": "ours",
 }
+TAKING_TURNS = ("batched", "continuous", "ours")
+
+
+class Contenders:
+    """Everything that writes outputs to the same prompts; each method returns the texts in their order.
+
+    Args:
+        lines: Of GSM8K's test.jsonl.
+        batch_size: Prompts at once.
+        max_new_tokens: Most tokens of an output.
+    """
+
+    def __init__(self, lines: list[str], batch_size: int, max_new_tokens: int) -> None:
+        overlay = yaml.safe_load((ROOT / "configs" / "models" / "smollm2.yaml").read_text())
+        source = resolve_model(overlay["model"]["name"])
+        self.model, self.tokenizer = load_model(source), load_tokenizer(source)
+        self.tokenizer.padding_side = "left"
+        asked = [f"Question: {json.loads(line)['question']}\nAnswer:" for line in lines]
+        prompts = self.tokenizer(asked)["input_ids"]
+        self.order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        self.prompts = [prompts[row] for row in self.order]
+        starts = range(0, len(prompts), batch_size)
+        self.batches = [self.prompts[start : start + batch_size] for start in starts]
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.greedy = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        self.alone: list[list[int]] = []  # what the loop wrote
+
+    def _texts(self, outputs: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(outputs, skip_special_tokens=True)
+
+    def loop(self) -> list[str]:
+        for prompt in self.prompts:
+            out = self.model.generate(input_ids=torch.tensor([prompt]), **self.greedy)
+            self.alone.append(out[0, len(prompt) :].tolist())
+        return self._texts(self.alone)
+
+    def batched(self) -> list[str]:
+        written = []
+        for batch in self.batches:
+            padded = self.tokenizer.pad({"input_ids": batch}, return_tensors="pt")
+            out = self.model.generate(**padded, **self.greedy)
+            written += out[:, padded["input_ids"].shape[1] :].tolist()
+        return self._texts(written)
+
+    def continuous(self) -> list[str]:
+        ends = {name: getattr(self.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+        page, longest = 256, len(self.prompts[0]) + self.max_new_tokens
+        cache = ContinuousBatchingConfig(
+            num_blocks=self.batch_size * -(-longest // page), max_batch_tokens=1024
+        )
+        settings = GenerationConfig(**self.greedy, **ends)
+        requests = self.model.generate_batch(self.prompts, settings, cache, warmup=False)
+        rows = range(len(self.prompts))
+        return self._texts([requests[f"req_{row}"].generated_tokens for row in rows])
+
+    def ours(self) -> list[str]:
+        written = []
+        for batch in self.batches:
+            keys = [str(row) for row in range(len(batch))]
+            decoding = Decoding(self.max_new_tokens)
+            written += generate(self.model, self.model, self.tokenizer, batch, keys, decoding)
+        return [output.text for (output,) in written]
 
 
 def main() -> None:
@@ -53,90 +114,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write_oracle", type=Path, help="file for the test's oracle")
     args = parser.parse_args()
-
-    overlay = yaml.safe_load((ROOT / "configs" / "models" / "smollm2.yaml").read_text())
-    source = resolve_model(overlay["model"]["name"])
-    model, tokenizer = load_model(source), load_tokenizer(source)
-    tokenizer.padding_side = "left"
     lines = args.data.read_text().splitlines()[: args.questions]
-    asked = [f"Question: {json.loads(line)['question']}\nAnswer:" for line in lines]
-    prompts = tokenizer(asked)["input_ids"]
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    prompts = [prompts[row] for row in order]
-    greedy = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
-    batches = [
-        prompts[start : start + args.batch_size]
-        for start in range(0, len(prompts), args.batch_size)
-    ]
-
-    def texts(outputs: list[list[int]]) -> list[str]:
-        return tokenizer.batch_decode(outputs, skip_special_tokens=True)
-
-    alone: list[list[int]] = []  # what the loop wrote
-
-    def loop() -> list[str]:
-        for prompt in prompts:
-            out = model.generate(input_ids=torch.tensor([prompt]), **greedy)
-            alone.append(out[0, len(prompt) :].tolist())
-        return texts(alone)
-
-    def batched() -> list[str]:
-        written = []
-        for batch in batches:
-            padded = tokenizer.pad({"input_ids": batch}, return_tensors="pt")
-            out = model.generate(**padded, **greedy)
-            written += out[:, padded["input_ids"].shape[1] :].tolist()
-        return texts(written)
-
-    def continuous() -> list[str]:
-        settings = GenerationConfig(
-            **greedy, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-        )
-        page, longest = 256, len(prompts[0]) + args.max_new_tokens
-        cache = ContinuousBatchingConfig(
-            num_blocks=args.batch_size * -(-longest // page), max_batch_tokens=1024
-        )
-        requests = model.generate_batch(prompts, settings, cache, warmup=False)
-        return texts([requests[f"req_{row}"].generated_tokens for row in range(len(prompts))])
-
-    def ours() -> list[str]:
-        written = []
-        for batch in batches:
-            keys = [str(row) for row in range(len(batch))]
-            written += generate(model, model, tokenizer, batch, keys, Decoding(args.max_new_tokens))
-        return [output.text for (output,) in written]
-
-    contenders: dict[str, Callable[[], list[str]]] = {
-        "batched": batched,
-        "continuous": continuous,
-        "ours": ours,
-    }
+    contenders = Contenders(lines, args.batch_size, args.max_new_tokens)
     seconds: dict[str, list[float]] = {name: [] for name in LABELS}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in LABELS}
 
-    def timed(name: str, contender: Callable[[], list[str]]) -> list[str]:
+    def timed(name: str) -> list[str]:
         start, cpu_start = time.perf_counter(), time.process_time()
-        written = contender()
+        written = getattr(contenders, name)()
         seconds[name].append(time.perf_counter() - start)
         cpu_seconds[name].append(time.process_time() - cpu_start)
-        print(
-            f"{name}: {seconds[name][-1]:.1f} s, CPU {cpu_seconds[name][-1]:.1f} s", file=sys.stderr
-        )
+        took = f"{seconds[name][-1]:.1f} s, CPU {cpu_seconds[name][-1]:.1f} s"
+        print(f"{name}: {took}", file=sys.stderr, flush=True)
         return written
 
-    expected = timed("loop", loop)
+    expected, alone = timed("loop"), contenders.alone
     if args.write_oracle:
-        write_oracle(args.write_oracle, dict(zip(order, alone, strict=True)))
+        write_oracle(args.write_oracle, dict(zip(contenders.order, alone, strict=True)))
     for number in range(args.rounds):
-        names = [*contenders][number % 3 :] + [*contenders][: number % 3]
+        names = TAKING_TURNS[number % 3 :] + TAKING_TURNS[: number % 3]
         for name in names:
-            pairs = zip(timed(name, contenders[name]), expected, strict=True)
-            different = sum(theirs != right for theirs, right in pairs)
-            if different and name != "continuous":
-                sys.exit(f"{name} wrote {different} of {len(expected)} texts otherwise")
-            if different:
-                print(f"{name} wrote {different} of {len(expected)} texts otherwise")
-    tokens = sum(map(len, alone))
+            pairs = zip(timed(name), expected, strict=True)
+            if different := sum(theirs != right for theirs, right in pairs):
+                message = f"{name} wrote {different} of {len(expected)} texts otherwise"
+                if name != "continuous":
+                    sys.exit(message)
+                print(message)
+    tokens, prompts = sum(map(len, alone)), contenders.prompts
     print(
         f"SmolLM2-135M, {len(prompts)} GSM8K questions ({sum(map(len, prompts))} tokens), {tokens} tokens "
         f"written, at most {args.max_new_tokens} each; batches of {args.batch_size}, {args.rounds} rounds, "
