@@ -71,12 +71,14 @@ class Contenders:
         return self.tokenizer.batch_decode(outputs, skip_special_tokens=True)
 
     def loop(self) -> list[str]:
+        """Ask `generate` one prompt at a time."""
         for prompt in self.prompts:
             out = self.model.generate(input_ids=torch.tensor([prompt]), **self.greedy)
             self.alone.append(out[0, len(prompt) :].tolist())
         return self._texts(self.alone)
 
     def batched(self) -> list[str]:
+        """Ask `generate` in batches padded on the left."""
         written = []
         for batch in self.batches:
             padded = self.tokenizer.pad({"input_ids": batch}, return_tensors="pt")
@@ -85,6 +87,7 @@ class Contenders:
         return self._texts(written)
 
     def continuous(self) -> list[str]:
+        """Ask `generate_batch`, all prompts at once."""
         ends = {name: getattr(self.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
         page, longest = 256, len(self.prompts[0]) + self.max_new_tokens
         cache = ContinuousBatchingConfig(
@@ -96,6 +99,7 @@ class Contenders:
         return self._texts([requests[f"req_{row}"].generated_tokens for row in rows])
 
     def ours(self) -> list[str]:
+        """Ask ours, in the same batches."""
         written = []
         for batch in self.batches:
             keys = [str(row) for row in range(len(batch))]

@@ -53,8 +53,8 @@ class LoraGaInit(GradientInit):
             if 2 * pair.rank > smaller:
                 raise InputError(
                     f"init is LoraGaInit, which needs 2 r singular vectors, but {pair.name} has only "
-                    f"{smaller}: set model.adapter.r (or its rank_pattern) to at most {smaller // 2}, or leave "
-                    "the layer out of model.adapter.target_modules"
+                    f"{smaller}: set model.adapter.r to at most {smaller // 2}, or leave the "
+                    "layer out of model.adapter.target_modules"
                 )
         ranks = {pair.name: 2 * pair.rank for pair in pairs}
         batches = self.batches(trainer)

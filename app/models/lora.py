@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from app.models.adapter_config import LoraSettings
+from app.models.adapter_config import LoraSettings, fsdp_incompatible_options
 from app.utils.errors import InputError
 from app.utils.text import did_you_mean
 
@@ -139,9 +139,10 @@ def adalora_tuner(model: nn.Module) -> AdaLoraModel | None:
     return tuner if isinstance(tuner, AdaLoraModel) else None
 
 
-def adapter_config(model: nn.Module) -> LoraConfig | None:
-    """Return PEFT's configuration of a model's adapter; None where there is none."""
-    return model.peft_config[ADAPTER] if isinstance(model, PeftModel) else None  # type: ignore
+def fsdp_incompatible_settings(model: nn.Module) -> list[str]:
+    """Name the settings of a model's adapter that do not work where the base weights are sharded."""
+    config = model.peft_config[ADAPTER] if isinstance(model, PeftModel) else None
+    return fsdp_incompatible_options(config) if isinstance(config, LoraConfig) else []
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

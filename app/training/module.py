@@ -37,9 +37,9 @@ from app.models.loading import (
 from app.models.lora import (
     LoraPair,
     adalora_tuner,
-    adapter_config,
     add_lora,
     base_model,
+    fsdp_incompatible_settings,
     install,
     lora_pairs,
     subtract_from_base,
@@ -192,8 +192,7 @@ class LoraModule(LightningModule):
         # A checkpoint to test holds what was trained.
         self.model = self.adapt(base, fitting or self.trainer.ckpt_path is not None)
         if self._sharded:
-            if (config := adapter_config(self.model)) is not None:
-                check_sharding(fsdp_incompatible_options(config))
+            check_sharding(fsdp_incompatible_settings(self.model))
             self.trainer.strategy.shard(self.model)  # type: ignore[attr-defined]
         if global_rank() > 0:
             # The adapter was drawn alike everywhere; dropout is each process's own.
