@@ -1,5 +1,6 @@
 """Watch the factors while they train: angles to the one-step gradient, spectra, condition."""
 
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from app.models.lora import LoraPair
 from app.tracking.alignment_plots import write_heat_maps
 from app.tracking.loggers import run_folder_of
 from app.tracking.metrics_table import append_rows, read_table, write_table
+from app.tracking.wandb_summary import line_chart
 from app.utils.console import track
 from app.utils.errors import InputError
 from callbacks.initialization import GradientInit
@@ -219,23 +221,14 @@ def _alignment(table: Path) -> Any:
 
     A step at which no layer has an angle is left out: the chart's JSON has no word for it.
     """
-    import wandb  # slow, and of no use to a run without it
-
-    angles: dict[str, dict[int, list[float]]] = {side: defaultdict(list) for side in "AB"}
-    for row in read_table(table)[1]:
-        for side, by_step in angles.items():
-            by_step[int(row["step"])].append(float(row[f"angle_{side}"]))
-    lines = []
-    for by_step in angles.values():
-        medians = {step: torch.tensor(values).nanmedian() for step, values in by_step.items()}
-        lines.append({step: float(value) for step, value in medians.items() if value.isfinite()})
-    return wandb.plot.line_series(
-        xs=[list(line) for line in lines],
-        ys=[list(line.values()) for line in lines],
-        keys=["lora_A, input side", "lora_B, output side"],
-        title="Angle to the one-step gradient (degrees)",
-        xname="optimizer step",
-    )
+    lines: dict[str, dict[int, float]] = {}
+    for key, name in (("A", "lora_A, input side"), ("B", "lora_B, output side")):
+        angles: dict[int, list[float]] = defaultdict(list)
+        for row in read_table(table)[1]:
+            angles[int(row["step"])].append(float(row[f"angle_{key}"]))
+        medians = {step: float(torch.tensor(values).nanmedian()) for step, values in angles.items()}
+        lines[name] = {step: value for step, value in medians.items() if math.isfinite(value)}
+    return line_chart(lines, "Angle to the one-step gradient (degrees)", "optimizer step")
 
 
 def _log_histograms(logger: WandbLogger, columns: dict[str, Tensor], step: int) -> None:

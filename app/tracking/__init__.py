@@ -1,1 +1,1 @@
-"""Run folders, loggers, summary.json, plots and what W&B is told."""
+"""Run folders, loggers, the run record, plots, and what is logged to W&B."""

@@ -1,14 +1,14 @@
-"""Heat maps over layers and steps of what `callbacks.alignment_monitor` has measured."""
+"""Draw heat maps over layers and steps of what `callbacks.alignment_monitor` has measured."""
 
-import csv
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
+
+from app.tracking.plots import kind_of, panels
 
 MAPS = {
     "angle_A": ("Angle between lora_A and the one-step gradient, input side", "degrees"),
@@ -35,54 +35,40 @@ def write_heat_maps(table: Path, folder: Path) -> list[Path]:
     Returns:
         The files written.
     """
-    with table.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    layers.sort(key=lambda name: kinds.index(name.rpartition(".")[2]))  # stable: depth stays
-    steps = sorted({int(row["step"]) for row in rows})
-    line = {name: i for i, name in enumerate(layers)}
-    column = {step: i for i, step in enumerate(steps)}
+    rows = pd.read_csv(table)
+    names = pd.Series(rows["layer"].unique())
+    kinds = pd.factorize(names.map(kind_of))[0]
+    layers = names[np.argsort(kinds, kind="stable")]  # within a kind by depth
     written = []
-    for measure, (title, unit) in MAPS.items():
-        grid = np.full((len(layers), len(steps)), np.nan)
-        for row in rows:
-            grid[line[row["layer"]], column[int(row["step"])]] = float(row[measure])
+    for measure in MAPS:
+        grid = rows.pivot_table(measure, "layer", "step", aggfunc="last", dropna=False)
         path = folder / f"alignment_{measure}.png"
-        _draw(path, np.where(np.isfinite(grid), grid, np.nan), layers, steps, title, unit)
+        height = min(12.0, max(2.8, 0.035 * len(layers) + 1.6))
+        width = min(12.0, max(6.4, 0.25 * grid.shape[1] + 2.4))
+        with panels(path, (width, height)) as [axes]:
+            _draw(axes, grid.loc[layers].where(np.isfinite), measure)
         written.append(path)
     return written
 
 
-def _draw(
-    path: Path, grid: np.ndarray, layers: list[str], steps: list[int], title: str, unit: str
-) -> None:
-    finite = grid[np.isfinite(grid)]
-    spread = finite.size > 0 and finite.min() > 0 and finite.max() > 30 * finite.min()
+def _draw(axes: Axes, grid: pd.DataFrame, measure: str) -> None:
+    title, unit = MAPS[measure]
+    low, high = grid.min().min(), grid.max().max()  # without the cells that have no value
     # Conditions and norms span decades.
-    norm: Normalize | None = LogNorm(finite.min(), finite.max()) if spread else None
+    norm: Normalize | None = LogNorm(low, high) if 0 < 30 * low < high else None
     if unit == "degrees":
         norm = Normalize(0, 90)
     if unit == "share":
         norm = Normalize(0, 1)
-    height = min(12.0, max(2.8, 0.035 * len(layers) + 1.6))
-    figure, axes = plt.subplots(figsize=(min(12.0, max(6.4, 0.25 * len(steps) + 2.4)), height))
-    colors = plt.get_cmap("viridis").copy()
-    colors.set_bad("0.85")
+    colors = plt.get_cmap("viridis").with_extremes(bad="0.85")
     image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap=colors, norm=norm)
-    figure.colorbar(image, ax=axes, label=unit)
-    kinds = [name.rpartition(".")[2] for name in layers]
-    starts = [i for i, kind in enumerate(kinds) if i == 0 or kinds[i - 1] != kind]
-    ends = [*starts[1:], len(layers)]
-    axes.set_yticks(
-        [(s + e - 1) / 2 for s, e in zip(starts, ends, strict=True)], [kinds[s] for s in starts]
-    )
-    for start in starts[1:]:
-        axes.axhline(start - 0.5, color="white", linewidth=0.8)
-    shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 9)).round().astype(int))
-    axes.set_xticks(shown, [str(steps[i]) for i in shown])
+    axes.figure.colorbar(image, ax=axes, label=unit)
+    kinds = [kind_of(name) for name in grid.index]
+    first = {kind: kinds.index(kind) for kind in kinds}
+    axes.set_yticks([i + (kinds.count(kind) - 1) / 2 for kind, i in first.items()], list(first))
+    for i in list(first.values())[1:]:
+        axes.axhline(i - 0.5, color="white", linewidth=0.8)
+    shown = np.unique(np.linspace(0, grid.shape[1] - 1, min(grid.shape[1], 9)).round().astype(int))
+    axes.set_xticks(shown, [str(grid.columns[i]) for i in shown])
     axes.set(xlabel="optimizer step", title=title)
     axes.title.set_fontsize(11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -1,4 +1,10 @@
-"""The loggers of a run: the CSV table in its folder, and W&B."""
+"""Make the loggers of a run: the CSV table in its folder, and W&B.
+
+Private names of Lightning stand here alone: CSVLogger's `_experiment` and its writer's
+`_check_log_dir_exists`, since CSVLogger deletes a table that it finds (an argument of CSVLogger that lets it
+append would replace both), and WandbLogger's `_wandb_init`, which hands W&B an option that W&B warns of (gone
+once Lightning leaves `anonymous` out).
+"""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +24,7 @@ from app.utils.errors import InputError
 
 
 class MetricsTable(CSVLogger):
-    """Lightning's CSV logger, which goes on in the table that it finds."""
+    """Log to metrics.csv as CSVLogger does, but append to a table that is there."""
 
     @property
     @override
@@ -33,7 +39,7 @@ class _Writer(ExperimentWriter):
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
         self.metrics_keys = read_table(Path(self.metrics_file_path))[0]
-        self._refused = False
+        self._has_warned = False
 
     @override
     def _check_log_dir_exists(self) -> None:
@@ -41,7 +47,7 @@ class _Writer(ExperimentWriter):
 
     @override
     def save(self) -> None:
-        """Add the new rows to the table; if the disk refuses, say so once and keep them for the next time."""
+        """Append the new rows; if that fails, warn once and keep them until the next time."""
         if not self.metrics:
             return
         path = Path(self.metrics_file_path)
@@ -52,19 +58,19 @@ class _Writer(ExperimentWriter):
                 self.metrics_keys = names
             append_rows(path, names, self.metrics)
         except OSError as error:
-            if not self._refused:
+            if not self._has_warned:
                 rank_zero_warn(
                     f"{path} could not be written ({error.strerror or error}): training goes on, and its rows "
                     "are kept until they can be. Make room, or allow writing there"
                 )
-            self._refused = True
+            self._has_warned = True
         else:
-            self.metrics, self._refused = [], False
+            self.metrics, self._has_warned = [], False
 
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """Where a run writes, and whether W&B hears of it.
+    """Where a run writes, and how it uses W&B.
 
     Args:
         name: Name of the experiment; runs go to ROOT/NAME/version_0, version_1, ...
@@ -128,13 +134,11 @@ def make_loggers(
             project=settings.wandb_project,
             save_dir=str(folder),
             offline=mode == "offline",
-            # The logger's own switch is an environment variable, which comes too late once W&B
-            # has looked for a key.
+            # The logger's `offline` sets an environment variable, too late once W&B has looked for a key.
             mode=mode,
             group=settings.wandb_group or task,
             tags=[*settings.wandb_tags, *tags] or None,
         )
-        # Lightning hands this on unasked, and W&B then warns that it means nothing any more.
         logger._wandb_init.pop("anonymous", None)
         loggers.append(logger)
     return loggers
@@ -157,7 +161,7 @@ def remove_unused_folder(loggers: Sequence[Logger]) -> None:
 
 
 def wandb_mode(settings: OutputSettings) -> Literal["online", "offline"]:
-    """Return how W&B hears of a run that is not kept from it."""
+    """Return W&B's mode for a run that uses it."""
     if settings.wandb == "auto":
         return "online" if _has_key() else "offline"
     return "offline" if settings.wandb == "offline" else "online"

@@ -1,4 +1,4 @@
-"""metrics.csv: the table of a run, which an interrupted run continues."""
+"""Read and write metrics.csv, the table of a run, which an interrupted run continues."""
 
 import csv
 import errno
@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from app.utils.files import atomic_write
 
 
 def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -21,25 +23,14 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 def write_table(path: Path, names: list[str], rows: Iterable[dict[str, str]]) -> None:
     """Write a table, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, names)
-            writer.writeheader()
-            writer.writerows(rows)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)  # a full disk needs its room
-        raise
+    with atomic_write(path) as stream:
+        header = dict(zip(names, names, strict=True))
+        stream.write(_lines(names, [header, *rows]))
 
 
 def append_rows(path: Path, names: list[str], rows: Iterable[dict[str, Any]]) -> None:
     """Add rows to a table, all or none."""
-    text = io.StringIO(newline="")
-    csv.DictWriter(text, names).writerows(rows)
-    content = text.getvalue().encode()
+    content = _lines(names, rows)
     with path.open("ab", buffering=0) as stream:
         before = stream.tell()
         try:
@@ -48,6 +39,12 @@ def append_rows(path: Path, names: list[str], rows: Iterable[dict[str, Any]]) ->
         except OSError:
             stream.truncate(before)
             raise
+
+
+def _lines(names: list[str], rows: Iterable[dict[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, names).writerows(rows)
+    return text.getvalue().encode()
 
 
 def rewind_table(path: Path, step: int, validation_due: bool) -> None:
@@ -62,17 +59,16 @@ def rewind_table(path: Path, step: int, validation_due: bool) -> None:
     if not names:
         return
 
-    def stands(row: dict[str, str]) -> bool:
-        if not row["step"].isdigit() or int(row["step"]) > step:
-            return False
-        if (
-            int(row["step"]) == step
-        ):  # steps count from 0; the final scores stand behind the last one
-            return any(value and name.startswith("final/") for name, value in row.items())
-        again = validation_due and int(row["step"]) == step - 1
-        return not (again and any(value and name.startswith("val/") for name, value in row.items()))
+    def has(row: dict[str, str], prefix: str) -> bool:
+        return any(value and name.startswith(prefix) for name, value in row.items())
 
-    write_table(path, names, filter(stands, rows))
+    def is_kept(row: dict[str, str]) -> bool:
+        logged = int(row["step"]) if row["step"].isdigit() else step + 1
+        if logged >= step:  # steps count from 0: at the next one stand the final scores alone
+            return logged == step and has(row, "final/")
+        return not (validation_due and logged == step - 1 and has(row, "val/"))
+
+    write_table(path, names, filter(is_kept, rows))
 
 
 def has_value(path: Path, step: int, name: str) -> bool:
@@ -81,7 +77,7 @@ def has_value(path: Path, step: int, name: str) -> bool:
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read Lightning's metrics.csv into (step, value) lists, one for each column that has numbers."""
+    """Read metrics.csv into (step, value) lists, one for each column that has numbers."""
     curves: dict[str, list[tuple[int, float]]] = {}
     with path.open(newline="") as stream:
         for row in csv.DictReader(stream):

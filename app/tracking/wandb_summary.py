@@ -1,23 +1,19 @@
-"""What Weights & Biases is told when a run ends: sortable numbers, charts, pictures, the adapter."""
+"""Log to Weights & Biases what a run ends with: sortable numbers, charts, pictures, the adapter."""
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.tracking.loggers import OutputSettings, wandb_mode
+from app.tracking.plots import median_spectra
 from app.tracking.record import RunRecord
 from app.tracking.run_folder import RunFolder
 from app.utils.files import write_json
 from app.utils.text import rate_text
-
-SPECTRUM_TABLE = "init/spectrum"
-SPECTRA_CHART = "init/spectra"
 
 
 def cell_of(settings: Mapping[str, Any], task: str | None) -> str:
@@ -41,7 +37,7 @@ def cell_of(settings: Mapping[str, Any], task: str | None) -> str:
 def log_run_summary(
     logger: WandbLogger, record: RunRecord, plots: Sequence[Path], adapter: Path | None
 ) -> None:
-    """Tell W&B, online or offline, all that the run folder has.
+    """Log all that the run folder has.
 
     Args:
         logger: The run's.
@@ -58,18 +54,34 @@ def log_run_summary(
             for i, value in enumerate(values["singular_values"])
         ]
         columns = ["layer", "index", "singular_value", "captured_energy"]
-        logger.log_table(SPECTRUM_TABLE, columns=columns, data=rows)
-        chart = _spectra(layers)
-        if chart is not None:
-            logger.experiment.log({SPECTRA_CHART: chart})
+        logger.log_table("init/spectrum", columns=columns, data=rows)
+    if medians := {kind: median for kind, (_, median, _) in median_spectra(layers).items()}:
+        title = "Singular values of the one-step gradient over the first"
+        spectra = {kind: dict(enumerate(median, 1)) for kind, median in medians.items()}
+        logger.experiment.log({"init/spectra": line_chart(spectra, title, "i")})
     for plot in plots:
         logger.log_image(f"plots/{plot.stem}", [str(plot)])
     if adapter is not None:
-        _keep_adapter(logger, record, adapter)
+        _log_adapter(logger, record, adapter)
+
+
+def line_chart(lines: Mapping[str, Mapping[int, float]], title: str, xname: str) -> Any:
+    """Return W&B's own line chart.
+
+    Args:
+        lines: Values over x, by label.
+        title: Title of the chart.
+        xname: Name of x.
+    """
+    import wandb  # slow, and of no use to a run without it
+
+    xs = [list(line) for line in lines.values()]
+    ys = [[float(y) for y in line.values()] for line in lines.values()]
+    return wandb.plot.line_series(xs=xs, ys=ys, keys=list(lines), title=title, xname=xname)
 
 
 def keep_wandb_run(logger: WandbLogger, folder: RunFolder) -> None:
-    """Write into the run folder which W&B run it is, and what that run has been told of itself."""
+    """Write into the run folder which W&B run it is, with what W&B was given of its settings."""
     run = logger.experiment
     about = {
         "entity": run.entity or None,
@@ -89,8 +101,8 @@ def log_test_scores(folder: RunFolder, settings: OutputSettings) -> None:
     The history stays as it is. A W&B that cannot be reached is a warning: the scores are in the folder.
 
     Args:
-        folder: The run folder, with the scores in its summary. Nothing is told if its training was not.
-        settings: Whether W&B hears of it, and how.
+        folder: The run folder, with the scores in its summary. Nothing is logged if its training was not.
+        settings: Whether W&B is used, and how.
     """
     if settings.wandb == "disabled" or not folder.wandb.is_file():
         return
@@ -123,7 +135,7 @@ def log_test_scores(folder: RunFolder, settings: OutputSettings) -> None:
 
 def summary_of(record: RunRecord) -> dict[str, Any]:
     """Return one number or word for each column by which the table of runs can be sorted."""
-    told: dict[str, Any] = {
+    columns: dict[str, Any] = {
         "method": record.method,
         "task": record.data.name,
         "seed": record.seed,
@@ -131,46 +143,19 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
         "trainable_parameters": record.model.trainable_parameters,
     }
     for moment, scores in record.metrics.items():
-        told |= {f"{moment}/{name}": value for name, value in scores.items()}
+        columns |= {f"{moment}/{name}": value for name, value in scores.items()}
     for section, values in (("train", record.train), ("init", record.init)):
-        told |= {
+        columns |= {
             f"{section}/{name}": value
             for name, value in values.to_json().items()
             if isinstance(value, int | float)
         }
     if record.init.captured_energy:
-        told["init/captured_energy"] = record.init.captured_energy["mean"]
-    return {name: value for name, value in told.items() if value is not None}
+        columns["init/captured_energy"] = record.init.captured_energy["mean"]
+    return {name: value for name, value in columns.items() if value is not None}
 
 
-def _spectra(layers: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Return W&B's own line chart of the spectra: the median of each kind of layer.
-
-    Layers without a gradient have no spectrum to scale; None if that is all of them.
-    """
-    import wandb  # slow, and of no use to a run without it
-
-    kinds: dict[str, list[list[float]]] = defaultdict(list)
-    for name, values in layers.items():
-        if values["singular_values"][0] > 0:
-            kinds[name.rpartition(".")[2]].append(values["singular_values"])
-    if not kinds:
-        return None
-    length = min(len(row) for rows in kinds.values() for row in rows)
-    medians = {
-        kind: np.median([np.array(row[:length]) / row[0] for row in rows], axis=0)
-        for kind, rows in kinds.items()
-    }
-    return wandb.plot.line_series(
-        xs=list(range(1, length + 1)),
-        ys=[median.tolist() for median in medians.values()],
-        keys=list(medians),
-        title="Singular values of the one-step gradient over the first",
-        xname="i",
-    )
-
-
-def _keep_adapter(logger: WandbLogger, record: RunRecord, folder: Path) -> None:
+def _log_adapter(logger: WandbLogger, record: RunRecord, folder: Path) -> None:
     """Make the adapter an artifact that names its base model; online that is its input, too."""
     import wandb  # slow, and of no use to a run without it
 
@@ -180,8 +165,6 @@ def _keep_adapter(logger: WandbLogger, record: RunRecord, folder: Path) -> None:
     adapter = wandb.Artifact(f"adapter-{run.id}", type="adapter", metadata=about)
     adapter.add_dir(str(folder))
     if not run.offline:  # W&B knows no inputs of a run that it has not heard of
-        source = wandb.Artifact(
-            f"base-{str(record.model.fingerprint)[:16]}", type="model", metadata=base
-        )
-        run.use_artifact(source)
+        name = f"base-{str(record.model.fingerprint)[:16]}"
+        run.use_artifact(wandb.Artifact(name, type="model", metadata=base))
     run.log_artifact(adapter)

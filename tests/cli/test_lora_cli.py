@@ -324,7 +324,7 @@ def test_commands_and_stray_words(refused, tiny_run):
 
 def test_unknown_configs(refused):
     told = refused("fit", "--config", "quikstart")
-    assert "Did you mean quickstart.yaml?" in told
+    assert "did you mean quickstart.yaml?" in told
     for name in ("glue_sst2.yaml", "methods/lora_one.yaml", "models/smollm2.yaml"):
         assert name in told
     assert "'glue_sst3.yaml'" in refused("fit", "--config=glue_sst3.yaml")

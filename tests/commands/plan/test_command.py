@@ -407,7 +407,7 @@ def test_errors_are_one_line(options, told, plan):
 
 def test_unknown_config(command, capsys):
     assert command("plan", "--config", "quickstrat.yaml") == 2
-    assert "Did you mean quickstart.yaml?" in capsys.readouterr().err
+    assert "did you mean quickstart.yaml?" in capsys.readouterr().err
 
 
 def test_print_config_and_help(command, tiny_run, capsys):
