@@ -30,7 +30,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from app.models.generation import Decoding, generate
+from app.models.decoding import Decoding
+from app.models.generation import generate
 from app.models.loading import load_model, load_tokenizer, resolve_model
 
 ORACLE_TOKENS = 32

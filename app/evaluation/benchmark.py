@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.models.generation import Decoding
+from app.models.decoding import Decoding
 
 
 @dataclass(frozen=True)

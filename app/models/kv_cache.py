@@ -1,4 +1,4 @@
-"""A language model and its key-value cache: it reads prompts once, then one token of each row at a time."""
+"""Run a language model with its key-value cache: prompts once, then one token of each row at a time."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
 
 from app.utils.errors import InputError
@@ -96,7 +97,7 @@ class CachedModel:
                 self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
         return self._run(inputs).logits[:, -1]
 
-    def take(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         """Go on with these rows alone.
 
         Args:
@@ -128,14 +129,10 @@ def padded(
     rows: Sequence[Sequence[int]], left: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return token ids and mask (B, T) of rows, padded to the longest on the left or on the right."""
-    longest = max(map(len, rows))
-    ids, mask = [], []
-    for row in rows:
-        pads = longest - len(row)
-        before, after = (pads, 0) if left else (0, pads)
-        ids.append([PAD] * before + list(row) + [PAD] * after)
-        mask.append([0] * before + [1] * len(row) + [0] * after)
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    side = "left" if left else "right"
+    ids = pad_sequence([torch.tensor(row) for row in rows], True, PAD, side)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], True, 0, side)
+    return ids.to(device), mask.to(device)
 
 
 @contextmanager
@@ -173,13 +170,13 @@ def decoder_start(base: PreTrainedModel) -> int:
     )
 
 
-def room(base: PreTrainedModel, prompt: Sequence[int]) -> int | None:
+def remaining_context(base: PreTrainedModel, prompt: Sequence[int]) -> int | None:
     """Return how many tokens fit into the model's context after a prompt; None if there is no limit.
 
     A decoder beside an encoder has the whole context for its output.
 
     Raises:
-        InputError: The prompt is empty, or leaves no room.
+        InputError: The prompt is empty, or leaves no token for an output.
     """
     if not prompt:
         raise InputError(

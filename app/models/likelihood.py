@@ -1,7 +1,8 @@
-"""How likely a model finds each of a few continuations of a prompt."""
+"""Compute how likely a model finds each of a few continuations of a prompt."""
 
 import copy
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -9,7 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from app.distributed.collectives import any_rank
-from app.models.kv_cache import PAD, compute_device, decoder_start, evaluation_mode, padded, room
+from app.models.kv_cache import (
+    PAD,
+    compute_device,
+    decoder_start,
+    evaluation_mode,
+    padded,
+    remaining_context,
+)
 from app.models.loss import select_positions_for_lm_head
 from app.utils.errors import InputError
 
@@ -51,40 +59,48 @@ def choice_log_likelihoods(
     Source: the sums that EleutherAI/lm-evaluation-harness compares for multiple choice.
     """
     device = compute_device(model)
-    found = torch.zeros(len(prompts), len(choices), device=device)
+    likelihoods = torch.zeros(len(prompts), len(choices), device=device)
     if not prompts and not together:
-        return found
-    if not all(choices):
-        raise InputError(
-            f"choices={[list(c) for c in choices]}: expected at least one token in each"
-        )
-    longest = max(map(len, choices))
-    for prompt in prompts:
-        free = room(base, prompt)
-        if free is not None and free < longest:
-            raise InputError(
-                f"a prompt has {len(prompt)} tokens and a choice {longest}, which do not fit into the "
-                "model's context: set --data.long_prompts=cut, or change model.name"
-            )
+        return likelihoods
+    _check_lengths(base, prompts, choices)
     encodes = base.config.is_encoder_decoder
     kind = _Decoder if encodes else _Causal
     families = [list(range(len(prompts)))] if encodes or together else _families(prompts)
     with evaluation_mode(model):
         for rows in families:
             family = [prompts[row] for row in rows] or [[PAD]]
-            reader = kind(model, base, family, device, together)
+            scorer = kind(model, base, family, device, together)
             for fed in dict.fromkeys(tuple(choice[:-1]) for choice in choices):
                 own = [number for number, choice in enumerate(choices) if tuple(choice[:-1]) == fed]
-                logs = reader.logits(fed).float().log_softmax(dim=-1)[: len(rows)]
+                logs = scorer.logits(fed).float().log_softmax(dim=-1)[: len(rows)]
                 tokens = torch.tensor([list(choices[number]) for number in own], device=device)
                 places = torch.arange(len(fed) + 1, device=device)
                 sums = logs[:, places, tokens].sum(dim=-1)
-                found[torch.tensor(rows, dtype=torch.int64)[:, None], torch.tensor(own)] = sums
-    return found
+                likelihoods[torch.tensor(rows, dtype=torch.int64)[:, None], torch.tensor(own)] = (
+                    sums
+                )
+    return likelihoods
+
+
+def _check_lengths(
+    base: PreTrainedModel, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]
+) -> None:
+    if not all(choices):
+        raise InputError(
+            f"choices={[list(c) for c in choices]}: expected at least one token in each"
+        )
+    longest = max(map(len, choices))
+    for prompt in prompts:
+        remaining = remaining_context(base, prompt)
+        if remaining is not None and remaining < longest:
+            raise InputError(
+                f"a prompt has {len(prompt)} tokens and a choice {longest}, which do not fit into the "
+                "model's context: set --data.long_prompts=cut, or change model.name"
+            )
 
 
 class _Causal:
-    """Reads what all prompts begin with once, and the rest of them with each start of a choice."""
+    """Runs what all prompts begin with once, and the rest of them with each beginning of a choice."""
 
     def __init__(
         self,
@@ -96,41 +112,37 @@ class _Causal:
     ) -> None:
         self.model, self.base, self.device = model, base, device
         shared = _shared_length(prompts)
-        # Processes that run in step take the same number of passes.
-        apart = any_rank(shared > 0, device) if together else shared > 0
         self.rests = [list(prompt[shared:]) for prompt in prompts]
         self.cache: Any = None
-        if apart:
-            ids = torch.tensor([list(prompts[0][: shared or 1])], device=device)
-            with select_positions_for_lm_head(
-                self._head, torch.ones_like(ids).cumsum(1) == ids.shape[1]
-            ):
-                cache = model(input_ids=ids, use_cache=True).past_key_values
-            self.cache = cache if shared else None
+        # Processes that run in step take the same number of passes.
+        if any_rank(shared > 0, device) if together else shared > 0:
+            out = self._run([prompts[0][: shared or 1]], 1, use_cache=True)
+            self.cache = out.past_key_values if shared else None
 
-    @property
-    def _head(self) -> nn.Module:
-        return self.base.get_output_embeddings()  # type: ignore[return-value]
-
-    def logits(self, fed: Sequence[int]) -> Tensor:
-        """Return the logits (B, L + 1, vocabulary) that predict `fed`, of L tokens, and the token after it."""
+    def _run(self, rows: Sequence[Sequence[int]], scored: int, **options: Any) -> Any:
+        """Run rows of which the LM head sees the last few tokens."""
         # Padded on the right, where no token sees it, so that neither mask nor positions need to know.
-        rows = [[*rest, *fed] for rest in self.rests]
         ids, _ = padded(rows, left=False, device=self.device)
         last = torch.tensor([[len(row)] for row in rows], device=self.device)
         places = torch.arange(ids.shape[1], device=self.device)
-        chosen = (places < last) & (places >= last - len(fed) - 1)
-        cache = None
-        if self.cache is not None:
-            cache = copy.deepcopy(self.cache)
+        chosen = (places < last) & (places >= last - scored)
+        head: Any = self.base.get_output_embeddings()
+        with select_positions_for_lm_head(head, chosen):
+            return self.model(input_ids=ids, **options)
+
+    def logits(self, fed: Sequence[int]) -> Tensor:
+        """Return the logits (B, L + 1, vocabulary) that predict `fed`, of L tokens, and the token after it."""
+        rows = [[*rest, *fed] for rest in self.rests]
+        cache = copy.deepcopy(self.cache)
+        if cache is not None:
             cache.reorder_cache(torch.zeros(len(rows), dtype=torch.int64, device=self.device))
-        with select_positions_for_lm_head(self._head, chosen):
-            out = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
-        return out.logits[0].unflatten(0, (len(rows), len(fed) + 1))
+        scored = len(fed) + 1
+        out = self._run(rows, scored, past_key_values=cache, use_cache=cache is not None)
+        return out.logits[0].unflatten(0, (len(rows), scored))
 
 
 class _Decoder:
-    """Encodes the prompts once, and runs the decoder on each start of a choice."""
+    """Encodes the prompts once, and runs the decoder on each beginning of a choice."""
 
     def __init__(
         self,
@@ -178,7 +190,5 @@ def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
 def _common(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all prompts begin with."""
     # What the first and the last in the order of a dictionary share, all those between them share.
-    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
-    pairs = enumerate(zip(first, last, strict=False))
-    shortest = min(len(first), len(last))
-    return next((place for place, (a, b) in pairs if a != b), shortest)
+    pairs = zip(min(map(tuple, prompts)), max(map(tuple, prompts)), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from app.evaluation.benchmark import Benchmark, Question
-from app.models.generation import Decoding
+from app.models.decoding import Decoding
 from app.utils.errors import InputError
 from data_modules.readers import json_list_rows
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from app.evaluation.benchmark import Benchmark, Question
-from app.models.generation import Decoding
+from app.models.decoding import Decoding
 from app.utils.errors import InputError
 from data_modules.evals.number_answers import last_number, number_behind, share
 from data_modules.readers import Row, hub_rows, jsonl_rows

@@ -7,7 +7,7 @@ The paper's GSM8K-CoT. `strict` takes the number behind "The answer is", with wh
 from collections.abc import Sequence
 
 from app.evaluation.benchmark import Benchmark, Question
-from app.models.generation import Decoding
+from app.models.decoding import Decoding
 from data_modules.evals.gsm8k import STOP, gsm8k_rows
 from data_modules.evals.number_answers import last_number, number_behind, share
 

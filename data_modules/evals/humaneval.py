@@ -8,7 +8,7 @@ from typing import Literal
 from app.evaluation.benchmark import Benchmark, Question
 from app.evaluation.sandbox.bubblewrap import SandboxMode
 from app.evaluation.sandbox.judge import check_judge, judge
-from app.models.generation import Decoding
+from app.models.decoding import Decoding
 from app.utils.errors import InputError
 from app.utils.package_index import fetch_package_file
 from data_modules.evals.code_answers import cut, written_function

@@ -7,7 +7,8 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from app.models.adapter_config import LoraSettings
-from app.models.generation import Decoding, generate
+from app.models.decoding import Decoding
+from app.models.generation import generate
 from app.models.loading import load_model, load_tokenizer, resolve_model
 from app.models.lora import add_lora, base_model, lora_pairs
 from app.utils.errors import InputError

@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from app.models.generation import Decoding, generate, uniform
+from app.models.decoding import Decoding, uniform
+from app.models.generation import generate
 from tests.models.test_generation import batch_sizes
 
 SAMPLING = Decoding(12, temperature=0.9, top_p=0.95, seed=3)
@@ -76,7 +77,7 @@ def test_draws_are_uniform_and_unrelated():
 def test_the_extreme_draws_take_possible_tokens(draw, tiny_llama, tiny_tokenizer, monkeypatch):
     """The first and the last token of the vocabulary that top_p leaves."""
     monkeypatch.setattr(
-        "app.models.generation.uniform", lambda *_: torch.tensor([draw], dtype=torch.float64)
+        "app.models.decoding.uniform", lambda *_: torch.tensor([draw], dtype=torch.float64)
     )
     model = tiny_llama(vocab_size=len(tiny_tokenizer), initializer_range=0.3)
     decoding = Decoding(1, temperature=1.0, top_p=0.5)

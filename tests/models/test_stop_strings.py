@@ -5,7 +5,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from app.models.generation import Decoding, generate
+from app.models.decoding import Decoding
+from app.models.generation import generate
 from app.models.loading import load_tokenizer, resolve_model
 
 

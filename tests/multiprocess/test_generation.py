@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from app.models.adapter_config import LoraSettings
-from app.models.generation import Decoding, generate
+from app.models.decoding import Decoding
+from app.models.generation import generate
 from app.models.likelihood import SHORTEST_PREFIX, choice_log_likelihoods
 from app.models.lora import add_lora, base_model, lora_pairs
 

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 from app.evaluation.benchmark import Benchmark, Question
-from app.models.generation import Decoding
+from app.models.decoding import Decoding
 from app.utils.errors import InputError
 
 FILMS = ("good", "bad", "awful", "fine", "great and long and longer still")
