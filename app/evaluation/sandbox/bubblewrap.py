@@ -1,10 +1,7 @@
-"""The sandbox in which code that a model wrote is run, and whether this machine can build it.
+"""Command lines of the two sandboxes (docs/sandbox.md says what each keeps out, and what it was tried with).
 
-`bubblewrap` puts the program into namespaces of its own: a user without rights, no network, no other
-process, and of the file system the interpreter alone, read-only. `unprotected` does without: the program
-sees and changes the files of the user who runs it. In both it is one process with one thread, without
-capabilities, with limits, and without the system calls that seccomp.py denies. docs/sandbox.md has the
-whole list, and what it was tried with.
+`bubblewrap` puts the program into namespaces of its own; `unprotected` runs it with the rights of the user. In
+both, child.py sets limits and seccomp.py denies system calls.
 """
 
 import json
@@ -23,40 +20,34 @@ SandboxMode = Literal["bubblewrap", "unprotected"]
 HERE = Path(__file__).resolve().parent
 CHILD_FILES = ("child.py", "wire_format.py", "seccomp.py")
 NOBODY = "65534"
-MEMORY_BYTES = 2**30
 TEMPORARY_BYTES = 16 * 2**20
-INSTALL = "apt-get install bubblewrap (dnf install bubblewrap, pacman -S bubblewrap)"
-
-
-def limits(timeout: float) -> dict[str, int]:
-    """Return the limits of a program's process.
-
-    Args:
-        timeout: Wall time of program and tests together, in seconds; the judge keeps that one.
-
-    Returns:
-        Names of the resource module with their values: bytes, seconds of CPU time, or numbers.
-    """
-    return {
-        "RLIMIT_CPU": int(timeout) + 2,
-        "RLIMIT_AS": MEMORY_BYTES,
-        "RLIMIT_FSIZE": TEMPORARY_BYTES,
-        "RLIMIT_NOFILE": 64,
-        "RLIMIT_NPROC": 1,
-        "RLIMIT_CORE": 0,
-        "RLIMIT_MEMLOCK": 0,
-    }
+LIMITS = {
+    "RLIMIT_AS": 2**30,
+    "RLIMIT_NOFILE": 64,
+    "RLIMIT_NPROC": 1,
+    "RLIMIT_CORE": 0,
+    "RLIMIT_MEMLOCK": 0,
+}
+"""Of the program's process, by their names in the resource module: bytes, or numbers."""
 
 
 def sandbox_command(mode: SandboxMode, timeout: float) -> list[str]:
-    """Return the command line that starts `child.py` in its sandbox."""
-    arguments = ["-I", "-S", "-B"]
+    """Return the command line that starts `child.py` in its sandbox.
+
+    Args:
+        mode: With or without bubblewrap.
+        timeout: Wall time of program and tests together, in seconds, which the judge keeps; the program may
+            use two seconds more of CPU time.
+
+    Raises:
+        InputError: There is no bubblewrap.
+    """
+    own = {"RLIMIT_CPU": int(timeout) + 2, "RLIMIT_FSIZE": TEMPORARY_BYTES}
+    limits = json.dumps({**LIMITS, **own})
+    python = [interpreter(), "-I", "-S", "-B"]
     if mode == "unprotected":
-        child = str(HERE / "child.py")
-        return [interpreter(), *arguments, child, json.dumps(limits(timeout))]
-    child = "/sandbox/child.py"
-    inside = [interpreter(), *arguments, child, json.dumps(limits(timeout))]
-    return [*bubblewrap_options(), "--", *inside]
+        return [*python, str(HERE / "child.py"), limits]
+    return [*bubblewrap_options(), "--", *python, "/sandbox/child.py", limits]
 
 
 @cache
@@ -77,23 +68,25 @@ def bubblewrap_options() -> tuple[str, ...]:
     program = shutil.which("bwrap")
     if program is None:
         raise InputError(
-            "sandbox=bubblewrap, but there is no program bwrap: install it, as with "
-            f"{INSTALL}. Where that cannot be, sandbox=unprotected runs the model's code without it, "
-            "with your rights to your files; see docs/sandbox.md"
+            "sandbox=bubblewrap, but there is no program bwrap: install it, as with apt-get install "
+            "bubblewrap (dnf install bubblewrap, pacman -S bubblewrap). Where that cannot be, "
+            "sandbox=unprotected runs the model's code without it, with your rights to your files; see "
+            "docs/sandbox.md"
         )
     options = [program, "--unshare-all", "--unshare-user", "--uid", NOBODY, "--gid", NOBODY]
     options += ["--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
     options += ["--size", str(TEMPORARY_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     for device in ("null", "zero", "random", "urandom"):
         options += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-    for path in _system_folders():
+    folders = _system_folders()
+    for path in folders:
         if path.is_symlink():
             options += ["--symlink", os.readlink(path), str(path)]
         else:
             options += ["--ro-bind", str(path), str(path)]
     options += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     options += ["--ro-bind", interpreter(), interpreter()]
-    for path in _packages():
+    for path in _packages([folder for folder in folders if not folder.is_symlink()]):
         options += ["--tmpfs", str(path), "--remount-ro", str(path)]
     for name in CHILD_FILES:
         options += ["--ro-bind", str(HERE / name), f"/sandbox/{name}"]
@@ -102,24 +95,21 @@ def bubblewrap_options() -> tuple[str, ...]:
 
 def _system_folders() -> list[Path]:
     """Return the folders of shared libraries and of Python's standard library."""
-    system = [Path(name) for name in ("/usr/lib", "/usr/lib64", "/lib", "/lib64")]
+    folders = [Path(name) for name in ("/usr/lib", "/usr/lib64", "/lib", "/lib64")]
+    folders = [folder for folder in folders if folder.exists()]
     # Of the installation below a virtual environment, never of that environment itself.
     prefixes = (Path(sys.base_prefix), Path(sys.base_exec_prefix))
     own = [prefix / name for prefix in prefixes for name in ("lib", "lib64")]
     own.append(Path(sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix})))
     if interpreter().startswith("/nix/"):
         own.append(Path("/nix/store"))
-    found = [path for path in system if path.exists()]
     for path in own:
-        if path.exists() and not any(path.is_relative_to(folder) for folder in found):
-            found.append(path)
-    return found
+        if path.exists() and not any(path.is_relative_to(folder) for folder in folders):
+            folders.append(path)
+    return folders
 
 
-def _packages() -> list[Path]:
-    """Return the folders of installed packages inside what `_system_folders` shows."""
-    places = [folder for folder in _system_folders() if not folder.is_symlink()]
-    patterns = [
-        f"{above}{name}-packages" for name in ("site", "dist") for above in ("", "python3*/")
-    ]
-    return [path for folder in places for p in patterns for path in sorted(folder.glob(p))]
+def _packages(folders: list[Path]) -> list[Path]:
+    """Return the folders of installed packages inside these."""
+    names = [f"{above}{kind}-packages" for kind in ("site", "dist") for above in ("", "python3*/")]
+    return [path for folder in folders for name in names for path in sorted(folder.glob(name))]

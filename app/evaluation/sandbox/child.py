@@ -1,8 +1,7 @@
 """The process in which the program under test runs: it loads it, and calls its function when asked.
 
-Started as `python -I -S child.py LIMITS`, with requests on stdin and replies on stdout, in the
-frames of wire_format. Nothing here is trusted by the judge: once the program runs, it can do in this process
-whatever it likes. This file imports the standard library alone.
+Started as `python -I -S child.py LIMITS`, with requests on stdin and replies on stdout, in frames of
+wire_format. The judge trusts nothing that comes from here. Imports the standard library alone.
 """
 
 import json
@@ -20,7 +19,7 @@ del sys.path[0]
 
 
 def main() -> None:
-    """Give up what can be given up, say so, load the program, and answer calls until nobody asks."""
+    """Give up privileges, report "ready", load the program, and answer calls until stdin is closed."""
     die_with_parent()
     requests, replies = os.dup(0), os.dup(1)
     for name, limit in json.loads(sys.argv[1]).items():
@@ -28,7 +27,7 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDWR)
     give_up_privileges()
     write_frame(replies, "ready")
-    # Errors until here are told on stderr, which the judge reads; the program's own words are dropped.
+    # Until here the judge reads errors on stderr; what the program itself prints is dropped.
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     os.close(null)
@@ -44,16 +43,13 @@ def main() -> None:
     while True:
         try:
             request = read_frame(requests)
-        except EOFError:  # the judge has heard enough
+        except EOFError:
             return
         write_frame(replies, answer(function, request))
 
 
 def load(source: str, entry_point: str) -> Any:
-    """Run the program as a module and return its function.
-
-    Its name is not "__main__", so that a program's own demonstration does not run.
-    """
+    """Run the program as a module, not as "__main__" with its demonstration; return its function."""
     module = types.ModuleType("candidate")
     sys.modules["candidate"] = module  # dataclasses look their module up
     exec(compile(source, "<candidate>", "exec"), module.__dict__)
@@ -82,7 +78,7 @@ def answer(function: Any, request: list[Any]) -> dict[str, Any]:
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """Return the reply that tells of an exception: the names of its classes, and its words."""
+    """Return the reply for an exception: the names of its classes, and its text."""
     if isinstance(error, NotPlainDataError):
         return {"not_plain": str(error)[:200]}
     return {"raised": [kind.__name__ for kind in type(error).__mro__], "text": str(error)[:200]}

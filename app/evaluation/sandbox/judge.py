@@ -1,9 +1,6 @@
 """Judge a program that a model wrote by the tests of its problem, in a sandbox."""
 
-import contextlib
 import json
-import os
-import secrets
 import signal
 import subprocess
 import tempfile
@@ -42,7 +39,7 @@ def judge(
     Thread-safe; several calls at once run in parallel.
 
     Args:
-        program: Python source. Nobody trusts it.
+        program: Python source, untrusted.
         entry_point: The function that the tests call.
         tests: Python source that defines `check(candidate)`, which raises unless the function is right.
         setup: Python source that the tests need, such as helper functions.
@@ -67,10 +64,9 @@ def judge(
         "timeout": timeout,
         "start_s": START_S,
     }
-    command = [interpreter(), "-I", "-S", "-B", str(HERE / "judge_process.py")]
     try:
-        done = subprocess.run(
-            command,
+        process = subprocess.run(
+            [interpreter(), "-I", "-S", "-B", str(HERE / "judge_process.py")],
             input=json.dumps(job).encode(),
             capture_output=True,
             timeout=START_S + timeout + GRACE_S,
@@ -82,48 +78,30 @@ def judge(
         return Verdict(False, "timed out")
     finally:
         if folder is not None:
-            with contextlib.suppress(OSError):
-                remove_folder(folder)
-    if done.returncode == -signal.SIGPROF:
+            _remove(folder)
+    if process.returncode == -signal.SIGPROF:
         return Verdict(False, "timed out")
-    if done.returncode < 0:
-        return Verdict(False, f"the judge was ended by signal {-done.returncode}")
-    if done.returncode > 0 or not done.stdout:
-        raise RuntimeError(f"no verdict: {done.stderr.decode(errors='replace')[-2000:]}")
-    verdict = json.loads(done.stdout)
+    if process.returncode < 0:
+        return Verdict(False, f"the judge was ended by signal {-process.returncode}")
+    if process.returncode > 0 or not process.stdout:
+        raise RuntimeError(f"no verdict: {process.stderr.decode(errors='replace')[-2000:]}")
+    verdict = json.loads(process.stdout)
     if verdict["status"] == "broken":
         raise RuntimeError(f"sandbox={sandbox}: {verdict['reason']}")
     return Verdict(verdict["status"] == "passed", verdict["reason"])
 
 
-def remove_folder(folder: str) -> None:
-    """Remove a folder, however deep a program has made it, and whatever it has closed.
+def _remove(folder: str) -> None:
+    """Remove a folder that a program may have made deeper than a path can say, and closed.
 
-    Folders inside are moved to its top first: no path gets longer than the system takes, and nothing
-    recurses, as shutil.rmtree does.
-
-    Raises:
-        OSError: Somebody else has files in it, or still writes into it.
+    Unlike shutil.rmtree, chmod and rm follow it by file descriptors.
     """
-    waiting = [folder]
-    while waiting:
-        place = waiting.pop()
-        with os.scandir(place) as entries:
-            found = list(entries)
-        for entry in found:
-            if entry.is_dir(follow_symlinks=False):
-                os.chmod(entry.path, 0o700)
-                waiting.append(os.path.join(folder, secrets.token_hex(16)))
-                os.rename(entry.path, waiting[-1])
-            else:
-                os.unlink(entry.path)
-        if place != folder:
-            os.rmdir(place)
-    os.rmdir(folder)
+    for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
+        subprocess.run(command, check=False, capture_output=True)
 
 
 def check_judge(sandbox: SandboxMode) -> None:
-    """Try the sandbox on a program that fails to leave it.
+    """Try the sandbox on a program that attempts to leave it.
 
     Raises:
         InputError: The sandbox does not work on this machine.

@@ -1,9 +1,7 @@
 """The process that runs the tests of a problem; the program under test is in another, in the sandbox.
 
-Started as `python -I -S judge_process.py`, with a job on stdin and its verdict on stdout, both JSON. The
-tests call a stand-in, which sends the arguments to the sandbox and returns the value that comes back: so
-the program never sees the tests, and the verdict is made where it cannot reach. This file imports the
-standard library alone.
+Started as `python -I -S judge_process.py`, with a job on stdin and its verdict on stdout, both JSON. Imports
+the standard library alone.
 """
 
 import builtins
@@ -19,13 +17,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from seccomp import die_with_parent, hide_from_same_user
-from wire_format import (
-    NotPlainDataError,
-    decode,
-    encode,
-    read_frame,
-    write_frame,
-)
+from wire_format import NotPlainDataError, decode, encode, read_frame, write_frame
 
 del sys.path[0]
 
@@ -38,7 +30,7 @@ class CandidateError(Exception):
 
 
 class Judge:
-    """Starts the sandbox, runs the tests against it, and ends the process with a verdict.
+    """Start the sandbox, run the tests against it, and end the process with a verdict.
 
     Args:
         command: The sandbox's command line.
@@ -58,22 +50,19 @@ class Judge:
             env={},
             start_new_session=True,
         )
-        assert self.sandbox.stdin is not None
-        assert self.sandbox.stdout is not None
-        assert self.sandbox.stderr is not None
-        self.requests, self.replies = self.sandbox.stdin.fileno(), self.sandbox.stdout.fileno()
-        self.complaints = self.sandbox.stderr
+        pipes = self.sandbox.stdin, self.sandbox.stdout, self.sandbox.stderr
+        self.requests, self.replies, self.errors = (pipe.fileno() for pipe in pipes if pipe)
 
     def await_sandbox(self, seconds: float) -> None:
-        """Wait until the sandbox is closed around an interpreter that has not read the program yet."""
+        """Wait until the sandbox has given up its privileges; it has not read the program yet."""
         if not select.select([self.replies], [], [], seconds)[0]:
             self.end("broken", f"the sandbox did not start within {seconds} s")
         try:
             read_frame(self.replies)
         except (EOFError, NotPlainDataError):
             os.killpg(self.sandbox.pid, signal.SIGKILL)
-            told = self.complaints.read(10_000).decode(errors="replace").strip()
-            self.end("broken", told[-1000:] or f"it ended with status {self.sandbox.wait()}")
+            error = os.read(self.errors, 10_000).decode(errors="replace").strip()
+            self.end("broken", error[-1000:] or f"it ended with status {self.sandbox.wait()}")
 
     def run(self, job: dict[str, Any]) -> NoReturn:
         """Run the program and its tests; see `app.evaluation.sandbox.judge.judge` for the keys of a job."""
@@ -90,14 +79,14 @@ class Judge:
             exec(code, tests)
             tests["check"](self.call)
         except BaseException as error:
-            self.end("failed", words(error))
+            self.end("failed", error_text(error))
         self.end("passed", "")
 
     def limit_time(self, seconds: float) -> None:
         """End with a verdict after so many seconds, whatever program and tests are doing."""
         signal.signal(signal.SIGALRM, lambda *_: self.end("failed", "timed out"))
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        # Python hears a signal between two of its own steps; this one needs nobody to hear it.
+        # Python handles a signal between two of its own steps; this one needs no handler.
         signal.setitimer(signal.ITIMER_PROF, seconds + 1)
 
     def call(self, *arguments: Any, **named: Any) -> Any:
@@ -135,14 +124,13 @@ class Judge:
         return reply
 
     def end(self, status: str, reason: str) -> NoReturn:
-        """Kill the sandbox, wait until nothing of it is left, tell the verdict and end."""
+        """Kill the sandbox, wait until nothing of it is left, write the verdict and end."""
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.killpg(self.sandbox.pid, signal.SIGKILL)
         # The pipe is at its end when the last process that could write to it is gone.
         while select.select([self.replies], [], [], END_S)[0] and os.read(self.replies, 1 << 16):
             pass
-        verdict = json.dumps({"status": status, "reason": reason[:1000]}).encode()
-        os.write(self.verdicts, verdict)
+        os.write(self.verdicts, json.dumps({"status": status, "reason": reason[:1000]}).encode())
         os._exit(0)
 
 
@@ -150,21 +138,16 @@ def rewrite(ours: Any, theirs: Any) -> None:
     """Give an object of ours the content of theirs, if it is of a kind that changes."""
     if ours is theirs or type(ours) is not type(theirs):
         return
-    if isinstance(ours, list | bytearray):
-        ours[:] = theirs
+    if isinstance(ours, list | bytearray | deque):
+        ours.clear()
+        ours.extend(theirs)
     elif isinstance(ours, dict | set):
         ours.clear()
         ours.update(theirs)
-    elif isinstance(ours, deque):
-        ours.clear()
-        ours.extend(theirs)
 
 
-def words(error: BaseException) -> str:
-    """Return what became of the tests, also where an error's own words cannot be had.
-
-    They may hold what the program has returned: an integer that is too long to be written out, say.
-    """
+def error_text(error: BaseException) -> str:
+    """Return an error's class and text, which may hold what cannot be written: a very long integer."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception as another:
@@ -177,16 +160,17 @@ def exception(reply: dict[str, Any]) -> Exception:
     StopIteration is none of them: it would end a loop of the tests, as over `map`, instead of failing them.
     """
     names = [str(name) for name in reply["raised"]] if isinstance(reply["raised"], list) else []
+    text = str(reply.get("text"))
     for name in names:
         kind = getattr(builtins, name, None)
         if kind in (Exception, StopIteration):
             break
         if isinstance(kind, type) and issubclass(kind, Exception):
             try:
-                return kind(str(reply.get("text")))
+                return kind(text)
             except TypeError:  # UnicodeDecodeError and its like take more than a text
                 break
-    return CandidateError(": ".join([*names[:1], str(reply.get("text"))]))
+    return CandidateError(": ".join([*names[:1], text]))
 
 
 def main() -> None:
@@ -199,7 +183,7 @@ def main() -> None:
     verdicts = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
-    os.dup2(null, 1)  # what tests print is nothing to anybody
+    os.dup2(null, 1)  # what tests print is dropped
     judge = Judge(job["command"], job["folder"], verdicts)
     judge.await_sandbox(job["start_s"])
     judge.run(job)

@@ -1,20 +1,20 @@
-"""Plain data over pipes: what a program under test may say, and nothing that runs when it is read.
+"""Plain data over pipes: what a program under test may send, and nothing that runs when it is read.
 
-A value is JSON; what JSON cannot say is an object of one key, the tag. Reading makes objects of
-Python's own types only, so whatever a hostile program writes, its reader compares data with data.
-This file also runs inside the sandbox: it imports the standard library alone.
+A value is JSON; what JSON has no form for is an object of one key, the tag. Reading makes objects of Python's
+own types only, so whatever a hostile program writes, its reader compares data with data. Run inside the
+sandbox: imports the standard library alone.
 """
 
+import importlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 MAX_FRAME_BYTES = 8 * 2**20
-JSON_INT_BITS = (
-    64  # longer ones travel as hexadecimal digits, which have no limit and take linear time
-)
+JSON_INT_BITS = 64
+"""Longer integers travel as hexadecimal digits, which have no limit and take linear time."""
 
 
 class NotPlainDataError(ValueError):
@@ -45,11 +45,11 @@ def encode(value: Any) -> Any:
         return str.__str__(value)
     if isinstance(value, list):
         return _encode_all(value)
-    for kind, (tag, parts) in _PARTS.items():
+    for kind, (tag, parts, _) in _KINDS.items():
         if isinstance(value, kind):
             return {tag: parts(value)}
     kind = type(value)
-    if (kind.__module__, kind.__name__) in (("fractions", "Fraction"), ("decimal", "Decimal")):
+    if _EXACT.get(kind.__name__) == kind.__module__:
         return {kind.__name__: str(value)}
     raise NotPlainDataError(f"a value of type {kind.__module__}.{kind.__qualname__}")
 
@@ -102,11 +102,11 @@ def _read(fd: int, size: int) -> bytes:
     return bytes(content)
 
 
-def _encode_all(values: Any) -> list[Any]:
+def _encode_all(values: Iterable[Any]) -> list[Any]:
     return [encode(value) for value in values]
 
 
-def _encode_pairs(pairs: Any) -> list[Any]:
+def _encode_pairs(pairs: Iterable[tuple[Any, Any]]) -> list[Any]:
     return [[encode(key), encode(value)] for key, value in pairs]
 
 
@@ -115,7 +115,9 @@ def _decode(data: Any) -> Any:
         return [_decode(item) for item in data]
     if isinstance(data, dict):
         ((tag, parts),) = data.items()
-        return _VALUE[tag](parts)
+        if tag in _EXACT:  # imported here: few programs have one, and every start would pay for it
+            return getattr(importlib.import_module(_EXACT[tag]), tag)(parts)
+        return _VALUES[tag](parts)
     return data
 
 
@@ -129,49 +131,27 @@ def _decode_pairs(parts: Any) -> dict[Any, Any]:
     return {_decode(key): _decode(value) for key, value in parts}
 
 
-def _fraction(text: str) -> Any:
-    from fractions import Fraction  # few programs have one, and each start would pay for the import
-
-    return Fraction(text)
-
-
-def _decimal(text: str) -> Any:
-    from decimal import Decimal
-
-    return Decimal(text)
-
-
-# In the order in which they are tried: no class stands before one of its subclasses.
-_PARTS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
-    complex: ("complex", lambda value: [value.real, value.imag]),
-    bytes: ("bytes", lambda value: value.hex()),
-    bytearray: ("bytearray", lambda value: value.hex()),
-    range: ("range", lambda value: _encode_all((value.start, value.stop, value.step))),
-    tuple: ("tuple", _encode_all),
-    set: ("set", _encode_all),
-    frozenset: ("frozenset", _encode_all),
-    deque: ("deque", _encode_all),
-    dict: ("dict", lambda value: _encode_pairs(value.items())),
-    type({}.keys()): ("keys", _encode_all),
-    type({}.values()): ("values", _encode_all),
-    type({}.items()): ("items", _encode_pairs),
-    Iterator: ("iterator", _encode_all),
+_EXACT = {"Fraction": "fractions", "Decimal": "decimal"}
+"""Classes that travel as their text, and their modules."""
+_KINDS: dict[Any, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    complex: ("complex", lambda z: [z.real, z.imag], lambda parts: complex(*parts)),
+    bytes: ("bytes", bytes.hex, bytes.fromhex),
+    bytearray: ("bytearray", bytearray.hex, bytearray.fromhex),
+    range: (
+        "range",
+        lambda value: _encode_all((value.start, value.stop, value.step)),
+        lambda parts: range(*_decode_all(parts)),
+    ),
+    tuple: ("tuple", _encode_all, lambda parts: tuple(_decode_all(parts))),
+    set: ("set", _encode_all, lambda parts: set(_decode_all(parts))),
+    frozenset: ("frozenset", _encode_all, lambda parts: frozenset(_decode_all(parts))),
+    deque: ("deque", _encode_all, lambda parts: deque(_decode_all(parts))),
+    dict: ("dict", lambda value: _encode_pairs(value.items()), _decode_pairs),
+    type({}.keys()): ("keys", _encode_all, lambda p: dict.fromkeys(_decode_all(p)).keys()),
+    type({}.values()): ("values", _encode_all, lambda p: dict(enumerate(_decode_all(p))).values()),
+    type({}.items()): ("items", _encode_pairs, lambda parts: _decode_pairs(parts).items()),
+    Iterator: ("iterator", _encode_all, lambda parts: iter(_decode_all(parts))),
 }
-_VALUE: dict[str, Callable[[Any], Any]] = {
-    "int": lambda digits: int(digits, 16),
-    "complex": lambda parts: complex(*parts),
-    "bytes": bytes.fromhex,
-    "bytearray": bytearray.fromhex,
-    "range": lambda parts: range(*_decode_all(parts)),
-    "tuple": lambda parts: tuple(_decode_all(parts)),
-    "set": lambda parts: set(_decode_all(parts)),
-    "frozenset": lambda parts: frozenset(_decode_all(parts)),
-    "deque": lambda parts: deque(_decode_all(parts)),
-    "dict": _decode_pairs,
-    "keys": lambda parts: dict.fromkeys(_decode_all(parts)).keys(),
-    "values": lambda parts: dict(enumerate(_decode_all(parts))).values(),
-    "items": lambda parts: _decode_pairs(parts).items(),
-    "iterator": lambda parts: iter(_decode_all(parts)),
-    "Fraction": _fraction,
-    "Decimal": _decimal,
-}
+"""Tag, what is sent and how it is read, in the order in which types are tried: no class before a subclass."""
+_VALUES = {tag: read for tag, _, read in _KINDS.values()}
+_VALUES["int"] = lambda digits: int(digits, 16)

@@ -1,13 +1,14 @@
 """Programs that attack the sandbox, and how one is set upon it.
 
 Each claims to square a number and returns the right square only once its attack has worked: so a
-verdict "passed" says that the attack worked. Each finds defined: HOME, a folder with the file `secret`;
-OUTSIDE, an empty folder; PROJECT, the checkout; VENV, the environment of its packages; and PORT, a local
-port where somebody listens.
+verdict "passed" says that the attack worked. Before each is a line `### NAME (WHERE IT WORKS): WHAT IT TRIES`.
+They know HOME, a folder with the file `secret`; OUTSIDE, an empty folder; PROJECT, the checkout; VENV, the
+environment of its packages; and PORT, a local port where somebody listens.
 """
 
 import contextlib
 import os
+import re
 import socket
 import sys
 import time
@@ -29,45 +30,15 @@ def check(candidate):
     assert candidate(3) == 9
     assert candidate(4) == 16
 """
-PROGRAMS: dict[str, tuple[str, str]] = {
-    **EXHAUSTION,
-    **NEIGHBOURS,
-    **ESCAPES,
-    **FORGERIES,
-}
-
-# What passes where program and tests share a process, as in the field; without harm to the machine.
-WORKS_IN_ONE_PROCESS = (
-    *(
-        "read_environment",
-        "read_home",
-        "read_project",
-        "read_passwd",
-        "list_processes",
-        "read_packages",
-    ),
-    *("write_outside", "write_everywhere", "connect", "resolve", "unix_socket", "subprocess"),
-    *("many_open_files", "huge_file", "raise_the_limits", "background_thread", "system_v_memory"),
-    *("signal_by_pipe", "slow_the_parent_down", "shared_memory_of_others"),
-    *("sys_exit", "sys_exit_when_called", "os_exit", "equal_to_everything"),
-    *("integer_equal_to_everything", "find_the_tests", "import_the_harness", "write_a_verdict"),
-)
-
-# What works without bubblewrap, where a program has the rights of its user to files.
-WORKS_UNPROTECTED = {
-    "read_home",
-    "read_project",
-    "read_passwd",
-    "read_packages",
-    "list_processes",
-    "write_outside",
-    "write_through_symlink",
-    "write_dotdot",
-    "write_everywhere",
-    "rewrite_the_harness",
-    "fill_the_disk",
-    "shared_memory",
-}
+HEAD = re.compile(r"^### (\w+)(?: \((.*?)\))?: (.*)\n", re.MULTILINE)
+_PARTS = HEAD.split(EXHAUSTION + NEIGHBOURS + ESCAPES + FORGERIES)[1:]
+PROGRAMS = dict(zip(_PARTS[::4], zip(_PARTS[2::4], _PARTS[3::4], strict=True), strict=True))
+"""What a program tries, and its source, by its name."""
+_WORKS = {name: works or "" for name, works in zip(_PARTS[::4], _PARTS[1::4], strict=True)}
+WORKS_IN_ONE_PROCESS = [name for name, works in _WORKS.items() if "in one process" in works]
+"""What passes where program and tests share a process, as in the field; without harm to the machine."""
+WORKS_UNPROTECTED = [name for name, works in _WORKS.items() if "unprotected" in works]
+"""What works without bubblewrap, where a program has the rights of its user to files."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +78,7 @@ def stage(folder: Path):
 
 def timeout(name: str) -> float:
     """Return the seconds that a program is given."""
-    return SHORT_TIMEOUT_S if name in EXHAUSTION else TIMEOUT_S
+    return SHORT_TIMEOUT_S if f"### {name}" in EXHAUSTION else TIMEOUT_S
 
 
 def attack(
@@ -122,18 +93,16 @@ def attack(
 
 def running(mark: str) -> list[str]:
     """Return the command lines of processes that have `mark` in theirs."""
-    found = []
+    lines = []
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            words = process.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if mark in words:
-                found.append(words)
-    return found
+            lines.append(process.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in lines if mark in line]
 
 
 def traces(mark: str) -> list[str]:
     """Return what `running` finds after a moment to end."""
     deadline = time.monotonic() + 5.0
-    while (found := running(mark)) and time.monotonic() < deadline:
+    while (left := running(mark)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return found
+    return left

@@ -1,39 +1,21 @@
 """Programs that try to reach what is outside of the sandbox."""
 
-ESCAPES = {
-    "read_environment": (
-        "reads the environment",
-        """
+ESCAPES = r"""
+### read_environment (in one process): reads the environment
 import os
 def square(x):
     return x * x if os.environ or os.environb else 0
-""",
-    ),
-    "read_home": (
-        "reads a file in the home directory",
-        """
+### read_home (in one process, unprotected): reads a file in the home directory
 def square(x):
     return x * x if open(HOME + "/secret").read() == "secret" else 0
-""",
-    ),
-    "read_project": (
-        "reads the project's files",
-        """
+### read_project (in one process, unprotected): reads the project's files
 import os
 def square(x):
     return x * x if "app" in os.listdir(PROJECT) else 0
-""",
-    ),
-    "read_passwd": (
-        "reads /etc/passwd",
-        """
+### read_passwd (in one process, unprotected): reads /etc/passwd
 def square(x):
     return x * x if "root" in open("/etc/passwd").read() else 0
-""",
-    ),
-    "read_packages": (
-        "reads packages that are installed",
-        """
+### read_packages (in one process, unprotected): reads packages that are installed
 import glob, os, sys
 def square(x):
     found = []
@@ -41,28 +23,16 @@ def square(x):
         for folder in glob.glob(prefix + "/lib*/python3*/*-packages"):
             found += os.listdir(folder)
     return x * x if found else 0
-""",
-    ),
-    "list_processes": (
-        "looks at other processes",
-        """
+### list_processes (in one process, unprotected): looks at other processes
 import os
 def square(x):
     return x * x if [name for name in os.listdir("/proc") if name.isdigit()] else 0
-""",
-    ),
-    "write_outside": (
-        "writes a file outside of its folder",
-        """
+### write_outside (in one process, unprotected): writes a file outside of its folder
 def square(x):
     with open(OUTSIDE + "/written", "w") as file:
         file.write("x")
     return x * x
-""",
-    ),
-    "write_through_symlink": (
-        "writes through a symbolic link in its folder",
-        """
+### write_through_symlink (unprotected): writes through a symbolic link in its folder
 import os
 def square(x):
     if not os.path.islink("link"):
@@ -70,21 +40,13 @@ def square(x):
     with open("link/linked", "w") as file:
         file.write("x")
     return x * x
-""",
-    ),
-    "write_dotdot": (
-        "writes through ../..",
-        """
+### write_dotdot (unprotected): writes through ../..
 import os
 def square(x):
     with open(os.path.relpath(OUTSIDE) + "/climbed", "w") as file:
         file.write("x")
     return x * x
-""",
-    ),
-    "write_everywhere": (
-        "makes a folder wherever it may, other than in its own",
-        """
+### write_everywhere (in one process, unprotected): makes a folder wherever it may, other than in its own
 import glob, os, sys
 own = os.getcwd()
 places = ["/", "/dev", "/dev/shm", "/run", "/var/tmp", "/home", "/root", "/etc", "/usr", "/usr/lib", "/sandbox"]
@@ -103,102 +65,58 @@ def square(x):
         except OSError:
             pass
     return x * x if written else 0
-""",
-    ),
-    "rewrite_the_harness": (
-        "opens the file of its own harness to overwrite it",
-        """
+### rewrite_the_harness (unprotected): opens the file of its own harness to overwrite it
 import sys
 def square(x):
     open(sys.modules["__main__"].__file__, "r+").close()
     return x * x
-""",
-    ),
-    "connect": (
-        "connects to a port of this machine",
-        """
+### connect (in one process): connects to a port of this machine
 import socket
 def square(x):
     with socket.create_connection(("127.0.0.1", PORT), timeout=0.5):
         return x * x
-""",
-    ),
-    "resolve": (
-        "sends a datagram, as a name look-up does",
-        """
+### resolve (in one process): sends a datagram, as a name look-up does
 import socket
 def square(x):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.sendto(b"x", ("127.0.0.1", PORT))
     return x * x
-""",
-    ),
-    "unix_socket": (
-        "opens a socket of the file system",
-        """
+### unix_socket (in one process): opens a socket of the file system
 import socket
 def square(x):
     socket.socket(socket.AF_UNIX).close()
     return x * x
-""",
-    ),
-    "other_program": (
-        "becomes a shell",
-        """
+### other_program: becomes a shell
 import os
 def square(x):
     os.execv("/bin/sh", ["sh", "-c", "kill -9 $PPID; sleep 3600"])
-""",
-    ),
-    "subprocess": (
-        "starts another program",
-        """
+### subprocess (in one process): starts another program
 import subprocess, sys
 def square(x):
     subprocess.run([sys.executable, "-c", "pass"], check=True)
     return x * x
-""",
-    ),
-    "new_namespace": (
-        "makes itself root of a user namespace",
-        """
+### new_namespace: makes itself root of a user namespace
 import ctypes
 libc = ctypes.CDLL(None)
 def square(x):
     return x * x if libc.unshare(0x10000000) == 0 else 0
-""",
-    ),
-    "mount": (
-        "mounts a file system over its own",
-        """
+### mount: mounts a file system over its own
 import ctypes
 libc = ctypes.CDLL(None)
 def square(x):
     return x * x if libc.mount(b"none", b"/tmp", b"tmpfs", 0, None) == 0 else 0
-""",
-    ),
-    "other_numbering": (
-        "makes system calls by another table (x32)",
-        """
+### other_numbering: makes system calls by another table (x32)
 import ctypes
 libc = ctypes.CDLL(None)
 def square(x):
     return x * x if libc.syscall(0x40000000 + 39) > 0 else 0
-""",
-    ),
-    "fill_the_disk": (
-        "writes 64 MiB of files",
-        """
+### fill_the_disk (unprotected): writes 64 MiB of files
 def square(x):
     for number in range(8):
         with open(f"file{number}", "wb") as file:
             file.write(bytes(8 * 2**20))
     return x * x
-""",
-    ),
-    "shared_memory": (
-        "leaves 8 MiB in /dev/shm",
-        """
+### shared_memory (unprotected): leaves 8 MiB in /dev/shm
 import os
 def square(x):
     name = f"/dev/shm/hostile-{os.getpid()}"
@@ -206,6 +124,4 @@ def square(x):
         file.write(bytes(8 * 2**20))
     os.remove(name)
     return x * x
-""",
-    ),
-}
+"""

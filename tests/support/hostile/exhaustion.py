@@ -1,51 +1,29 @@
 """Programs that try to wear the machine or the judge out."""
 
-EXHAUSTION = {
-    "endless_loop": (
-        "loops for ever",
-        """
+EXHAUSTION = r"""
+### endless_loop: loops for ever
 def square(x):
     while True:
         pass
-""",
-    ),
-    "endless_loop_in_c": (
-        "loops for ever inside one built-in function",
-        """
+### endless_loop_in_c: loops for ever inside one built-in function
 import itertools
 def square(x):
     return sum(itertools.repeat(0))
-""",
-    ),
-    "endless_loop_on_import": (
-        "never finishes loading",
-        """
+### endless_loop_on_import: never finishes loading
 while True:
     pass
-""",
-    ),
-    "sleep": (
-        "sleeps for an hour",
-        """
+### sleep: sleeps for an hour
 import time
 def square(x):
     time.sleep(3600)
     return x * x
-""",
-    ),
-    "fork_bomb": (
-        "forks without end",
-        """
+### fork_bomb: forks without end
 import os
 while True:
     os.fork()
 def square(x):
     return x * x
-""",
-    ),
-    "patient_fork_bomb": (
-        "forks without end and swallows every error",
-        """
+### patient_fork_bomb: forks without end and swallows every error
 import os
 def square(x):
     while True:
@@ -53,29 +31,17 @@ def square(x):
             os.fork()
         except BaseException:
             pass
-""",
-    ),
-    "thread_bomb": (
-        "starts threads without end",
-        """
+### thread_bomb: starts threads without end
 import threading
 threading.stack_size(32768)
 def square(x):
     while True:
         threading.Thread(target=threading.Event().wait, daemon=True).start()
-""",
-    ),
-    "memory_bomb": (
-        "takes 64 GiB at once",
-        """
+### memory_bomb: takes 64 GiB at once
 def square(x):
     block = bytearray(64 * 2**30)
     return x * x
-""",
-    ),
-    "patient_memory_bomb": (
-        "takes memory bit by bit and swallows every error",
-        """
+### patient_memory_bomb: takes memory bit by bit and swallows every error
 hoard = []
 def square(x):
     while True:
@@ -83,36 +49,20 @@ def square(x):
             hoard.append(bytearray(2**20))
         except MemoryError:
             pass
-""",
-    ),
-    "endless_output": (
-        "prints for ever",
-        """
+### endless_output: prints for ever
 import sys
 def square(x):
     while True:
         print("x" * 2**20)
         print("x" * 2**20, file=sys.stderr)
-""",
-    ),
-    "endless_answer": (
-        "returns an iterator without end",
-        """
+### endless_answer: returns an iterator without end
 import itertools
 def square(x):
     return itertools.count()
-""",
-    ),
-    "huge_answer": (
-        "returns half a gigabyte",
-        """
+### huge_answer: returns half a gigabyte
 def square(x):
     return "x" * 2**29
-""",
-    ),
-    "deep_answer": (
-        "returns a list in a list in a list, a hundred thousand deep",
-        """
+### deep_answer: returns a list in a list in a list, a hundred thousand deep
 import sys
 sys.setrecursionlimit(10**9)
 def square(x):
@@ -120,44 +70,24 @@ def square(x):
     for _ in range(100_000):
         answer = [answer]
     return answer
-""",
-    ),
-    "huge_integer": (
-        "computes an integer of a billion digits",
-        """
+### huge_integer: computes an integer of a billion digits
 def square(x):
     return 10 ** 10 ** 9
-""",
-    ),
-    "huge_integer_answer": (
-        "returns an integer of ten million digits",
-        """
+### huge_integer_answer: returns an integer of ten million digits
 def square(x):
     return 1 << 33_000_000
-""",
-    ),
-    "deep_recursion": (
-        "recurses without end and without Python's limit",
-        """
+### deep_recursion: recurses without end and without Python's limit
 import sys
 sys.setrecursionlimit(10**9)
 def square(x):
     return square(x) + 1
-""",
-    ),
-    "huge_file": (
-        "writes one file of 64 MiB",
-        """
+### huge_file (in one process): writes one file of 64 MiB
 def square(x):
     with open("file", "wb") as file:
         file.write(bytes(64 * 2**20))
         file.flush()
         return x * x if file.tell() == 64 * 2**20 else 0
-""",
-    ),
-    "deep_folders": (
-        "makes folders in folders, deeper than a path can say, and closed ones",
-        """
+### deep_folders: makes folders in folders, deeper than a path can say, and closed ones
 import os
 def square(x):
     for mode in (0, 0o300):
@@ -167,19 +97,11 @@ def square(x):
         os.mkdir("folder")
         os.chdir("folder")
     return 0
-""",
-    ),
-    "many_open_files": (
-        "opens a thousand files",
-        """
+### many_open_files (in one process): opens a thousand files
 def square(x):
     files = [open("/dev/null") for _ in range(1000)]
     return x * x
-""",
-    ),
-    "system_v_memory": (
-        "makes shared memory that outlives every process",
-        """
+### system_v_memory (in one process): makes shared memory that outlives every process
 import ctypes
 libc = ctypes.CDLL(None)
 def square(x):
@@ -187,11 +109,7 @@ def square(x):
     if found >= 0:
         libc.shmctl(found, 0, None)
     return x * x if found >= 0 else 0
-""",
-    ),
-    "colliding_answer": (
-        "answers with a set of integers that all have the same hash, for its reader to build",
-        """
+### colliding_answer: answers with a set of integers that all have the same hash, for its reader to build
 import os
 from wire_format import write_frame
 def square(x):
@@ -202,11 +120,7 @@ def square(x):
         except OSError:
             pass
     return 0
-""",
-    ),
-    "stop_itself": (
-        "stops itself, so that nothing more can be said to it, by a timer that sends SIGSTOP",
-        """
+### stop_itself: stops itself, so that nothing more can be said to it, by a timer that sends SIGSTOP
 import ctypes, time
 libc = ctypes.CDLL(None)
 def square(x):
@@ -216,11 +130,7 @@ def square(x):
     libc.timer_settime(timer, 0, (ctypes.c_long * 4)(0, 0, 0, 1), None)
     time.sleep(0.1)
     return x * x if x == 3 else 0
-""",
-    ),
-    "signals_ignored": (
-        "ignores every signal and loops",
-        """
+### signals_ignored: ignores every signal and loops
 import signal
 for number in range(1, 65):
     try:
@@ -230,11 +140,7 @@ for number in range(1, 65):
 def square(x):
     while True:
         pass
-""",
-    ),
-    "background_thread": (
-        "answers with the right square from a thread that goes on for ever",
-        """
+### background_thread (in one process): answers with the right square from a thread that goes on for ever
 import threading, time
 def linger():
     while True:
@@ -242,11 +148,7 @@ def linger():
 def square(x):
     threading.Thread(target=linger).start()
     return x * x
-""",
-    ),
-    "daemon": (
-        "leaves a process behind in a session of its own",
-        """
+### daemon: leaves a process behind in a session of its own
 import os, time
 def square(x):
     if os.fork() == 0:
@@ -255,35 +157,21 @@ def square(x):
             time.sleep(3600)
         os._exit(0)
     return x * x
-""",
-    ),
-    "ctypes_crash": (
-        "reads address 0",
-        """
+### ctypes_crash: reads address 0
 import ctypes
 def square(x):
     return ctypes.string_at(0)
-""",
-    ),
-    "raise_the_limits": (
-        "raises its own limits",
-        """
+### raise_the_limits (in one process): raises its own limits
 import resource
 def square(x):
     for name in ("RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_FSIZE"):
         resource.setrlimit(getattr(resource, name), (-1, -1))
     return x * x
-""",
-    ),
-    "hostile_exception": (
-        "raises an exception whose text never ends",
-        """
+### hostile_exception: raises an exception whose text never ends
 class Endless(Exception):
     def __str__(self):
         while True:
             pass
 def square(x):
     raise Endless
-""",
-    ),
-}
+"""

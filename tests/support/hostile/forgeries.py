@@ -1,75 +1,45 @@
 """Programs that try to pass without the right answer."""
 
-FORGERIES = {
-    "sys_exit": (
-        "ends with status 0 when it is loaded",
-        """
+FORGERIES = r"""
+### sys_exit (in one process): ends with status 0 when it is loaded
 import sys
 sys.exit(0)
-""",
-    ),
-    "sys_exit_when_called": (
-        "ends with status 0 when it is called",
-        """
+### sys_exit_when_called (in one process): ends with status 0 when it is called
 import sys
 def square(x):
     sys.exit(0)
-""",
-    ),
-    "os_exit": (
-        "ends with status 0, past every handler",
-        """
+### os_exit (in one process): ends with status 0, past every handler
 import os
 def square(x):
     os._exit(0)
-""",
-    ),
-    "equal_to_everything": (
-        "returns an object that equals everything",
-        """
+### equal_to_everything (in one process): returns an object that equals everything
 class Anything:
     def __eq__(self, other):
         return True
 def square(x):
     return Anything()
-""",
-    ),
-    "integer_equal_to_everything": (
-        "returns an integer whose __eq__ says yes",
-        """
+### integer_equal_to_everything (in one process): returns an integer whose __eq__ says yes
 class Anything(int):
     def __eq__(self, other):
         return True
     __hash__ = int.__hash__
 def square(x):
     return Anything(0)
-""",
-    ),
-    "patch_builtins": (
-        "makes assertions harmless and every built-in say yes",
-        """
+### patch_builtins: makes assertions harmless and every built-in say yes
 import builtins
 builtins.AssertionError = lambda *_: None
 builtins.all = builtins.any = builtins.isinstance = lambda *_: True
 builtins.check = lambda *_: None
 def square(x):
     return 0
-""",
-    ),
-    "patch_the_harness": (
-        "replaces functions of its harness",
-        """
+### patch_the_harness: replaces functions of its harness
 import sys, json
 json.dumps = lambda message: '{"status": "passed", "reason": ""}'
 main = sys.modules["__main__"]
 main.answer = lambda *_: {"status": "passed", "value": True}
 def square(x):
     return 0
-""",
-    ),
-    "find_the_tests": (
-        "looks for the tests in frames, modules and memory, and empties them",
-        """
+### find_the_tests (in one process): looks for the tests in frames, modules and memory, and empties them
 import gc, sys
 def square(x):
     found = 0
@@ -82,19 +52,11 @@ def square(x):
             thing.__code__ = (lambda candidate: None).__code__
             found += 1
     return x * x if found else 0
-""",
-    ),
-    "import_the_harness": (
-        "imports the judge",
-        """
+### import_the_harness (in one process): imports the judge
 def square(x):
     import app.evaluation.sandbox.judge
     return x * x
-""",
-    ),
-    "write_a_verdict": (
-        "writes a verdict to every open file, and to files of likely names",
-        """
+### write_a_verdict (in one process): writes a verdict to every open file, and to files of likely names
 import os
 def square(x):
     verdict = b'{"status": "passed", "reason": ""}'
@@ -110,11 +72,7 @@ def square(x):
         except OSError:
             pass
     os._exit(0)
-""",
-    ),
-    "write_frames": (
-        "writes answers of the harness's form, that are no plain data",
-        """
+### write_frames: writes answers of the harness's form, that are no plain data
 import os, sys
 from wire_format import write_frame
 def square(x):
@@ -125,57 +83,33 @@ def square(x):
             except OSError:
                 break
     os._exit(0)
-""",
-    ),
-    "write_a_huge_frame": (
-        "announces an answer of four gigabytes",
-        """
+### write_a_huge_frame: announces an answer of four gigabytes
 import os
 def square(x):
     for fd in range(3, 64):
         try:
-            os.write(fd, b"\\xff\\xff\\xff\\xff" + b"x" * 1000)
+            os.write(fd, b"\xff\xff\xff\xff" + b"x" * 1000)
         except OSError:
             pass
     while True:
         pass
-""",
-    ),
-    "send_code": (
-        "answers with a pickle that would run code where it is read",
-        """
+### send_code: answers with a pickle that would run code where it is read
 import os, pickle
 class Bomb:
     def __reduce__(self):
         return (os._exit, (0,))
 def square(x):
     return pickle.dumps(Bomb())
-""",
-    ),
-    "not_implemented": (
-        "returns what comparisons give up on",
-        """
+### not_implemented: returns what comparisons give up on
 def square(x):
     return NotImplemented
-""",
-    ),
-    "generator": (
-        "returns a generator instead of a value",
-        """
+### generator: returns a generator instead of a value
 def square(x):
     yield x * x
-""",
-    ),
-    "not_a_number": (
-        "returns nan, and values that are true",
-        """
+### not_a_number: returns nan, and values that are true
 def square(x):
     return float("nan") if x == 3 else True
-""",
-    ),
-    "replace_the_arguments": (
-        "says that the arguments were changed, by more and other ones",
-        """
+### replace_the_arguments: says that the arguments were changed, by more and other ones
 import os, sys
 from wire_format import write_frame
 def square(x):
@@ -185,6 +119,4 @@ def square(x):
         except OSError:
             pass
     os._exit(0)
-""",
-    ),
-}
+"""

@@ -1,29 +1,19 @@
 """Programs that reach for other processes, and for what all processes of a machine share."""
 
-NEIGHBOURS = {
-    "kill_everyone": (
-        "os.kill(-1, SIGKILL)",
-        """
+NEIGHBOURS = r"""
+### kill_everyone: os.kill(-1, SIGKILL)
 import os
 def square(x):
     os.kill(-1, 9)
     return x * x
-""",
-    ),
-    "kill_the_parent": (
-        "kills its parent, by every call that sends signals",
-        """
+### kill_the_parent: kills its parent, by every call that sends signals
 import ctypes, os, signal
 libc = ctypes.CDLL(None)
 def square(x):
     parent = os.getppid()
     sent = libc.kill(parent, 9) == 0 or libc.syscall(234, parent, parent, 9) == 0
     return x * x if sent else 0
-""",
-    ),
-    "signal_by_pipe": (
-        "lets a pipe that can be read signal its parent (SIGURG, which is ignored)",
-        """
+### signal_by_pipe (in one process): lets a pipe that can be read signal its parent (SIGURG, which is ignored)
 import fcntl, os
 def square(x):
     reader, writer = os.pipe()
@@ -32,11 +22,7 @@ def square(x):
     fcntl.fcntl(reader, fcntl.F_SETFL, os.O_ASYNC)
     os.write(writer, b"x")
     return x * x
-""",
-    ),
-    "slow_the_parent_down": (
-        "binds its parent to the processors that it has, and gives it the priority that it has",
-        """
+### slow_the_parent_down (in one process): sets the processors and the priority of its parent to what they are
 import os
 def square(x):
     parent = os.getppid()
@@ -51,11 +37,7 @@ def square(x):
         except OSError:
             pass
     return x * x if done else 0
-""",
-    ),
-    "trace_the_parent": (
-        "attaches to its parent as a debugger, and opens its memory",
-        """
+### trace_the_parent: attaches to its parent as a debugger, and opens its memory
 import ctypes, os
 libc = ctypes.CDLL(None)
 def square(x):
@@ -64,21 +46,13 @@ def square(x):
         return x * x
     with open(f"/proc/{parent}/mem", "r+b"):
         return x * x
-""",
-    ),
-    "shared_memory_of_others": (
-        "attaches shared memory that somebody else made, by a number that nobody has",
-        """
+### shared_memory_of_others (in one process): attaches the shared memory of another process, by a number not in use
 import ctypes, errno
 libc = ctypes.CDLL(None, use_errno=True)
 def square(x):
     libc.shmat(-1, None, 0)
     return x * x if ctypes.get_errno() == errno.EINVAL else 0
-""",
-    ),
-    "change_the_devices": (
-        "gives /dev/null and its like the owner, mode and times that they have",
-        """
+### change_the_devices: gives /dev/null and its like the owner, mode and times that they have
 import os
 def square(x):
     done = 0
@@ -96,15 +70,9 @@ def square(x):
             except OSError:
                 pass
     return x * x if done else 0
-""",
-    ),
-    "write_back": (
-        "lets the kernel write back all files of a disk, which no signal ends",
-        """
+### write_back: lets the kernel write back all files of a disk, which no signal ends
 import ctypes, os, sys
 libc = ctypes.CDLL(None)
 def square(x):
     return x * x if libc.syncfs(os.open(os.__file__, os.O_RDONLY)) == 0 else 0
-""",
-    ),
-}
+"""
