@@ -46,7 +46,7 @@ def square(x):
         return x * x
     with open(f"/proc/{parent}/mem", "r+b"):
         return x * x
-### shared_memory_of_others (in one process): attaches the shared memory of another process, by a number not in use
+### shared_memory_of_others (in one process): attaches the memory of another process, by a number not in use
 import ctypes, errno
 libc = ctypes.CDLL(None, use_errno=True)
 def square(x):
