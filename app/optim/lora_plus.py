@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from app.optim.preconditioner import check_pairs
+from app.optim.lora_pairs import check_pairs
 
 
 class LoraPlusAdamW(torch.optim.AdamW):

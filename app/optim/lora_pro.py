@@ -6,13 +6,14 @@ the scaling, hold all of it that matters.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from app.optim.preconditioner import check_pairs, damped_inverse
+from app.optim.lora_pairs import LoraPairAdamW, check_pairs
+from app.optim.preconditioner import damped_inverse
 
 
 class Adjusted(NamedTuple):
@@ -40,7 +41,7 @@ def adjusted_gradients(
 
         B^T B X + X A A^T = -s^-2 (B^T B)^-1 grad_A A^T
 
-    by the eigenvectors of both Gram matrices. Where lora_B is 0, as at LoRA's start, adj_A is 0.
+    by the eigenvectors of both Gram matrices. Where lora_B is 0, as in LoRA's initialization, adj_A is 0.
 
     Args:
         lora_A: (P, r, n).
@@ -95,7 +96,17 @@ class _Pair(NamedTuple):
     scaling: float
 
 
-class LoraProAdamW(torch.optim.AdamW):
+class _Stack(NamedTuple):
+    """Factors and raw gradients of P pairs of equal shape, and their scalings (P,)."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    grad_A: Tensor
+    grad_B: Tensor
+    scaling: Tensor
+
+
+class LoraProAdamW(LoraPairAdamW):
     """AdamW whose step in weight space is the closest to full fine-tuning's that LoRA factors can make.
 
     `full` keeps Adam's moments of the equivalent gradient in weight space, two (m, n) states a layer, and
@@ -158,55 +169,32 @@ class LoraProAdamW(torch.optim.AdamW):
             param_group = {**param_group, "lora_pairs": False, "scaling": None}
         super().add_param_group(param_group)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Evaluate the closure once, update the parameters; return what the closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        raw = [(p, p.grad) for group in self.param_groups for p in group["params"]]
-        try:
-            for group in self.param_groups:
-                if not group["lora_pairs"]:
-                    continue
-                for pairs in _alike(group):
-                    if self.mode == "full":
-                        self._step_in_weight_space(pairs, group)
-                    else:
-                        self._adjust(pairs)
-                for A, B in zip(group["params"][::2], group["params"][1::2], strict=True):
-                    if self.mode == "full" or A.grad is None or B.grad is None:
-                        A.grad = B.grad = None  # done, or left alone
-            super().step()
-        finally:
-            for param, grad in raw:
-                param.grad = grad
-        return loss
+    def replace_gradients(self, index: int, group: dict[str, Any]) -> None:
+        """Adjust the gradients of a group; mode `full` takes the whole step and leaves AdamW none."""
+        for pairs, stack in _stacks(group):
+            adjusted = adjusted_gradients(*stack, self.damping)
+            if self.mode == "full":
+                self._step_in_weight_space(pairs, stack, adjusted, group)
+            else:
+                for pair, adj_A, adj_B in zip(pairs, *adjusted, strict=True):
+                    pair.lora_A.grad, pair.lora_B.grad = adj_A, adj_B
+        for A, B in zip(group["params"][::2], group["params"][1::2], strict=True):
+            if self.mode == "full" or A.grad is None or B.grad is None:
+                A.grad = B.grad = None
 
-    def _adjust(self, pairs: list[_Pair]) -> None:
-        """Put the adjusted gradients in the place of the raw ones."""
-        A, B, scaling = _stacks(pairs)
-        found = adjusted_gradients(A, B, *_gradients(pairs), scaling, self.damping)
-        for pair, adj_A, adj_B in zip(pairs, found.lora_A, found.lora_B, strict=True):
-            pair.lora_A.grad, pair.lora_B.grad = adj_A, adj_B
-
-    def _step_in_weight_space(self, pairs: list[_Pair], group: dict[str, Any]) -> None:
-        A, B, scaling = _stacks(pairs)
-        found = adjusted_gradients(A, B, *_gradients(pairs), scaling, self.damping)
+    def _step_in_weight_space(
+        self, pairs: list[_Pair], stack: _Stack, adjusted: Adjusted, group: dict[str, Any]
+    ) -> None:
         onto_A, onto_B = [], []
-        for i, pair in enumerate(pairs):  # one at a time: (m, n) matrices are large
-            equivalent = torch.cat([pair.lora_B, found.lora_B[i]], dim=1) @ torch.cat(
-                [found.lora_A[i], pair.lora_A]
-            )
+        for pair, adj_A, adj_B in zip(pairs, *adjusted, strict=True):  # (m, n) matrices are large
+            equivalent = torch.cat([pair.lora_B, adj_B], dim=1) @ torch.cat([adj_A, pair.lora_A])
             update = self._normalised(pair.lora_B, equivalent.mul_(pair.scaling), group)
             onto_A.append(pair.scaling * (pair.lora_B.T @ update))
             onto_B.append(pair.scaling * (update @ pair.lora_A.T))
-        back = adjusted_gradients(
-            A, B, torch.stack(onto_A), torch.stack(onto_B), scaling, self.damping
-        )
+        projected = stack._replace(grad_A=torch.stack(onto_A), grad_B=torch.stack(onto_B))
         keep = (1 - group["lr"] * group["weight_decay"]) ** 0.5
-        for pair, adj_A, adj_B in zip(pairs, back.lora_A, back.lora_B, strict=True):
+        back = adjusted_gradients(*projected, self.damping)
+        for pair, adj_A, adj_B in zip(pairs, *back, strict=True):
             pair.lora_A.mul_(keep).add_(adj_A, alpha=-group["lr"])
             pair.lora_B.mul_(keep).add_(adj_B, alpha=-group["lr"])
 
@@ -227,24 +215,21 @@ class LoraProAdamW(torch.optim.AdamW):
         return torch.div(state["exp_avg"], root, out=root).div_(1 - beta1**t)
 
 
-def _alike(group: dict[str, Any]) -> list[list[_Pair]]:
-    """Collect the pairs that have both gradients by shape, dtype and device."""
+def _stacks(group: dict[str, Any]) -> Iterator[tuple[list[_Pair], _Stack]]:
+    """Stack the pairs that have both gradients by shape, dtype and device."""
     alike: dict[Any, list[_Pair]] = defaultdict(list)
     params = group["params"]
     for A, B, scaling in zip(params[::2], params[1::2], group["scaling"], strict=True):
         if A.grad is not None and B.grad is not None:
             alike[A.shape, B.shape, A.dtype, A.device].append(_Pair(A, B, float(scaling)))
-    return list(alike.values())
-
-
-def _stacks(pairs: list[_Pair]) -> tuple[Tensor, Tensor, Tensor]:
-    A = torch.stack([pair.lora_A for pair in pairs])
-    B = torch.stack([pair.lora_B for pair in pairs])
-    return A, B, torch.tensor([pair.scaling for pair in pairs], device=A.device)
-
-
-def _gradients(pairs: list[_Pair]) -> tuple[Tensor, Tensor]:
-    grads = [(pair.lora_A.grad, pair.lora_B.grad) for pair in pairs]
-    return torch.stack([a for a, _ in grads if a is not None]), torch.stack(
-        [b for _, b in grads if b is not None]
-    )
+    for pairs in alike.values():
+        yield (
+            pairs,
+            _Stack(
+                torch.stack([pair.lora_A for pair in pairs]),
+                torch.stack([pair.lora_B for pair in pairs]),
+                torch.stack([g for pair in pairs if (g := pair.lora_A.grad) is not None]),
+                torch.stack([g for pair in pairs if (g := pair.lora_B.grad) is not None]),
+                torch.tensor([pair.scaling for pair in pairs], device=pairs[0].lora_A.device),
+            ),
+        )

@@ -1,16 +1,16 @@
 """AdamW on preconditioned LoRA gradients."""
 
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from app.optim.preconditioner import Cache, check_pairs, precondition_pairs
+from app.optim.lora_pairs import LoraPairAdamW, check_pairs
+from app.optim.preconditioner import Cache, precondition_pairs
 
 
-class PreconditionedAdamW(torch.optim.AdamW):
+class PreconditionedAdamW(LoraPairAdamW):
     """AdamW whose moments see the preconditioned gradients of LoRA pairs.
 
         P_A = (lora_B^T lora_B + damping I)^-1 grad_A
@@ -73,7 +73,10 @@ class PreconditionedAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            if not group["damping"] >= 0:
+                raise ValueError(f"damping must be >= 0, got {group['damping']}")
+            if group["lora_pairs"]:
+                check_pairs(group["params"])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -83,65 +86,34 @@ class PreconditionedAdamW(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as in torch; raise ValueError if its groups are not the same pairs."""
-        found = [bool(group.get("lora_pairs")) for group in state_dict["param_groups"]]
+        saved = [bool(group.get("lora_pairs")) for group in state_dict["param_groups"]]
         expected = [bool(group["lora_pairs"]) for group in self.param_groups]
-        if found != expected:
+        if saved != expected:
             raise ValueError(
-                f"the optimizer state has lora_pairs {found} in its groups, expected {expected}: "
+                f"the optimizer state has lora_pairs {saved} in its groups, expected {expected}: "
                 "another optimizer or grouping of the parameters saved it"
             )
         super().load_state_dict(state_dict)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Evaluate the closure once, precondition the gradients it leaves, update the parameters.
+    def replace_gradients(self, index: int, group: dict[str, Any]) -> None:
+        """Precondition the gradients of a group.
 
-        Returns what the closure returned. A RuntimeError about a singular Gram matrix (damping 0
-        only) leaves every parameter as it was.
+        Raises:
+            RuntimeError: damping is 0 and a Gram matrix is singular; every parameter is as it was.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        raw: list[tuple[Tensor, Tensor]] = []
-        try:
-            for index, group in enumerate(self.param_groups):
-                if not group["lora_pairs"]:
-                    continue
-                lora_A, lora_B = group["params"][::2], group["params"][1::2]
-                grad_A, grad_B = [p.grad for p in lora_A], [p.grad for p in lora_B]
-                state = [g if g is None else (g.dtype, g.device) for g in grad_A + grad_B]
-                if index not in self._caches or self._caches[index][0] != state:
-                    self._caches[index] = (state, {})
-                new_A, new_B = precondition_pairs(
-                    lora_A, lora_B, grad_A, grad_B, group["damping"], self._caches[index][1]
-                )
-                for param, new in zip(lora_A + lora_B, new_A + new_B, strict=True):
-                    if new is not None:
-                        raw.append((param, param.grad))
-                        param.grad = new
-            # torch wraps `step` of every optimizer class that was ever constructed in one that
-            # runs the step hooks. They run around this method, so not again around the inner one.
-            adamw_step = inspect.unwrap(
-                torch.optim.AdamW.step, stop=lambda f: not getattr(f, "hooked", False)
-            )
-            adamw_step(self)
-        finally:
-            for param, grad in raw:
-                param.grad = grad
-        return loss
+        lora_A, lora_B = group["params"][::2], group["params"][1::2]
+        grad_A, grad_B = [p.grad for p in lora_A], [p.grad for p in lora_B]
+        state = [g if g is None else (g.dtype, g.device) for g in grad_A + grad_B]
+        if index not in self._caches or self._caches[index][0] != state:
+            self._caches[index] = (state, {})
+        new_A, new_B = precondition_pairs(
+            lora_A, lora_B, grad_A, grad_B, group["damping"], self._caches[index][1]
+        )
+        for param, new in zip(lora_A + lora_B, new_A + new_B, strict=True):
+            param.grad = new
 
 
 def _suits_fused(p: Tensor) -> bool:
-    """Tell whether the fused kernel takes a parameter (no subclass such as DTensor)."""
+    """Return whether the fused kernel takes a parameter (no subclass such as DTensor)."""
     plain = type(p) in (Tensor, torch.nn.Parameter) and p.is_floating_point()
     return plain and p.device.type in ("cpu", "cuda")
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError unless damping is valid and a `lora_pairs` group is made of pairs."""
-    if not group["damping"] >= 0:
-        raise ValueError(f"damping must be >= 0, got {group['damping']}")
-    if not group["lora_pairs"]:
-        return
-    check_pairs(group["params"])

@@ -25,18 +25,6 @@ class _Job(NamedTuple):
     pairs: list[int]
 
 
-def check_pairs(params: Sequence[Tensor]) -> None:
-    """Raise ValueError unless parameters are lora_A_0 (r, n), lora_B_0 (m, r), lora_A_1, ... in turn."""
-    if len(params) % 2:
-        raise ValueError(f"lora_pairs needs lora_A, lora_B in turn, got {len(params)} parameters")
-    for i, (a, b) in enumerate(zip(params[::2], params[1::2], strict=True)):
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise ValueError(
-                f"lora_pairs, pair {i}: expected lora_A (r, n) and lora_B (m, r), "
-                f"got {tuple(a.shape)} and {tuple(b.shape)}"
-            )
-
-
 def gram_matrices(factors: list[Tensor], kind: Kind, cache: Cache) -> Tensor:
     """Stack lora_A @ lora_A^T or lora_B^T @ lora_B of P equal-shaped factors: (P, r, r).
 
@@ -177,7 +165,7 @@ def _apply(
 def _plan(
     lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], grad_A: Gradients, grad_B: Gradients
 ) -> list[list[_Job]]:
-    """Collect the gradients that share a stack; one list of jobs for each (device, rank, dtype)."""
+    """Group the gradients that share a stack; one list of jobs for each (device, rank, dtype)."""
     stacks: dict[tuple[Any, ...], list[int]] = {}
     for i, (a, b, g_a, g_b) in enumerate(zip(lora_A, lora_B, grad_A, grad_B, strict=True)):
         for grad_of, grad, factor in (("lora_A", g_a, b), ("lora_B", g_b, a)):
@@ -209,10 +197,9 @@ def _buffer(key: Any, shape: torch.Size, dtype: torch.dtype, like: Tensor, cache
 
 
 def _stack(tensors: list[Tensor], dtype: torch.dtype, cache: Cache) -> Tensor:
-    """Stack and widen in one pass."""
+    """Stack tensors of one shape and dtype in a wider dtype."""
     shape = torch.Size((len(tensors), *tensors[0].shape))
     stacked = _buffer("stack", shape, dtype, tensors[0], cache)
     if tensors[0].dtype == dtype:
         return torch.stack(tensors, out=stacked)
-    torch._foreach_copy_(list(stacked.unbind()), tensors)
-    return stacked
+    return stacked.copy_(torch.stack(tensors))
