@@ -16,9 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from app.initialization.factors import SVD
 from app.initialization.gradient_estimators import SketchedGradient
 from app.initialization.one_step_gradient import Estimator, OneStepResult, one_step_gradients
-from app.initialization.svd import SVD
 from app.models.adapter_config import LoraSettings
 from app.models.loading import load_model, load_tokenizer, resolve_model
 from app.models.lora import add_lora, lora_pairs

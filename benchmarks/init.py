@@ -43,9 +43,8 @@ from peft.tuners.lora import preprocess_loraga
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from app.initialization.factors import spectral_factors
+from app.initialization.factors import SVD, spectral_factors
 from app.initialization.one_step_gradient import Estimator, one_step_gradients
-from app.initialization.svd import SVD
 from app.models.adapter_config import LoraSettings
 from app.models.batch import Batch
 from app.models.loading import load_model, load_tokenizer, resolve_model

@@ -27,11 +27,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from app.evaluation.metrics import LabelScores
-from app.initialization.factors import spectral_factors
+from app.initialization.factors import SVD, spectral_factors
 from app.initialization.gamma_search import mean_loss, search_gamma
 from app.initialization.gradient_hooks import frozen
 from app.initialization.one_step_gradient import Estimator, OneStepResult, one_step_gradients
-from app.initialization.svd import SVD
 from app.models.adapter_config import LoraSettings
 from app.models.loading import load_model, load_tokenizer, resolve_model
 from app.models.lora import LoraPair, add_lora, base_model, install, lora_pairs

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from app.distributed.collectives import is_first_process
 from app.initialization.alignment import measure_alignment
+from app.initialization.factors import SVD
 from app.initialization.one_step_gradient import Estimator, one_step_gradients
-from app.initialization.svd import SVD
 from app.models.lora import LoraPair
 from app.tracking.alignment_plots import write_heat_maps
 from app.tracking.loggers import run_folder_of

@@ -7,10 +7,9 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from app.initialization.factors import spectral_factors
+from app.initialization.factors import SVD, spectral_factors
 from app.initialization.gamma_search import MOST, mean_loss, search_gamma
 from app.initialization.one_step_gradient import Estimator
-from app.initialization.svd import SVD
 from app.models.batch import Batch
 from app.models.lora import LoraPair, install
 from app.utils.console import track

@@ -5,12 +5,7 @@ import sys
 from collections.abc import Callable
 
 from app.distributed.collectives import is_first_process, world_size
-from app.distributed.heartbeat import (
-    abort_after_peer_failure,
-    disable_watchdog,
-    leave,
-    lost_contact,
-)
+from app.distributed.shutdown import abort_after_peer_failure, is_peer_failure, shutdown
 from app.utils.errors import InputError, causes
 from app.utils.signals import Stopped, StopSignals
 
@@ -34,7 +29,7 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
         signals.ending = True
         # Before the others may go: launchers end all processes as soon as one has ended with a bad status.
         _finish_wandb(ended)
-        leave()
+        shutdown()
         status = ended
     except ValueError as error:
         # The parser wraps what a class says of its arguments.
@@ -44,7 +39,7 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
         print(f"error: {told}", file=sys.stderr)
         status = told.exit_status
     except RuntimeError as error:
-        if not lost_contact(error):
+        if not is_peer_failure(error):
             raise
         lost = error
     except Stopped as stopped:
@@ -52,7 +47,6 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
         status, alone = stopped.status, world_size() > 1
     finally:
         signals.ending = True
-        disable_watchdog()
         _finish_wandb(status)
     if lost is not None:
         abort_after_peer_failure(lost)

@@ -17,7 +17,6 @@ from omegaconf.errors import OmegaConfBaseException
 from app.cli.callback_order import fit_callbacks, progress_bar
 from app.cli.known_classes import import_known_classes
 from app.commands.plan.command import PlanTrainer, plan_trainer
-from app.distributed.rendezvous import install_setup_checks
 from app.tracking.config_files import expand
 from app.tracking.loggers import OutputSettings, make_loggers, remove_unused_folder
 from app.tracking.run_folder import RunFolder
@@ -33,6 +32,7 @@ from callbacks.lora_ga_init import LoraGaInit
 from callbacks.lora_one_init import LoraOneInit
 from callbacks.pissa_init import PissaInit
 from callbacks.save_config import SaveConfig
+from callbacks.settings_check import SettingsCheck
 from data_modules.benchmark_data import BenchmarkDataModule
 
 DESCRIPTION = """Fine-tune a language model with LoRA-One.
@@ -195,7 +195,6 @@ class LoraCLI(LightningCLI):
             if isinstance(error, InputError):
                 raise
             raise InputError(f"the settings in trainer cannot be used: {error}") from error
-        install_setup_checks(trainer.strategy, self.parser.dump(self.config, skip_unset=False))
         return trainer
 
     def _run_loggers(self) -> list[Logger]:
@@ -211,11 +210,12 @@ class LoraCLI(LightningCLI):
 
     def _callbacks(self) -> list[Callback]:
         given, output = self.made.trainer, self.made.output
+        first: list[Callback] = [SettingsCheck(self.parser.dump(self.config, skip_unset=False))]
         bar = [] if given.enable_progress_bar is False else [progress_bar()]
         if self.subcommand != "fit":
-            return [*bar, BenchmarkResults(self._test_folder(), output)]
+            return [*first, *bar, BenchmarkResults(self._test_folder(), output)]
         saves = given.enable_checkpointing is not False
-        return bar + fit_callbacks(
+        return [*first, *bar] + fit_callbacks(
             self.made.init,
             self.settings.seed_everything,
             self.signals,

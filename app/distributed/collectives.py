@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other; with one process, nothing."""
+"""Collectives of the processes of a run; with one process, nothing is sent."""
 
 import os
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def global_rank() -> int:
 
 
 def is_first_process() -> bool:
-    """Return whether this is the first process of the run, also before the processes have met.
+    """Return whether this is the first process of the run, also before there is a process group.
 
     Launchers say so in the environment: torchrun by RANK, Slurm by SLURM_PROCID, Lightning by NODE_RANK
     and LOCAL_RANK.
@@ -32,19 +32,19 @@ def is_first_process() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     for names in (("RANK",), ("NODE_RANK", "LOCAL_RANK"), ("SLURM_PROCID",)):
-        told = [os.environ[name] for name in names if name in os.environ]
-        if told:
-            return not any(map(int, told))
+        numbers = [int(os.environ[name]) for name in names if name in os.environ]
+        if numbers:
+            return not any(numbers)
     return True
 
 
 def raise_on_all_ranks(make: Callable[[], T]) -> T:
     """Return what this process makes, once all processes have made theirs without an error.
 
-    A process that failed alone would leave the others waiting for it at their next exchange.
+    A process that failed alone would leave the others waiting for it at their next collective.
 
     Args:
-        make: What may fail on one process only; all processes call `together` at the same place.
+        make: What may fail on one process only; all processes call this function at the same place.
 
     Raises:
         InputError: An InputError of any process, or another's failure.
@@ -52,29 +52,30 @@ def raise_on_all_ranks(make: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return make()
-    failed: Exception | None = None
+    failure: Exception | None = None
     try:
         made = make()
     except Exception as error:
-        failed = error
-    told: list[Any] = [None] * world_size()
-    mine = None if failed is None else (isinstance(failed, InputError), _named(failed))
-    dist.all_gather_object(told, mine)
-    if failed is not None:
-        raise failed
-    for other, failure in enumerate(told):
-        if failure is not None:
-            theirs_to_mend, text = failure
-            raise InputError(text if theirs_to_mend else f"process {other} failed: {text}")
+        failure = error
+    messages: list[Any] = [None] * world_size()
+    dist.all_gather_object(messages, None if failure is None else _message(failure))
+    if failure is not None:
+        raise failure
+    for number, message in enumerate(messages):
+        if message is not None:
+            is_input_error, text = message
+            raise InputError(text if is_input_error else f"process {number} failed: {text}")
     return made
 
 
-def _named(error: Exception) -> str:
-    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+def _message(error: Exception) -> tuple[bool, str]:
+    if isinstance(error, InputError):
+        return True, str(error)
+    return False, f"{type(error).__name__}: {error}"
 
 
 def from_first_process(make: Callable[[], T]) -> T:
-    """Return what the first process makes, to every process; if it fails, all raise (see `together`)."""
+    """Return what the first process makes, to all processes; if it fails, all raise (`raise_on_all_ranks`)."""
     made: list[Any] = [raise_on_all_ranks(lambda: make() if global_rank() == 0 else None)]
     if world_size() > 1:
         dist.broadcast_object_list(made, src=0)
@@ -82,14 +83,14 @@ def from_first_process(make: Callable[[], T]) -> T:
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """Add a tensor up over all processes, in place; every process gets the sum."""
+    """Sum a tensor over all processes, in place; all get the sum."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def sum_in_one_buffer(tensors: list[Tensor]) -> None:
-    """Add each tensor up over all processes, in place, with one collective for each dtype.
+    """Sum each tensor over all processes, in place, with one collective for each dtype.
 
     Args:
         tensors: The same list of shapes on every process.
@@ -100,15 +101,25 @@ def sum_in_one_buffer(tensors: list[Tensor]) -> None:
         group = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.reshape(-1) for tensor in group])
         dist.all_reduce(flat)
-        parts = flat.split([tensor.numel() for tensor in group])
-        torch._foreach_copy_(group, [p.view_as(t) for p, t in zip(parts, group, strict=True)])
+        for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def gather_numbers(number: int, device: torch.device) -> list[int]:
     """Return every process's number, in the order of the processes."""
-    told = torch.zeros(world_size(), dtype=torch.int64, device=device)
-    told[global_rank()] = number
-    return sum_over_processes(told).tolist()
+    numbers = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    numbers[global_rank()] = number
+    return sum_over_processes(numbers).tolist()
+
+
+def largest_over_processes(number: int, device: torch.device) -> int:
+    """Return the largest of all processes' numbers."""
+    return max(gather_numbers(number, device))
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Return whether the flag is set on any process."""
+    return bool(largest_over_processes(int(flag), device))
 
 
 def broadcast(tensor: Tensor) -> Tensor:
@@ -117,17 +128,3 @@ def broadcast(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.broadcast(tensor, 0)
     return tensor
-
-
-def largest_over_processes(number: int, device: torch.device) -> int:
-    """Return the largest of all processes' numbers."""
-    if world_size() == 1:
-        return number
-    told = torch.tensor(number, device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return int(told)
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Return whether the flag is set on any process."""
-    return bool(sum_over_processes(torch.tensor(float(flag), device=device)) > 0)

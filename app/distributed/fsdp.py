@@ -9,6 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
@@ -17,8 +18,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
-
-from app.distributed.collectives import sum_in_one_buffer
 
 
 class Fsdp2Strategy(ModelParallelStrategy):
@@ -33,8 +32,8 @@ class Fsdp2Strategy(ModelParallelStrategy):
         cpu_offload: Keep each process's shard in host memory between uses.
         reshard_after_forward: Free a block's gathered weights between its forward and its backward pass;
             false gathers once a step and holds the whole model meanwhile.
-        process_group_backend: torch.distributed backend; null chooses nccl on CUDA (and gloo beside it for
-            what stays in host memory) and gloo on CPU.
+        process_group_backend: torch.distributed backend; null chooses nccl on CUDA (and gloo beside it where
+            `cpu_offload` keeps weights in host memory) and gloo on CPU.
         timeout: Longest wait for another process.
     """
 
@@ -46,22 +45,17 @@ class Fsdp2Strategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
+        if process_group_backend is None and cpu_offload and torch.cuda.is_available():
+            process_group_backend = "cpu:gloo,cuda:nccl"
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self.param_dtype = param_dtype
         self.cpu_offload = cpu_offload
         self.reshard_after_forward = reshard_after_forward
 
-    @override
-    def setup_environment(self) -> None:
-        """Start the processes as one data-parallel mesh."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        self._tensor_parallel_size = 1
-        super().setup_environment()
-
     def shard(self, model: nn.Module) -> None:
         """Replace every frozen parameter of a model by this process's shard, in place.
 
-        The first process has the weights and hands them out, one at a time; the others hold no more than
+        The first process has the weights and broadcasts them, one at a time; the others hold no more than
         their shards and one weight.
 
         Args:
@@ -74,7 +68,7 @@ class Fsdp2Strategy(ModelParallelStrategy):
         if self.cpu_offload:
             offload = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
         options: dict[str, Any] = {
-            "mesh": self.device_mesh["data_parallel"],
+            "mesh": init_device_mesh(self.root_device.type, (self.world_size,)),
             "mp_policy": MixedPrecisionPolicy(param_dtype=dtype),
             "offload_policy": offload,
             "reshard_after_forward": self.reshard_after_forward,
@@ -108,21 +102,6 @@ class Fsdp2Strategy(ModelParallelStrategy):
             if not isinstance(tensor, DTensor):
                 tensor.data = tensor.data.to(self.root_device)
 
-    def reduce_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Sum the gradients of whole parameters over all processes, in place.
-
-        Args:
-            parameters: The same on every process; those without a gradient are left alone.
-        """
-        sum_in_one_buffer([p.grad for p in parameters if p.grad is not None])
-
-    @override
-    def _get_process_group_backend(self) -> str:
-        chosen = super()._get_process_group_backend()
-        if self._process_group_backend is None and self.cpu_offload and chosen == "nccl":
-            return "cpu:gloo,cuda:nccl"
-        return chosen
-
     @property
     @override
     def restore_checkpoint_after_setup(self) -> bool:
@@ -140,7 +119,8 @@ class Fsdp2Strategy(ModelParallelStrategy):
         named = self.lightning_module.named_parameters()
         return {name: p.detach() for name, p in named if p.requires_grad}
 
-    # What is saved is whole on every process, so saving and loading are those of one process.
+    # What is saved is whole on every process, so saving and loading are those of one process. They are public
+    # methods of Lightning's base class, which ModelParallelStrategy overrides for sharded checkpoints.
     load_model_state_dict = Strategy.load_model_state_dict
     optimizer_state = Strategy.optimizer_state
     load_optimizer_state_dict = Strategy.load_optimizer_state_dict
@@ -149,7 +129,7 @@ class Fsdp2Strategy(ModelParallelStrategy):
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Find the transformer blocks of any architecture: the members of the outermost module lists."""
+    """Yield the transformer blocks of any architecture: the members of the outermost module lists."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             yield from child

@@ -1,4 +1,4 @@
-"""What the factors of LoRA pairs look like from inside: spectra, angles, condition. Pure mathematics."""
+"""Alignment metrics of LoRA pairs: spectra, principal angles, condition numbers. Pure mathematics."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from app.initialization.svd import SVD
+from app.initialization.factors import SVD
 
 
-class Inside(NamedTuple):
-    """Measures of P equal-shaped pairs, with Delta W = scaling * lora_B @ lora_A; all float64, on the CPU.
+class AlignmentMetrics(NamedTuple):
+    """Metrics of P equal-shaped pairs, with Delta W = scaling * lora_B @ lora_A; all float64, on the CPU.
 
     What has no value (the span of a factor or gradient that is zero, the condition of a singular matrix) is
     not a number or infinite.
@@ -23,7 +23,7 @@ class Inside(NamedTuple):
         condition_B: (P,) of lora_B^T lora_B, which preconditions lora_A's gradient.
         angle_A: (P,) degrees, largest principal angle between the span of lora_A^T and the reference's V.
         angle_B: (P,) degrees, the same between the span of lora_B and the reference's U.
-        captured: (P,) share of the reference's energy inside both spans, 0 to 1.
+        captured: (P,) share of the reference's energy in both spans, 0 to 1.
     """
 
     singular_values: Tensor
@@ -38,8 +38,8 @@ class Inside(NamedTuple):
 
 def measure_alignment(
     lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: float, reference: Sequence[SVD]
-) -> Inside:
-    """Measure equal-shaped pairs against the leading triplets of their one-step gradients.
+) -> AlignmentMetrics:
+    """Compute the metrics of equal-shaped pairs against the leading triplets of their one-step gradients.
 
         lora_B = Q_B R_B,  lora_A^T = Q_A R_A        so that Delta W = Q_B (scaling R_B R_A^T) Q_A^T
         effective rank  = exp(-sum p ln p),           p = S / sum(S)
@@ -55,7 +55,7 @@ def measure_alignment(
         reference: P decompositions with r triplets: U (m, r), S (r,), V (n, r).
 
     Returns:
-        Inside.
+        AlignmentMetrics.
 
     Source: principal angles after Bjoerck and Golub (1973), with the sine for small angles; effective
     rank after Roy and Vetterli (2007). The angles are those of the alignment theorems of
@@ -75,7 +75,7 @@ def measure_alignment(
     core = (Q_B.mT @ U) * S[:, None, :] @ (V.mT @ Q_A)
     captured = core.square().sum(dim=(1, 2)) / S.square().sum(dim=1)
     captured[values[:, 0] == 0] = torch.nan
-    found = Inside(
+    metrics = AlignmentMetrics(
         values,
         values.norm(dim=1),
         entropy.exp(),
@@ -85,7 +85,7 @@ def measure_alignment(
         _largest_angle(Q_B, U, R_B, S),
         captured,
     )
-    return Inside(*(tensor.cpu() for tensor in found))
+    return AlignmentMetrics(*(tensor.cpu() for tensor in metrics))
 
 
 def _condition(triangular: Tensor) -> Tensor:

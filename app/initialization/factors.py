@@ -1,22 +1,110 @@
-"""The factors that each initialization gives a LoRA pair."""
+"""Truncated SVDs, and the factors that each initialization makes of them."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from app.initialization.svd import SVD
+_DIRECT_SVD_BELOW = 192
+"""A matrix whose smaller side is below this is decomposed directly; it costs milliseconds."""
+
+
+class SVD(NamedTuple):
+    """The leading singular triplets of a matrix: U (m, k), S (k,) descending, V (n, k)."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+
+def fix_signs(svd: SVD) -> SVD:
+    """Flip singular pairs so that the largest entry of each column of U is positive.
+
+    Singular vectors are unique only up to a common sign; with this rule equal gradients give equal
+    factors on every process, device and library.
+    """
+    rows = svd.U.abs().argmax(dim=0, keepdim=True)
+    signs = torch.where(svd.U.gather(0, rows) < 0, -1.0, 1.0).to(svd.U.dtype)
+    return SVD(svd.U * signs, svd.S, svd.V * signs)
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> SVD:
+    """Compute the leading `rank` singular triplets of a dense matrix.
+
+        matrix ~ U diag(S) V^T, the best rank-`rank` approximation
+
+    Small matrices are decomposed directly in float64. Larger ones go through subspace iteration with
+    oversampling, which stops when the residuals |matrix^T u_i - s_i v_i| of the kept triplets fall to
+    float32 rounding (1e-6 of s_1), and through the direct decomposition when they do not within 24 rounds.
+
+    Args:
+        matrix: Shape (m, n), any float dtype and device. Not modified.
+        rank: Number of triplets kept; 1 <= rank <= min(m, n).
+
+    Returns:
+        SVD in float32 with `fix_signs` applied; in float64 for a float64 matrix, which is decomposed
+        directly whatever its size.
+
+    Raises:
+        ValueError: If rank is out of range.
+    """
+    smaller = min(matrix.shape)
+    if not 1 <= rank <= smaller:
+        raise ValueError(
+            f"rank must lie in 1..{smaller} for a matrix {tuple(matrix.shape)}, got {rank}"
+        )
+    width = rank + max(8, rank)
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    if dtype == torch.float32 and smaller > _DIRECT_SVD_BELOW and 2 * width < smaller:
+        svd = _subspace_iteration(matrix.float(), rank, width)
+        if svd is not None:
+            return fix_signs(svd)
+    U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return fix_signs(SVD(U[:, :rank].to(dtype), S[:rank].to(dtype), Vh[:rank].T.to(dtype)))
+
+
+def _subspace_iteration(matrix: Tensor, rank: int, width: int) -> SVD | None:
+    generator = torch.Generator(matrix.device).manual_seed(0)
+    basis = torch.randn(
+        matrix.shape[1], width, generator=generator, device=matrix.device, dtype=matrix.dtype
+    )
+    for _ in range(24):
+        left = torch.linalg.qr(matrix @ torch.linalg.qr(basis)[0])[0]
+        basis = matrix.T @ left
+        svd = low_rank_svd(left, basis, rank)
+        # matrix^T u_i = s_i v_i holds by construction; the other half says whether u_i has settled.
+        residual = (matrix @ svd.V - svd.U * svd.S).norm(dim=0)
+        if bool((residual <= 1e-6 * svd.S[0] + torch.finfo(matrix.dtype).tiny).all()):
+            return svd
+    return None
+
+
+def low_rank_svd(left: Tensor, right: Tensor, rank: int) -> SVD:
+    """Compute the leading singular triplets of left @ right^T without forming the product.
+
+    Args:
+        left: Shape (m, k), float32.
+        right: Shape (n, k), float32.
+        rank: Number of triplets kept; 1 <= rank <= k.
+
+    Returns:
+        SVD in float32. The k x k core is decomposed in float64.
+    """
+    Q_left, R_left = torch.linalg.qr(left)
+    Q_right, R_right = torch.linalg.qr(right)
+    U, S, Vh = torch.linalg.svd(R_left.double() @ R_right.double().T)
+    return SVD(Q_left @ U[:, :rank].float(), S[:rank].float(), Q_right @ Vh[:rank].T.float())
 
 
 class LoraFactors(NamedTuple):
-    """A LoRA start: lora_A (r, n) and lora_B (m, r), float32 (float64 from a float64 gradient)."""
+    """lora_A (r, n) and lora_B (m, r) of a new adapter, float32 (float64 from a float64 gradient)."""
 
     lora_A: Tensor
     lora_B: Tensor
 
 
 def spectral_factors(gradient: SVD, gamma: float, normalized: bool = True) -> LoraFactors:
-    """Turn the leading triplets of a gradient into LoRA-One's start.
+    """Compute LoRA-One's factors from the leading triplets of a gradient.
 
         U S V^T = SVD(-G)
         lora_B = gamma^(-1/2) U diag(S / S_1)^(1/2)
@@ -27,9 +115,9 @@ def spectral_factors(gradient: SVD, gamma: float, normalized: bool = True) -> Lo
 
     Args:
         gradient: Leading r triplets of +G, S_1 > 0. U (m, r), S (r,), V (n, r).
-        gamma: Divisor of the start, dimensionless, > 0; larger means a smaller first step.
+        gamma: Divisor of lora_B @ lora_A, dimensionless, > 0; larger means a smaller first step.
         normalized: Divide S by S_1, as Algorithm 1 does. False keeps the gradient's own size: the
-            start of the paper's theorems, with gamma 1 (linear model) or 1/2 (ReLU).
+            initialization of the paper's theorems, with gamma 1 (linear model) or 1/2 (ReLU).
 
     Returns:
         LoraFactors in the gradient's dtype.
@@ -55,12 +143,12 @@ def spectral_factors(gradient: SVD, gamma: float, normalized: bool = True) -> Lo
 
 
 def lora_ga_factors(gradient: SVD, rank: int, gamma: float) -> tuple[Tensor, Tensor]:
-    """Return LoRA-GA's lora_A (r, n) and lora_B (m, r).
+    """Compute LoRA-GA's lora_A (r, n) and lora_B (m, r) from the leading triplets of a gradient.
 
     Args:
         gradient: Leading 2r triplets or more: U (m, k), S (k,), V (n, k).
         rank: r.
-        gamma: Divisor of the start.
+        gamma: Divisor of lora_B @ lora_A.
     """
     scale = gradient.U.shape[0] ** 0.25 / gamma**0.5
     return scale * gradient.V[:, :rank].T, scale * gradient.U[:, rank : 2 * rank]
@@ -69,7 +157,7 @@ def lora_ga_factors(gradient: SVD, rank: int, gamma: float) -> tuple[Tensor, Ten
 def pissa_factors(
     W: Tensor, rank: int, scaling: float, niter: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return PiSSA's lora_A (r, n) and lora_B (m, r) of a weight W (m, n), float32.
+    """Compute PiSSA's lora_A (r, n) and lora_B (m, r) of a weight W (m, n), float32.
 
     Args:
         W: (m, n).

@@ -1,4 +1,4 @@
-"""How large a first step should be: forward passes over the initialisation set tell."""
+"""How large a first step should be: forward passes over the initialization set tell."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.initialization.svd import SVD, fix_signs, low_rank_svd, truncated_svd
+from app.initialization.factors import SVD, fix_signs, low_rank_svd, truncated_svd
 
 
 @dataclass(frozen=True)
 class GradientEstimate:
-    """What an initialisation needs to know of one layer's gradient G (m, n).
+    """What an initialization needs to know of one layer's gradient G (m, n).
 
     Attributes:
         svd: Leading triplets of G in descending order, float32; at least the rank asked for.

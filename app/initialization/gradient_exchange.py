@@ -1,4 +1,4 @@
-"""Whose layer is whose, and how every process gets what the owners have."""
+"""Assign layers to processes, and send every process what their owners hold."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from app.distributed.collectives import global_rank, world_size
+from app.initialization.factors import SVD
 from app.initialization.gradient_estimators import GradientEstimate
-from app.initialization.svd import SVD
 
 BUCKET_NUMBERS = 2**24
 """Float32 numbers that are summed over processes together: 64 MiB, or one layer if that is larger."""
@@ -23,11 +23,11 @@ class Layer(NamedTuple):
     n: int
 
 
-class Sender(Protocol):
-    """Who sends: where its tensors live, and how much it has sent."""
+class TrafficCounter(Protocol):
+    """Where a process's tensors live, and how many bytes it has sent."""
 
-    sent_bytes: int
     device: torch.device
+    sent_bytes: int
 
 
 def assign_buckets(layers: Sequence[Layer], processes: int) -> list[tuple[int, list[Layer]]]:
@@ -62,77 +62,65 @@ def assign_owners(layers: Sequence[Layer], processes: int) -> dict[str, int]:
 
 
 def unpack(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Cut a flat buffer into tensors of these shapes."""
+    """Split a flat buffer into tensors of these shapes."""
     parts = flat.split([shape.numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def from_owners(
-    tensors: list[list[Tensor]],
-    names: Sequence[str],
-    owners: dict[str, int],
-    store: Sender,
-) -> list[list[Tensor]]:
-    """Give every process the owners' tensors, in one gather of flat buffers.
+def broadcast_from_owners(
+    tensors: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int], counter: TrafficCounter
+) -> None:
+    """Overwrite each layer's float32 tensors by its owner's, with one flat broadcast for each owner.
 
     Args:
-        tensors: For each name its tensors; only the owner's values matter, everybody's shapes agree.
-        names: The layers, in the same order everywhere.
-        owners: Who owns which.
-        store: Counts the bytes.
+        tensors: Each layer's tensors, in the same order and of the same shapes on every process.
+        owners: The process that has a layer's values.
+        counter: Its bytes are counted.
     """
-    shapes = [[t.shape for t in group] for group in tensors]
-    sizes = [0] * world_size()
-    for name, group in zip(names, shapes, strict=True):
-        sizes[owners[name]] += sum(shape.numel() for shape in group)
-    flat = torch.zeros(max(sizes), device=store.device)
-    mine = [
-        t.reshape(-1).float()
-        for n, g in zip(names, tensors, strict=True)
-        if owners[n] == global_rank()
-        for t in g
-    ]
-    if mine:
-        own = torch.cat(mine)
-        flat[: len(own)] = own
-    gathered = [torch.empty_like(flat) for _ in range(world_size())]
-    dist.all_gather(gathered, flat)
-    store.sent_bytes += flat.nbytes * (world_size() - 1)
-    at = [0] * world_size()
-    result = []
-    for name, group in zip(names, shapes, strict=True):
-        owner, parts = owners[name], []
-        for shape in group:
-            parts.append(gathered[owner][at[owner] : at[owner] + shape.numel()].view(shape))
-            at[owner] += shape.numel()
-        result.append(parts)
-    return result
+    for owner in range(world_size()):
+        group = [t for name, parts in tensors.items() if owners[name] == owner for t in parts]
+        if not group:
+            continue
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        dist.broadcast(flat, owner)
+        if owner == global_rank():
+            counter.sent_bytes += flat.nbytes * (world_size() - 1)
+        for tensor, part in zip(group, unpack(flat, [t.shape for t in group]), strict=True):
+            tensor.copy_(part)
 
 
 def share_estimates(
-    mine: dict[str, GradientEstimate],
-    layers: Sequence[Layer],
-    owners: dict[str, int],
-    widths: Mapping[str, int],
-    store: Sender,
+    own: Mapping[str, GradientEstimate],
+    shapes: Mapping[str, tuple[int, int, int]],
+    owners: Mapping[str, int],
+    counter: TrafficCounter,
 ) -> dict[str, GradientEstimate]:
-    """Give every process all estimates."""
+    """Return all layers' estimates on every process.
+
+    Args:
+        own: Those of the layers that this process owns.
+        shapes: m, n and the number of triplets k of every layer.
+        owners: The process that owns a layer.
+        counter: Its bytes are counted.
+    """
     if world_size() == 1:
-        return {layer.name: mine[layer.name] for layer in layers}
-    tensors = []
-    for name, m, n in layers:
-        if name in mine:
-            e = mine[name]
-            numbers = [e.norm, e.captured_energy, e.rank_error]
-            told = torch.tensor(numbers, dtype=torch.float32, device=store.device)
-            tensors.append([*e.svd, told])
+        return dict(own)
+    tensors = {}
+    for name, (m, n, k) in shapes.items():
+        if name in own:
+            svd, *numbers = (
+                own[name].svd,
+                own[name].norm,
+                own[name].captured_energy,
+                own[name].rank_error,
+            )
+            tensors[name] = [*svd, torch.tensor(numbers, device=counter.device)]
         else:
-            k = widths[name]
-            shapes = ((m, k), (k,), (n, k), (3,))
-            tensors.append([torch.empty(shape, device="meta") for shape in shapes])
-    names = [layer.name for layer in layers]
-    shared = from_owners(tensors, names, owners, store)
+            tensors[name] = [
+                torch.empty(shape, device=counter.device) for shape in ((m, k), (k,), (n, k), (3,))
+            ]
+    broadcast_from_owners(tensors, owners, counter)
     return {
-        name: GradientEstimate(SVD(U, S, V), *told.tolist())
-        for name, (U, S, V, told) in zip(names, shared, strict=True)
+        name: GradientEstimate(SVD(U, S, V), *numbers.tolist())
+        for name, (U, S, V, numbers) in tensors.items()
     }

@@ -1,12 +1,12 @@
 """Keep every layer's gradient while it is observed, on one process or spread over many.
 
 Several processes each see their share of the samples. A layer has one owner, the process that in the
-end holds its sum over all processes and decomposes it; then everybody gets every layer's estimate.
+end holds its sum over all processes and decomposes it; then all get every layer's estimate.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from app.distributed.collectives import (
     global_rank,
     largest_over_processes,
     raise_on_all_ranks,
+    sum_over_processes,
     world_size,
 )
 from app.initialization.gradient_estimators import (
@@ -28,49 +29,118 @@ from app.initialization.gradient_exchange import (
     Layer,
     assign_buckets,
     assign_owners,
-    from_owners,
+    broadcast_from_owners,
     share_estimates,
     unpack,
 )
+from app.initialization.gradient_hooks import Listener
 from app.utils.errors import InputError
 
 
-class GradientStore(Protocol):
-    """Takes the (x, delta) stream of all layers, over one or more passes through the same samples."""
+class GradientStore(ABC):
+    """Keeps all layers' gradients from the stream of (x, delta), over one or more passes.
 
-    sent_bytes: int
+    Args:
+        layers: The layers in module order, the same on every process.
+        device: Where the gradients live.
+        owners: The process that owns a layer.
+        widths: Triplets of each layer's estimate where they are not the rank asked for; cut to min(m, n).
 
+    Attributes:
+        sent_bytes: What this process has sent to others.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        device: torch.device,
+        owners: Mapping[str, int],
+        widths: Mapping[str, int] | None = None,
+    ) -> None:
+        self.layers = list(layers)
+        self.device = device
+        self.owners = owners
+        self.widths = widths
+        self.sent_bytes = 0
+        self._reached: set[str] = set()
+        self._finite: dict[str, Tensor] = {}
+
+    def listener(self, name: str) -> Listener:
+        """Return the listener of a layer: `update`, which also notes whether all was finite."""
+
+        def listen(x: Tensor, delta: Tensor) -> None:
+            self._reached.add(name)
+            finite = self.update(name, x, delta).isfinite().all()
+            self._finite[name] = finite & self._finite.pop(name, finite)
+
+        return listen
+
+    @abstractmethod
     def update(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
-        """Add delta^T x to a layer; finite only if x and delta are."""
+        """Add delta^T x to a layer; what is returned is finite only if x and delta are."""
 
-    def end_batch(self) -> None:
+    def end_batch(self) -> None:  # noqa: B027 (a sketch is sent after a pass)
         """Finish a micro-batch; every process does so equally often."""
 
     def next_pass(self) -> None:
         """Prepare for one more pass over the same samples."""
+        raise NotImplementedError(f"one pass is enough for {type(self).__name__}")
+
+    @abstractmethod
+    def merge(self) -> Mapping[str, ExactGradient | SketchedGradient]:
+        """Sum what is left over processes; return the gradients of the layers that this process owns."""
 
     def estimates(self, ranks: Mapping[str, int], scale: float) -> dict[str, GradientEstimate]:
-        """Return all layers' estimates, the same on every process.
+        """Decompose the own layers and share the results, which are the same on every process.
 
         Args:
-            ranks: Triplets wanted of each layer.
+            ranks: Triplets wanted of each layer's gradient.
             scale: Factor of all gradients.
 
         Raises:
             InputError: On every process, if a layer's gradient cannot be decomposed.
         """
+        own = self.merge()
+
+        def decompose() -> dict[str, GradientEstimate]:
+            estimates = {}
+            for name, gradient in own.items():
+                with _naming(name):
+                    estimates[name] = gradient.estimate(ranks[name], scale)
+            return estimates
+
+        widths = self.widths or ranks
+        shapes = {name: (m, n, min(widths[name], m, n)) for name, m, n in self.layers}
+        return share_estimates(raise_on_all_ranks(decompose), shapes, self.owners, self)
+
+    def pop_non_finite(self) -> str | None:
+        """Name the layer, on any process, where the last backward pass first met what is not finite."""
+        true = torch.ones((), dtype=torch.bool, device=self.device)
+        finite = torch.stack([self._finite.get(layer.name, true) for layer in self.layers])
+        self._finite = {}
+        # The host waits for the device here, once a micro-batch.
+        counts = sum_over_processes((~finite).float()).tolist()
+        # Backwards: the layers below inherit it.
+        backward = zip(reversed(self.layers), reversed(counts), strict=True)
+        return next((layer.name for layer, count in backward if count), None)
+
+    def unreached(self) -> list[str]:
+        """Name the layers that the backward passes have reached on no process."""
+        reached = [float(layer.name in self._reached) for layer in self.layers]
+        counts = sum_over_processes(torch.tensor(reached, device=self.device)).tolist()
+        return [layer.name for layer, count in zip(self.layers, counts, strict=True) if not count]
 
 
-class ExactStore:
+class ExactStore(GradientStore):
     """The whole gradient of each layer, float32, on one process only: its owner.
 
     Neighbouring layers form buckets. A bucket of products delta^T x is summed to its owner as soon as
     the backward pass has been through its layers, so that a process holds its own sums and the buckets
     under way, and never all gradients.
 
-    Processes may reach different layers (a mixture of experts), in another order, or more than once.
-    They agree without a word: in every micro-batch each process sends every bucket once, in the order
-    of the buckets, empty ones too; what enters a bucket afterwards waits for the next micro-batch.
+    Processes may reach different layers (a mixture of experts), in another order, or more than once. So in
+    every micro-batch each process sends every bucket once, in the order of the buckets, empty ones too;
+    what enters a bucket afterwards waits for the next micro-batch.
 
     Args:
         layers: The layers in module order, the same on every process.
@@ -78,21 +148,19 @@ class ExactStore:
     """
 
     def __init__(self, layers: Sequence[Layer], device: torch.device) -> None:
-        self.layers = {layer.name: layer for layer in layers}
-        self.device = device
-        self.sent_bytes = 0
         self.buckets = assign_buckets(layers, world_size())
+        owners = {layer.name: owner for owner, members in self.buckets for layer in members}
+        super().__init__(layers, device, owners)
         self.bucket_of = {
             layer.name: i for i, (_, members) in enumerate(self.buckets) for layer in members
         }
         self.sums = {
             layer.name: ExactGradient(layer.m, layer.n, device)
-            for owner, members in self.buckets
-            if owner == global_rank()
-            for layer in members
+            for layer in layers
+            if owners[layer.name] == global_rank()
         }
-        self._staged: dict[int, dict[str, Tensor]] = {}
-        self._flat: dict[int, Tensor] = {}
+        # The buckets under way: a flat buffer, and the part of it that is each layer's.
+        self._staged: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         self._start_batch()
 
     def _start_batch(self) -> None:
@@ -104,34 +172,29 @@ class ExactStore:
         if world_size() == 1:
             return self.sums[name].update(x, delta)
         bucket = self.bucket_of[name]
-        if bucket not in self._staged:
-            self._stage(bucket)
         x, delta = x.float(), delta.float()
-        self._staged[bucket][name].addmm_(delta.T, x)
+        self._stage(bucket)[1][name].addmm_(delta.T, x)
         self._waiting[bucket].discard(name)
         while self._next < len(self.buckets) and not self._waiting[self._next]:
             self._send(self._next)
             self._next += 1
         return extremes(x, delta)
 
-    def _stage(self, bucket: int) -> None:
-        members = self.buckets[bucket][1]
-        flat = torch.zeros(sum(m * n for _, m, n in members), device=self.device)
-        parts = flat.split([m * n for _, m, n in members])
-        self._flat[bucket] = flat
-        self._staged[bucket] = {
-            layer.name: part.view(layer.m, layer.n)
-            for layer, part in zip(members, parts, strict=True)
-        }
+    def _stage(self, bucket: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if bucket not in self._staged:
+            shapes = {layer.name: torch.Size(layer[1:]) for layer in self.buckets[bucket][1]}
+            flat = torch.zeros(sum(shape.numel() for shape in shapes.values()), device=self.device)
+            parts = unpack(flat, list(shapes.values()))
+            self._staged[bucket] = flat, dict(zip(shapes, parts, strict=True))
+        return self._staged[bucket]
 
     def _send(self, bucket: int) -> None:
-        if bucket not in self._staged:
-            self._stage(bucket)
-        owner, staged = self.buckets[bucket][0], self._staged.pop(bucket)
-        flat = self._flat.pop(bucket)
+        flat, parts = self._stage(bucket)
+        del self._staged[bucket]
+        owner = self.buckets[bucket][0]
         dist.reduce(flat, dst=owner)
         if owner == global_rank():
-            for name, part in staged.items():
+            for name, part in parts.items():
                 self.sums[name].total += part
         else:
             self.sent_bytes += flat.nbytes
@@ -143,20 +206,14 @@ class ExactStore:
                 self._send(bucket)
             self._start_batch()
 
-    def next_pass(self) -> None:
-        """Refuse: one pass is already exact."""
-        raise RuntimeError("the exact estimator needs one pass")
-
-    def estimates(self, ranks: Mapping[str, int], scale: float) -> dict[str, GradientEstimate]:
-        """Decompose the own layers and share the results."""
+    def merge(self) -> dict[str, ExactGradient]:
+        """Send what entered a bucket late in the last micro-batch."""
         if largest_over_processes(len(self._staged), self.device):
-            self.end_batch()  # what entered buckets late in the last one
-        mine = raise_on_all_ranks(lambda: _decompose(self.sums, ranks, scale))
-        owners = {layer.name: owner for owner, members in self.buckets for layer in members}
-        return share_estimates(mine, list(self.layers.values()), owners, ranks, self)
+            self.end_batch()
+        return self.sums
 
 
-class SketchStore:
+class SketchStore(GradientStore):
     """A sketch of each layer on every process, of its own samples; merged by the layer's owner.
 
     Args:
@@ -174,66 +231,57 @@ class SketchStore:
         device: torch.device,
         generator: Callable[[str], torch.Generator],
     ) -> None:
-        self.layers = list(layers)
-        self.device = device
-        self.sent_bytes = 0
-        self.kept = {
-            layer.name: SketchedGradient(
-                layer.m, layer.n, widths[layer.name], device, generator(layer.name)
-            )
-            for layer in layers
+        super().__init__(layers, device, assign_owners(layers, world_size()), widths)
+        self.sketches = {
+            name: SketchedGradient(m, n, widths[name], device, generator(name))
+            for name, m, n in layers
         }
-        self.owners = assign_owners(layers, world_size())
 
     def update(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
         """Take one micro-batch of (x, delta) into the layer's sketch."""
-        return self.kept[name].update(x, delta)
-
-    def end_batch(self) -> None:
-        """Do nothing: the processes meet after a pass."""
+        return self.sketches[name].update(x, delta)
 
     def next_pass(self) -> None:
         """Give every process the merged sketches, and start the next half step from them."""
         if world_size() > 1:
-            self._merge()
-            names = [layer.name for layer in self.layers]
-            owned = [[self.kept[n].left, self.kept[n].right] for n in names]
-            for parts, name in zip(
-                from_owners(owned, names, self.owners, self), names, strict=True
-            ):
-                self.kept[name].left, self.kept[name].right = parts
-        for accumulator in self.kept.values():
-            accumulator.next_pass()
+            self.merge()
+            sides = {name: (kept.left, kept.right) for name, kept in self.sketches.items()}
+            broadcast_from_owners(sides, self.owners, self)
+        for sketch in self.sketches.values():
+            sketch.next_pass()
 
-    def _merge(self) -> None:
-        """Send each layer's sketches to its owner, who adds them up."""
-        names = [layer.name for layer in self.layers]
-        per_owner = [[n for n in names if self.owners[n] == o] for o in range(world_size())]
-        packed = [
-            torch.cat([t.reshape(-1) for n in group for t in self.kept[n].partial()])
-            if group
-            else torch.empty(0, device=self.device)
-            for group in per_owner
-        ]
-        mine = {name: self.kept[name] for name in per_owner[global_rank()]}
-        size = packed[global_rank()].numel()
-        received = torch.empty(size * world_size(), device=self.device)
-        dist.all_to_all_single(
-            received, torch.cat(packed), [size] * world_size(), [p.numel() for p in packed]
-        )
-        self.sent_bytes += 4 * sum(p.numel() for o, p in enumerate(packed) if o != global_rank())
-        raise_on_all_ranks(lambda: _add_up(mine, received))
-
-    def estimates(self, ranks: Mapping[str, int], scale: float) -> dict[str, GradientEstimate]:
-        """Merge, decompose the own layers and share the results."""
+    def merge(self) -> dict[str, SketchedGradient]:
+        """Send each layer's sketches to its owner, who merges them."""
+        owned: list[dict[str, SketchedGradient]] = [{} for _ in range(world_size())]
+        for name, sketch in self.sketches.items():
+            owned[self.owners[name]][name] = sketch
+        own = owned[global_rank()]
         if world_size() > 1:
-            self._merge()
-        own = {
-            name: found for name, found in self.kept.items() if self.owners[name] == global_rank()
-        }
-        mine = raise_on_all_ranks(lambda: _decompose(own, ranks, scale))
-        widths = {name: found.left.shape[1] for name, found in self.kept.items()}
-        return share_estimates(mine, self.layers, self.owners, widths, self)
+            packed = [
+                [t.reshape(-1) for sketch in group.values() for t in sketch.partial()]
+                for group in owned
+            ]
+            sizes = [sum(part.numel() for part in parts) for parts in packed]
+            size = sizes[global_rank()]
+            received = torch.empty(size * world_size(), device=self.device)
+            flat = torch.cat([part for parts in packed for part in parts])
+            dist.all_to_all_single(received, flat, [size] * world_size(), sizes)
+            self.sent_bytes += flat.element_size() * (sum(sizes) - size)
+            raise_on_all_ranks(lambda: _merge(own, received))
+        return own
+
+
+def _merge(sketches: Mapping[str, SketchedGradient], received: Tensor) -> None:
+    """Merge the sketches of all processes, which lie one process behind the other."""
+    if not sketches:
+        return
+    shapes = [t.shape for sketch in sketches.values() for t in sketch.partial()]
+    shares = received.split(received.numel() // world_size())
+    partials = [iter(unpack(share, shapes)) for share in shares]
+    for name, sketch in sketches.items():
+        count = len(sketch.partial())
+        with _naming(name):
+            sketch.merge([[next(parts) for _ in range(count)] for parts in partials])
 
 
 @contextmanager
@@ -243,31 +291,6 @@ def _naming(layer: str) -> Iterator[None]:
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise InputError(
             f"the gradient at {layer} cannot be decomposed ({str(error).splitlines()[0]}), though all inputs "
-            "and output gradients were finite: their products overflow. Look at the initialisation rows "
+            "and output gradients were finite: their products overflow. Look at the initialization rows "
             "and at the model's weights"
         ) from error
-
-
-def _decompose(
-    sums: Mapping[str, ExactGradient | SketchedGradient], ranks: Mapping[str, int], scale: float
-) -> dict[str, GradientEstimate]:
-    found = {}
-    for name, gradient in sums.items():
-        with _naming(name):
-            found[name] = gradient.estimate(ranks[name], scale)
-    return found
-
-
-def _add_up(sketches: Mapping[str, SketchedGradient], received: Tensor) -> None:
-    """Merge the sketches of all processes, which lie one process behind the other."""
-    if not sketches:
-        return
-    shapes = [t.shape for sketch in sketches.values() for t in sketch.partial()]
-    shares = received.split(received.numel() // world_size())
-    partials = [unpack(share, shapes) for share in shares]
-    at = 0
-    for name, sketch in sketches.items():
-        count = len(sketch.partial())
-        with _naming(name):
-            sketch.merge([parts[at : at + count] for parts in partials])
-        at += count

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from app.distributed.collectives import gather_numbers, sum_over_processes
@@ -24,8 +24,10 @@ from app.models.loss import summed_loss, supervised_logits
 from app.utils.errors import InputError
 from app.utils.memory import PeakMemory
 
+ForwardContext = Callable[[], AbstractContextManager[None]]
+"""Makes the trainer's precision context, such as autocast."""
 Progress = Callable[[Sequence[Batch], str], Iterable[Batch]]
-"""Wraps a sequence so that a user sees how far it is."""
+"""Shows how far the iteration over a sequence is, under a label."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Estimator:
             full gradient; `exact` keeps the whole sum, m * n numbers a layer.
         passes: Passes of the sketch over the samples, 1 to 4; each makes it more exact.
         oversampling: Columns of the sketch beyond the rank.
-        seed: Seed of the sketch's random start and probes.
+        seed: Seed of the sketch's random first basis and probes.
     """
 
     kind: Literal["sketch", "exact"] = "sketch"
@@ -68,7 +70,7 @@ class OneStepResult:
         seconds: Wall time of all passes and decompositions.
         peak_bytes: Peak memory meanwhile on each process: allocated on the accelerator, or resident on
             the CPU.
-        sent_bytes: What each process handed to others.
+        sent_bytes: What each process sent to others.
     """
 
     estimates: dict[str, GradientEstimate]
@@ -86,7 +88,7 @@ def one_step_gradients(
     batches: Sequence[Batch],
     rank: int | Mapping[str, int],
     estimator: Estimator,
-    forward_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    forward_context: ForwardContext = nullcontext,
     progress: Progress | None = None,
 ) -> OneStepResult:
     """Observe G = dL/dW of every pair's layer at the untouched base model.
@@ -102,9 +104,9 @@ def one_step_gradients(
         model: The PEFT model that is called.
         base: The transformers model inside it.
         pairs: The layers to observe.
-        batches: This process's share of the initialisation set, on the model's device or the CPU, as
+        batches: This process's share of the initialization set, on the model's device or the CPU, as
             micro-batches; all processes have as many.
-        rank: Triplets wanted of each gradient; by layer where they differ.
+        rank: LoRA rank r, the triplets wanted of each gradient; by layer where they differ.
         estimator: How G is kept.
         forward_context: The trainer's precision context.
         progress: Shown while a pass runs.
@@ -119,42 +121,24 @@ def one_step_gradients(
     """
     device = pairs[0].lora_A.device
     ranks = rank if isinstance(rank, Mapping) else {pair.name: rank for pair in pairs}
-    store = _store(pairs, ranks, estimator, device)
-    watch = _Watch(store, [pair.name for pair in pairs], device)
+    store = make_store(pairs, ranks, estimator, device)
     supervised = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches)
     tokens = int(sum_over_processes(torch.tensor(supervised, device=device)))
-    total = 0.0
-    start = time.perf_counter()
+    began = time.perf_counter()
     with PeakMemory(device) as memory, ExitStack() as stack:
         stack.enter_context(frozen(model))
         stack.enter_context(recomputing(model))
         stack.enter_context(without_adapters(model))
         layers = {pair.name: pair.layer for pair in pairs}
-        listeners = {name: watch.listener(name) for name in layers}
-        stack.enter_context(observe(layers, listeners))
-        for number in range(estimator.passes):
-            if number > 0:
+        stack.enter_context(observe(layers, {name: store.listener(name) for name in layers}))
+        losses = []
+        for number in range(1, estimator.passes + 1):
+            if number > 1:
                 store.next_pass()
-            label = f"one-step gradient, pass {number + 1}/{estimator.passes}"
-            for i, batch in enumerate(progress(batches, label) if progress else batches):
-                moved = {key: value.to(device) for key, value in batch.items()}
-                with torch.enable_grad(), forward_context():
-                    loss = summed_loss(supervised_logits(model, base, moved))
-                # Summed over processes, so that all of them stop where one of them has to.
-                whole = float(sum_over_processes(loss.detach().clone()))
-                if not math.isfinite(whole):
-                    raise InputError(_not_finite("the loss", i, batch))
-                # Outside the precision context, where autocast would round the sums to 16 bits.
-                if loss.requires_grad:
-                    loss.backward()
-                store.end_batch()
-                broken = watch.first_broken()
-                if broken is not None:
-                    raise InputError(_not_finite(f"the gradient at {broken}", i, batch))
-                if number == 0:
-                    total += whole
-        missed = watch.missed()
-        if missed:
+            label = f"one-step gradient, pass {number}/{estimator.passes}"
+            shown = progress(batches, label) if progress else batches
+            losses.append(_one_pass(model, base, shown, store, device, forward_context))
+        if missed := store.unreached():
             raise RuntimeError(
                 f"the backward pass did not reach {len(missed)} of {len(layers)} layers, first {missed[0]}. "
                 "Activation checkpointing must be without re-entry (use_reentrant=False); a layer that "
@@ -163,58 +147,49 @@ def one_step_gradients(
         estimates = store.estimates(ranks, 1 / tokens)
     return OneStepResult(
         estimates=estimates,
-        loss=total / tokens,
+        loss=losses[0] / tokens,
         tokens=tokens,
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - began,
         peak_bytes=gather_numbers(memory.peak_bytes, device),
         sent_bytes=gather_numbers(store.sent_bytes, device),
     )
 
 
-class _Watch:
-    """Feeds the store, and remembers which layers reported and which broke.
-
-    Processes may reach different layers, in a different order: they compare notes on all of them.
-    """
-
-    def __init__(self, store: GradientStore, layers: Sequence[str], device: torch.device) -> None:
-        self.store = store
-        self.layers = layers
-        self.device = device
-        self._seen: set[str] = set()
-        self._finite: dict[str, Tensor] = {}
-
-    def listener(self, name: str) -> Callable[[Tensor, Tensor], None]:
-        def update(x: Tensor, delta: Tensor) -> None:
-            self._seen.add(name)
-            finite = self.store.update(name, x, delta).isfinite().all()
-            self._finite[name] = finite & self._finite.pop(name, finite)
-
-        return update
-
-    def first_broken(self) -> str | None:
-        """Name the layer where the last backward pass broke, on any process; those below inherit it."""
-        fine = torch.ones((), dtype=torch.bool, device=self.device)
-        finite = torch.stack([self._finite.get(name, fine) for name in self.layers])
-        self._finite = {}
-        # The host waits for the device here, once a micro-batch.
-        told = sum_over_processes((~finite).float()).tolist()
-        backward = zip(reversed(self.layers), reversed(told), strict=True)
-        return next((name for name, bad in backward if bad), None)
-
-    def missed(self) -> list[str]:
-        """Name the layers that the backward passes have reached on no process."""
-        seen = torch.tensor([float(name in self._seen) for name in self.layers], device=self.device)
-        told = sum_over_processes(seen).tolist()
-        return [name for name, times in zip(self.layers, told, strict=True) if not times]
+def _one_pass(
+    model: nn.Module,
+    base: PreTrainedModel,
+    batches: Iterable[Batch],
+    store: GradientStore,
+    device: torch.device,
+    forward_context: ForwardContext,
+) -> float:
+    """Run all micro-batches forward and backward; return the summed loss of all processes."""
+    total = 0.0
+    for i, batch in enumerate(batches):
+        moved = {key: value.to(device) for key, value in batch.items()}
+        with torch.enable_grad(), forward_context():
+            loss = summed_loss(supervised_logits(model, base, moved))
+        # Summed over processes, so that all of them stop where one of them has to.
+        whole = float(sum_over_processes(loss.detach().clone()))
+        if not math.isfinite(whole):
+            raise InputError(_not_finite("the loss", i, batch))
+        # Outside the precision context, where autocast would round the sums to 16 bits.
+        if loss.requires_grad:
+            loss.backward()
+        store.end_batch()
+        if layer := store.pop_non_finite():
+            raise InputError(_not_finite(f"the gradient at {layer}", i, batch))
+        total += whole
+    return total
 
 
-def _store(
+def make_store(
     pairs: Sequence[LoraPair],
     ranks: Mapping[str, int],
     estimator: Estimator,
     device: torch.device,
 ) -> GradientStore:
+    """Make what keeps the gradients of the pairs' layers; the arguments are those of `one_step_gradients`."""
     layers = [Layer(pair.name, pair.lora_B.shape[0], pair.lora_A.shape[1]) for pair in pairs]
     if estimator.kind == "exact":
         return ExactStore(layers, device)
@@ -231,6 +206,6 @@ def _store(
 def _not_finite(what: str, number: int, batch: Batch) -> str:
     rows = batch["index"].tolist() if "index" in batch else []
     return (
-        f"{what} is not finite in micro-batch {number} of the initialisation set (training rows {rows}): "
+        f"{what} is not finite in micro-batch {number} of the initialization set (training rows {rows}): "
         "look at these rows, or use a wider precision (model.dtype float32, trainer.precision 32-true)"
     )

@@ -15,12 +15,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from app.distributed.collectives import (
     from_first_process,
     global_rank,
+    sum_in_one_buffer,
     sum_over_processes,
     world_size,
 )
 from app.distributed.fsdp import Fsdp2Strategy
 from app.evaluation.scoring import Scoring
-from app.initialization.svd import SVD
+from app.initialization.factors import SVD
 from app.models.adalora import add_orthogonality
 from app.models.adapter_config import LoraSettings, fsdp_incompatible_options
 from app.models.adapter_io import check_adapter_folder, load_adapter
@@ -329,7 +330,7 @@ class LoraModule(LightningModule):
         """Make the gradients those of the token mean, log it; refuse to step on one that is not finite."""
         parameters = [p for p in self.parameters() if p.grad is not None]
         if self._sharded:
-            self.trainer.strategy.reduce_gradients(parameters)  # type: ignore[attr-defined]
+            sum_in_one_buffer([p.grad for p in parameters if p.grad is not None])
         mean, factor = self._token_mean.finish()
         self.log("train/loss", mean, prog_bar=True)
         if factor != 1:

@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from app.initialization.factors import lora_ga_factors, pissa_factors
+from app.initialization.factors import SVD, lora_ga_factors, pissa_factors
 from app.initialization.one_step_gradient import Estimator, one_step_gradients
-from app.initialization.svd import SVD
 from app.models.adapter_config import LoraSettings
 from app.models.adapter_io import save_adapter
 from app.models.lora import add_lora, base_weight, install, lora_pairs, subtract_from_base

@@ -6,8 +6,7 @@ import torch
 from scipy.linalg import subspace_angles
 
 from app.initialization.alignment import measure_alignment
-from app.initialization.factors import spectral_factors
-from app.initialization.svd import SVD, truncated_svd
+from app.initialization.factors import SVD, spectral_factors, truncated_svd
 
 M, N, R, PAIRS, SCALING = 24, 17, 4, 3, 5.6
 

@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from app.initialization.factors import spectral_factors
+from app.initialization.factors import SVD, fix_signs, low_rank_svd, spectral_factors, truncated_svd
 from app.initialization.gradient_estimators import GradientEstimate
-from app.initialization.svd import SVD, fix_signs, low_rank_svd, truncated_svd
 from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora, install, lora_pairs
 from app.utils.errors import InputError

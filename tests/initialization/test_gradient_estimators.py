@@ -3,8 +3,8 @@ import itertools
 import pytest
 import torch
 
+from app.initialization.factors import SVD
 from app.initialization.gradient_estimators import ExactGradient, SketchedGradient, _rank_error
-from app.initialization.svd import SVD
 
 CPU = torch.device("cpu")
 RANK = 4

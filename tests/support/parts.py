@@ -2,8 +2,6 @@
 
 import os
 import re
-import signal
-import time
 from datetime import timedelta
 
 import pytest
@@ -11,13 +9,13 @@ import torch
 import torch.distributed as dist
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
-from app.distributed import heartbeat
 from app.distributed.collectives import (
     from_first_process,
     global_rank,
     largest_over_processes,
     raise_on_all_ranks,
 )
+from app.distributed.shutdown import shutdown
 from app.initialization import gradient_exchange as gradient_sharing
 from app.initialization.gradient_exchange import Layer
 from app.initialization.gradient_hooks import frozen, observe
@@ -58,7 +56,7 @@ def verdicts() -> None:
     with pytest.raises(kind, match=told):
         raise_on_all_ranks(fails_on(1, OSError("full")))
     assert largest_over_processes(5 - global_rank(), CPU) == 5
-    heartbeat.leave()
+    shutdown()
 
 
 def out_of_step() -> None:
@@ -91,7 +89,7 @@ def out_of_step() -> None:
     store.end_batch()
     with pytest.raises(InputError, match="gradient at d cannot be decomposed"):
         store.estimates(dict.fromkeys("abcdefg", 5), 1.0)
-    heartbeat.leave()
+    shutdown()
 
 
 def reached_layers(model, batches) -> set[str]:
@@ -162,24 +160,4 @@ def experts() -> None:
     for estimator in (EXACT, Estimator()):
         with pytest.raises(InputError, match=re.escape(f"gradient at {broken} is not finite")):
             run(model, share, estimator, pairs=pairs)
-    heartbeat.leave()
-
-
-def watch(hangs: int) -> None:
-    """A process that waits for the store beats on; one that is stopped is given up by the other."""
-    meet()
-    heartbeat.PERIOD = 0.25
-    heart = heartbeat.Heartbeat(patience=16)
-    store = dist.distributed_c10d._get_default_store()
-    if global_rank() == 1 - hangs:
-        store.get("much later")
-    else:
-        time.sleep(6)  # longer than the patience
-        store.set("much later", "now")
-    dist.barrier()
-    assert heart.silent() == []
-    dist.barrier()
-    print("both alive", flush=True)
-    if global_rank() == hangs:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    store.get("never")
+    shutdown()

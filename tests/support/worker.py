@@ -2,15 +2,15 @@
 
     torchrun --nproc_per_node 2 worker.py JOBS.json
 
-JOBS.json is a list of {"argv": [...], "keep": FOLDER}; optionally with {"die": [RANK, MOMENT, TIMES]}: that
-process kills itself when it comes to `gradient`, `training` or `checkpoint` for the TIMES-th time; with
-{"hang": ...} it stops there for ever instead, with {"term": ...} and {"usr1": ...} it gets SIGTERM or
-SIGUSR1, with {"fail": ...} its disk is full, and with {"stall": ...} its data loader waits in vain; other
-moments are `weights`, `benchmark`, `report`. With {"first_reads": true} no process but the first may read the
-weights, and {"slow_finish": SECONDS} is how long the first one has to do at the end. All jobs run in one
-start of the processes, since importing Lightning takes longer than a tiny run. FOLDER gets
-`gradients_RANK.pt` (this process's sums, as the mean over tokens), `factors_RANK.pt` (after the
-initialisation) and `trained_RANK.pt`.
+JOBS.json is a list of {"argv": [...], "keep": FOLDER}; all jobs run in one start of the processes, since
+importing Lightning takes longer than a tiny run. FOLDER gets `gradients_RANK.pt` (this process's sums, as the
+mean over tokens), `factors_RANK.pt` (after the initialization) and `trained_RANK.pt`.
+
+A job may have {END: [RANK, MOMENT, TIMES]}: what happens to that process when it comes to the moment for the
+TIMES-th time. END is `die` (SIGKILL), `hang` (SIGSTOP), `term` (SIGTERM), `usr1` (SIGUSR1), `fail` (its disk is
+full) or `stall` (its data loader fails); MOMENT is `weights`, `gradient`, `training`, `checkpoint`, `benchmark`
+or `report`. With {"first_reads": true} only the first process may read the weights; {"slow_finish": SECONDS}
+is how long the first process takes to finish.
 """
 
 import itertools
@@ -111,15 +111,15 @@ def end_at(last, moment: str, times: int) -> None:
 def run(jobs: list[dict]) -> None:
     """Run each job; stop at the first that fails."""
     number = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-    leave = app.cli.exit.leave
+    shutdown = app.cli.exit.shutdown
     commands = LoraCLI.subcommands()
     callbacks.run_report.write_plots = lambda *_: []
     untouched = ExactStore.estimates, LoraCLI.instantiate_trainer
     for job in jobs:
         ExactStore.estimates, LoraCLI.instantiate_trainer = untouched
         keep_from_now_on(Path(job["keep"]))
-        # One meeting of the processes for all jobs.
-        app.cli.exit.leave = leave if job is jobs[-1] else lambda: None
+        # One process group for all jobs.
+        app.cli.exit.shutdown = shutdown if job is jobs[-1] else lambda: None
         # Building the parsers of the other commands takes longer than a tiny run.
         LoraCLI.subcommands = staticmethod(
             lambda job=job: {job["argv"][0]: commands[job["argv"][0]]}

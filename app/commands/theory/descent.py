@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from app.commands.theory.problems import Problem, normal
-from app.initialization.factors import LoraFactors, spectral_factors
-from app.initialization.svd import SVD, truncated_svd
+from app.initialization.factors import SVD, LoraFactors, spectral_factors, truncated_svd
 from app.optim.preconditioner import Cache, precondition_pairs
 
 State = TypeVar("State")

@@ -25,7 +25,7 @@ from app.commands.plan.placement import Placement, read_placement
 from app.distributed.fsdp import Fsdp2Strategy
 from app.initialization.gradient_exchange import Layer
 from app.initialization.gradient_store import ExactStore
-from app.initialization.one_step_gradient import Estimator, _store
+from app.initialization.one_step_gradient import Estimator, make_store
 from app.models.adapter_config import LoraSettings
 from app.models.lora import lora_pairs
 from app.models.loss import summed_loss
@@ -139,10 +139,10 @@ def check_after_a_step(name, optimizer, **settings):
 
 def check_accumulators(pairs):
     ranks = {pair.name: pair.rank for pair in pairs}
-    sketches = _store(pairs, ranks, Estimator("sketch", oversampling=6), CPU).kept.values()
+    sketches = make_store(pairs, ranks, Estimator("sketch", oversampling=6), CPU).sketches.values()
     held = [t for s in sketches for t in vars(s).values() if torch.is_tensor(t)]
     assert sketch_bytes(pairs, 6) == tensor_bytes(held)
-    sums = _store(pairs, ranks, Estimator("exact"), CPU).sums.values()
+    sums = make_store(pairs, ranks, Estimator("exact"), CPU).sums.values()
     assert exact_bytes(pairs, 1) == tensor_bytes(s.total for s in sums)
 
 
