@@ -31,11 +31,11 @@ def is_peer_failure(error: BaseException) -> bool:
 def abort_after_peer_failure(error: RuntimeError) -> NoReturn:
     """Print what `is_peer_failure` recognised and exit with status 1.
 
-    The traceback is printed too, unless a connection was closed: where this process waited in vain is where
-    the other one is missing.
+    The traceback is printed too, unless gloo says that a connection was lost: where this process waited in
+    vain is where the other one is missing.
     """
     reason = str(error).splitlines()[0]
-    if "closed by peer" not in reason:
+    if "remote worker" not in reason:
         traceback.print_exception(error)
     print(
         f"error: another of the {world_size()} processes has ended, or did not answer within "
