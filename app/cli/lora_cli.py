@@ -210,12 +210,14 @@ class LoraCLI(LightningCLI):
 
     def _callbacks(self) -> list[Callback]:
         given, output = self.made.trainer, self.made.output
-        first: list[Callback] = [SettingsCheck(self.parser.dump(self.config, skip_unset=False))]
-        bar = [] if given.enable_progress_bar is False else [progress_bar()]
+        callbacks: list[Callback] = [
+            SettingsCheck(self.parser.dump(self.config, skip_unset=False)),
+            *([] if given.enable_progress_bar is False else [progress_bar()]),
+        ]
         if self.subcommand != "fit":
-            return [*first, *bar, BenchmarkResults(self._test_folder(), output)]
+            return [*callbacks, BenchmarkResults(self._test_folder(), output)]
         saves = given.enable_checkpointing is not False
-        return [*first, *bar] + fit_callbacks(
+        return callbacks + fit_callbacks(
             self.made.init,
             self.settings.seed_everything,
             self.signals,
