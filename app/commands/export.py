@@ -1,13 +1,11 @@
 """`python train.py export`: a run's merged model, or its adapter elsewhere."""
 
-import argparse
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import yaml
@@ -16,19 +14,13 @@ from transformers.utils import logging as transformers_logging
 from app.models.adapter_io import load_adapter, save_merged
 from app.models.loading import load_model, load_tokenizer, model_fingerprint, resolve_model
 from app.tracking.run_folder import RunFolder
+from app.utils.command_parser import CommandParser
 from app.utils.errors import InputError
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors like those of the other commands."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"export: {message}; see python train.py export --help")
 
 
 def export_command(arguments: Sequence[str]) -> int:
     """Parse the arguments of `export` and run it."""
-    parser = _Parser("train.py export", description="Write a run's adapter or merged model.")
+    parser = CommandParser("export", "Write a run's adapter or merged model.")
     parser.add_argument("--run", required=True, type=Path, help="folder of a finished run")
     parser.add_argument(
         "--merge", action="store_true", help="write the base model with the adapter merged into it"

@@ -1,12 +1,13 @@
-"""A cell of a grid: method, learning rate and seed; where it lives and how far it is."""
+"""Cells of a grid: method, learning rate and seed; where each one is stored, and how far it is."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from app.tracking.run_folder import SUMMARY_FILE, run_folders
+from app.tracking.record import RunRecord
+from app.tracking.run_folder import RunFolder, run_folders
 from app.utils.errors import InputError
 from app.utils.files import read_json
 from app.utils.text import rate_text
@@ -33,9 +34,6 @@ class Cell:
         return f"{self.method}-lr{rate_text(self.learning_rate)}-seed{self.seed}"
 
 
-State = Literal["missing", "started", "trained", "finished", "failed", "diverged"]
-
-
 @dataclass(frozen=True)
 class CellState:
     """How far a cell is.
@@ -47,7 +45,7 @@ class CellState:
         message: Why it failed.
     """
 
-    state: State
+    state: Literal["missing", "started", "trained", "finished", "failed", "diverged"]
     run: Path | None = None
     message: str = ""
 
@@ -58,26 +56,29 @@ def grid(methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -
 
 
 def state_of(folder: Path, benchmarks: Collection[str] = ()) -> CellState:
-    """Read how far the cell in a folder is; what is there decides, nothing else is kept.
+    """Read how far the cell in a folder is, from its files alone.
 
     Args:
         folder: The cell's.
         benchmarks: Those whose scores a finished cell has.
     """
     versions = run_folders(folder)
-    summaries = [(path, read_json(path / SUMMARY_FILE)) for path in versions]
-    complete = [(path, told) for path, told in summaries if told is not None]
-    run, summary = complete[-1] if complete else (None, {})
-    metrics = (summary or {}).get("metrics")
-    test = metrics.get("test") if isinstance(metrics, dict) else None
-    if isinstance(test, dict) and all(
-        any(name.startswith(f"{benchmark}/") for name in test) for benchmark in benchmarks
-    ):
-        return CellState("finished", run)
+    run = None
+    for version in reversed(versions):
+        try:
+            record = RunRecord.read(RunFolder(version).summary)
+        except InputError:
+            continue  # not written yet, or damaged
+        run = version
+        test = record.metrics.get("test")
+        asked = {name.partition("/")[0] for name in test or {}}
+        if test is not None and asked.issuperset(benchmarks):
+            return CellState("finished", run)
+        break
     failure = read_json(folder / FAILURE_FILE)
     if failure is not None:
-        state: State = "diverged" if failure.get("diverged") else "failed"
-        return CellState(state, run, str(failure.get("message", "")))
+        message = str(failure.get("message", ""))
+        return CellState("diverged" if failure.get("diverged") else "failed", run, message)
     if run is not None:
         return CellState("trained", run)
     return CellState("started" if versions else "missing")
@@ -89,18 +90,14 @@ def parse_rates(text: str) -> list[float]:
     Raises:
         InputError: One is no finite number above 0, or occurs twice.
     """
-    rates = []
-    for part in _parts("learning_rates", text, "1e-4,3e-4,1e-3"):
-        try:
-            rate = float(part)
-        except ValueError:
-            rate = math.nan
-        if not (math.isfinite(rate) and rate > 0):
-            raise InputError(
-                f"--learning_rates has {part!r}: expected numbers above 0, such as 1e-4,3e-4,1e-3"
-            )
-        rates.append(rate)
-    return _once("learning_rates", rates)
+
+    def rate(part: str) -> float:
+        value = float(part)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(part)
+        return value
+
+    return _parse("learning_rates", text, rate, "numbers above 0, such as 1e-4,3e-4,1e-3")
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -109,14 +106,13 @@ def parse_seeds(text: str) -> list[int]:
     Raises:
         InputError: One is no whole number from 0 to 2^32 - 1, or occurs twice.
     """
-    seeds = []
-    for part in _parts("seeds", text, "0,1,2"):
+
+    def seed(part: str) -> int:
         if not (part.isascii() and part.isdigit() and int(part) < 2**32):
-            raise InputError(
-                f"--seeds has {part!r}: expected whole numbers from 0 to {2**32 - 1}, such as 0,1,2"
-            )
-        seeds.append(int(part))
-    return _once("seeds", seeds)
+            raise ValueError(part)
+        return int(part)
+
+    return _parse("seeds", text, seed, f"whole numbers from 0 to {2**32 - 1}, such as 0,1,2")
 
 
 def parse_methods(text: str, known: Sequence[str]) -> list[str]:
@@ -125,24 +121,24 @@ def parse_methods(text: str, known: Sequence[str]) -> list[str]:
     Raises:
         InputError: One is unknown, which lists all, or occurs twice.
     """
-    methods = _parts("methods", text, ",".join(known[:2]))
+    methods = _parse("methods", text, str, f"names with commas between, such as {known[0]}")
     for method in methods:
         if method not in known:
             raise InputError(f"there is no method {method!r}: expected some of {', '.join(known)}")
-    return _once("methods", methods)
+    return methods
 
 
-def _parts(name: str, text: str, example: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise InputError(
-            f"--{name} is {text!r}: expected values with commas between, such as {example}"
-        )
-    return parts
-
-
-def _once(name: str, values: list[T]) -> list[T]:
-    twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
-    if twice is not None:
-        raise InputError(f"--{name} names {twice} twice: expected each value once")
+def _parse(name: str, text: str, convert: Callable[[str], T], expected: str) -> list[T]:
+    """Read values with commas between; `convert` raises ValueError for a wrong one."""
+    values: list[T] = []
+    for part in text.split(","):
+        if not part.strip():
+            raise InputError(f"--{name} is {text!r}: expected {expected}")
+        try:
+            value = convert(part.strip())
+        except ValueError as error:
+            raise InputError(f"--{name} has {part.strip()!r}: expected {expected}") from error
+        if value in values:
+            raise InputError(f"--{name} names {value} twice: expected each value once")
+        values.append(value)
     return values

@@ -1,50 +1,94 @@
-"""What runs have left, read from their folders."""
+"""Read from their folders what runs have left, and which of them count."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from app.commands.compare.cells import CELLS_FOLDER, FAILURE_FILE, state_of
-from app.commands.compare.manifest import PLAN_FILE, Plan, read_plan
-from app.commands.compare.runs import ExcludedRun, Run
+from app.commands.compare.cells import CELLS_FOLDER, state_of
+from app.commands.compare.manifest import MANIFEST_FILE, GridManifest, read_manifest
 from app.commands.compare.settings import (
     RATE,
+    Settings,
     flat,
     method_settings,
     task_settings,
     without_model_name,
 )
 from app.tracking.metrics_table import read_metrics
+from app.tracking.record import RunRecord
 from app.tracking.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder, run_folders
 from app.utils.errors import InputError
-from app.utils.files import read_json
 
-TRAIN_NUMBERS = ("steps", "seconds", "peak_bytes", "began", "ended")
+State = Literal[
+    "finished", "failed", "diverged", "missing", "unfinished", "repeated", "unreadable", "withdrawn"
+]
 
-FOUND_AT_THE_END = ("data rows", "model fingerprint")
-"""Of a run's task what only its summary knows."""
+KNOWN_AT_THE_END = ("data rows", "model fingerprint")
+"""Of a run's task what only its record has."""
 
 
 @dataclass(frozen=True)
-class Collection:
-    """All that was found in some folders."""
+class Run:
+    """A run, or a cell of a comparison that has none.
 
-    runs: list[Run]
-    left_out: list[ExcludedRun]
+    Attributes:
+        folder: Its folder.
+        state: Only finished runs count; a `withdrawn` one is not wanted by its comparison any more, the
+            settings of a `repeated` one were run again later.
+        reason: Why it does not count.
+        method: `model.method`; None where it is not known.
+        learning_rate: Of the optimizer; NaN if it has none or it is not known.
+        seed: The seed; None where it is not known.
+        settings: What makes the method, without the learning rate; None where it is not known.
+        task: What all comparable runs share; None where it is not known.
+        record: Of a finished run its summary.json.
+        curves: Of a finished run its metrics.csv: (step, value) lists by name.
+    """
+
+    folder: Path
+    state: State
+    reason: str = ""
+    method: str | None = None
+    learning_rate: float = math.nan
+    seed: int | None = None
+    settings: Settings | None = None
+    task: Settings | None = None
+    record: RunRecord = field(default_factory=RunRecord, repr=False)
+    curves: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict, repr=False)
+
+    def scores(self, moment: str) -> Mapping[str, float]:
+        """Return the scores at a moment: zero_shot, after_init, final (of the validation rows), test."""
+        return self.record.metrics.get(moment, {})
+
+    @property
+    def init_seconds(self) -> float:
+        """Seconds of the initialization's gradient passes and decompositions; 0 without one."""
+        return self.record.init.seconds or 0.0
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of the training loop, without validation."""
+        seconds = self.record.train.seconds
+        return math.nan if seconds is None else seconds
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Peak memory of initialization and training, of the process that needs most."""
+        trained = self.record.train.peak_bytes
+        return max(trained, *self.record.init.peak_bytes, 0) if trained else None
 
 
-def collect(folders: Sequence[Path]) -> Collection:
-    """Read all runs in and below folders.
+def collect(folders: Sequence[Path]) -> list[Run]:
+    """Read all runs in and below folders: the finished ones by folder, then those that do not count.
 
     Raises:
-        InputError: A folder does not exist or holds no run.
+        InputError: A folder does not exist or holds no run, or no run is finished.
     """
     runs: dict[Path, Run] = {}
-    left_out: dict[str, ExcludedRun] = {}
     for folder in folders:
         if not folder.is_dir():
             state = "is a file" if folder.exists() else "does not exist"
@@ -52,198 +96,148 @@ def collect(folders: Sequence[Path]) -> Collection:
                 f"{str(folder)!r} {state}: expected a run folder such as runs/quickstart/version_0, or a "
                 "folder above several"
             )
-        before = len(runs) + len(left_out)
-        plans = {root: read_plan(root) for root in _plan_folders(folder)}
-        is_withdrawn = _withdrawals(plans)
-        for path in _config_files(folder):
-            found = read_run(path.parent)
-            if found is not None and is_withdrawn(path.parent):
-                told = f"{PLAN_FILE} does not name its cell"
-                found = ExcludedRun(str(path.parent), "withdrawn", told, found.method)
-            if isinstance(found, Run):
-                runs[path.parent.resolve()] = found
-            elif found is not None:
-                left_out[found.name] = found
-        for out in _grid_left_out(plans):
-            left_out[out.name] = out
-        if len(runs) + len(left_out) == before and folder.resolve() not in runs:
+        here = {run.folder.resolve(): run for run in _read_below(folder)}
+        if not here:
             raise InputError(
                 f"{str(folder)!r} holds no run: expected {CONFIG_FILE} and {SUMMARY_FILE} of a `fit` in it or "
                 "below it"
             )
-    newest, repeated = _newest(runs.values())
-    rest = [
-        out
-        for out in left_out.values()
-        if out.state != "unfinished"
-        or not (_is_done(out, newest) or str(Path(out.name).parent) in left_out)
+        runs |= here
+    newest, repeated = _newest(run for run in runs.values() if run.state == "finished")
+    excluded = [run for run in runs.values() if run.state != "finished"]
+    # An unfinished run says nothing where its cell is listed, or a later attempt beside it was finished.
+    cells = {run.folder for run in excluded}
+    done = {_attempt(run) for run in newest}
+    excluded = [
+        run
+        for run in excluded
+        if run.state != "unfinished" or not (run.folder.parent in cells or _attempt(run) in done)
     ]
     if not newest:
-        told = "; ".join(f"{out.name}: {out.reason}" for out in rest[:3])
-        raise InputError(f"there is no finished run to report: {told or 'all folders are empty'}")
-    return Collection(newest, [*rest, *repeated])
+        reasons = "; ".join(f"{run.folder}: {run.reason}" for run in excluded[:3])
+        raise InputError(
+            f"there is no finished run to report: {reasons or 'all folders are empty'}"
+        )
+    return [*newest, *excluded, *repeated]
 
 
-def read_run(folder: Path) -> Run | ExcludedRun | None:
+def _read_below(folder: Path) -> Iterator[Run]:
+    """Yield the runs in and below a folder, and the cells of comparisons without one."""
+    manifests = {
+        path.parent: read_manifest(path.parent) for path in sorted(folder.rglob(MANIFEST_FILE))
+    }
+    grids = {root / CELLS_FOLDER for root, manifest in manifests.items() if manifest.cells}
+    wanted = {
+        root / CELLS_FOLDER / cell.name
+        for root, manifest in manifests.items()
+        for cell in manifest.cells
+    }
+    for path in _run_paths(folder):
+        run = read_run(path)
+        if run is None:
+            continue
+        if any(above.parent in grids and above not in wanted for above in path.parents):
+            reason = f"{MANIFEST_FILE} does not name its cell"
+            run = replace(run, state="withdrawn", reason=reason)
+        yield run
+    for root, manifest in manifests.items():
+        yield from _cells_without_run(root, manifest)
+
+
+def _run_paths(folder: Path) -> list[Path]:
+    """Return the folders with a configuration in and below a folder, without W&B's copies."""
+    if (folder / CONFIG_FILE).is_file():
+        return [folder]
+    files = folder.rglob(CONFIG_FILE)
+    return sorted(file.parent for file in files if "wandb" not in file.relative_to(folder).parts)
+
+
+def read_run(folder: Path) -> Run | None:
     """Read a run folder; None if it is no folder of a `fit`."""
+    files = RunFolder(folder)
     try:
-        config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = yaml.safe_load(files.config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        told = " ".join(str(error).split())
-        return ExcludedRun(str(folder), "unreadable", f"{CONFIG_FILE} cannot be read: {told}")
+        reason = f"{CONFIG_FILE} cannot be read: {' '.join(str(error).split())}"
+        return Run(folder, "unreadable", reason)
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         return None
-    method, rate = str(config["model"].get("method")), flat(config).get(RATE)
-    seed = config.get("seed_everything")
+    rate, seed = flat(config).get(RATE), config.get("seed_everything")
+    run = Run(folder, "unreadable", method=str(config["model"].get("method")))
     if not isinstance(rate, int | float | None) or not isinstance(seed, int | None):
-        told = f"{CONFIG_FILE} is damaged: learning rate {rate!r}, seed {seed!r}"
-        return ExcludedRun(str(folder), "unreadable", told, method)
-    settings, task = method_settings(config), without_model_name(task_settings(config))
-    known = (method, None if rate is None else float(rate), seed, settings, task)
-    if not (folder / SUMMARY_FILE).is_file():
-        return ExcludedRun(str(folder), "unfinished", f"it has no {SUMMARY_FILE} yet", *known)
-    summary = read_json(folder / SUMMARY_FILE)
-    damage = "it is no JSON object" if summary is None else _damage(summary)
-    if summary is None or damage:
-        return ExcludedRun(
-            str(folder), "unreadable", f"{SUMMARY_FILE} is damaged: {damage}", *known
-        )
-    table = RunFolder(folder).metrics
+        reason = f"{CONFIG_FILE} is damaged: learning rate {rate!r}, seed {seed!r}"
+        return replace(run, reason=reason)
+    task = without_model_name(task_settings(config))
+    run = replace(
+        run,
+        learning_rate=math.nan if rate is None else float(rate),
+        seed=seed,
+        settings=method_settings(config),
+        task=task,
+    )
+    if not files.summary.is_file():
+        return replace(run, state="unfinished", reason=f"it has no {SUMMARY_FILE} yet")
     try:
-        curves = read_metrics(table) if table.is_file() else {}
+        record = RunRecord.read(files.summary)
+        curves = read_metrics(files.metrics) if files.metrics.is_file() else {}
+    except InputError as error:
+        return replace(run, reason=str(error))
     except (ValueError, TypeError, KeyError) as error:
-        return ExcludedRun(str(folder), "unreadable", f"metrics.csv is damaged ({error})", *known)
-    validation, test = (summary["metrics"].get(moment, {}) for moment in ("final", "test"))
-    for moment, scores in (("validation", validation), ("test", test)):
-        for name, value in scores.items():
+        return replace(run, reason=f"{files.metrics.name} is damaged ({error})")
+    for moment, rows in (("final", "validation"), ("test", "test")):
+        for name, value in record.metrics.get(moment, {}).items():
             if not math.isfinite(value):
-                told = f"after training, the {moment} {name} is {value}"
-                return ExcludedRun(str(folder), "diverged", told, *known)
-    found = (
-        str(summary.get("data", {}).get("rows")),
-        summary.get("model", {}).get("fingerprint"),
-    )
-    return Run(
-        folder,
-        method,
-        settings,
-        {**task, **dict(zip(FOUND_AT_THE_END, found, strict=True))},
-        math.nan if rate is None else float(rate),
-        int(summary.get("seed") or seed or 0),
-        validation,
-        test,
-        summary,
-        curves,
+                reason = f"after training, the {rows} {name} is {value}"
+                return replace(run, state="diverged", reason=reason)
+    at_the_end = (str(record.data.rows), record.model.fingerprint)
+    return replace(
+        run,
+        state="finished",
+        seed=record.seed or seed or 0,
+        task={**task, **dict(zip(KNOWN_AT_THE_END, at_the_end, strict=True))},
+        record=record,
+        curves=curves,
     )
 
 
-def _damage(summary: dict[str, Any]) -> str:
-    """Say what of a summary has another form than a run's; nothing if all is well."""
-    sections = {
-        name: summary.get(name, {}) for name in ("metrics", "model", "data", "init", "train")
-    }
-    for name, section in sections.items():
-        if not isinstance(section, dict):
-            return f"{name} is {section!r}"
-    if "metrics" not in summary:
-        return "it has no metrics"
-    numbers: dict[str, Any] = {"seed": summary.get("seed")}
-    for moment, scores in sections["metrics"].items():
-        if not isinstance(scores, dict):
-            return f"metrics.{moment} is {scores!r}"
-        if None in scores.values():
-            return f"metrics.{moment} has no number for a score"
-        numbers |= {f"metrics.{moment}.{name}": value for name, value in scores.items()}
-    train, init, model = sections["train"], sections["init"], sections["model"]
-    numbers |= {f"train.{name}": train.get(name) for name in TRAIN_NUMBERS}
-    numbers["init.seconds"] = init.get("seconds")
-    numbers |= {f"model.{name}": model.get(name) for name in ("parameters", "trainable_parameters")}
-    peaks = init.get("peak_bytes", [])
-    if not isinstance(peaks, list):
-        return f"init.peak_bytes is {peaks!r}"
-    numbers |= {f"init.peak_bytes {i}": peak for i, peak in enumerate(peaks)}
-    if not isinstance(sections["data"].get("rows", {}), dict):
-        return f"data.rows is {sections['data']['rows']!r}"
-    wrong = [name for name, value in numbers.items() if not isinstance(value, int | float | None)]
-    return f"{wrong[0]} is {numbers[wrong[0]]!r}" if wrong else ""
+def _cells_without_run(root: Path, manifest: GridManifest) -> Iterator[Run]:
+    """Yield the cells of a comparison that failed, never began or left no settings."""
+    task = None if manifest.task is None else without_model_name(manifest.task)
+    for cell in manifest.cells:
+        folder = root / CELLS_FOLDER / cell.name
+        progress = state_of(folder)
+        has_settings = any(RunFolder(path).config.is_file() for path in run_folders(folder))
+        state: State
+        if progress.state in ("failed", "diverged"):
+            state, reason = progress.state, progress.message
+        elif progress.state == "missing":
+            state, reason = "missing", "it was not run"
+        elif progress.state == "started" and not has_settings:
+            state, reason = "unfinished", "it was ended as it began"
+        else:
+            continue  # its run folder says more
+        settings = manifest.methods.get(cell.method)
+        yield Run(folder, state, reason, cell.method, cell.learning_rate, cell.seed, settings, task)
 
 
-def _config_files(folder: Path) -> list[Path]:
-    """Return the configurations in and below a folder, without W&B's copies."""
-    if (folder / CONFIG_FILE).is_file():
-        return [folder / CONFIG_FILE]
-    found = folder.rglob(CONFIG_FILE)
-    return sorted(path for path in found if "wandb" not in path.relative_to(folder).parts)
+def _newest(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
+    """Return one run of each settings, the one trained last, and the earlier ones as repeated."""
 
+    def trained_at(run: Run) -> float:
+        # A test writes the summary again.
+        return run.record.train.ended or RunFolder(run.folder).summary.stat().st_mtime
 
-def _plan_folders(folder: Path) -> list[Path]:
-    """Return the folders of comparisons in and below a folder."""
-    plans = [folder / PLAN_FILE, *sorted(folder.rglob(PLAN_FILE))]
-    return list(dict.fromkeys(path.parent for path in plans if path.is_file()))
-
-
-def _withdrawals(plans: Mapping[Path, Plan]) -> Callable[[Path], bool]:
-    """Return what says of a run whether it is of a comparison's cell that the plan does not name any more."""
-    grids = {root / CELLS_FOLDER for root, plan in plans.items() if plan.cells}
-    wanted = {
-        root / CELLS_FOLDER / cell.name for root, plan in plans.items() for cell in plan.cells
-    }
-    return lambda run: any(p.parent in grids and p not in wanted for p in run.parents)
-
-
-def _grid_left_out(plans: Mapping[Path, Plan]) -> Iterable[ExcludedRun]:
-    """Yield the cells of comparisons that failed, never began or left no settings."""
-    for root, plan in plans.items():
-        task = None if plan.task is None else without_model_name(plan.task)
-        for cell in plan.cells:
-            path = root / CELLS_FOLDER / cell.name
-            known = (
-                *(cell.method, cell.learning_rate, cell.seed),
-                *(plan.methods.get(cell.method), task),
-            )
-            found = state_of(path)
-            if found.state in ("failed", "diverged"):
-                told = read_json(path / FAILURE_FILE) or {}
-                yield ExcludedRun(str(path), found.state, str(told.get("message")), *known)
-            elif found.state == "missing":
-                yield ExcludedRun(str(path), "missing", "it was not run", *known)
-            elif found.state == "started" and not any(
-                (version / CONFIG_FILE).is_file() for version in run_folders(path)
-            ):
-                yield ExcludedRun(str(path), "unfinished", "it was ended as it began", *known)
-
-
-def _identity(run: Run) -> tuple[Any, ...]:
-    parts = (run.method, repr(sorted(run.settings.items())), repr(sorted(run.task.items())))
-    return (*parts, run.learning_rate, run.seed)
-
-
-def _newest(runs: Iterable[Run]) -> tuple[list[Run], list[ExcludedRun]]:
-    """Return one run of each settings, the last trained, and those before it."""
-    chosen: dict[tuple[Any, ...], Run] = {}
+    newest: dict[tuple[Any, ...], Run] = {}
     repeated = []
-    for run in sorted(runs, key=_trained_at):
-        before = chosen.pop(_identity(run), None)
-        chosen[_identity(run)] = run
-        if before is not None:
+    for run in sorted(runs, key=trained_at):
+        parts = (sorted((run.settings or {}).items()), sorted((run.task or {}).items()))
+        identity = (run.method, repr(parts), repr(run.learning_rate), run.seed)
+        if identity in newest:
             reason = f"the same settings were run again later: {run.folder}"
-            known = (before.method, before.learning_rate, before.seed)
-            repeated.append(ExcludedRun(str(before.folder), "repeated", reason, *known))
-    order = sorted(chosen.values(), key=lambda run: str(run.folder))
-    return order, repeated
+            repeated.append(replace(newest[identity], state="repeated", reason=reason))
+        newest[identity] = run
+    return sorted(newest.values(), key=lambda run: str(run.folder)), repeated
 
 
-def _trained_at(run: Run) -> float:
-    """Return when a run's training ended; its summary is written again by a test."""
-    ended = run.told.get("train", {}).get("ended")
-    return float(ended or (run.folder / SUMMARY_FILE).stat().st_mtime)
-
-
-def _is_done(out: ExcludedRun, runs: Sequence[Run]) -> bool:
-    """Return whether an unfinished run was finished by a later attempt beside it."""
-    parent = Path(out.name).parent
-    same = (out.method, out.learning_rate, out.seed)
-    return any(
-        run.folder.parent == parent and (run.method, run.learning_rate, run.seed) == same
-        for run in runs
-    )
+def _attempt(run: Run) -> tuple[Any, ...]:
+    return (run.folder.parent, run.method, repr(run.learning_rate), run.seed)

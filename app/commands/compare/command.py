@@ -1,11 +1,9 @@
-"""`python train.py compare` and `python train.py report`."""
+"""The command lines of `python train.py compare` and `python train.py report`."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from app.commands.compare.cells import (
     CELLS_FOLDER,
@@ -17,24 +15,25 @@ from app.commands.compare.cells import (
     parse_seeds,
 )
 from app.commands.compare.collect import collect
-from app.commands.compare.launch import check_array, instructions, write_array, write_sweep
-from app.commands.compare.manifest import Plan, update_manifest
-from app.commands.compare.options import RunOptions
+from app.commands.compare.launch import check_array, write_launch_file
+from app.commands.compare.manifest import GridManifest, update_manifest
 from app.commands.compare.report import write_report
 from app.commands.compare.resolve import (
+    ResolvedRun,
     Resolver,
+    RunOptions,
     asked_benchmarks,
     check_methods,
     check_score,
     check_validation,
     resolve_methods,
-    rows_to_set_aside,
 )
 from app.commands.compare.scheduler import GridRun, start_process
 from app.commands.compare.settings import method_settings
 from app.tracking.config_files import CONFIGS, PROJECT, find_config
+from app.utils.command_parser import CommandParser
 from app.utils.errors import InputError
-from app.utils.text import rate_text
+from app.utils.text import did_you_mean, rate_text
 
 COMPARE = """Train methods with several learning rates and seeds, and report on all of them.
 
@@ -45,30 +44,21 @@ Options of fit, such as --data.path or --trainer.max_steps, go to every run. The
 interruption; a finished run is not repeated, and a wider grid adds to it. Several of these commands may
 work on one grid at once."""
 
-REPORT = """Draw tables and pictures of finished runs, as report.html, report.md and CSV files.
+REPORT = """Draw tables and plots of finished runs, as report.html, report.md and CSV files.
 
   python train.py report runs/compare_glue_sst2
   python train.py report runs/glue_sst2/version_0 runs/quickstart --output my_report"""
 
-OWN = ("seed_everything", "ckpt_path", "run", "model.method")
 ROW_SCORES = ("accuracy", "f1", "mcc", "loss")
-RATE_NAMES = ("model.optimizer.lr", "model.optimizer.init_args.lr")
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors like those of the other commands."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see python {self.prog} --help")
-
-
-def _parser(name: str, description: str) -> _Parser:
-    return _Parser(
-        f"train.py {name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+SET_BY_COMPARE = {
+    "seed_everything": "--seeds",
+    "model.method": "--methods",
+    "model.optimizer.lr": "--learning_rates",
+    "model.optimizer.init_args.lr": "--learning_rates",
+    "ckpt_path": "",
+    "run": "",
+}
+"""Options of `fit` that a run gets from `compare`, and what to give instead."""
 
 
 def compare(arguments: Sequence[str], resolve: Resolver) -> int:
@@ -85,32 +75,77 @@ def compare(arguments: Sequence[str], resolve: Resolver) -> int:
         InputError: An option is wrong, or the runs would not be comparable.
     """
     known = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))
-    parser = _parser("compare", COMPARE)
-    parser.add_argument(
-        "-c", "--config", action="append", default=[], help="as for fit; later files win"
-    )
-    parser.add_argument("--methods", required=True, help=f"some of {', '.join(known)}")
-    parser.add_argument("--learning_rates", required=True, help="such as 1e-4,3e-4,1e-3")
-    parser.add_argument("--seeds", default="0", help="such as 0,1,2 (default 0)")
-    parser.add_argument("--name", help="folder below output.root; default compare_ and output.name")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at once on this machine")
-    parser.add_argument(
+    given, rest = _parse(arguments, known)
+    methods = parse_methods(given.methods, known)
+    rates, seeds = parse_rates(given.learning_rates), parse_seeds(given.seeds)
+    cells = grid(methods, rates, seeds)
+    options = RunOptions(given.config, rest, resolve)
+    runs = resolve_methods(methods, known, options)
+    folder, manifest = _check_grid(given, cells, runs)
+    update_manifest(folder, manifest)
+    if given.launch != "local":
+        shared = [*options.everything(), f"--name={folder.name}"]
+        shared += [f"--test_config={name}" for name in given.test_config]
+        shared += [f"--score={given.score}"] if given.score else []
+        print(write_launch_file(given.launch, folder, cells, shared))
+        return 0
+
+    program = [sys.executable, str(PROJECT / "train.py")]
+
+    def next_command(cell: Cell, state: CellState) -> list[str]:
+        if state.state == "trained":
+            tests = [f"--config={name}" for name in given.test_config]
+            return [*program, "test", "--run", str(state.run), *tests]
+        return [
+            *(*program, "fit", *options.of(cell.method)),
+            f"--model.optimizer.init_args.lr={rate_text(cell.learning_rate)}",
+            f"--seed_everything={cell.seed}",
+            f"--output.root={folder / CELLS_FOLDER}",
+            f"--output.name={cell.name}",
+            "--ckpt_path=last",
+        ]
+
+    run = GridRun(cells, folder, next_command, given.jobs, start_process, manifest.benchmarks)
+    run.work()
+    states = [state.state for state in run.states.values()]
+    if "finished" in states:
+        print(write_report(collect([folder]), folder, given.score))
+    return 1 if "failed" in states or "finished" not in states else 0
+
+
+def _parse(arguments: Sequence[str], known: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of `compare` and those of `fit`; check what needs no configuration."""
+    parser = CommandParser("compare", COMPARE)
+    add = parser.add_argument
+    add("-c", "--config", action="append", default=[], help="as for fit; later files win")
+    add("--methods", required=True, help=f"some of {', '.join(known)}")
+    add("--learning_rates", required=True, help="such as 1e-4,3e-4,1e-3")
+    add("--seeds", default="0", help="such as 0,1,2 (default 0)")
+    add("--name", help="folder below output.root; default compare_ and output.name")
+    add("--jobs", type=int, default=1, help="cells at once on this machine")
+    add(
         "--launch",
         choices=("local", "slurm", "wandb"),
         default="local",
         help="run here, or write a Slurm array or a W&B sweep",
     )
-    parser.add_argument(
+    add(
         "--test_config",
         action="append",
         default=[],
         help="overlay for the test of each run, such as eval/gsm8k.yaml",
     )
-    parser.add_argument("--score", help="score to report; default accuracy, or the benchmark's")
+    add("--score", help="score to report; default accuracy, or the benchmark's")
     given, rest = parser.parse_known_args(arguments)
-    _check_rest(rest, parser)
-    methods = parse_methods(given.methods, known)
-    rates, seeds = parse_rates(given.learning_rates), parse_seeds(given.seeds)
+    own = [f"--{name}" for name in vars(given)]
+    for name in (argument.partition("=")[0] for argument in rest):
+        instead = SET_BY_COMPARE.get(name.removeprefix("--"))
+        if name.startswith("--") and instead is not None:
+            hint = f": give {instead}" if instead else ""
+            raise InputError(f"{name} is set by compare for each run{hint}")
+        hint = did_you_mean(name, own, cutoff=0.8)
+        if name.startswith("--") and "." not in name and hint:
+            raise InputError(f"there is no option {name}{hint}")
     if given.jobs < 1:
         raise InputError(f"--jobs is {given.jobs}: expected at least 1")
     if given.score and "/" not in given.score and given.score not in ROW_SCORES:
@@ -122,67 +157,26 @@ def compare(arguments: Sequence[str], resolve: Resolver) -> int:
         raise InputError("compare needs a run: name a file with --config, such as glue_sst2.yaml")
     for name in given.test_config:
         find_config(name)
+    return given, rest
 
-    options = RunOptions(given.config, rest)
-    runs = resolve_methods(methods, known, options, resolve)
-    size = rows_to_set_aside(runs[methods[0]])
-    if size is not None:
-        print(
-            f"{size:,} training rows are set aside to choose learning rates on (data.validation_size)"
-        )
-        options.groups.append([f"--data.validation_size={size}"])
-        runs = {method: resolve(options.of(method)) for method in methods}
+
+def _check_grid(
+    given: argparse.Namespace, cells: list[Cell], runs: dict[str, ResolvedRun]
+) -> tuple[Path, GridManifest]:
+    """Return the comparison's folder and what it is asked for; raise InputError if that is no comparison."""
     configs = {method: run.resolved for method, run in runs.items()}
-    for method, config in configs.items():
-        if "lr" not in (config["model"]["optimizer"].get("init_args") or {}):
-            raise InputError(
-                f"method {method}: its optimizer has no setting lr, which compare varies"
-            )
+    first = next(iter(runs.values()))
     task = check_methods(configs)
-    output = configs[methods[0]]["output"]
-    folder = Path(output["root"]) / (given.name or f"compare_{output['name']}")
-    cells = grid(methods, rates, seeds)
     if given.launch == "slurm":
-        check_array(configs[methods[0]])
+        check_array(first.resolved)
+    output = first.resolved["output"]
+    folder = Path(output["root"]) / (given.name or f"compare_{output['name']}")
     if not (folder / CELLS_FOLDER).is_dir():
-        check_validation(runs[methods[0]])
-    benchmarks = asked_benchmarks(given.test_config, runs[methods[0]])
-    check_score(given.score, runs[methods[0]], benchmarks)
+        check_validation(first)
+    benchmarks = asked_benchmarks(given.test_config, first)
+    check_score(given.score, first, benchmarks)
     settings = {method: method_settings(config) for method, config in configs.items()}
-    update_manifest(folder, Plan(cells, task, settings, benchmarks))
-
-    own = [f"--name={folder.name}", *(f"--test_config={name}" for name in given.test_config)]
-    own += [f"--score={given.score}"] if given.score else []
-    if given.launch != "local":
-        everything = [*options.everything(), *own]
-        if given.launch == "slurm":
-            path = write_array(folder, cells, everything)
-        else:
-            path = write_sweep(folder, methods, rates, seeds, everything)
-        print(instructions(path))
-        return 0
-
-    program = [sys.executable, str(PROJECT / "train.py")]
-    tests = [f"--config={name}" for name in given.test_config]
-
-    def command(cell: Cell, found: CellState) -> list[str]:
-        if found.state == "trained":
-            return [*program, "test", "--run", str(found.run), *tests]
-        return [
-            *(*program, "fit", *options.of(cell.method)),
-            f"--model.optimizer.init_args.lr={rate_text(cell.learning_rate)}",
-            f"--seed_everything={cell.seed}",
-            f"--output.root={folder / CELLS_FOLDER}",
-            f"--output.name={cell.name}",
-            "--ckpt_path=last",
-        ]
-
-    work = GridRun(cells, folder, command, given.jobs, start_process, benchmarks)
-    work.run()
-    states = [found.state for found in work.states.values()]
-    if "finished" in states:
-        _report([folder], folder, given.score)
-    return 1 if "failed" in states or "finished" not in states else 0
+    return folder, GridManifest(cells, task, settings, benchmarks)
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -194,34 +188,12 @@ def report(arguments: Sequence[str]) -> int:
     Raises:
         InputError: A folder holds no run, or an option is wrong.
     """
-    parser = _parser("report", REPORT)
+    parser = CommandParser("report", REPORT)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders above them")
     parser.add_argument("--output", type=Path, help="folder to write; default runs/report")
     parser.add_argument("--score", help="score to report; default accuracy, or the benchmark's")
     given = parser.parse_args(list(arguments))
-    first: Path = given.runs[0]
-    is_comparison = len(given.runs) == 1 and (first / CELLS_FOLDER).is_dir()
-    usual = first if is_comparison else Path("runs") / "report"
-    _report(given.runs, given.output or usual, given.score)
+    is_grid = len(given.runs) == 1 and (given.runs[0] / CELLS_FOLDER).is_dir()
+    usual = given.runs[0] if is_grid else Path("runs") / "report"
+    print(write_report(collect(given.runs), given.output or usual, given.score))
     return 0
-
-
-def _report(folders: Sequence[Path], output: Path, score: str | None) -> None:
-    print(write_report(collect(folders), output, score))
-
-
-def _check_rest(rest: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Refuse options that `compare` sets itself, and misspelt ones of its own."""
-    own = [name for action in parser._actions for name in action.option_strings]
-    for argument in rest:
-        name = argument.partition("=")[0]
-        key = name.removeprefix("--")
-        if key in RATE_NAMES:
-            raise InputError(f"{name} is what compare varies: give --learning_rates")
-        if key in OWN:
-            instead = {"seed_everything": "--seeds", "model.method": "--methods"}
-            hint = f": give {instead[key]}" if key in instead else ""
-            raise InputError(f"{name} is set by compare for each run{hint}")
-        close = difflib.get_close_matches(name, own, n=1, cutoff=0.8)
-        if name.startswith("--") and "." not in name and close:
-            raise InputError(f"there is no option {name}; did you mean {close[0]}?")

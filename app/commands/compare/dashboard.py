@@ -1,28 +1,23 @@
 """`python train.py dashboard`: a W&B workspace that compares methods, from what every run logs."""
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from app.commands.compare.selection import is_better
+from app.commands.compare.selection import is_loss
 from app.commands.compare.settings import RATE
 from app.tracking.alignment_plots import MAPS
+from app.utils.command_parser import CommandParser
 from app.utils.errors import InputError
 
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors like those of the other commands."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"dashboard: {message}; see python train.py dashboard --help")
+STEP = "trainer/global_step"
 
 
 def dashboard_command(arguments: Sequence[str]) -> int:
     """Parse the arguments of `dashboard` and run it."""
-    parser = _Parser("train.py dashboard", description="Make a W&B workspace for a project's runs.")
+    parser = CommandParser("dashboard", "Make a W&B workspace for a project's runs.")
     parser.add_argument("--entity", required=True, help="W&B user or team")
     parser.add_argument("--project", default="lora-one", help="W&B project; default lora-one")
     parser.add_argument("--name", default="LoRA-One", help="name of the workspace")
@@ -62,7 +57,7 @@ def dashboard_command(arguments: Sequence[str]) -> int:
 
 
 def workspace(entity: str, project: str, name: str, score: str, task: str | None = None) -> Any:
-    """Describe the workspace: scores, training, start, what the factors do, cost.
+    """Describe the workspace: scores, training, initialization, alignment metrics, cost.
 
     Bars and lines are means over the runs of a cell, which differ in their seed alone.
 
@@ -84,39 +79,56 @@ def workspace(entity: str, project: str, name: str, score: str, task: str | None
             f"--task is {task!r}: expected the name of a task or of a W&B group, such as glue/sst2, without "
             "any of ' \\ = < >"
         )
-    import wandb_workspaces.reports.v2 as wr  # slow, and of no use to any other command
-    import wandb_workspaces.workspaces as ws
+    import wandb_workspaces.workspaces as ws  # slow, and of no use to any other command
 
-    step = "trainer/global_step"
-    by = wr.Config("cell")
+    shown: Any = []
+    if task is not None:  # a group of another name is known from the start, the task at the end
+        shown = ws.Or(ws.Metric("Group") == task, ws.Summary("task") == task)
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=name,
+        sections=[
+            ws.Section(name=title, panels=panels, is_open=title != "Alignment metrics")
+            for title, panels in _panels(score).items()
+        ],
+        settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=100),
+        runset_settings=ws.RunsetSettings(
+            filters=shown,
+            groupby=[ws.Metric("Group"), ws.Config("model.method"), ws.Config(RATE)],
+            order=[ws.Ordering(ws.Summary(f"final/{score}"), ascending=is_loss(score))],
+            pinned_columns=[
+                *("summary:method", "summary:task", "summary:seed"),
+                *(f"summary:final/{score}", f"summary:test/{score}"),
+                "summary:trainable_parameters",
+            ],
+        ),
+    )
 
-    def lines(title: str, key: str, x: str = step, **options: Any) -> Any:
-        return wr.LinePlot(
-            title=title,
-            x=x,
-            y=[key],
-            groupby=by,
-            groupby_aggfunc="mean",
-            groupby_rangefunc="stddev",
-            **options,
-        )
+
+def _panels(score: str) -> dict[str, list[Any]]:
+    """Return the panels by the title of their section."""
+    import wandb_workspaces.reports.v2 as wr
+
+    mean: dict[str, Any] = {
+        "groupby": wr.Config("cell"),
+        "groupby_aggfunc": "mean",
+        "groupby_rangefunc": "stddev",
+    }
+
+    def lines(title: str, key: str, x: str = STEP, **options: Any) -> Any:
+        return wr.LinePlot(title=title, x=x, y=[key], **mean, **options)
 
     def bars(title: str, key: str) -> Any:
-        return wr.BarPlot(
-            title=title,
-            metrics=[wr.SummaryMetric(key)],
-            groupby=by,
-            groupby_aggfunc="mean",
-            groupby_rangefunc="stddev",
-        )
+        return wr.BarPlot(title=title, metrics=[wr.SummaryMetric(key)], **mean)
 
-    def pictures(title: str, keys: Sequence[str]) -> Any:
+    def images(title: str, keys: Sequence[str]) -> Any:
         return wr.MediaBrowser(title=title, media_keys=list(keys), num_columns=2)
 
     scores = [
         bars(f"test {score}", f"test/{score}"),
         bars(f"final validation {score}", f"final/{score}"),
-        bars(f"{score} after the start, before training", f"after_init/{score}"),
+        bars(f"{score} after initialization, before training", f"after_init/{score}"),
         wr.ScatterPlot(
             title=f"final validation {score} against the learning rate",
             x=wr.Config(RATE),
@@ -130,57 +142,35 @@ def workspace(entity: str, project: str, name: str, score: str, task: str | None
             bars("final validation loss", "final/loss"),
             lines("validation loss", "val/loss"),
         ]
-    training = [
-        lines("training loss against steps", "train/loss", log_y=True),
-        lines("training loss against seconds", "train/loss", x="Relative Time", log_y=True),
-    ]
-    start = [
-        bars("gradient energy that the start captures", "init/captured_energy"),
-        pictures("one-step gradient", ["plots/spectrum", "plots/captured_energy"]),
-    ]
-    inside = [lines(MAPS[key][0], f"alignment/{key}") for key in MAPS]
-    inside.append(pictures("over layers and steps", [f"plots/alignment_{key}" for key in MAPS]))
-    cost = [
-        bars("trainable parameters", "trainable_parameters"),
-        bars("seconds of the initialisation", "init/seconds"),
-        bars("seconds of training", "train/seconds"),
-        bars("samples a second", "train/samples_per_second"),
-        bars("peak memory of training, bytes", "train/peak_bytes"),
-    ]
-    shown: Any = []
-    if task is not None:  # a group of another name is known from the start, the task at the end
-        shown = ws.Or(ws.Metric("Group") == task, ws.Summary("task") == task)
-    sections = {
+    return {
         "Scores": scores,
-        "Training": training,
-        "Start": start,
-        "Inside": inside,
-        "Cost": cost,
-    }
-    return ws.Workspace(
-        entity=entity,
-        project=project,
-        name=name,
-        sections=[
-            ws.Section(name=title, panels=panels, is_open=title != "Inside")
-            for title, panels in sections.items()
+        "Training": [
+            lines("training loss against steps", "train/loss", log_y=True),
+            lines("training loss against seconds", "train/loss", x="Relative Time", log_y=True),
         ],
-        settings=ws.WorkspaceSettings(x_axis=step, max_runs=100),
-        runset_settings=ws.RunsetSettings(
-            filters=shown,
-            groupby=[ws.Metric("Group"), ws.Config("model.method"), ws.Config(RATE)],
-            order=[ws.Ordering(ws.Summary(f"final/{score}"), ascending=is_better(score) < 0)],
-            pinned_columns=[
-                *("summary:method", "summary:task", "summary:seed"),
-                *(f"summary:final/{score}", f"summary:test/{score}"),
-                "summary:trainable_parameters",
-            ],
-        ),
-    )
+        "Initialization": [
+            bars("gradient energy that the initialization captures", "init/captured_energy"),
+            images("one-step gradient", ["plots/spectrum", "plots/captured_energy"]),
+        ],
+        "Alignment metrics": [
+            *(lines(MAPS[key][0], f"alignment/{key}") for key in MAPS),
+            images("over layers and steps", [f"plots/alignment_{key}" for key in MAPS]),
+        ],
+        "Cost": [
+            bars("trainable parameters", "trainable_parameters"),
+            bars("seconds of the initialization", "init/seconds"),
+            bars("seconds of training", "train/seconds"),
+            bars("samples a second", "train/samples_per_second"),
+            bars("peak memory of training, bytes", "train/peak_bytes"),
+        ],
+    }
 
 
 def specification(made: Any) -> dict[str, Any]:
-    """Return what W&B would be sent, as plain data."""
-    view = made._to_model()
-    found: dict[str, Any] = json.loads(view.model_dump_json(by_alias=True))
-    return found
+    """Return what W&B would be sent, as plain data.
+
+    `Workspace._to_model` is private: the library has no public way to see a workspace without saving it. A
+    `Workspace.to_json`, or a `save` to a file, would replace it.
+    """
+    content: dict[str, Any] = json.loads(made._to_model().model_dump_json(by_alias=True))
+    return content

@@ -1,4 +1,4 @@
-"""The pictures of a report."""
+"""The plots of a report."""
 
 import io
 import math
@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from app.commands.compare.runs import Run
-from app.commands.compare.selection import Method, Task
+from app.commands.compare.collect import Run
+from app.commands.compare.selection import Comparison, is_loss
 from app.tracking.alignment_plots import MAPS
 from app.utils.text import rate_text
 
@@ -26,20 +26,22 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 STYLES = ("-", "--", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH, HEIGHT, LEGEND_ROW = 6.0, 3.6, 0.22  # inches; the legend stands below the axes
-LABELS = {"steps": "optimizer step", "seconds": "seconds of initialisation and training"}
+LABELS = {"steps": "optimizer step", "seconds": "seconds of initialization and training"}
 POINTS = 200
 
-
-INSIDE = ("angle_A", "angle_B", "captured", "effective_rank")
+ALIGNMENT_MEASURES = ("angle_A", "angle_B", "captured", "effective_rank")
 """The heat maps of a run that a report shows."""
+
+ALIGNMENT_FILES = ("alignment_{}.png", "inside_{}.png")
+"""Their files in a run folder, those of earlier versions last."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture in a report.
+class Plot:
+    """A plot in a report.
 
     Attributes:
-        name: Of its file.
+        name: Of its file, without the ending.
         title: What it shows.
         png: The file's content.
     """
@@ -49,69 +51,76 @@ class Picture:
     png: bytes
 
 
-def inside_pictures(task: Task) -> list[Picture]:
-    """Return what `AlignmentMonitor` has drawn of each method's first seed at its best rate."""
-    found = []
-    for method in task.methods:
+def alignment_plots(comparison: Comparison) -> list[Plot]:
+    """Return the heat maps that `AlignmentMonitor` drew of each method's first seed at its best rate."""
+    plots = []
+    for method in comparison.methods:
         if method.best is None:
             continue
-        run = min(method.best.runs, key=lambda run: run.seed)
-        for measure in INSIDE:
-            file = run.folder / f"inside_{measure}.png"
-            if file.is_file():
-                name = re.sub(r"\W+", "_", f"inside_{method.label}_{measure}")
-                found.append(
-                    Picture(name, f"{method.label}: {MAPS[measure][0]}", file.read_bytes())
-                )
-    return found
+        run = min(method.best_rows.run, key=lambda run: run.seed)
+        for measure in ALIGNMENT_MEASURES:
+            files = [run.folder / name.format(measure) for name in ALIGNMENT_FILES]
+            file = next((file for file in files if file.is_file()), None)
+            if file is not None:
+                name = re.sub(r"\W+", "_", f"alignment_{method.label}_{measure}")
+                plots.append(Plot(name, f"{method.label}: {MAPS[measure][0]}", file.read_bytes()))
+    return plots
 
 
-def draw(task: Task) -> list[Picture]:
-    """Draw the learning-rate curves, and loss and score over steps and seconds."""
-    looks = {
-        method.label: i for i, method in enumerate(sorted(task.methods, key=lambda m: m.label))
-    }
-    pictures = []
-    for reported in (False, True):
-        drawn = _rates(task, looks, reported)
-        pictures += [drawn] if drawn else []
-    for name in dict.fromkeys(("loss", task.score)):
-        for over in ("steps", "seconds"):
-            drawn = _curves(task, looks, name, over)
-            pictures += [drawn] if drawn else []
-    return pictures
+def comparison_plots(comparison: Comparison) -> list[Plot]:
+    """Draw the learning-rate curves, and loss and score over steps and seconds, as far as there are data."""
+    labels = sorted(method.label for method in comparison.methods)
+    looks = {label: _look(place) for place, label in enumerate(labels)}
+    plots = [_rates_plot(comparison, looks, reported) for reported in (False, True)]
+    for name in dict.fromkeys(("loss", comparison.score)):
+        plots += [_curves_plot(comparison, looks, name, over) for over in ("steps", "seconds")]
+    return [plot for plot in plots if plot is not None]
 
 
-def _rates(task: Task, looks: dict[str, int], reported: bool) -> Picture | None:
-    of, score = ("test", task.score) if reported else ("validation", task.selected_by)
+def _rates_plot(
+    comparison: Comparison, looks: dict[str, dict[str, Any]], reported: bool
+) -> Plot | None:
+    rows, score = "test" if reported else "validation", comparison.selected_by
+    column = "selection_score"
+    if reported:
+        score, column = comparison.score, "reported_score"
     figure, axes = plt.subplots(layout="constrained")
-    drawn = False
-    lost = []
-    for method in task.methods:
-        look = _look(looks[method.label])
-        points = [
-            (rate, rate.test if reported else rate.validation)
-            for rate in method.rates
-            if not math.isnan(rate.learning_rate)
-        ]
-        found = [(rate, stat) for rate, stat in points if stat.n]
-        lost += [(rate.learning_rate, look) for rate, _ in points if rate.spoilt]
-        if not found:
-            continue
-        drawn = True
-        x = [rate.learning_rate for rate, _ in found]
-        y = np.array([stat.mean for _, stat in found]) * _factor(score)
-        spread = [0 if math.isnan(stat.std) else stat.std for _, stat in found]
-        error = np.array(spread) * _factor(score)
-        axes.errorbar(x, y, error, capsize=3, label=method.label, markersize=5, **look)
-        best = [i for i, (rate, _) in enumerate(found) if rate is method.best]
-        ring: dict[str, Any] = {"markersize": 13, "markerfacecolor": "none", "linestyle": "none"}
-        axes.plot([x[i] for i in best], y[best], "o", color=look["color"], **ring)
-    if not drawn:
-        plt.close(figure)
-        return None
-    ticks = sorted({r.learning_rate for m in task.methods for r in m.rates})
-    ticks = [tick for tick in ticks if not math.isnan(tick)]
+    lost = False
+    for method in comparison.methods:
+        look = looks[method.label]
+        stats = method.rates[column]
+        stats = stats[stats.index.notna() & (stats["count"] > 0)] * _factor(score)
+        if len(stats):
+            error = stats["std"].fillna(0)
+            axes.errorbar(
+                stats.index,
+                stats["mean"],
+                error,
+                capsize=3,
+                label=method.label,
+                markersize=5,
+                **look,
+            )
+            best = stats["mean"][stats.index == method.best]
+            ring: dict[str, Any] = {
+                "markersize": 13,
+                "markerfacecolor": "none",
+                "linestyle": "none",
+            }
+            axes.plot(best.index, best, "o", color=look["color"], **ring)
+        for rate in method.failed_rates:
+            lost = True
+            below = axes.get_xaxis_transform()
+            axes.plot([rate], [0.02], "x", color=look["color"], transform=below, clip_on=False)
+    _scale_rates(axes, sorted({rate for m in comparison.methods for rate in m.rates.index}))
+    title = f"{rows.capitalize()} {score} by learning rate"
+    notes = "ring: the chosen rate" + ("; cross: a run failed or diverged" if lost else "")
+    axes.set(xlabel=f"learning rate ({notes})", ylabel=_unit(f"{rows} {score}", score), title=title)
+    return _finish(f"learning_rate_{rows}", title, figure, axes)
+
+
+def _scale_rates(axes: Axes, tried: Sequence[float]) -> None:
+    ticks = [rate for rate in tried if not math.isnan(rate)]
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -121,78 +130,99 @@ def _rates(task: Task, looks: dict[str, int], reported: bool) -> Picture | None:
     axes.tick_params(axis="x", labelrotation=30 if len(ticks) > 5 else 0)
     if len(ticks) == 1:
         axes.set_xlim(ticks[0] / 3, ticks[0] * 3)
-    for rate, look in lost:
-        blended = axes.get_xaxis_transform()
-        axes.plot([rate], [0.02], "x", color=look["color"], transform=blended, clip_on=False)
-    title = f"{of.capitalize()} {score} by learning rate"
-    notes = "ring: the chosen rate" + ("; cross: a run failed or diverged" if lost else "")
-    axes.set(xlabel=f"learning rate ({notes})", ylabel=_unit(f"{of} {score}", score), title=title)
-    return _picture(f"learning_rate_{of}", title, figure, axes)
 
 
-def _curves(task: Task, looks: dict[str, int], name: str, over: str) -> Picture | None:
+def _curves_plot(
+    comparison: Comparison, looks: dict[str, dict[str, Any]], name: str, over: str
+) -> Plot | None:
     figure, axes = plt.subplots(layout="constrained")
-    drawn = False
-    for method in task.methods:
-        if method.best is None:
+    for method in comparison.methods:
+        curve = mean_curve(list(method.best_rows.run), name, over)
+        if curve is None or method.best is None:
             continue
-        look = _look(looks[method.label])
-        found = _mean_curve(method.best.runs, name, over)
-        if found is None:
-            continue
-        drawn = True
-        x, mean, std = found
-        mean, std = mean * _factor(name), std * _factor(name)
+        look = dict(looks[method.label])
+        x, mean, std = curve[0], curve[1] * _factor(name), curve[2] * _factor(name)
         if name == "loss" or len(x) > 40:
             look.pop("marker")
-        axes.plot(x, mean, label=_named(method), **look)
-        if len(method.best.runs) > 1:
+        rate = "" if math.isnan(method.best) else f", {rate_text(method.best)}"
+        axes.plot(x, mean, label=method.label + rate, **look)
+        if len(method.best_rows) > 1:
             axes.fill_between(
                 x, mean - std, mean + std, color=look["color"], alpha=0.15, linewidth=0
             )
-    if not drawn:
-        plt.close(figure)
-        return None
     what = "Training loss" if name == "loss" else f"Validation {name}"
     title = f"{what} over {over}"
     label = "nats per token" if name == "loss" else _unit(f"validation {name}", name)
     axes.set(xlabel=LABELS[over], ylabel=label, title=title)
     axes.set_xlim(left=0)
-    return _picture(f"{name.replace('/', '_')}_over_{over}", title, figure, axes)
+    return _finish(f"{name.replace('/', '_')}_over_{over}", title, figure, axes)
 
 
-def _mean_curve(
+def mean_curve(
     runs: Sequence[Run], name: str, over: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Return x, mean and standard deviation over the runs, as far as all of them reach.
 
     Runs of other seeds take other times for a step: over seconds, values lie at a common grid of seconds.
     A long curve of losses is smoothed by a running mean of a twentieth of it.
+
+    Args:
+        runs: The runs.
+        name: As for `run_curve`.
+        over: As for `run_curve`.
     """
-    curves = [run.curve(name, over) for run in runs]
+    curves = [run_curve(run, name, over) for run in runs]
     curves = [curve for curve in curves if len(curve) > 1]
     if not curves:
         return None
-    first = max(curve[0][0] for curve in curves)
-    last = min(curve[-1][0] for curve in curves)
+    first = max(curve[0, 0] for curve in curves)
+    last = min(curve[-1, 0] for curve in curves)
     if last <= first:
         return None
-    x = np.array([point for point, _ in curves[0] if first <= point <= last])
-    if over == "seconds" or any([p for p, _ in c] != [p for p, _ in curves[0]] for c in curves):
+    x = curves[0][:, 0]
+    x = x[(first <= x) & (x <= last)]
+    if over == "seconds" or any(not np.array_equal(c[:, 0], curves[0][:, 0]) for c in curves):
         x = np.linspace(first, last, min(POINTS, max(map(len, curves))))
     rows = []
-    for curve in curves:
-        points, values = np.array(curve).T
+    for points, values in (curve.T for curve in curves):
         window = max(1, len(values) // 20) if name == "loss" else 1
-        if window > 1:  # at each point the mean of the points up to it
-            sums = np.concatenate([[0.0], np.cumsum(values)])
-            ends = np.arange(1, len(values) + 1)
-            starts = np.maximum(0, ends - window)
-            values = (sums[ends] - sums[starts]) / (ends - starts)
-        rows.append(np.interp(x, points, values))
-    values = np.array(rows)
-    std = values.std(axis=0, ddof=1) if len(rows) > 1 else np.zeros(len(x))
-    return x, values.mean(axis=0), std
+        sums = np.concatenate([[0.0], np.cumsum(values)])
+        ends = np.arange(1, len(values) + 1)
+        begins = np.maximum(0, ends - window)  # at each point the mean of the points up to it
+        smooth = (sums[ends] - sums[begins]) / (ends - begins) if window > 1 else values
+        rows.append(np.interp(x, points, smooth))
+    std = np.std(rows, axis=0, ddof=1) if len(rows) > 1 else np.zeros(len(x))
+    return x, np.mean(rows, axis=0), std
+
+
+def run_curve(run: Run, name: str, over: str) -> np.ndarray:
+    """Return a curve over optimizer steps made or over seconds of initialization and training.
+
+    Args:
+        run: The run.
+        name: "loss", or a score on the validation rows.
+        over: "steps" or "seconds".
+
+    Returns:
+        Points, n x 2, float64.
+    """
+    train = run.record.train
+    column = "train/loss" if name == "loss" else f"val/{name}"
+    points = [(step + 1.0, value) for step, value in run.curves.get(column, [])]
+    if name != "loss":
+        before, final = run.scores("after_init").get(name), run.scores("final").get(name)
+        points = [(0.0, before), *points] if before is not None else points
+        if train.steps and final is not None and (not points or points[-1][0] < train.steps):
+            points.append((float(train.steps), final))
+    curve = np.array(points, dtype=float).reshape(-1, 2)
+    if over == "seconds":
+        # The clock is read after a step; between its readings time goes evenly.
+        clock = [(0.0, 0.0)]
+        clock += [(step + 1.0, seconds) for step, seconds in run.curves.get("train/seconds", [])]
+        if train.steps > clock[-1][0]:
+            clock.append((float(train.steps), run.train_seconds))
+        curve[:, 0] = run.init_seconds + np.interp(curve[:, 0], *np.array(clock).T)
+    return curve
 
 
 def _look(place: int) -> dict[str, Any]:
@@ -201,26 +231,23 @@ def _look(place: int) -> dict[str, Any]:
     return {"color": COLORS[color], "linestyle": STYLES[turn % len(STYLES)], "marker": marker}
 
 
-def _named(method: Method) -> str:
-    rate = method.best.learning_rate if method.best else math.nan
-    return method.label if math.isnan(rate) else f"{method.label}, {rate_text(rate)}"
-
-
 def _factor(score: str) -> int:
-    return 1 if score.rpartition("/")[2] == "loss" else 100
+    return 1 if is_loss(score) else 100
 
 
 def _unit(label: str, score: str) -> str:
-    return label if _factor(score) == 1 else f"{label}, %"
+    return label if is_loss(score) else f"{label}, %"
 
 
-def _picture(name: str, title: str, figure: Figure, axes: Axes) -> Picture:
-    axes.grid(alpha=0.3)
+def _finish(name: str, title: str, figure: Figure, axes: Axes) -> Plot | None:
+    """Return a figure as a plot; None if nothing was drawn that has a label."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = min(len(labels), 3 if max(map(len, labels)) < 24 else 2)
-    figure.set_size_inches(WIDTH, HEIGHT + LEGEND_ROW * math.ceil(len(labels) / columns))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
     stream = io.BytesIO()
-    figure.savefig(stream, dpi=150)
+    if labels:
+        axes.grid(alpha=0.3)
+        columns = min(len(labels), 3 if max(map(len, labels)) < 24 else 2)
+        figure.set_size_inches(WIDTH, HEIGHT + LEGEND_ROW * math.ceil(len(labels) / columns))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
+        figure.savefig(stream, dpi=150)
     plt.close(figure)
-    return Picture(name, title, stream.getvalue())
+    return Plot(name, title, stream.getvalue()) if labels else None

@@ -1,4 +1,4 @@
-"""A grid as a Slurm array or as a W&B sweep: the files, whose every task is a comparison of one cell."""
+"""Write a grid as a Slurm array or as a W&B sweep, whose every task is a comparison of one cell."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, FileSystemLoader
 
 from app.commands.compare.cells import Cell
 from app.tracking.config_files import PROJECT
@@ -15,54 +16,29 @@ from app.utils.text import rate_text
 ARRAY_FILE = "array.sbatch"
 SWEEP_FILE = "sweep.yaml"
 
-ARRAY = """#!/usr/bin/env bash
-# One cell of the comparison in each task of the array; sbatch options on the command line win over these:
-#   sbatch --time 2:00:00 {path}
-# Two minutes before the time limit, or when Slurm preempts a task, its run saves and asks to be queued again.
-# What is finished is not repeated, so the whole array can be submitted again. When all have ended,
-#   python train.py report {folder}
-#SBATCH --job-name={name}
-#SBATCH --array=0-{last}
-#SBATCH --ntasks=1
-#SBATCH --gpus-per-task=1
-#SBATCH --time=24:00:00
-#SBATCH --signal=USR1@120
-#SBATCH --requeue
-#SBATCH --open-mode=append
-#SBATCH --output={output}
-set -euo pipefail
-cells=(
-{cells}
-)
-read -r method learning_rate seed <<<"${{cells[$SLURM_ARRAY_TASK_ID]}}"
-# Slurm runs a copy of this file, so the project is looked for where sbatch was called.
-exec srun python "${{PROJECT:-$SLURM_SUBMIT_DIR}}/train.py" compare {options} \\
-    --methods "$method" --learning_rates "$learning_rate" --seeds "$seed"
-"""
 
-
-def write_array(folder: Path, cells: Sequence[Cell], options: Sequence[str]) -> Path:
-    """Write `array.sbatch`, whose task i trains and tests cell i.
+def write_launch_file(
+    launcher: str, folder: Path, cells: Sequence[Cell], options: Sequence[str]
+) -> str:
+    """Write `array.sbatch`, whose task i trains and tests cell i, or `sweep.yaml` for agents of W&B.
 
     Args:
+        launcher: "slurm" or "wandb".
         folder: The comparison's folder.
         cells: All cells.
         options: Options of `compare` that all cells share.
+
+    Returns:
+        How to start what was written.
     """
-    path = folder / ARRAY_FILE
-    lines = [f'    "{cell.method} {rate_text(cell.learning_rate)} {cell.seed}"' for cell in cells]
-    path.write_text(
-        ARRAY.format(
-            path=shlex.quote(str(path)),
-            folder=shlex.quote(str(folder)),
-            output=shlex.quote(f"{folder}/slurm-%A_%a.log"),
-            name=shlex.quote(folder.name),
-            last=len(cells) - 1,
-            cells="\n".join(lines),
-            options=shlex.join(options),
-        )
-    )
-    return path
+    if launcher == "slurm":
+        path, start = folder / ARRAY_FILE, "sbatch"
+        path.write_text(_array(path, cells, options))
+    else:
+        path, start = folder / SWEEP_FILE, "wandb sweep"
+        path.write_text(_sweep(path, cells, options))
+    report = f"python train.py report {shlex.quote(str(folder))}"
+    return f"wrote {path}\nstart: {start} {shlex.quote(str(path))}\nafterwards: {report}"
 
 
 def check_array(config: Mapping[str, Any]) -> None:
@@ -76,47 +52,41 @@ def check_array(config: Mapping[str, Any]) -> None:
         )
 
 
-def write_sweep(
-    folder: Path,
-    methods: Sequence[str],
-    rates: Sequence[float],
-    seeds: Sequence[int],
-    options: Sequence[str],
-) -> Path:
-    """Write `sweep.yaml` for `wandb sweep`, whose agents train one cell after the other.
+def _array(path: Path, cells: Sequence[Cell], options: Sequence[str]) -> str:
+    environment = Environment(  # for a shell, whose values are quoted here
+        loader=FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["rate_text"] = rate_text
+    return environment.get_template(f"{ARRAY_FILE}.j2").render(
+        path=shlex.quote(str(path)),
+        folder=shlex.quote(str(path.parent)),
+        output=shlex.quote(f"{path.parent}/slurm-%A_%a.log"),
+        name=shlex.quote(path.parent.name),
+        cells=cells,
+        options=shlex.join(options),
+    )
 
-    Args:
-        folder: The comparison's folder.
-        methods: The methods.
-        rates: The learning rates.
-        seeds: The seeds.
-        options: Options of `compare` that all cells share.
-    """
-    path = folder / SWEEP_FILE
+
+def _sweep(path: Path, cells: Sequence[Cell], options: Sequence[str]) -> str:
     sweep = {
         "program": "train.py",
-        "name": folder.name,
+        "name": path.parent.name,
         "method": "grid",
         "metric": {"name": "final/loss", "goal": "minimize"},
         "parameters": {
-            "seeds": {"values": list(seeds)},
-            "learning_rates": {"values": [rate_text(rate) for rate in rates]},
-            "methods": {"values": list(methods)},
+            "seeds": {"values": list(dict.fromkeys(cell.seed for cell in cells))},
+            "learning_rates": {
+                "values": list(dict.fromkeys(rate_text(cell.learning_rate) for cell in cells))
+            },
+            "methods": {"values": list(dict.fromkeys(cell.method for cell in cells))},
         },
         "command": ["${env}", "python", "${program}", "compare", *options, "${args}"],
     }
     head = (
         f"# In {PROJECT.name}/: wandb sweep {shlex.quote(str(path))}, and on each machine that shares the "
         "folder\n#   wandb agent SWEEP_ID\n"
-        f"# When all have ended: python train.py report {shlex.quote(str(folder))}\n"
+        f"# When all have ended: python train.py report {shlex.quote(str(path.parent))}\n"
     )
-    path.write_text(head + yaml.safe_dump(sweep, sort_keys=False))
-    return path
-
-
-def instructions(path: Path) -> str:
-    """Say how to start what a file describes."""
-    quoted = shlex.quote(str(path))
-    start = f"sbatch {quoted}" if path.name == ARRAY_FILE else f"wandb sweep {quoted}"
-    report = f"python train.py report {shlex.quote(str(path.parent))}"
-    return f"wrote {path}\nstart: {start}\nafterwards: {report}"
+    return head + yaml.safe_dump(sweep, sort_keys=False)

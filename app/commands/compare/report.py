@@ -1,166 +1,67 @@
-"""Write a report: report.html, report.md, runs.csv and the plots."""
+"""Write a report: report.html, report.md, runs.csv, a table.csv for each task, and the plots."""
 
 import base64
-import html
 import re
 import tempfile
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.commands.compare.collect import Collection
-from app.commands.compare.figures import Picture, draw, inside_pictures
-from app.commands.compare.selection import Task, tasks
-from app.commands.compare.settings import told
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup, escape
+
+from app.commands.compare.collect import Run
+from app.commands.compare.figures import Plot, alignment_plots, comparison_plots
+from app.commands.compare.selection import Comparison, comparisons
+from app.commands.compare.settings import differences_text
 from app.commands.compare.tables import (
     Table,
-    left_out_table,
+    before_training_table,
+    excluded_table,
     main_table,
     rate_table,
     runs_csv,
     seed_table,
     settings_table,
-    start_table,
 )
 from app.utils.errors import InputError
 
-STYLE = """
-:root { color-scheme: light dark;
-  --text: #1d2129; --soft: #5b6472; --back: #fff; --line: #d9dde3; --stripe: #f5f6f8; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e6e8eb; --soft: #a3abb6; --back: #15181c; --line: #363c44; --stripe: #1d2126; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--back); color: var(--text);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; }
-h3 { font-size: 1rem; margin: 1.75rem 0 .5rem; }
-p { margin: .5rem 0; max-width: 50rem; overflow-wrap: anywhere; }
-.note { color: var(--soft); font-size: .875rem; }
-.table { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; margin: .75rem 0; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .75rem; text-align: right; vertical-align: top; }
-td { white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); vertical-align: bottom; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
-tbody tr:nth-child(even) td { background: var(--stripe); }
-table.text th, table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-table.text td { min-width: 7rem; }
-table.reasons td:nth-child(5) { min-width: 20rem; }
-table.reasons td:nth-child(6) { min-width: 14rem; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
-figure { margin: 0; padding: .5rem; background: #fff; border: 1px solid var(--line); border-radius: 8px; }
-img { display: block; width: 100%; height: auto; }
-code { font-size: .875em; overflow-wrap: anywhere; }
-"""
-
-
-class Page:
-    """An HTML page that grows from top to bottom.
-
-    Args:
-        title: Its title and first heading.
-    """
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self._parts = [f"<h1>{_text(title)}</h1>"]
-
-    def heading(self, text: str, level: int = 2) -> None:
-        """Add a heading."""
-        self._parts.append(f"<h{level}>{_text(text)}</h{level}>")
-
-    def paragraph(self, text: str, note: bool = False) -> None:
-        """Add a paragraph; `**bold**` and backquoted code are those of Markdown."""
-        kind = ' class="note"' if note else ""
-        self._parts.append(f"<p{kind}>{_marked(text)}</p>")
-
-    def table(self, table: Table, kind: str = "") -> None:
-        """Add a table, which scrolls in a box of its own where it is too wide.
-
-        Args:
-            table: The table.
-            kind: Its classes in the style: `text` for words instead of numbers, `reasons` for sentences.
-        """
-        head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in table.columns)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{_marked(cell)}</td>" for cell in row) + "</tr>"
-            for row in table.rows
-        )
-        self._parts.append(
-            f'<div class="table" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div>"
-        )
-        for note in table.notes:
-            self.paragraph(note, note=True)
-
-    def pictures(self, pictures: Sequence[Picture]) -> None:
-        """Add pictures, beside each other where there is room."""
-        figures = "".join(
-            f'<figure><img alt="{_text(picture.title)}" '
-            f'src="data:image/png;base64,{base64.b64encode(picture.png).decode()}"></figure>'
-            for picture in pictures
-        )
-        self._parts.append(f'<div class="pictures">{figures}</div>')
-
-    def html(self) -> str:
-        """Return the file's content."""
-        return (
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<link rel="icon" href="data:,">\n<title>{_text(self.title)}</title>\n'
-            f"<style>{STYLE}</style>\n</head>\n<body>\n"
-            + "\n".join(self._parts)
-            + "\n</body>\n</html>\n"
-        )
-
-
-def _text(text: str) -> str:
-    return html.escape(text, quote=True)
-
-
-def _marked(text: str) -> str:
-    bold = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", _text(text))
-    return re.sub(r"`(.+?)`", r"<code>\1</code>", bold)
-
-
+TEMPLATE = "report.html.j2"
 HTML_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
 RUNS_FILE = "runs.csv"
 
 
-class _Report:
-    """The same report as HTML and as Markdown."""
+@dataclass(frozen=True)
+class Section:
+    """A part of a report, in the order of its attributes.
 
-    def __init__(self, title: str) -> None:
-        self.page = Page(title)
-        self.lines = [f"# {title}"]
+    Attributes:
+        title: Its heading; none where it is empty.
+        level: Of the heading.
+        paragraphs: Text, with `**bold**` as in Markdown.
+        tables: The tables; None where there was nothing to show.
+        plots: The plots, by the names of their files.
+    """
 
-    def heading(self, text: str, level: int = 2) -> None:
-        self.page.heading(text, level)
-        self.lines.append(f"{'#' * level} {text}")
+    title: str = ""
+    level: int = 3
+    paragraphs: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    plots: dict[str, Plot] = field(default_factory=dict)
 
-    def paragraph(self, text: str) -> None:
-        self.page.paragraph(text)
-        self.lines.append(text)
-
-    def table(self, table: Table, kind: str = "") -> None:
-        self.page.table(table, kind)
-        self.lines.append(table.markdown())
-
-    def pictures(self, pictures: Mapping[str, Picture]) -> None:
-        self.page.pictures(list(pictures.values()))
-        self.lines.append(
-            "\n".join(f"![{picture.title}]({name})" for name, picture in pictures.items())
-        )
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing below the heading."""
+        return not (self.paragraphs or self.tables or self.plots)
 
 
-def write_report(found: Collection, folder: Path, score: str | None = None) -> str:
+def write_report(runs: Sequence[Run], folder: Path, score: str | None = None) -> str:
     """Write everything about some runs into a folder.
 
     Args:
-        found: The runs.
-        folder: Where report.html, report.md, runs.csv, table.csv and PNG pictures go.
+        runs: From `collect`.
+        folder: Where report.html, report.md, runs.csv, table.csv and PNG files go.
         score: The reported score; None takes accuracy, else the first benchmark, else the loss.
 
     Returns:
@@ -169,40 +70,37 @@ def write_report(found: Collection, folder: Path, score: str | None = None) -> s
     Raises:
         InputError: No run has that score, or the folder cannot be written.
     """
-    separate = tasks(found, score)
-    count = len({method.label for task in separate for method in task.methods})
-    what = _task_name(separate[0]) if len(separate) == 1 else f"{len(separate)} tasks"
+    compared = comparisons(runs, score)
+    several = len(compared) > 1
+    count = len({method.label for comparison in compared for method in comparison.methods})
+    what = f"{len(compared)} tasks" if several else _task_name(compared[0])
     title = f"{count} method{'s' * (count > 1)} on {what}"
-    written = _Report(title)
-    printed = []
-    files: dict[str, bytes] = {}
-    if len(separate) > 1:
-        written.paragraph(
-            f"These runs belong to {len(separate)} tasks, which share no table: they differ in more than "
-            "the method, its learning rate and the seed."
+    sections, printed = [], []
+    files = {RUNS_FILE: runs_csv(compared, runs).encode()}
+    if several:
+        text = (
+            f"These runs belong to {len(compared)} tasks, which share no table: they differ in more than the "
+            "method, its learning rate and the seed."
         )
-    for number, task in enumerate(separate, 1):
-        several = len(separate) > 1
-        heading = f"Task {number}: {_task_name(task)}" if several else ""
+        sections.append(Section(paragraphs=[text]))
+    for number, comparison in enumerate(compared, 1):
+        heading = f"Task {number}: {_task_name(comparison)}" if several else ""
         suffix = f"_{number}" if several else ""
-        pictures = {f"{picture.name}{suffix}.png": picture for picture in draw(task)}
-        table = main_table(task)
-        inside = {f"{picture.name}{suffix}.png": picture for picture in inside_pictures(task)}
-        _write_task(written, task, heading, table, pictures, inside)
-        files |= {name: picture.png for name, picture in (pictures | inside).items()}
-        files[f"table{suffix}.csv"] = table.csv().encode()
-        printed.append(f"{heading or title}\n\n{table.aligned()}")
-    left_out = left_out_table(found)
-    if left_out is not None:
-        written.heading("Runs in no mean")
-        written.table(left_out, "text reasons")
-        lines = [f"{out.name}: {out.state}: {out.reason}" for out in found.left_out]
+        own = _sections(comparison, heading, suffix)
+        [table] = own[0].tables
+        files[f"table{suffix}.csv"] = table.frame.to_csv(index=False).encode()
+        printed.append(f"{heading or title}\n\n{table.text()}")
+        sections += own
+    excluded = excluded_table(runs)
+    if excluded is not None:
+        sections.append(Section("Runs in no mean", level=2, tables=[excluded]))
+        lines = [f"{r.folder}: {r.state}: {r.reason}" for r in runs if r.state != "finished"]
         printed.append("\n".join(["Runs in no mean", "", *lines]))
+    files |= {name: plot.png for section in sections for name, plot in section.plots.items()}
+    files[HTML_FILE] = _html(title, sections).encode()
+    files[MARKDOWN_FILE] = _markdown(title, sections).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files[HTML_FILE] = written.page.html().encode()
-        files[RUNS_FILE] = runs_csv(separate, found).encode()
-        files[MARKDOWN_FILE] = ("\n\n".join(written.lines) + "\n").encode()
         for name, content in files.items():
             _write(folder / name, content)
     except OSError as error:
@@ -212,70 +110,103 @@ def write_report(found: Collection, folder: Path, score: str | None = None) -> s
     return "\n\n".join([*printed, f"report: {folder / HTML_FILE}"])
 
 
-def _write_task(
-    written: _Report,
-    task: Task,
-    heading: str,
-    table: Table,
-    pictures: Mapping[str, Picture],
-    inside: Mapping[str, Picture],
-) -> None:
-    if heading:
-        written.heading(heading)
-    written.paragraph(_described(task))
-    if task.apart_from_first:
-        written.paragraph(f"Apart from task 1 by {told(task.apart_from_first, 12)}.")
-    written.table(table)
-    written.heading("Learning rates", 3)
-    for reported in (False, True) if any(run.test for run in task.runs) else (False,):
-        written.table(rate_table(task, reported))
-    starts, seeds = start_table(task), seed_table(task)
-    if starts is not None:
-        written.heading("Before and after training", 3)
-        written.table(starts)
-    if seeds is not None:
-        written.heading("Seed by seed", 3)
-        written.table(seeds)
-    written.heading("Pictures", 3)
-    written.pictures(pictures)
-    if inside:
-        written.heading("Inside", 3)
-        written.paragraph(
-            "Each method's first seed at its best rate: how the factors stand to the one-step gradient, "
-            "layer by layer (docs/inside.md)."
-        )
-        written.pictures(inside)
-    settings = settings_table(task)
-    if settings.rows:
-        written.heading("In what the methods differ", 3)
-        written.table(settings, "text")
+def _sections(comparison: Comparison, heading: str, suffix: str) -> list[Section]:
+    """Return what a report shows of one task; the first section has the main table."""
+    paragraphs = [_description(comparison)]
+    if comparison.differs_by:
+        paragraphs.append(f"Apart from task 1 by {differences_text(comparison.differs_by, 12)}.")
+    has_tests = any(run.scores("test") for run in comparison.runs)
+    rates = [rate_table(comparison, test) for test in ((False, True) if has_tests else (False,))]
+    before, seeds = before_training_table(comparison), seed_table(comparison)
+    settings = settings_table(comparison)
+    plots, maps = (
+        {f"{plot.name}{suffix}.png": plot for plot in drawn}
+        for drawn in (comparison_plots(comparison), alignment_plots(comparison))
+    )
+    about_maps = (
+        "Each method's first seed at its best rate: how the factors stand to the one-step gradient, layer by "
+        "layer (docs/alignment.md)."
+    )
+    sections = [
+        Section(heading, 2, paragraphs, [main_table(comparison)]),
+        Section("Learning rates", tables=rates),
+        Section("Before and after training", tables=[before] if before else []),
+        Section("Seed by seed", tables=[seeds] if seeds else []),
+        Section("Plots", plots=plots),
+        Section("Alignment metrics", paragraphs=[about_maps] if maps else [], plots=maps),
+        Section("In what the methods differ", tables=[settings] if settings else []),
+    ]
+    return [section for section in sections if not section.is_empty]
 
 
-def _task_name(task: Task) -> str:
-    first = task.runs[0]
-    data = first.told.get("data", {}).get("name", "data")
-    model = first.told.get("model", {}).get("name", "model").partition("#")[0]
-    return f"{data}, {model.rstrip('/').rpartition('/')[2]}"
+def _task_name(comparison: Comparison) -> str:
+    record = comparison.runs[0].record
+    model = (record.model.name or "model").partition("#")[0]
+    return f"{record.data.name or 'data'}, {model.rstrip('/').rpartition('/')[2]}"
 
 
-def _described(task: Task) -> str:
+def _description(comparison: Comparison) -> str:
     """Say what all runs share, and how many there are."""
-    runs, first = task.runs, task.runs[0]
-    rows = first.told.get("data", {}).get("rows", {})
-    told_rows = ", ".join(f"{count:,} {split}" for split, count in rows.items())
-    seeds = sorted({run.seed for run in runs})
-    steps = sorted({run.told.get("train", {}).get("steps", 0) for run in runs})
-    batch = task.shared.get("data.init_args.batch_size")
-    accumulated = task.shared.get("trainer.accumulate_grad_batches") or 1
+    runs, record = comparison.runs, comparison.runs[0].record
+    rows = ", ".join(f"{count:,} {split}" for split, count in record.data.rows.items())
+    seeds = sorted({run.seed or 0 for run in runs})
+    steps = sorted({run.record.train.steps for run in runs})
+    batch = comparison.shared.get("data.init_args.batch_size")
+    accumulated = comparison.shared.get("trainer.accumulate_grad_batches") or 1
     times = f" of {batch} rows" + (f" x {accumulated}" if accumulated > 1 else "")
-    parameters = first.told.get("model", {}).get("parameters")
+    parameters = record.model.parameters
     return (
-        f"{len(runs)} finished runs of {_count(task.methods, 'method')}; "
+        f"{len(runs)} finished runs of {_count(comparison.methods, 'method')}; "
         f"{_count(seeds, 'seed')}: {', '.join(map(str, seeds))}. "
-        f"Rows: {told_rows}. {' or '.join(f'{count:,}' for count in steps)} optimizer steps{times}, "
-        f"schedule {task.shared.get('model.lr_scheduler_type')}"
+        f"Rows: {rows}. {' or '.join(f'{count:,}' for count in steps)} optimizer steps{times}, "
+        f"schedule {comparison.shared.get('model.lr_scheduler_type')}"
         + (f"; a model of {parameters:,} parameters." if parameters else ".")
     )
+
+
+def _count(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
+
+
+def _html(title: str, sections: Sequence[Section]) -> str:
+    """Return the report as one HTML file with all plots in it."""
+
+    def marked(text: str) -> Markup:
+        bold = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(text)))
+        return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", bold))
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["marked"] = marked
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
+    return environment.get_template(TEMPLATE).render(title=title, sections=sections)
+
+
+def _markdown(title: str, sections: Sequence[Section]) -> str:
+    """Return the report as Markdown, with the plots beside it."""
+    blocks = [f"# {title}"]
+    for section in sections:
+        if section.title:
+            blocks.append(f"{'#' * section.level} {section.title}")
+        blocks += section.paragraphs
+        for table in section.tables:
+            columns = list(table.frame.columns)
+            rows = [columns, ["---", *["---:"] * (len(columns) - 1)], *table.frame.values.tolist()]
+            blocks.append("\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in rows))
+            blocks += table.notes
+        if section.plots:
+            links = (f"![{plot.title}]({name})" for name, plot in section.plots.items())
+            blocks.append("\n".join(links))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _escaped(cell: str) -> str:
+    return " ".join(cell.replace("|", "\\|").split())
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -284,7 +215,3 @@ def _write(path: Path, content: bytes) -> None:
         part.write(content)
     Path(part.name).chmod(0o644)
     Path(part.name).replace(path)
-
-
-def _count(things: Sized, name: str) -> str:
-    return f"{len(things)} {name}{'s' * (len(things) != 1)}"

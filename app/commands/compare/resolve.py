@@ -2,21 +2,25 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Protocol
 
 import yaml
 
-from app.commands.compare.options import RunOptions, has_setting
 from app.commands.compare.settings import (
+    METHOD,
     Settings,
     differences,
+    differences_text,
     flat,
     method_settings,
     task_settings,
-    told,
 )
 from app.tracking.config_files import find_config
 from app.utils.errors import InputError, causes
+
+MOST_ASIDE = 1000
+"""Training rows that choose the learning rate, where the configuration says nothing."""
 
 
 class ResolvedRun(Protocol):
@@ -42,106 +46,149 @@ class ResolvedRun(Protocol):
 Resolver = Callable[[Sequence[str]], ResolvedRun]
 """Resolves the options of a `fit`; the command line hands it over, which knows the parser."""
 
-MOST_ASIDE = 1000
-"""Training rows that choose the learning rate, where the configuration says nothing."""
 
+class RunOptions:
+    """The options of `fit` among those of `compare`, and which method's runs each one goes to.
 
-def resolve_methods(
-    methods: Sequence[str], known: Sequence[str], options: RunOptions, resolve: Resolver
-) -> dict[str, ResolvedRun]:
-    """Parse the runs of all methods, and print which options do not go to all of them.
+    An option below a section that makes the method, such as `--init.gamma 64`, goes to the methods that have
+    such a setting; every other option goes to all.
 
     Args:
-        methods: Those of the comparison.
-        known: All that there are: an option that only another one has is no mistake, since a part of a
-            comparison may be started with the options of the whole.
-        options: The options, which learn what the methods have.
+        configs: Names of configuration files.
+        rest: Options and their values.
         resolve: Resolves one run.
 
-    Raises:
-        InputError: A setting is unknown or wrong; names the method.
+    Attributes:
+        method_keys: The settings that are given and only some methods may have.
+        takers: The methods that have such a setting, by its name.
     """
-    runs = {method: _parsed(method, options, resolve) for method in methods}
-    for method, run in runs.items():
-        options.learn(method, run.resolved)
-    for key in options.partial:
-        takers = options.takers(key)
-        if not takers:
-            _check_known(
-                key, [*methods, *(name for name in known if name not in methods)], options, resolve
-            )
-        if len(takers) < len(methods):
+
+    def __init__(self, configs: Sequence[str], rest: Sequence[str], resolve: Resolver) -> None:
+        self._files = [f"--config={name}" for name in configs]
+        self._groups: list[list[str]] = []  # each option with the values that follow it
+        for option in rest:
+            if option.startswith("--") or not self._groups:
+                self._groups.append([])
+            self._groups[-1].append(option)
+        keys = {_key(group) for group in self._groups}
+        self.method_keys = sorted(k for k in keys if k.startswith(tuple(f"{s}." for s in METHOD)))
+        self.takers: dict[str, list[str]] = {key: [] for key in self.method_keys}
+        self._resolve = resolve
+
+    def everything(self) -> list[str]:
+        """Return all options, as they were given."""
+        return [*self._files, *chain.from_iterable(self._groups)]
+
+    def of(self, method: str) -> list[str]:
+        """Return the options of a method's runs."""
+        groups = [g for g in self._groups if method in self.takers.get(_key(g), [method])]
+        return [*self._files, f"--config=methods/{method}.yaml", *chain.from_iterable(groups)]
+
+    def add(self, option: str) -> None:
+        """Add an option of all methods."""
+        self._groups.append([option])
+
+    def resolve(self, method: str) -> ResolvedRun:
+        """Parse a method's run; raise InputError, with the method's name, if a setting is unknown or wrong."""
+        with named(method):
+            return self._resolve(self.of(method))
+
+    def distribute(self, methods: Sequence[str], known: Sequence[str]) -> None:
+        """Find out which methods have the settings that are given, and print what does not go to all of them.
+
+        Args:
+            methods: Those of the comparison.
+            known: All that there are: an option that only another one has is no mistake, since a part of a
+                comparison may be started with the options of the whole.
+
+        Raises:
+            InputError: No method has such a setting.
+        """
+        configs = {method: self.resolve(method).resolved for method in methods}
+        for key in self.method_keys:
+            takers = [method for method in methods if _has_setting(configs[method], key)]
+            if not takers:
+                self._check_known(key, [*methods, *(m for m in known if m not in methods)])
             others = [method for method in methods if method not in takers]
-            goes = f"{key} goes to {', '.join(takers)}; " if takers else f"{key}: "
-            print(f"{goes}{', '.join(others)}: no such setting")
-    if options.partial:
-        runs = {method: _parsed(method, options, resolve) for method in runs}
-    for method, run in runs.items():
-        with _told_of(method):
-            run.check()
-    return runs
+            if others:
+                goes = f"{key} goes to {', '.join(takers)}; " if takers else f"{key}: "
+                print(f"{goes}{', '.join(others)}: no such setting")
+            self.takers[key] = takers
+
+    def _check_known(self, key: str, methods: Sequence[str]) -> None:
+        """Let the parser refuse a setting that no method has, where the section that it should be in is."""
+        nearest = methods[0]
+        for method in methods:
+            config = self.resolve(method).resolved
+            if _has_setting(config, key):
+                return
+            if _has_setting(config, f"{key.rpartition('.')[0]}.class_path"):
+                nearest = method
+        self.takers[key] = [nearest]
+        self.resolve(nearest)
 
 
-def _check_known(key: str, methods: Sequence[str], options: RunOptions, resolve: Resolver) -> None:
-    """Let the parser refuse a setting that no method has, where the section that it should be in is."""
-    nearest = methods[0]
-    for method in methods:
-        config = _parsed(method, RunOptions(options.configs, []), resolve).resolved
-        if has_setting(config, key):
-            return
-        if has_setting(config, f"{key.rpartition('.')[0]}.class_path"):
-            nearest = method
-    options.force(nearest, key)
-    _parsed(nearest, options, resolve)
+def _key(group: Sequence[str]) -> str:
+    """Return the setting that an option names: `init.gamma` of `--init.init_args.gamma=64`."""
+    name = group[0].removeprefix("--").partition("=")[0]
+    return ".".join(part for part in name.split(".") if part != "init_args")
 
 
-def _parsed(method: str, options: RunOptions, resolve: Resolver) -> ResolvedRun:
-    with _told_of(method):
-        return resolve(options.of(method))
+def _has_setting(config: Mapping[str, Any], key: str) -> bool:
+    """Return whether a resolved configuration has a setting or section; below a null section it has none."""
+    names = (name.replace("init_args.", "") for name in flat(config))
+    return any(name == key or name.startswith(f"{key}.") for name in names)
 
 
 @contextmanager
-def _told_of(method: str) -> Iterator[None]:
+def named(method: str) -> Iterator[None]:
     """Put the method's name before what is wrong with its run."""
     try:
         yield
     except ValueError as error:
         # The parser wraps what a class says of its arguments.
-        told = next((e for e in causes(error) if isinstance(e, InputError)), None)
-        if told is None:
+        message = next((e for e in causes(error) if isinstance(e, InputError)), None)
+        if message is None:
             raise
-        raise InputError(f"method {method}: {told}") from error
+        raise InputError(f"method {method}: {message}") from error
 
 
-def check_methods(runs: Mapping[str, Mapping[str, Any]]) -> Settings:
-    """Return the settings that all methods share.
+def resolve_methods(
+    methods: Sequence[str], known: Sequence[str], options: RunOptions
+) -> dict[str, ResolvedRun]:
+    """Parse and check the runs of all methods.
+
+    Where they would validate on the rows that they report, an option sets training rows aside.
 
     Args:
-        runs: The resolved configuration of each method.
+        methods: Those of the comparison.
+        known: All that there are.
+        options: Their options.
 
     Raises:
-        InputError: Methods differ in more than what makes a method, or two are the same.
+        InputError: A setting is unknown or wrong; names the method.
     """
-    names = list(runs)
-    first = task_settings(runs[names[0]])
-    for name in names[1:]:
-        found = differences(first, task_settings(runs[name]))
-        if found:
+    if options.method_keys:
+        options.distribute(methods, known)
+    first = options.resolve(methods[0])
+    with named(methods[0]):
+        size = rows_to_set_aside(first)
+    runs = {methods[0]: first}
+    if size is not None:
+        print(
+            f"{size:,} training rows are set aside to choose learning rates on (data.validation_size)"
+        )
+        options.add(f"--data.validation_size={size}")
+        runs = {}
+    for method in methods:
+        runs[method] = runs.get(method) or options.resolve(method)
+        with named(method):
+            runs[method].check()
+        if "lr" not in (runs[method].resolved["model"]["optimizer"].get("init_args") or {}):
             raise InputError(
-                f"the methods {names[0]} and {name} differ in {told(found)}: a comparison needs the same data "
-                "and budget. Take these settings out of the overlays in configs/methods/, which may change "
-                "model.method, model.adapter, model.optimizer and init"
+                f"method {method}: its optimizer has no setting lr, which compare varies"
             )
-    for i, name in enumerate(names):
-        for other in names[:i]:
-            found = differences(method_settings(runs[other]), method_settings(runs[name]))
-            found.pop("model.method", None)
-            if not found:
-                raise InputError(
-                    f"the methods {other} and {name} come to the same settings with this configuration: "
-                    "compare one of them"
-                )
-    return first
+    return runs
 
 
 def rows_to_set_aside(run: ResolvedRun) -> int | None:
@@ -155,6 +202,35 @@ def rows_to_set_aside(run: ResolvedRun) -> int | None:
     if not data.label_words or data.validation_size is not None:
         return None
     return min(MOST_ASIDE, len(data.rows("train")) // 5)
+
+
+def check_methods(configs: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """Return the settings that all methods share.
+
+    Args:
+        configs: The resolved configuration of each method.
+
+    Raises:
+        InputError: Methods differ in more than what makes a method, or two are the same.
+    """
+    names = list(configs)
+    shared = task_settings(configs[names[0]])
+    for i, name in enumerate(names):
+        differ = differences(shared, task_settings(configs[name]))
+        if differ:
+            raise InputError(
+                f"the methods {names[0]} and {name} differ in {differences_text(differ)}: a comparison needs "
+                "the same data and budget. Take these settings out of the overlays in configs/methods/, which "
+                "may change model.method, model.adapter, model.optimizer and init"
+            )
+        own = method_settings(configs[name])
+        for other in names[:i]:
+            if differences(method_settings(configs[other]), own).keys() <= {"model.method"}:
+                raise InputError(
+                    f"the methods {other} and {name} come to the same settings with this configuration: "
+                    "compare one of them"
+                )
+    return shared
 
 
 def check_validation(run: ResolvedRun) -> None:
@@ -174,20 +250,18 @@ def asked_benchmarks(test_configs: Sequence[str], run: ResolvedRun) -> dict[str,
     Raises:
         InputError: An overlay is missing or names no class.
     """
-    found: dict[str, Settings] = {}
-    for name in test_configs:
-        path = find_config(name)
+    benchmarks: dict[str, Settings] = {}
+    for path in map(find_config, test_configs):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        evals = flat(content).get("data.init_args.evals") or []
-        for given in evals:
+        for given in flat(content).get("data.init_args.evals") or []:
             try:
-                kind = run.class_named(given["class_path"])
+                name = run.class_named(given["class_path"]).name
             except (ImportError, AttributeError, ValueError, TypeError, KeyError) as error:
                 raise InputError(
                     f"--test_config {path} lists {given!r} under data.evals, which is no benchmark: {error}"
                 ) from error
-            found[kind.name] = flat(given.get("init_args") or {})
-    return found
+            benchmarks[name] = flat(given.get("init_args") or {})
+    return benchmarks
 
 
 def check_score(score: str | None, run: ResolvedRun, benchmarks: Collection[str]) -> None:
@@ -195,7 +269,7 @@ def check_score(score: str | None, run: ResolvedRun, benchmarks: Collection[str]
     if score is None or score == "loss":
         return
     data = run.data
-    asked = sorted({*benchmarks, *(evaluation.name for evaluation in data.evals)})
+    asked = sorted({*benchmarks, *(benchmark.name for benchmark in data.evals)})
     if "/" in score and score.partition("/")[0] not in asked:
         raise InputError(
             f"--score is {score!r}, but the runs are asked {', '.join(asked) or 'no benchmark'}: name its "

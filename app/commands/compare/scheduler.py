@@ -1,8 +1,7 @@
-"""Train and test the cells of a grid, each in its own processes, beside others who do the same.
+"""Train and test the cells of a grid, each in its own processes, beside other commands that do the same.
 
-A cell's lock belongs to whoever works on it, and is handed down to the process that trains: it is held as
-long as that process lives, even if the command that started it was killed. What is finished is read from
-the run folders, so that nothing has to be kept in step with them.
+The process that trains inherits the lock of its cell, which is held as long as that process lives, even if the
+command that started it was killed. What is finished is read from the run folders alone.
 """
 
 import fcntl
@@ -11,9 +10,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from app.commands.compare.cells import (
     CELLS_FOLDER,
@@ -30,22 +29,9 @@ from app.utils.signals import Stopped, exit_status
 
 POLL_SECONDS = 0.2
 
-
-class Process(Protocol):
-    """What is needed of a running command."""
-
-    def poll(self) -> int | None:
-        """Return its exit status; None while it runs."""
-
-    def wait(self) -> int:
-        """Wait for its end."""
-
-    def send_signal(self, sig: int) -> None:
-        """Send it a signal."""
-
-
+Process = subprocess.Popen[bytes]
 Start = Callable[[Sequence[str], IO[bytes], int], Process]
-Command = Callable[[Cell, CellState], Sequence[str]]
+NextCommand = Callable[[Cell, CellState], Sequence[str]]
 
 
 def start_process(command: Sequence[str], log: IO[bytes], lock: int) -> Process:
@@ -60,59 +46,59 @@ def start_process(command: Sequence[str], log: IO[bytes], lock: int) -> Process:
 
 
 @dataclass
-class _Work:
+class _Job:
     cell: Cell
-    folder: Path
     lock: IO[Any]
     log: IO[bytes]
     begin: float
     process: Process
-    log_start: int = 0
+    log_start: int
+    """Where the process began to write."""
 
 
 class GridRun:
-    """The work on a grid, shared with whoever works on the same folder.
+    """Work on a grid, shared with other commands that work on the same folder.
 
     Args:
         cells: The cells wanted, in this order.
-        folder: The comparison's folder; cells live in its `cells/`.
-        command: Returns what to start next for a cell that is not finished: training, then the test.
+        folder: The comparison's folder; cells are in its `cells/`.
+        next_command: Returns what to start next for a cell that is not finished: training, then the test.
         jobs: Cells at once.
         start: Starts a command.
         benchmarks: Those that finished cells have been asked.
-        say: Prints a line.
+
+    Attributes:
+        states: How far each cell is.
     """
 
     def __init__(
         self,
         cells: Sequence[Cell],
         folder: Path,
-        command: Command,
+        next_command: NextCommand,
         jobs: int = 1,
         start: Start = start_process,
         benchmarks: Collection[str] = (),
-        say: Callable[[str], None] = lambda line: print(line, flush=True),
     ) -> None:
         self.cells = list(cells)
         self.folder = folder / CELLS_FOLDER
-        self.command = command
+        self.next_command = next_command
         self.jobs = jobs
         self.start = start
         self.benchmarks = benchmarks
-        self.say = say
-        self.states = {cell: self._state(self.folder / cell.name) for cell in self.cells}
-        self._failed_before = {
-            cell: self._failure(cell)
-            for cell, found in self.states.items()
-            if found.state == "failed"
-        }
-        self._running: list[_Work] = []
+        self.states = {cell: self._state(cell) for cell in self.cells}
+        self._failed_before = {cell: self._failure(cell) for cell in self.cells}
+        self._running: list[_Job] = []
         self._seconds: list[float] = []  # of each cell that this process has trained
 
-    def _state(self, folder: Path) -> CellState:
-        return state_of(folder, self.benchmarks)
+    def _state(self, cell: Cell) -> CellState:
+        return state_of(self.folder / cell.name, self.benchmarks)
 
-    def run(self) -> None:
+    def _failure(self, cell: Cell) -> bytes:
+        path = self.folder / cell.name / FAILURE_FILE
+        return path.read_bytes() if path.is_file() else b""
+
+    def work(self) -> None:
         """Work until every cell is finished or has failed.
 
         Raises:
@@ -120,34 +106,33 @@ class GridRun:
         """
         pending = [
             cell
-            for cell, found in self.states.items()
-            if found.state not in ("finished", "diverged")
+            for cell, state in self.states.items()
+            if state.state not in ("finished", "diverged")
         ]
-        self.say(self._progress("start"))
+        self._print_progress("start")
         waiting = False
         try:
             while pending or self._running:
-                for work in list(self._running):
-                    self._advance(work)
+                for job in list(self._running):
+                    self._advance(job)
                 for cell in list(pending):
-                    if len(self._running) == self.jobs:
-                        break
-                    if self._take(cell):
+                    if len(self._running) < self.jobs and self._begin(cell):
                         pending.remove(cell)
                 if pending and not self._running and not waiting:
                     names = ", ".join(cell.name for cell in pending)
-                    self.say(f"waiting for cells that another process trains: {names}")
+                    print(f"waiting for cells that another process trains: {names}", flush=True)
                 waiting = bool(pending) and not self._running
                 if pending or self._running:
                     time.sleep(POLL_SECONDS)
         except Stopped as stopped:
             self._stop(stopped)
         finally:
-            for work in self._running:
-                self._release(work)
+            for job in self._running:
+                job.log.close()
+                job.lock.close()
 
-    def _take(self, cell: Cell) -> bool:
-        """Begin with a cell; False if somebody else works on it."""
+    def _begin(self, cell: Cell) -> bool:
+        """Begin with a cell; False if another process works on it."""
         folder = self.folder / cell.name
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_FILE).open("a")
@@ -156,99 +141,94 @@ class GridRun:
         except BlockingIOError:
             lock.close()
             return False
-        found = self._state(folder)  # somebody may have had it in the meantime
-        again = found.state == "failed" and self._failed_before.get(cell) == self._failure(cell)
-        if found.state in ("finished", "diverged") or (found.state == "failed" and not again):
+        state = self._state(cell)  # another process may have had it in the meantime
+        failed_meanwhile = self._failed_before[cell] != self._failure(cell)
+        if state.state in ("finished", "diverged") or (
+            state.state == "failed" and failed_meanwhile
+        ):
             lock.close()
-            self._note(cell, found, "was trained by another process")
+            self._set_state(cell, state, "was trained by another process")
             return True
         (folder / FAILURE_FILE).unlink(missing_ok=True)
         log = (folder / LOG_FILE).open("ab")
         begin = time.perf_counter()
-        process, log_start = self._launch(cell, self._state(folder), log, lock)
-        self._running.append(_Work(cell, folder, lock, log, begin, process, log_start))
-        self.say(f"{cell.name}: {'tests' if found.run else 'trains'}; {folder / LOG_FILE}")
+        process, log_start = self._launch(cell, self._state(cell), log, lock)
+        self._running.append(_Job(cell, lock, log, begin, process, log_start))
+        print(f"{cell.name}: {'tests' if state.run else 'trains'}; {folder / LOG_FILE}", flush=True)
         return True
 
     def _launch(
-        self, cell: Cell, found: CellState, log: IO[bytes], lock: IO[Any]
+        self, cell: Cell, state: CellState, log: IO[bytes], lock: IO[Any]
     ) -> tuple[Process, int]:
-        command = self.command(cell, found)
+        command = self.next_command(cell, state)
         log.write(f"$ {shlex.join(command)}\n".encode())
         log.flush()
-        where = log.tell()  # before the start: the process moves this position
-        return self.start(command, log, lock.fileno()), where
+        log_start = log.tell()  # before the start: the process moves this position
+        return self.start(command, log, lock.fileno()), log_start
 
-    def _advance(self, work: _Work) -> None:
-        status = work.process.poll()
+    def _advance(self, job: _Job) -> None:
+        """Start the test of a cell whose training has ended; close a cell whose test has ended."""
+        status = job.process.poll()
         if status is None:
             return
-        before = self.states[work.cell]
-        found = self._state(work.folder)
-        if status == 0 and found.state == "trained" and before.state != "trained":
-            self.states[work.cell] = found
-            work.process, work.log_start = self._launch(work.cell, found, work.log, work.lock)
+        state = self._state(job.cell)
+        if status == 0 and state.state == "trained" and self.states[job.cell].state != "trained":
+            self.states[job.cell] = state
+            job.process, job.log_start = self._launch(job.cell, state, job.log, job.lock)
             return
-        self._running.remove(work)
-        if found.state != "finished":
-            self._fail(work, status)
-            found = self._state(work.folder)
+        self._running.remove(job)
+        if state.state == "finished":
+            self._seconds.append(time.perf_counter() - job.begin)
         else:
-            self._seconds.append(time.perf_counter() - work.begin)
-        self._release(work)
-        self._note(work.cell, found, found.state)
+            self._write_failure(job, status)
+            state = self._state(job.cell)
+        job.log.close()
+        job.lock.close()
+        self._set_state(job.cell, state, state.state)
 
-    def _fail(self, work: _Work, status: int) -> None:
-        with (work.folder / LOG_FILE).open("rb") as stream:
-            stream.seek(work.log_start)
+    def _write_failure(self, job: _Job, status: int) -> None:
+        folder = self.folder / job.cell.name
+        with (folder / LOG_FILE).open("rb") as stream:
+            stream.seek(job.log_start)
             lines = stream.read().decode(errors="replace").splitlines()
-        message = failure_message(lines, status)
-        cell = work.cell
-        told = {
-            "method": cell.method,
-            "learning_rate": cell.learning_rate,
-            "seed": cell.seed,
+        failure = {
+            **asdict(job.cell),
             "diverged": status == DivergedError.exit_status,
-            "message": message,
+            "message": failure_message(lines, status),
             "time": time.time(),
         }
-        write_json(work.folder / FAILURE_FILE, told)
+        write_json(folder / FAILURE_FILE, failure)
 
-    def _failure(self, cell: Cell) -> bytes:
-        path = self.folder / cell.name / FAILURE_FILE
-        return path.read_bytes() if path.is_file() else b""
+    def _set_state(self, cell: Cell, state: CellState, what: str) -> None:
+        self.states[cell] = state
+        self._print_progress(
+            f"{cell.name} {what}" + (f": {state.message}" if state.message else "")
+        )
 
-    def _release(self, work: _Work) -> None:
-        work.log.close()
-        work.lock.close()
-
-    def _note(self, cell: Cell, found: CellState, what: str) -> None:
-        self.states[cell] = found
-        reason = f": {found.message}" if found.message else ""
-        self.say(self._progress(f"{cell.name} {what}{reason}"))
-
-    def _progress(self, told: str) -> str:
-        done = [found.state for found in self.states.values()]
-        finished, failed = done.count("finished"), done.count("failed") + done.count("diverged")
-        left = len(done) - finished - failed
-        line = f"[{finished}/{len(done)} finished"
-        line += f", {failed} failed" if failed else ""
+    def _print_progress(self, event: str) -> None:
+        states = [state.state for state in self.states.values()]
+        finished, failed = (
+            states.count("finished"),
+            states.count("failed") + states.count("diverged"),
+        )
+        left = len(states) - finished - failed
+        line = f"{finished}/{len(states)} finished" + (f", {failed} failed" if failed else "")
         if left and self._seconds:
             mean = sum(self._seconds) / len(self._seconds)
             line += f", about {duration(mean * left / self.jobs)} left"
-        return f"{line}] {told}"
+        print(f"[{line}] {event}", flush=True)
 
     def _stop(self, stopped: Stopped) -> None:
         """Let the cells at work save and end."""
         # Ctrl-C has reached them already, and a second one would not let them save.
         interrupted = stopped.status == exit_status(signal.SIGINT)
         number = signal.SIGTERM if interrupted else stopped.status - 128
-        for work in self._running:
-            if work.process.poll() is None:
-                work.process.send_signal(number)
-        for work in self._running:
-            work.process.wait()
-        done = sum(found.state == "finished" for found in self.states.values())
+        for job in self._running:
+            if job.process.poll() is None:
+                job.process.send_signal(number)
+        for job in self._running:
+            job.process.wait()
+        done = sum(state.state == "finished" for state in self.states.values())
         raise Stopped(
             stopped.status,
             f"stopped with {done} of {len(self.cells)} cells finished; the same command goes on",
@@ -256,7 +236,7 @@ class GridRun:
 
 
 def failure_message(lines: Sequence[str], status: int) -> str:
-    """Say why a command failed, from what it printed last."""
+    """Return why a command failed, from what it printed last."""
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if errors:
         return errors[-1]
@@ -264,8 +244,8 @@ def failure_message(lines: Sequence[str], status: int) -> str:
         name = signal.Signals(-status).name
         hint = ", as the kernel does where memory runs out" if -status == signal.SIGKILL else ""
         return f"ended by {name}{hint}"
-    spoken = [line.strip() for line in lines if line.strip()]
-    last = spoken[-1] if spoken else "it said nothing"
+    printed = [line.strip() for line in lines if line.strip()]
+    last = printed[-1] if printed else "it said nothing"
     return f"exit status {status}: {last}"
 
 

@@ -20,8 +20,8 @@ FREE = (
 )
 """What changes neither the training nor its scores: how often is logged, where it is written."""
 
-WATCHERS = ("AlignmentMonitor",)
-"""Callbacks that look on and change nothing."""
+OBSERVERS = ("AlignmentMonitor",)
+"""Callbacks that change nothing."""
 
 Settings = dict[str, Any]
 
@@ -31,29 +31,31 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Settings:
 
     Classes of the project have their bare names, whatever modules they lay in when a run was written.
     """
-    found: Settings = {}
+    settings: Settings = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{name}.")
-        elif key == "class_path":
-            found[name] = bare_name(str(value))
+            settings |= flat(value, f"{name}.")
+        elif name.endswith("class_path"):
+            settings[name] = bare_name(str(value))
         else:
-            found[name] = None if value in ({}, []) else value
-    return found
+            settings[name] = None if value in ({}, []) else value
+    return settings
 
 
 def method_settings(config: Mapping[str, Any]) -> Settings:
     """Return what makes the method, without its learning rate."""
-    found = {
-        name: value for name, value in flat(config).items() if _in(name, METHOD) and name != RATE
+    settings = {
+        name: value
+        for name, value in flat(config).items()
+        if _is_below(name, METHOD) and name != RATE
     }
-    callbacks = found.get("trainer.callbacks")
+    callbacks = settings.get("trainer.callbacks")
     if isinstance(callbacks, list):
-        named = [{**c, "class_path": bare_name(c["class_path"])} for c in callbacks]
-        acting = [c for c in named if c["class_path"] not in WATCHERS]
-        found["trainer.callbacks"] = acting or None
-    return found
+        named = [{**c, "class_path": bare_name(str(c.get("class_path")))} for c in callbacks]
+        acting = [c for c in named if c["class_path"] not in OBSERVERS]
+        settings["trainer.callbacks"] = acting or None
+    return settings
 
 
 def task_settings(config: Mapping[str, Any]) -> Settings:
@@ -61,7 +63,7 @@ def task_settings(config: Mapping[str, Any]) -> Settings:
     return {
         name: value
         for name, value in flat(config).items()
-        if not _in(name, METHOD) and not _in(name, FREE)
+        if not _is_below(name, METHOD) and not _is_below(name, FREE)
     }
 
 
@@ -77,12 +79,12 @@ def differences(left: Settings, right: Settings) -> dict[str, tuple[Any, Any]]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def told(found: Mapping[str, tuple[Any, Any]], most: int = 4) -> str:
-    """Return differences as text: `data.init_args.max_length (128, 256)`."""
-    parts = [f"{name} ({left}, {right})" for name, (left, right) in list(found.items())[:most]]
-    more = len(found) - len(parts)
+def differences_text(differing: Mapping[str, tuple[Any, Any]], most: int = 4) -> str:
+    """Write differences as `data.init_args.max_length (128, 256)`."""
+    parts = [f"{name} ({left}, {right})" for name, (left, right) in list(differing.items())[:most]]
+    more = len(differing) - len(parts)
     return ", ".join(parts) + (f" and {more} more" if more else "")
 
 
-def _in(name: str, sections: tuple[str, ...]) -> bool:
+def _is_below(name: str, sections: tuple[str, ...]) -> bool:
     return any(name == section or name.startswith(f"{section}.") for section in sections)

@@ -17,9 +17,14 @@ import app.commands.compare.command
 from app.cli.main import main
 from app.cli.resolve import resolve_run
 from app.commands.compare.cells import Cell, grid, parse_rates
-from app.commands.compare.manifest import Plan, read_plan, update_manifest
-from app.commands.compare.options import RunOptions
-from app.commands.compare.resolve import check_validation, resolve_methods, rows_to_set_aside
+from app.commands.compare.manifest import GridManifest, read_manifest, update_manifest
+from app.commands.compare.resolve import (
+    RunOptions,
+    check_validation,
+    resolve_methods,
+    rows_to_set_aside,
+)
+from app.utils.command_parser import CommandParser
 from app.utils.errors import InputError
 from app.utils.text import rate_text
 from tests.support.paths import ROOT
@@ -205,7 +210,7 @@ def test_refusals(refused, tmp_path):
     assert "there is no method 'lorra': expected some of" in refused("--methods=lorra", rates)
     assert "lora_one_adamw" in refused("--methods=lorra", rates)
     assert "names lora twice" in refused("--methods=lora,lora", rates)
-    assert refused("--methods=lora,", rates).startswith("--methods is 'lora,': expected values")
+    assert refused("--methods=lora,", rates).startswith("--methods is 'lora,': expected names")
     for wrong in ("fast", "0", "-1e-3", "nan", "inf"):
         told = refused("--methods=lora", f"--learning_rates={wrong}")
         assert told.startswith(f"--learning_rates has '{wrong}': expected numbers above 0")
@@ -242,10 +247,10 @@ def test_only_the_run_that_is_meant_is_checked(tiny_run, tmp_path):
     file = tmp_path / "wide.yaml"
     file.write_text("model: {adapter: {r: 16}}")  # above AdaLoRA's usual init_r
     for method in ("adalora", "lora"):
-        options = RunOptions([str(tiny_run), str(file)], ["--model.adapter.adalora.init_r=20"])
-        found = resolve_methods([method], ["lora", "adalora"], options, resolve_run)[
-            method
-        ].resolved
+        options = RunOptions(
+            [str(tiny_run), str(file)], ["--model.adapter.adalora.init_r=20"], resolve_run
+        )
+        found = resolve_methods([method], ["lora", "adalora"], options)[method].resolved
         assert found["model"]["adapter"]["r"] == 16
         if method == "adalora":
             assert found["model"]["adapter"]["adalora"]["init_r"] == 20
@@ -253,12 +258,12 @@ def test_only_the_run_that_is_meant_is_checked(tiny_run, tmp_path):
 
 def test_a_plan_of_which_nothing_was_trained_gives_way(tmp_path):
     cell = Cell("lora", 1e-3, 0)
-    update_manifest(tmp_path, Plan([cell, Cell("dora", 1e-3, 0)], {"trainer.max_steps": 1}))
-    update_manifest(tmp_path, Plan([cell], {"trainer.max_steps": 2}))
-    assert read_plan(tmp_path) == Plan([cell], {"trainer.max_steps": 2})
+    update_manifest(tmp_path, GridManifest([cell, Cell("dora", 1e-3, 0)], {"trainer.max_steps": 1}))
+    update_manifest(tmp_path, GridManifest([cell], {"trainer.max_steps": 2}))
+    assert read_manifest(tmp_path) == GridManifest([cell], {"trainer.max_steps": 2})
     (tmp_path / "cells" / cell.name / "version_0").mkdir(parents=True)
     with pytest.raises(InputError, match=r"another task: trainer.max_steps \(2, 3\)"):
-        update_manifest(tmp_path, Plan([cell], {"trainer.max_steps": 3}))
+        update_manifest(tmp_path, GridManifest([cell], {"trainer.max_steps": 3}))
 
 
 def test_options_of_a_method_go_to_those_that_have_them(
@@ -291,7 +296,7 @@ def test_options_of_a_method_go_to_those_that_have_them(
 
 
 def test_validation_on_the_reported_rows_is_refused(refused, monkeypatch):
-    monkeypatch.setattr("app.commands.compare.command.rows_to_set_aside", lambda run: None)
+    monkeypatch.setattr("app.commands.compare.resolve.rows_to_set_aside", lambda run: None)
     options = (*OPTIONS[:1], "--data.validation_size=null")
     told = refused("--methods=lora", "--learning_rates=1e-3", options=options)
     assert "are the rows that the test reports" in told
@@ -381,7 +386,7 @@ def parsed(argv):
     """Return the cells that a recorded `compare` asks for, and its other options."""
     assert argv[1] == "compare"
     assert argv[0].endswith("train.py")
-    own = app.commands.compare.command._Parser("compare", allow_abbrev=False)
+    own = CommandParser("compare")
     for name in ("--methods", "--learning_rates", "--seeds"):
         own.add_argument(name)
     given, rest = own.parse_known_args(argv[2:])

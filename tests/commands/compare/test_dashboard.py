@@ -36,7 +36,7 @@ def test_the_sections_and_the_reported_score_first(dashboard):
     assert (found["entity"], found["project"], found["displayName"]) == ("me", "p", "n")
     sections = found["spec"]["section"]["panelBankConfig"]["sections"]
     assert [s["name"] for s in sections if s["panels"]] == [
-        *("Scores", "Training", "Start", "Inside", "Cost")
+        *("Scores", "Training", "Initialization", "Alignment metrics", "Cost")
     ]
     first, second = panels(found, BARS)[:2]
     assert first["metrics"] == ["summary_metrics.test/gsm8k/strict"]

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from app.commands.compare.collect import collect
-from app.commands.compare.figures import _mean_curve
-from app.commands.compare.selection import Stat, tasks
+from app.commands.compare.figures import mean_curve, run_curve
+from app.commands.compare.selection import comparisons
 from app.commands.compare.settings import method_settings
 from tests.support.report_runs import SCORES, change, grid_run, plan, rows_of, write_run
 
@@ -39,7 +39,7 @@ def test_the_tables_numbers(report, runs, tmp_path, capsys):
     assert (ours["learning rate"], lora["learning rate"]) == ("1e-3", "1e-2 †")
     assert "At the edge of the rates tried" in printed
     assert "lora (the highest rate tried)" in printed
-    assert (ours["initialisation, s"], lora["initialisation, s"]) == ("3.0", "0.0")
+    assert (ours["initialization, s"], lora["initialization, s"]) == ("3.0", "0.0")
     assert (ours["peak memory, GiB"], lora["peak memory, GiB"]) == ("5.00", "3.00")
     text = (tmp_path / "out" / "report.md").read_text()
     for rate, cell in ((1e-4, "{}"), (1e-3, "**{}**"), (1e-2, "{}")):
@@ -52,35 +52,28 @@ def test_the_tables_numbers(report, runs, tmp_path, capsys):
 
 def test_heat_maps_of_the_best_rates_first_seed(report, runs, tmp_path):
     assert report(runs) == 0
-    assert "Inside" not in (tmp_path / "out" / "report.md").read_text()
+    assert "Alignment" not in (tmp_path / "out" / "report.md").read_text()
     drawn = {}
     for config in runs.rglob("config.yaml"):
         for measure in ("angle_A", "captured", "norm"):
             png = f"{config.parent} {measure}".encode()
-            (config.parent / f"inside_{measure}.png").write_bytes(png)
+            (config.parent / f"alignment_{measure}.png").write_bytes(png)
             drawn[png] = yaml.safe_load(config.read_text())
     assert report(runs) == 0
     out = tmp_path / "out"
-    names = sorted(path.name for path in out.glob("inside_*.png"))
+    names = sorted(path.name for path in out.glob("alignment_*.png"))
     methods = ("lora", "lora_one")
-    assert names == [f"inside_{m}_{kind}.png" for m in methods for kind in ("angle_A", "captured")]
+    assert names == [
+        f"alignment_{m}_{kind}.png" for m in methods for kind in ("angle_A", "captured")
+    ]
     for name in names:
         shown = drawn[(out / name).read_bytes()]
         assert shown["seed_everything"] == 0
         best = 1e-3 if shown["model"]["method"] == "lora_one" else 1e-2
         assert shown["model"]["optimizer"]["init_args"]["lr"] == best
-        assert f"inside_{shown['model']['method']}_" in name
+        assert f"alignment_{shown['model']['method']}_" in name
         assert f"({name})" in (out / "report.md").read_text()
     assert "lora_one: Angle between lora_A" in (out / "report.html").read_text()
-
-
-def test_statistics():
-    values = [0.3, 0.1, 0.7, 0.4]
-    found = Stat.of([*values, None])
-    assert (found.mean, found.n) == (pytest.approx(np.mean(values)), 4)
-    assert found.std == pytest.approx(np.std(values, ddof=1))
-    assert np.isnan(Stat.of([0.5]).std)
-    assert np.isnan(Stat.of([]).mean)
 
 
 def test_another_score(report, runs, tmp_path, capsys):
@@ -103,10 +96,11 @@ def test_a_benchmark_is_reported_and_chosen_by_the_loss(tmp_path):
             "test": {"gsm8k/strict": score},
         }
         (folder / "summary.json").write_text(json.dumps(told))
-    [task] = tasks(collect([tmp_path]))
+    [task] = comparisons(collect([tmp_path]))
     assert (task.score, task.selected_by) == ("gsm8k/strict", "loss")
-    best = task.methods[0].best
-    assert (best.learning_rate, best.validation.mean, best.test.mean) == (1e-3, 0.4, 0.2)
+    [method] = task.methods
+    means = method.rates.xs("mean", axis=1, level=1).loc[method.best]
+    assert (method.best, *means) == (1e-3, 0.4, 0.2)
 
 
 def test_lost_runs_are_no_best_and_are_told(report, runs, tmp_path, capsys):
@@ -301,7 +295,7 @@ def test_tasks_share_no_table(report, runs, tmp_path, capsys):
     assert len(rows_of(tmp_path / "out" / "table_2.csv")) == 1
     page = (tmp_path / "out" / "report.html").read_text()
     assert "data.init_args.max_length (128, 64)" in page
-    [first, second] = tasks(collect([runs, tmp_path / "other"]))
+    [first, second] = comparisons(collect([runs, tmp_path / "other"]))
     assert (len(first.runs), len(second.runs)) == (18, 1)
 
 
@@ -365,16 +359,20 @@ def test_folders_that_hold_no_run(report, runs, tmp_path, capsys):
 
 
 def test_curves(runs):
-    [task] = tasks(collect([runs]))
+    [task] = comparisons(collect([runs]))
     [ours, lora] = task.methods
-    run = next(run for run in ours.best.runs if run.seed == 1)
-    np.testing.assert_allclose(run.curve("loss", "steps"), [(i + 1, 1 / (2 + i)) for i in range(4)])
+    run = next(run for run in ours.best_rows.run if run.seed == 1)
+    np.testing.assert_allclose(
+        run_curve(run, "loss", "steps"), [(i + 1, 1 / (2 + i)) for i in range(4)]
+    )
     # Two seconds and one for the seed to initialise, 0.6 for a step.
     seconds = [3 + 0.6 * (i + 1) for i in range(4)]
-    assert [x for x, _ in run.curve("loss", "seconds")] == pytest.approx(seconds)
-    np.testing.assert_allclose(run.curve("accuracy", "steps"), [(0, 0.55), (2, 0.61), (4, 0.92)])
-    assert [x for x, _ in run.curve("accuracy", "seconds")] == pytest.approx([3, 4.2, 5.4])
-    x, mean, std = _mean_curve(lora.best.runs, "loss", "steps")
+    assert [x for x, _ in run_curve(run, "loss", "seconds")] == pytest.approx(seconds)
+    np.testing.assert_allclose(
+        run_curve(run, "accuracy", "steps"), [(0, 0.55), (2, 0.61), (4, 0.92)]
+    )
+    assert [x for x, _ in run_curve(run, "accuracy", "seconds")] == pytest.approx([3, 4.2, 5.4])
+    x, mean, std = mean_curve(list(lora.best_rows.run), "loss", "steps")
     table = np.array([[1 / (1 + i + seed) for i in range(4)] for seed in range(3)])
     assert x == pytest.approx([1, 2, 3, 4])
     assert mean == pytest.approx(table.mean(axis=0))

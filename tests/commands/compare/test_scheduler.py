@@ -49,7 +49,7 @@ class Workers:
             with StopSignals():
                 try:
                     words = lambda *at: [str(word) for word in command(*at)]  # noqa: E731
-                    GridRun(cells, self.folder, words, jobs).run()
+                    GridRun(cells, self.folder, words, jobs).work()
                 except Stopped as stopped:
                     os._exit(stopped.status)
             os._exit(0)

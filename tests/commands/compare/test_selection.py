@@ -39,7 +39,7 @@ def test_before_training_and_seed_by_seed(report, runs, tmp_path):
 
 def test_the_curves_over_learning_rates(report, runs, monkeypatch):
     drawn = {}
-    picture = app.commands.compare.figures._picture
+    finish = app.commands.compare.figures._finish
 
     def watched(name, title, figure, axes):
         lines = axes.get_legend_handles_labels()
@@ -48,9 +48,9 @@ def test_the_curves_over_learning_rates(report, runs, monkeypatch):
             for bars, label in zip(*lines, strict=True)
             if hasattr(bars, "lines")
         }
-        return picture(name, title, figure, axes)
+        return finish(name, title, figure, axes)
 
-    monkeypatch.setattr(app.commands.compare.figures, "_picture", watched)
+    monkeypatch.setattr(app.commands.compare.figures, "_finish", watched)
     assert report(runs) == 0
     for i, split in enumerate(("validation", "test")):
         for method, by_rate in SCORES.items():
