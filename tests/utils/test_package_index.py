@@ -207,7 +207,9 @@ def test_wrong_checksum_names_both_and_runs_nothing(index, tmp_path, kind):
 
 def test_missing_member_names_the_closest(index):
     digest = make_wheel(index)
-    with pytest.raises(InputError, match=r"no regular file 'toy/dada.bin'.*: toy/data.bin, "):
+    with pytest.raises(
+        InputError, match=r"no regular file 'toy/dada.bin' .*did you mean toy/data.bin"
+    ):
         fetch_package_file(f"pypi://toy==1.0/toy/dada.bin#sha256={digest}")
 
 
@@ -219,11 +221,8 @@ def test_directories_and_links_are_no_files(tmp_path):
             member.type, member.linkname = kind, "/etc/passwd"
             sdist.addfile(member)
     for name in ("link", "folder"):
-        with (
-            pytest.raises(InputError, match="no regular file"),
-            package_file._open_member(path, name),
-        ):
-            pass
+        with pytest.raises(InputError, match="no regular file"):
+            package_file._extract(path, name, io.BytesIO())
 
 
 def test_no_such_package(index):
@@ -245,20 +244,19 @@ def test_unwritable_cache(tmp_path, monkeypatch):
         fetch_package_file(f"pypi://toy==1.0/x#sha256={HEX}")
 
 
-def test_interrupted_copy_leaves_no_target(tmp_path):
-    class Broken(io.BytesIO):
-        def read(self, size=-1):
-            if self.tell():
-                raise OSError("interrupted")
-            return super().read(4)
+def test_an_interrupted_write_leaves_no_target(index, monkeypatch):
+    """The archive is fetched again; atomic_write itself is tested in test_files.py."""
+    digest = make_wheel(index)
+    url = f"pypi://toy==1.0/toy/data.bin#sha256={digest}"
 
-    target = tmp_path / "data.bin"
-    with pytest.raises(OSError, match="interrupted"):
-        package_file._install(Broken(b"12345678"), target)
-    assert not target.exists()
-    package_file._install(io.BytesIO(b"whole"), target)
-    assert target.read_bytes() == b"whole"
-    assert package_file._is_intact(target)
+    def interrupted(path):
+        raise OSError("interrupted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(package_file, "file_sha256", interrupted)
+        with pytest.raises(OSError, match="interrupted"):
+            fetch_package_file(url)
+    assert fetch_package_file(url).read_bytes() == b"wheel data"
 
 
 def test_two_processes_download_once(index, capsys):
@@ -273,7 +271,7 @@ def test_two_processes_download_once(index, capsys):
         thread.start()
     for thread in threads:
         thread.join()
-    _, told = other.communicate()
+    _, message = other.communicate()
     assert other.returncode == 0
-    assert (told + capsys.readouterr().err).count("Downloading") == 1
+    assert (message + capsys.readouterr().err).count("Downloading") == 1
     assert fetch_package_file(url).read_bytes() == b"wheel data"

@@ -1,0 +1,47 @@
+"""Files are written whole or not at all."""
+
+import json
+
+import pytest
+
+from app.utils.errors import InputError
+from app.utils.files import atomic_write, file_sha256, locked, read_json, write_json
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "data.bin"
+    for before in (None, b"old"):
+        if before is not None:
+            path.write_bytes(before)
+        with pytest.raises(KeyboardInterrupt), atomic_write(path) as stream:
+            stream.write(b"half")
+            raise KeyboardInterrupt
+        assert (path.read_bytes() if path.exists() else None) == before
+        assert list(tmp_path.glob("*.part")) == []
+    with atomic_write(path) as stream:
+        stream.write(b"whole")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"whole"
+
+
+def test_json_comes_back(tmp_path):
+    path = tmp_path / "data.json"
+    assert read_json(path) is None
+    write_json(path, {"a": [1, None]})
+    assert read_json(path) == json.loads(path.read_text()) == {"a": [1, None]}
+    path.write_text("[1]")
+    assert read_json(path) is None
+    path.write_text("{")
+    assert read_json(path) is None
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    wanted = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file_sha256(tmp_path / "abc") == wanted
+
+
+def test_a_lock_that_cannot_be_made_names_the_setting(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="LORA_ONE_CACHE"), locked(tmp_path / "file" / "x"):
+        pass
