@@ -4,7 +4,6 @@ Prompts and label words are those of the LoRA-One and LoRA-GA code: a prefix, th
 by a line break, "result:", and a word for each class in the integer order of the Hub's data set.
 """
 
-import difflib
 import gzip
 import json
 import pathlib
@@ -19,6 +18,7 @@ from huggingface_hub.errors import HTTPError
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.utils.errors import InputError
+from app.utils.text import did_you_mean
 from data_modules.encoding import TextRow
 from data_modules.sampling import split_off
 from data_modules.text import TextDataModule
@@ -117,8 +117,7 @@ class GlueDataModule(TextDataModule):
     ) -> None:
         super().__init__(path=path, validation_size=validation_size, **options)
         if task not in TASKS:
-            close = difflib.get_close_matches(task.lower(), TASKS, n=1, cutoff=0.4)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(task.lower(), TASKS, cutoff=0.4)
             raise InputError(f"--data.task={task}: expected one of {', '.join(TASKS)}{hint}")
         if train_file is not None and path is None:
             raise InputError(

@@ -1,7 +1,6 @@
 """The command line's parser: every error is one plain line with the nearest known name."""
 
 import argparse
-import difflib
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -12,10 +11,9 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
+from app.utils.class_paths import bare_name, exists
 from app.utils.errors import InputError, causes
-
-RENAMED = {"InsideTraining": "AlignmentMonitor"}
-"""Classes of earlier versions and what they are called now."""
+from app.utils.text import did_you_mean, nearest
 
 
 class PlainHelp(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -23,21 +21,27 @@ class PlainHelp(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 
 class WrongSetting(InputError):
-    """An unknown setting or a wrong value.
+    """An unknown setting, or a wrong value of one.
 
     Args:
-        told: The message, with a `%s` for each of the names.
-        names: Settings, as the parser at hand knows them; those around it add what stands before.
+        key: The setting, as the parser at hand knows it; those around it add what stands before.
+        problem: What stands behind the key; None if there is no such setting.
+        close: The setting of the parser at hand that is most like an unknown one.
     """
 
-    def __init__(self, told: str, *names: str) -> None:
-        super().__init__(told % names)
-        self.told = told
-        self.names = names
+    def __init__(self, key: str, problem: str | None = None, close: str | None = None) -> None:
+        if problem is not None:
+            message = f"{key}{problem}"
+        else:
+            hint = "see --help" if close is None else f"did you mean {close}?"
+            message = f"there is no setting {key}; {hint}"
+        super().__init__(message)
+        self.key, self.problem, self.close = key, problem, close
 
-    def below(self, key: str) -> "WrongSetting":
+    def below(self, section: str) -> "WrongSetting":
         """Return the same error as the parser around sees it."""
-        return WrongSetting(self.told, *(f"{key}.{name}" for name in self.names))
+        close = None if self.close is None else f"{section}.{self.close}"
+        return WrongSetting(f"{section}.{self.key}", self.problem, close)
 
 
 class Parser(LightningArgumentParser):
@@ -89,8 +93,8 @@ class Parser(LightningArgumentParser):
     def _named(self, error: WrongSetting) -> WrongSetting:
         """Return the error, or a better one of a setting that is known not to be supported."""
         for name, message in self.unsupported.items():
-            if f"{error.names[0]}.".startswith(f"{name}."):
-                return WrongSetting(f"%s: {message}", error.names[0])
+            if f"{error.key}.".startswith(f"{name}."):
+                return WrongSetting(error.key, f": {message}")
         return error
 
     def _unknown(self, wrong: str, text: str) -> WrongSetting:
@@ -102,58 +106,38 @@ class Parser(LightningArgumentParser):
         # `data.batch_size` is short for `data.init_args.batch_size`
         full = (f"{group[1]}." if group else "") + wrong.removeprefix("init_args.")
         known = [action.dest for action in actions if action.dest != "help"]
-        close = difflib.get_close_matches(full, known, n=1, cutoff=0.5)
-        if close:
-            return WrongSetting("there is no setting %s; did you mean %s?", full, close[0])
-        return WrongSetting("there is no setting %s; see --help", full)
+        return WrongSetting(full, close=nearest(full, known))
 
 
 def _wrong_value(key: str, text: str) -> WrongSetting:
     """Say in plain words what the parser says of a value."""
-    moved = re.search(r"\b(?:app|callbacks|data_modules)\.[\w.]+\.(\w+)", text)
-    if moved and not _exists(moved[0]):
-        classes = {kind.__name__ for kind in _known_classes()}
-        now = RENAMED.get(moved[1], moved[1])
-        if now in classes:
-            return WrongSetting(f"%s is {moved[0]}, which is no class any more: write {now}", key)
+    known = {kind.__name__ for kind in _known_classes()}
+    moved = re.search(r"\b(?:app|callbacks|data_modules)\.[\w.]+", text)
+    if moved and not exists(moved[0]) and bare_name(moved[0]) in known:
+        now = bare_name(moved[0])
+        return WrongSetting(key, f" is {moved[0]}, which is no class any more: write {now}")
     simple = re.match(r"Expected an? (.+?)\. Got value: (.*)", text)
-    if not simple:  # a value below an optional section, given on the command line
-        nested = re.search(r'- Parser key "([^"]+)": (Expected .*?)(?: - Expected|$)', text)
-        if nested:
-            return _wrong_value(f"{key}.{nested[1]}", nested[2])
     if simple:
         kinds, got = simple[1], simple[2]
         choices = re.findall(r"'([^']+)'", kinds) if "Literal" in kinds else []
-        close = difflib.get_close_matches(got, choices, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
         wanted = f"one of {', '.join(choices)}" if choices else _kinds(kinds)
-        return WrongSetting("%s is " + f"{got}: expected {wanted}{hint}".replace("%", "%%"), key)
+        return WrongSetting(key, f" is {got}: expected {wanted}{did_you_mean(got, choices)}")
+    # A value below an optional section, given on the command line.
+    nested = re.search(r'- Parser key "([^"]+)": (Expected .*?)(?: - Expected|$)', text)
+    if nested:
+        return _wrong_value(f"{key}.{nested[1]}", nested[2])
     name = re.search(
         r"given class_path '([^']+)'|dot import path string: ([A-Za-z]\S+)|class_path='([^']+)'",
         text,
     )
     if name:
         wrong = next(group for group in name.groups() if group)
-        known = {kind.__name__: kind for kind in _known_classes()}
-        close = difflib.get_close_matches(wrong.rpartition(".")[2], known, n=1, cutoff=0.6)
-        kind = known[close[0]] if close else None
-        hint = f"; did you mean {kind.__name__}?" if kind else ""
-        return WrongSetting(
-            "%s is " + f"{wrong!r}, which is no class{hint}".replace("%", "%%"), key
-        )
+        hint = did_you_mean(wrong.rpartition(".")[2], known, cutoff=0.6)
+        return WrongSetting(key, f" is {wrong!r}, which is no class{hint}")
     union = re.match(r".*Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", text)
     if union:
-        told = f"{union[2]}: expected {_kinds(union[1])}"
-        return WrongSetting("%s is " + told.replace("%", "%%"), key)
-    return WrongSetting("%s: " + text.replace("%", "%%"), key)
-
-
-def _exists(path: str) -> bool:
-    try:
-        pkgutil.resolve_name(path)
-    except (ImportError, AttributeError):
-        return False
-    return True
+        return WrongSetting(key, f" is {union[2]}: expected {_kinds(union[1])}")
+    return WrongSetting(key, f": {text}")
 
 
 def _kinds(text: str) -> str:

@@ -14,7 +14,12 @@ def rate_text(rate: float) -> str:
     return f"{digits}e{int(power)}"
 
 
+def nearest(wrong: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """Return the known name most like a wrong one; None if none is like it."""
+    return next(iter(difflib.get_close_matches(wrong, list(known), n=1, cutoff=cutoff)), None)
+
+
 def did_you_mean(wrong: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """Return "; did you mean NAME?" with the known name most like a wrong one, or "" if none is like it."""
-    close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {close[0]}?" if close else ""
+    close = nearest(wrong, known, cutoff)
+    return "" if close is None else f"; did you mean {close}?"

@@ -5,7 +5,6 @@ prompt differs from the original's by one space before the subject.
 """
 
 import csv
-import difflib
 import io
 import pathlib
 import tarfile
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from app.evaluation.benchmark import Benchmark, Question
 from app.utils.errors import InputError
+from app.utils.text import did_you_mean
 from data_modules.readers import file_bytes, hub_rows
 
 HUB_ID = "cais/mmlu"
@@ -73,8 +73,7 @@ class Mmlu(Benchmark):
         self.limit = limit
         for subject in self.subjects:
             if subject not in CATEGORY_OF:
-                close = difflib.get_close_matches(subject, CATEGORY_OF, n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
+                hint = did_you_mean(subject, CATEGORY_OF, cutoff=0.6)
                 raise InputError(f"subjects of mmlu has {subject!r}: expected names of MMLU{hint}")
         if not self.subjects or len(set(self.subjects)) < len(self.subjects):
             raise InputError(f"subjects={self.subjects} of mmlu: expected each subject once")

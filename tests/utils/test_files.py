@@ -8,14 +8,19 @@ from app.utils.errors import InputError
 from app.utils.files import atomic_write, file_sha256, locked, read_json, write_json
 
 
+def interrupted(path):
+    with atomic_write(path) as stream:
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "data.bin"
     for before in (None, b"old"):
         if before is not None:
             path.write_bytes(before)
-        with pytest.raises(KeyboardInterrupt), atomic_write(path) as stream:
-            stream.write(b"half")
-            raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(path)
         assert (path.read_bytes() if path.exists() else None) == before
         assert list(tmp_path.glob("*.part")) == []
     with atomic_write(path) as stream:
