@@ -93,6 +93,17 @@ def test_questions_alone_are_no_training_data(plan, tmp_path):
     assert "has no rows to train on" in plan("--config", tmp_path / "data.yaml", status=2)
 
 
+def test_benchmarks_are_planned_for(plan):
+    """Their questions are cut or refused by the model's context, as by `fit`."""
+    writing = "{class_path: tests.support.toy_benchmarks.Writing, init_args: {max_new_tokens: %d}}"
+    printed = plan(f"--data.evals=[{writing % 6}]")
+    assert "writing                           23 questions   longest" in printed
+    assert "up to 6 new" in printed
+    assert "keys and values of the largest batch" in printed
+    printed = plan(f"--data.evals=[{writing % 2000}]", status=2)
+    assert "max_new_tokens=2000 of writing fill the model's context" in printed
+
+
 def test_a_cluster_from_a_laptop(plan):
     options = ("--trainer.accelerator=gpu", "--trainer.devices=4", "--trainer.num_nodes=2")
     printed = plan(*options, "--config=strategies/fsdp.yaml", "--memory_gib=1")
