@@ -1,6 +1,6 @@
-"""What the initialisation moves between processes and holds on each, computed and measured.
+"""What the initialization moves between processes and holds on each, computed and measured.
 
-    python benchmarks/communication.py [--samples 64] [--micro_batch_size 8] [--rank 8] [--oversampling 8]
+    python -m benchmarks.communication [--samples 64] [--micro_batch_size 8] [--rank 8] [--oversampling 8]
 
 The first table is computed for LLaMA-2-7B's linear layers on 2, 8 and 64 processes: bytes that the busiest
 process sends, and bytes of gradients or sketches that it holds. The second runs the same code for
@@ -20,9 +20,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from app.initialization.gradient_estimators import SketchedGradient
 from app.initialization.gradient_exchange import (
@@ -115,10 +112,10 @@ def work(
     store.estimates({layer.name: given.rank for layer in layers}, 1.0)
     dist.barrier()
     wire = loopback_bytes() - before
-    told = torch.tensor([store.sent_bytes], dtype=torch.int64)
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    most = torch.tensor([store.sent_bytes], dtype=torch.int64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
     if rank == 0:
-        Path(out).write_text(f"{int(told)} {wire // processes}")
+        Path(out).write_text(f"{int(most)} {wire // processes}")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -131,10 +128,10 @@ def measure(given: argparse.Namespace) -> None:
     for port, (processes, kind) in enumerate((p, k) for p in (2, 4) for k in ("exact", "sketch")):
         with tempfile.NamedTemporaryFile("r") as out:
             mp.spawn(work, (processes, kind, given, 29600 + port, out.name), nprocs=processes)
-            told, wire = map(int, out.read().split())
+            handed, wire = map(int, out.read().split())
         sent, _ = computed(layers_of("SmolLM2-135M"), processes, kind, given)
         print(
-            f"| {processes} | {kind} | {sent / MIB:.1f} | {told / MIB:.1f} | {wire / MIB:.1f} |",
+            f"| {processes} | {kind} | {sent / MIB:.1f} | {handed / MIB:.1f} | {wire / MIB:.1f} |",
             flush=True,
         )
 
@@ -175,7 +172,10 @@ def main() -> None:
         else None
     )
     prefix = alone if probe is not None and probe.returncode == 0 else []
-    subprocess.run([*prefix, sys.executable, __file__, *sys.argv[1:], "--measure"], check=True)
+    subprocess.run(
+        [*prefix, sys.executable, "-m", "benchmarks.communication", *sys.argv[1:], "--measure"],
+        check=True,
+    )
 
 
 if __name__ == "__main__":

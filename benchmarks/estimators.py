@@ -1,6 +1,6 @@
 """How close each gradient estimator comes to the exact rank-r gradient, on SmolLM2 and real sentences.
 
-    python benchmarks/estimators.py
+    python -m benchmarks.estimators
 
 Runs the exact estimator once and the sketch with several oversamplings, passes and micro-batch sizes over
 the same 64 movie-review prompts; prints for each the relative Frobenius error of the rank-8 matrix against
@@ -9,12 +9,8 @@ whose estimate is right within a factor of two, and the numbers kept. A few minu
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from app.initialization.factors import SVD
 from app.initialization.gradient_estimators import SketchedGradient
@@ -44,10 +40,10 @@ def low_rank_product(svd: SVD) -> torch.Tensor:
     return (svd.U[:, :RANK].double() * svd.S[:RANK]) @ svd.V[:, :RANK].double().T
 
 
-def errors(found: OneStepResult, exact: OneStepResult) -> torch.Tensor:
+def errors(result: OneStepResult, exact: OneStepResult) -> torch.Tensor:
     """Return |G_hat_r - G_r| / |G_r| for each layer."""
     values = []
-    for name, estimate in found.estimates.items():
+    for name, estimate in result.estimates.items():
         truth = low_rank_product(exact.estimates[name].svd)
         values.append(float((low_rank_product(estimate.svd) - truth).norm() / truth.norm()))
     return torch.tensor(values)
@@ -79,15 +75,15 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     print(f"| exact | 1 | 8 | - | - | - | {whole / 1e6:.1f} M |")
     for oversampling, passes, micro_batch_size in SETTINGS:
-        found = observe(Estimator("sketch", passes, oversampling), micro_batch_size)
-        error = errors(found, exact)
+        result = observe(Estimator("sketch", passes, oversampling), micro_batch_size)
+        error = errors(result, exact)
         kept = sum(sum(p.lora_B.shape[:1] + p.lora_A.shape[1:]) for p in pairs)
         kept *= RANK + oversampling + 2 * SketchedGradient.PROBES
-        told = torch.tensor([estimate.rank_error for estimate in found.estimates.values()])
-        near = ((told / error > 0.5) & (told / error < 2)).float().mean()
+        estimated = torch.tensor([estimate.rank_error for estimate in result.estimates.values()])
+        near = ((estimated / error > 0.5) & (estimated / error < 2)).float().mean()
         print(
             f"| sketch, oversampling {oversampling} | {passes} | {micro_batch_size} | "
-            f"{error.mean():.2%} ({told.mean():.2%}) | {error.max():.2%} ({told.max():.2%}) | "
+            f"{error.mean():.2%} ({estimated.mean():.2%}) | {error.max():.2%} ({estimated.max():.2%}) | "
             f"{near:.0%} of layers | {kept / 1e6:.1f} M |",
             flush=True,
         )

@@ -1,6 +1,6 @@
 """LoRA-One against LoRA over the first steps, from the same data order: three learning rates, two seeds.
 
-    python benchmarks/first_steps.py --output docs/first_steps
+    python -m benchmarks.first_steps --output docs/first_steps
 
 Trains SmolLM2-135M on the movie reviews through the real module, data and callbacks, and scores each run on
 the held-out (validation) sentences. Every finished run
@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from app.optim.preconditioned_adamw import PreconditionedAdamW
 from app.training.module import LoraModule

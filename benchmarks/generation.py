@@ -1,6 +1,6 @@
 r"""Speed of batched generation on GSM8K questions, on the real SmolLM2-135M, greedy in float32.
 
-    OMP_NUM_THREADS=1 python benchmarks/generation.py DATA [--questions 50] [--batch_size 25]
+    OMP_NUM_THREADS=1 python -m benchmarks.generation DATA [--questions 50] [--batch_size 25]
         [--max_new_tokens 128] [--rounds 3] [--write_oracle FILE]
 
 DATA is GSM8K's test.jsonl; its first questions are asked as "Question: ...\nAnswer:", the longest first:
@@ -27,12 +27,11 @@ import torch
 import yaml
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from app.models.decoding import Decoding
 from app.models.generation import generate
 from app.models.loading import load_model, load_tokenizer, resolve_model
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ORACLE_TOKENS = 32
 LABELS = {

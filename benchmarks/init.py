@@ -1,6 +1,6 @@
-"""Time and memory of ways to compute a gradient-based LoRA start, on the real SmolLM2-135M.
+"""Time and memory of ways to compute a gradient-based LoRA initialization, on the real SmolLM2-135M.
 
-    OMP_NUM_THREADS=1 python benchmarks/init.py [--samples 64] [--micro_batch_size 8] [--rank 8]
+    OMP_NUM_THREADS=1 python -m benchmarks.init [--samples 64] [--micro_batch_size 8] [--rank 8]
         [--rounds 3] [--contenders lora sketch exact lora_ga authors] [--profile] [--json out.json]
 
 Contenders, over the same micro-batches of movie-review prompts and the same loss, with the LM head
@@ -34,10 +34,6 @@ from typing import Any
 import psutil
 import torch
 import yaml
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora import preprocess_loraga
 from torch import Tensor, nn
@@ -51,6 +47,8 @@ from app.models.loading import load_model, load_tokenizer, resolve_model
 from app.models.lora import add_lora, base_model, install, lora_pairs
 from app.models.loss import summed_loss, supervised_logits
 from app.utils.memory import PeakMemory
+
+ROOT = Path(__file__).resolve().parents[1]
 
 GAMMA = 128.0
 REPEATED = ("lora", "sketch", "exact")
@@ -71,8 +69,8 @@ def plain_lora(model: PreTrainedModel, rank: int) -> Procedure:
 
     def run(batches: Sequence[Batch]) -> None:
         for batch in batches:
-            found = supervised_logits(wrapped, base_model(wrapped), batch)
-            (summed_loss(found) / found.labels.numel()).backward()
+            output = supervised_logits(wrapped, base_model(wrapped), batch)
+            (summed_loss(output) / output.labels.numel()).backward()
             wrapped.zero_grad()
 
     return run
@@ -95,8 +93,8 @@ def ours(model: PreTrainedModel, rank: int, estimator: Estimator) -> Procedure:
 
 def mean_loss_backward(model: PreTrainedModel, batch: Batch) -> None:
     """Backpropagate the token mean over one micro-batch."""
-    found = supervised_logits(model, model, batch)
-    (summed_loss(found) / found.labels.numel()).backward()
+    output = supervised_logits(model, model, batch)
+    (summed_loss(output) / output.labels.numel()).backward()
 
 
 def peft_lora_ga(model: PreTrainedModel, rank: int) -> Procedure:
@@ -209,7 +207,8 @@ def run_one(contender: str, rank: int, folder: Path, profile: bool) -> dict[str,
 def run_apart(contender: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Start a process for one contender and read what it measured."""
     result = folder / "result.json"
-    command = [sys.executable, __file__, "--only", contender, "--folder", str(folder)]
+    program = [sys.executable, "-m", "benchmarks.init"]
+    command = [*program, "--only", contender, "--folder", str(folder)]
     command += ["--rank", str(args.rank)] + (["--profile"] if args.profile else [])
     subprocess.run(command, check=True)
     return json.loads(result.read_text())

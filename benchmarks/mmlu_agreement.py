@@ -1,6 +1,6 @@
 """Compare our MMLU with lm-evaluation-harness's on the same questions and the same model.
 
-    python benchmarks/mmlu_agreement.py DATA     DATA: the folder with mmlu/
+    python -m benchmarks.mmlu_agreement DATA     DATA: the folder with mmlu/
 
 Prints accuracy of both, and how many questions they answer differently, for each subject of
 mmlu_scores.json; twenty minutes of one core.
@@ -10,9 +10,6 @@ import json
 import pathlib
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from app.models.likelihood import choice_log_likelihoods
 from app.models.loading import local_directory, resolve_model
 from data_modules.evals.mmlu import Mmlu
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 BATCH_SIZE = 16
 
@@ -30,13 +29,13 @@ def our_log_likelihoods(evaluation, questions, directory):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     choices = [tokenizer(choice)["input_ids"] for choice in evaluation.choices]
     prompts = [tokenizer(question.prompt)["input_ids"] for question in questions]
-    found = []
+    scores = []
     with torch.inference_mode():
         for start in range(0, len(prompts), BATCH_SIZE):
             batch = prompts[start : start + BATCH_SIZE]
-            found.append(choice_log_likelihoods(model, model, batch, choices))
+            scores.append(choice_log_likelihoods(model, model, batch, choices))
             print(f"\r{start + len(batch)} of {len(prompts)}", end="", file=sys.stderr, flush=True)
-    return torch.cat(found).cpu().double()
+    return torch.cat(scores).cpu().double()
 
 
 def main() -> None:

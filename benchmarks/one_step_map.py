@@ -1,18 +1,17 @@
-"""The one-step claim: the score right after LoRA-One's start, before any training step, over gamma and samples.
+"""The one-step claim: scores after LoRA-One's initialization and no training, over gamma and samples.
 
-    python benchmarks/one_step_map.py --output docs/one_step
-    python benchmarks/one_step_map.py --task cola --path ../shared/data/glue --samples 64 --output docs/one_step
+    python -m benchmarks.one_step_map --output docs/one_step
+    python -m benchmarks.one_step_map --task cola --path ../shared/data/glue --samples 64 --output docs/one_step
 
 SmolLM2-135M, rank 8, alpha 16, rsLoRA. For each number of samples one gradient pass is made, every gamma's
-start is installed from it and scored on held-out rows, and `gamma: auto` searches on the samples themselves
-(never on the held-out rows). Every cell is a line of OUTPUT/TASK.jsonl and is not measured again when the
-script is started again; at the end it draws OUTPUT/TASK.png and prints a Markdown table. Half an hour on a
+initialization is installed from it and scored on held-out rows, and `gamma: auto` searches on the samples
+themselves (never on the held-out rows). Every cell is a line of OUTPUT/TASK.jsonl and is not measured again
+when the script is started again; at the end it draws OUTPUT/TASK.png and prints a Markdown table. Half an hour on a
 core for the whole map of the movie reviews.
 """
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from app.evaluation.metrics import LabelScores
 from app.initialization.factors import SVD, spectral_factors
@@ -75,19 +72,19 @@ class Map:
         """Return the one-step gradients over so many samples."""
         if self._observed is None or self._observed[0] != samples:
             batches = self.data.gradient_batches(samples, 8)
-            found = one_step_gradients(
+            result = one_step_gradients(
                 self._model, base_model(self._model), self.pairs(), batches, RANK, Estimator(),
                 progress=track,
             )  # fmt: skip
-            self._observed = samples, found
+            self._observed = samples, result
         return self._observed[1]
 
     def pairs(self) -> list[LoraPair]:
         """Return the adapted layers."""
         return lora_pairs(self._model)
 
-    def start(self, samples: int, gamma: float) -> None:
-        """Install a start."""
+    def install(self, samples: int, gamma: float) -> None:
+        """Install the initialization."""
         estimates = self.observed(samples).estimates
         for pair in self.pairs():
             kept = SVD(*(part[..., :RANK] for part in estimates[pair.name].svd))
@@ -104,9 +101,9 @@ class Map:
                 scores.update(supervised_logits(self._model, base, batch), batch["target"])
         return {name: float(value) for name, value in scores.compute().items()}
 
-    def keep(self, samples: int, gamma: Any, **found: Any) -> None:
-        """Measure the held-out scores of the installed start and remember them."""
-        cell = {"samples": samples, "gamma": gamma, **self.score(), **found}
+    def keep(self, samples: int, gamma: Any, **more: Any) -> None:
+        """Measure the held-out scores of the installed initialization and remember them."""
+        cell = {"samples": samples, "gamma": gamma, **self.score(), **more}
         self.cells.append(cell)
         with self.path.open("a") as stream:
             stream.write(json.dumps(cell) + "\n")
@@ -124,7 +121,7 @@ class Map:
             for gamma in gammas:
                 if not self.known(count, gamma):
                     self.load()
-                    self.start(count, gamma)
+                    self.install(count, gamma)
                     self.keep(count, gamma)
             if not self.known(count, AUTO):
                 self.load()
@@ -136,13 +133,13 @@ class Map:
         untouched = self.observed(samples).loss
 
         def loss_at(gamma: float) -> float:
-            self.start(samples, gamma)
+            self.install(samples, gamma)
             return mean_loss(self._model, base_model(self._model), batches, CPU)
 
         gamma, tried = search_gamma(loss_at, untouched)
         if gamma is None:
-            raise RuntimeError(f"no gamma is better than no start: {tried}")
-        self.start(samples, gamma)
+            raise RuntimeError(f"no gamma is better than no initialization: {tried}")
+        self.install(samples, gamma)
         self.keep(samples, AUTO, found=gamma, trials=len(tried), own=tried[gamma], before=untouched)
 
 
@@ -239,10 +236,10 @@ def main() -> None:
     parser.add_argument("--held_out", type=int, default=240)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
-    found = Map(given)
-    found.measure([int(count) for count in given.samples], given.gammas)
-    draw(found.cells, given.output / f"{given.task}.png", given.task)
-    print(table(found.cells))
+    mapped = Map(given)
+    mapped.measure([int(count) for count in given.samples], given.gammas)
+    draw(mapped.cells, given.output / f"{given.task}.png", given.task)
+    print(table(mapped.cells))
 
 
 if __name__ == "__main__":

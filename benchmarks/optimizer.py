@@ -1,6 +1,6 @@
 """Time one optimizer step: ours, torch's fused AdamW, PEFT's Riemannian AdamW, LoRA-Pro's both modes.
 
-    python benchmarks/optimizer.py [--shapes smollm2|llama2-7b|all] [--device cpu|cuda]
+    python -m benchmarks.optimizer [--shapes smollm2|llama2-7b|all] [--device cpu|cuda]
 
 The parameters are rank-8 float32 factors for every linear layer of the model; no base weight is
 allocated. All contenders live in one process and take turns, so that a change in the machine's
@@ -10,7 +10,6 @@ load hits each of them; the table shows medians over the rounds. `--json FILE` k
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,6 @@ import peft
 import torch
 from peft.optimizers.riemannian import create_riemannian_optimizer
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from app.optim.lora_pro import LoraProAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW

@@ -381,7 +381,14 @@ def test_the_wandb_run_goes_on(command, tiny_run, tmp_path, signalled):
 @pytest.mark.parametrize("arguments", [("--rounds=1",), ("--rounds=1", "--signal=TERM")])
 def test_rounds_of_real_kills(arguments):
     """Real processes: the benchmark that anyone can run, shortened."""
-    command = [sys.executable, "benchmarks/kill_rounds.py", "--steps=80", "--every=10", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.kill_rounds",
+        "--steps=80",
+        "--every=10",
+        *arguments,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the same, bit for bit; adapter file: the same bytes" in done.stdout

@@ -1,0 +1,1 @@
+"""Measurements against peers and over parameters, each run as `python -m benchmarks.NAME`."""
