@@ -15,6 +15,12 @@ PROJECT = Path(__file__).resolve().parents[2]
 CONFIGS = PROJECT / "configs"
 RENAMED = {"callbacks/inside": "callbacks/alignment.yaml"}
 """Files of earlier versions, without their suffix, and what they are called now."""
+METHOD_SWITCHES = (
+    "--model.adapter.use_rslora=true",
+    "--model.adapter.use_dora=false",
+    "--model.adapter.adalora=null",
+)
+"""What every file in `configs/methods/` begins from, so that it names only what its method has otherwise."""
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
@@ -35,6 +41,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
     for i, (option, value) in enumerate(named):
         if i in methods[:-1]:
             continue
+        if i in methods:
+            expanded += METHOD_SWITCHES
         if option == "--run":
             run = RunFolder(Path(value))
             run.check_finished()
