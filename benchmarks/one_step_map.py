@@ -6,8 +6,8 @@
 SmolLM2-135M, rank 8, alpha 16, rsLoRA. For each number of samples one gradient pass is made, every gamma's
 initialization is installed from it and scored on held-out rows, and `gamma: auto` searches on the samples
 themselves (never on the held-out rows). Every cell is a line of OUTPUT/TASK.jsonl and is not measured again
-when the script is started again; at the end it draws OUTPUT/TASK.png and prints a Markdown table. Half an hour on a
-core for the whole map of the movie reviews.
+when the script is started again; at the end it draws OUTPUT/TASK.png and prints a Markdown table. Half an hour
+on a core for the whole map of the movie reviews.
 """
 
 import argparse
