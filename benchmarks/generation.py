@@ -29,7 +29,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from app.models.decoding import Decoding
 from app.models.generation import generate
-from app.models.loading import load_model, load_tokenizer, resolve_model
+from app.models.loading import load_model, load_tokenizer
+from app.models.source import resolve_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -43,9 +43,10 @@ from app.initialization.factors import SVD, spectral_factors
 from app.initialization.one_step_gradient import Estimator, one_step_gradients
 from app.models.adapter_config import LoraSettings
 from app.models.batch import Batch
-from app.models.loading import load_model, load_tokenizer, resolve_model
+from app.models.loading import load_model, load_tokenizer
 from app.models.lora import add_lora, base_model, install, lora_pairs
 from app.models.loss import summed_loss, supervised_logits
+from app.models.source import resolve_model
 from app.utils.memory import PeakMemory
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.models.likelihood import choice_log_likelihoods
-from app.models.loading import local_directory, resolve_model
+from app.models.loading import local_directory
+from app.models.source import resolve_model
 from data_modules.evals.mmlu import Mmlu
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

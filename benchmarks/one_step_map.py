@@ -29,9 +29,10 @@ from app.initialization.gamma_search import mean_loss, search_gamma
 from app.initialization.gradient_hooks import frozen
 from app.initialization.one_step_gradient import Estimator, OneStepResult, one_step_gradients
 from app.models.adapter_config import LoraSettings
-from app.models.loading import load_model, load_tokenizer, resolve_model
+from app.models.loading import load_model, load_tokenizer
 from app.models.lora import LoraPair, add_lora, base_model, install, lora_pairs
 from app.models.loss import supervised_logits
+from app.models.source import resolve_model
 from app.utils.console import track
 from data_modules.glue import GlueDataModule
 from data_modules.movie_reviews import MovieReviewsDataModule

@@ -24,7 +24,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from app.models.loading import local_directory, resolve_model
+from app.models.loading import local_directory
+from app.models.source import resolve_model
 from tests.support.report_runs import report, runs  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parents[1]

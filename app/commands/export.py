@@ -12,7 +12,8 @@ import yaml
 from transformers.utils import logging as transformers_logging
 
 from app.models.adapter_io import load_adapter, save_merged
-from app.models.loading import load_model, load_tokenizer, model_fingerprint, resolve_model
+from app.models.loading import load_model, load_tokenizer, model_fingerprint
+from app.models.source import resolve_model
 from app.tracking.run_folder import RunFolder
 from app.utils.command_parser import CommandParser
 from app.utils.errors import InputError

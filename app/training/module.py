@@ -27,13 +27,11 @@ from app.models.adapter_config import LoraSettings, fsdp_incompatible_options
 from app.models.adapter_io import check_adapter_folder, load_adapter
 from app.models.batch import Batch
 from app.models.loading import (
-    ModelSource,
     empty_model,
     load_config,
     load_model,
     load_tokenizer,
     model_fingerprint,
-    resolve_model,
 )
 from app.models.lora import (
     LoraPair,
@@ -46,6 +44,7 @@ from app.models.lora import (
     subtract_from_base,
 )
 from app.models.loss import SupervisedLogits, summed_loss, supervised_logits
+from app.models.source import ModelSource, resolve_model
 from app.optim.lora_plus import LoraPlusAdamW
 from app.optim.lora_pro import LoraProAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW

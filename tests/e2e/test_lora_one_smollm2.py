@@ -9,9 +9,10 @@ import torch
 from app.initialization.gradient_store import ExactStore
 from app.initialization.one_step_gradient import Estimator, one_step_gradients
 from app.models.adapter_config import LoraSettings
-from app.models.loading import load_model, load_tokenizer, resolve_model
+from app.models.loading import load_model, load_tokenizer
 from app.models.lora import add_lora, lora_pairs
 from app.models.loss import summed_loss, supervised_logits
+from app.models.source import resolve_model
 from callbacks.lora_one_init import LoraOneInit
 from data_modules.movie_reviews import MovieReviewsDataModule
 

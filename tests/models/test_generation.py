@@ -9,8 +9,9 @@ from transformers import MambaConfig, MambaForCausalLM
 from app.models.adapter_config import LoraSettings
 from app.models.decoding import Decoding
 from app.models.generation import generate
-from app.models.loading import load_model, load_tokenizer, resolve_model
+from app.models.loading import load_model, load_tokenizer
 from app.models.lora import add_lora, base_model, lora_pairs
+from app.models.source import resolve_model
 from app.utils.errors import InputError
 from tests.models.test_likelihood import mistral
 from tests.support.paths import ROOT

@@ -11,8 +11,8 @@ from app.models.loading import (
     load_tokenizer,
     local_directory,
     model_fingerprint,
-    resolve_model,
 )
+from app.models.source import resolve_model
 from app.utils.errors import InputError
 
 

@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from app.models.decoding import Decoding
 from app.models.generation import generate
-from app.models.loading import load_tokenizer, resolve_model
+from app.models.loading import load_tokenizer
+from app.models.source import resolve_model
 
 
 def written(model, tokenizer, prompt, tokens, stop=(), new=None):

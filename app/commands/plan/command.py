@@ -26,9 +26,9 @@ from app.commands.plan.memory import (
 )
 from app.commands.plan.placement import Placement, device_memory, read_placement
 from app.commands.plan.report import data_text, memory_text, model_text, verdict_text
-from app.models.loading import ModelSource, empty_model
+from app.models.loading import empty_model
 from app.models.lora import base_model, fsdp_incompatible_settings
-from app.models.source import TOKENIZER_FILES
+from app.models.source import TOKENIZER_FILES, ModelSource
 from app.training.checks import check_sharding
 from app.training.module import LoraModule
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from app.models.likelihood import choice_log_likelihoods
-from app.models.loading import load_model, load_tokenizer, resolve_model
+from app.models.loading import load_model, load_tokenizer
+from app.models.source import resolve_model
 from app.utils.errors import InputError
 from data_modules import readers as rows
 from data_modules.encoding import encode_prompts
