@@ -12,11 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from app.training.module import LoraModule
 
-CLASSES = {
-    "llama": AutoModelForCausalLM,
-    "gpt2": AutoModelForCausalLM,
-    "t5": AutoModelForSeq2SeqLM,
-}
+CLASSES = {"llama": AutoModelForCausalLM, "gpt2": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
 
 
 def logits(model, tokenizer):

@@ -26,13 +26,7 @@ from app.commands.theory.instances import (
     misalignment,
     outside,
 )
-from app.commands.theory.problems import (
-    Problem,
-    low_rank_change,
-    normal,
-    relu_problem,
-    spaced,
-)
+from app.commands.theory.problems import Problem, low_rank_change, normal, relu_problem, spaced
 from app.initialization.factors import LoraFactors
 
 ROUNDING = 1e-13

@@ -4,14 +4,11 @@ import csv
 import json
 import re
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 import yaml
 
-import app.commands.theory.figures
 from app.commands.theory import command as theory
-from app.commands.theory.figures import Axis, Curve, Picture
 from app.commands.theory.theorems import THEOREMS, Check
 from app.tracking.config_files import CONFIGS
 from tests.support.paths import ROOT
@@ -38,13 +35,13 @@ def run(command, tmp_path, monkeypatch):
         "app.commands.theory.alignment.hitting_times", lambda *_: ([1.0, 2.0], [2.0, 3.0])
     )
 
-    def start(kind, *argv):
+    def launch(kind, *argv):
         file = tmp_path / f"{kind}.yaml"
         output = {"name": "small", "root": str(tmp_path / "runs"), "instances": 4}
         file.write_text(yaml.safe_dump({**SMALL[kind], "output": output}))
         return command("theory", "--config", file, *argv)
 
-    return start
+    return launch
 
 
 def read(folder):
@@ -106,47 +103,33 @@ def test_overrides(run, tmp_path, monkeypatch):
     assert read(folder.with_name("version_1")) != rows
 
 
-@pytest.mark.parametrize(
-    ("argv", "told"),
-    [
-        (("--problem.kapa", "3"), "there is no setting problem.kapa; did you mean problem.kappa?"),
-        (
-            ("--problem.kind", "relo"),
-            "problem.kind is relo: expected one of linear, relu; did you mean relu",
-        ),
-        (("--problem.inputs", "many"), "problem.inputs is many: expected a whole number"),
-        (
-            ("--problem.samples", "14"),
-            "problem.samples is 14: expected more than problem.inputs (14)",
-        ),
-        (("--problem.true_rank", "3"), "problem.true_rank is 3: expected 1 to a sixth"),
-        (("--problem.kappa", "0.5"), "problem.kappa is 0.5: expected at least 1"),
-        (
-            ("--problem.true_rank", "1"),
-            "problem.kappa is [4.0]: expected 1 where problem.true_rank is 1",
-        ),
-        (("--problem.seed", "-1"), "problem.seed is -1: expected at least 0"),
-        (("--descent.lr", "0"), "descent.lr is 0.0: expected more than 0"),
-        (("--descent.steps", "0"), "descent.steps is 0: expected at least 1"),
-        (
-            ("--alignment.sizes", "[3, 8]"),
-            "alignment.sizes is [3, 8]: expected sizes of at least 2",
-        ),
-        (
-            ("--alignment.variances", "[0]"),
-            "alignment.variances is [0.0]: expected numbers above 0",
-        ),
-        (("--sweep.many_kappas", "[]"), "sweep.many_kappas is []: expected numbers of at least 1"),
-        (("--output.instances", "0"), "output.instances is 0: expected at least 1"),
-        (("--config", "theory/liner.yaml"), "Did you mean theory/linear.yaml?"),
-        (("--run", "x"), "there is no setting run for theory"),
-    ],
-)
-def test_wrong_settings_are_one_line(argv, told, run, tmp_path, capsys):
-    assert run("linear", *argv) == 2
+WRONG = """
+--problem.kapa 3 => there is no setting problem.kapa; did you mean problem.kappa?
+--problem.kind relo => problem.kind is relo: expected one of linear, relu; did you mean relu
+--problem.inputs many => problem.inputs is many: expected a whole number
+--problem.samples 14 => problem.samples is 14: expected more than problem.inputs (14)
+--problem.true_rank 3 => problem.true_rank is 3: expected 1 to a sixth
+--problem.kappa 0.5 => problem.kappa is 0.5: expected at least 1
+--problem.true_rank 1 => problem.kappa is [4.0]: expected 1 where problem.true_rank is 1
+--problem.seed -1 => problem.seed is -1: expected at least 0
+--descent.lr 0 => descent.lr is 0.0: expected more than 0
+--descent.steps 0 => descent.steps is 0: expected at least 1
+--alignment.sizes [3, 8] => alignment.sizes is [3, 8]: expected sizes of at least 2
+--alignment.variances [0] => alignment.variances is [0.0]: expected numbers above 0
+--sweep.many_kappas [] => sweep.many_kappas is []: expected numbers of at least 1
+--output.instances 0 => output.instances is 0: expected at least 1
+--config theory/liner.yaml => did you mean theory/linear.yaml
+--run x => there is no setting run for theory
+""".strip()
+
+
+@pytest.mark.parametrize("case", WRONG.splitlines())
+def test_wrong_settings_are_one_line(case, run, tmp_path, capsys):
+    arguments, _, message = case.partition(" => ")
+    assert run("linear", *arguments.split(" ", 1)) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
-    assert told in printed
+    assert message in printed
     assert printed.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
@@ -188,63 +171,6 @@ def test_help(command, capsys):
     printed = capsys.readouterr().out
     for name in ("--problem.kappa", "--descent.damping", "--sweep.many_kappas", "condition number"):
         assert name.lower() in printed.lower()
-
-
-def test_a_drawn_picture(tmp_path, monkeypatch):
-    """Panels with their titles, curves with their numbers, one legend entry for a name."""
-    kept = []
-    monkeypatch.setattr(app.commands.theory.figures.plt, "close", kept.append)
-    curves = [
-        Curve("kappa = 1", "LoRA", [0, 1], [1.0, 0.5]),
-        Curve("kappa = 2", "LoRA", [0, 1], [1.0, 0.25]),
-        Curve("kappa = 2", "Delta", [0, 1], [2.0, 2.0], kind="bound"),
-        Curve("kappa = 2", "mark", [0], [1e-9], kind="points"),
-    ]
-    picture = Picture("name", "Title", Axis("step"), Axis("loss", "log", 1e-3), curves)
-    path = app.commands.theory.figures.draw(picture, tmp_path)
-    assert path == tmp_path / "name.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
-    [figure] = kept
-    monkeypatch.undo()
-    try:
-        one, two = figure.axes
-        assert (one.get_title(), two.get_title()) == ("κ = 1", "κ = 2")
-        assert [list(line.get_ydata()) for line in two.lines] == [[1, 0.25], [2, 2], [1e-9]]
-        assert one.lines[0].get_color() == two.lines[0].get_color() != two.lines[1].get_color()
-        assert one.get_yscale() == "log"
-        assert one.get_ylim()[0] == two.get_ylim()[0] == 1e-3
-        [legend] = figure.legends
-        assert [text.get_text() for text in legend.get_texts()] == ["LoRA", "Δ", "mark"]
-    finally:
-        plt.close(figure)
-
-
-def test_a_picture_of_nothing_is_drawn(tmp_path):
-    """Where no descent arrives there is no step to show, on whatever scale."""
-    curves = [Curve("panel", "LoRA", [1, 2], [float("nan")] * 2)]
-    picture = Picture("name", "Title", Axis("kappa", "log"), Axis("steps", "log", 1), curves)
-    assert app.commands.theory.figures.draw(picture, tmp_path).is_file()
-
-
-@pytest.mark.parametrize("many", [2, 6, 15])
-def test_the_legend_is_inside_the_figure(many, tmp_path, monkeypatch):
-    kept = []
-    monkeypatch.setattr(app.commands.theory.figures.plt, "close", kept.append)
-    curves = [
-        Curve("panel", f"{i} curves of some method" * (i % 3), [0, 1], [1, 2]) for i in range(many)
-    ]
-    app.commands.theory.figures.draw(
-        Picture("name", "Title", Axis("x"), Axis("y"), curves), tmp_path
-    )
-    [figure] = kept
-    monkeypatch.undo()
-    try:
-        box, [legend] = figure.bbox, figure.legends
-        inside = legend.get_window_extent()
-        assert box.x0 <= inside.x0 < inside.x1 <= box.x1
-        assert box.y0 <= inside.y0 < inside.y1 < figure.axes[0].get_window_extent().y0
-    finally:
-        plt.close(figure)
 
 
 def test_docs_show_every_figure():

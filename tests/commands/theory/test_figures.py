@@ -1,139 +1,59 @@
-"""The theory lab's figures: their curves against descents written out in numpy."""
+"""How a figure is drawn."""
 
-import numpy as np
+import matplotlib.pyplot as plt
 import pytest
 
-from app.commands.theory.alignment import angles
-from app.commands.theory.command import SECTIONS
-from app.commands.theory.experiments import TOLERANCE, error_by_rank, steps_by_kappa
-from app.commands.theory.instances import USUAL, linear_instances, log_uniform
-from app.commands.theory.methods import LORA_GA_GAMMA, make_problem
-from app.commands.theory.relu import error_by_gamma
-from app.commands.theory.settings import (
-    AlignmentSettings,
-    DescentSettings,
-    ProblemSettings,
-    SweepSettings,
-    TheorySettings,
-)
-from app.commands.theory.theorems import linear_convergence
-from tests.commands.theory.test_theorems import rng
-
-SMALL = ProblemSettings(inputs=24, outputs=20, samples=400, true_rank=2, kappa=3)
+from app.commands.theory import figures
+from app.commands.theory.figures import Axis, Curve, Picture
 
 
-def settings(problem=SMALL, **sections):
-    usual = {name: kind() for name, kind in SECTIONS.items()}
-    return TheorySettings(**{**usual, "problem": problem, **sections})
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Return `drawn(curves, y)`: the figure that was written, before it is closed."""
+    kept = []
+
+    def run(curves, y=Axis("y")):  # noqa: B008 (frozen)
+        with monkeypatch.context() as patch:
+            patch.setattr(figures.plt, "close", kept.append)
+            path = figures.draw(Picture("name", "Title", Axis("x"), y, curves), tmp_path)
+        assert path == tmp_path / "name.png"
+        assert path.read_bytes().startswith(b"\x89PNG")
+        return kept[0]
+
+    yield run
+    for figure in kept:
+        plt.close(figure)
 
 
-def curve(picture, label, panel=None):
-    [found] = [c for c in picture.curves if c.label == label and panel in (None, c.panel)]
-    return list(found.y)
-
-
-def first_problem(given, *kappas):
-    """Return Delta and Sigma of each problem of a figure."""
-    problem = make_problem(given, kappas)
-    return [
-        (change.numpy(), moment.numpy())
-        for change, moment in zip(problem.change, problem.second_moment, strict=True)
+def test_panels_curves_and_legend(drawn):
+    """Panels with their titles, curves with their numbers, one legend entry for a name."""
+    curves = [
+        Curve("kappa = 1", "LoRA", [0, 1], [1.0, 0.5]),
+        Curve("kappa = 2", "LoRA", [0, 1], [1.0, 0.25]),
+        Curve("kappa = 2", "Delta", [0, 1], [2.0, 2.0], kind="bound"),
+        Curve("kappa = 2", "mark", [0], [1e-9], kind="points"),
     ]
+    figure = drawn(curves, Axis("loss", "log", 1e-3))
+    one, two = figure.axes
+    assert (one.get_title(), two.get_title()) == ("κ = 1", "κ = 2")
+    assert [list(line.get_ydata()) for line in two.lines] == [[1, 0.25], [2, 2], [1e-9]]
+    assert one.lines[0].get_color() == two.lines[0].get_color() != two.lines[1].get_color()
+    assert one.get_yscale() == "log"
+    assert one.get_ylim()[0] == two.get_ylim()[0] == 1e-3
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["LoRA", "Δ", "mark"]
 
 
-def triplets(G):
-    U, S, Vh = np.linalg.svd(G)
-    return U, S, Vh.T
+def test_a_picture_of_nothing_is_drawn(drawn):
+    """Where no descent arrives there is no step to show, on whatever scale."""
+    drawn([Curve("panel", "LoRA", [1, 2], [float("nan")] * 2)], Axis("steps", "log", 1))
 
 
-def walk(change, moment, A, B, lr, steps, damping=None, offset=0.0):
-    """Yield what is added to W before and after each step of the descent in docs/theory.md."""
-    yield offset + B @ A
-    for _ in range(steps):
-        G = (offset + B @ A - change) @ moment
-        grad_A, grad_B = B.T @ G, G @ A.T
-        if damping is not None:
-            ridge = damping * np.eye(len(A))
-            grad_A = np.linalg.solve(B.T @ B + ridge, grad_A)
-            grad_B = np.linalg.solve(A @ A.T + ridge, grad_B.T).T
-        A, B = A - lr * grad_A, B - lr * grad_B
-        yield offset + B @ A
-
-
-def spectral(change, moment, rank):
-    U, S, V = triplets(change @ moment)
-    root = np.sqrt(S[:rank])
-    return root[:, None] * V[:, :rank].T, U[:, :rank] * root
-
-
-def test_steps_to_a_fixed_error():
-    kappas = [1.0, 5.0]
-    given = settings(sweep=SweepSettings(many_kappas=kappas))
-    [picture] = steps_by_kappa(given)
-    for label, lr, damping in (
-        ("spectral initialization, gradient descent", given.descent.lr, None),
-        (
-            "spectral initialization, preconditioned (LoRA-One)",
-            given.descent.preconditioned_lr,
-            0.0,
-        ),
-    ):
-        expected = []
-        for change, moment in first_problem(given, *kappas):
-            way = walk(change, moment, *spectral(change, moment, 2), lr, 2000, damping)
-            errors = (np.linalg.norm(update - change) for update in way)
-            expected.append(next(t for t, error in enumerate(errors) if error <= TOLERANCE))
-        assert curve(picture, label) == expected
-        assert min(expected) > 3
-
-
-def test_errors_of_lora_ga_with_what_it_subtracts_at_the_start():
-    steps = 12
-    given = settings(descent=DescentSettings(steps=steps))
-    [picture] = error_by_rank(given)
-    [(change, moment)] = first_problem(given, 3.0)
-    U, _, V = triplets(change @ moment)
-    size = 20**0.25 / LORA_GA_GAMMA**0.5
-    A, B = size * V[:, :2].T, size * U[:, 2:4]
-    lr, damping = given.descent.preconditioned_lr, given.descent.damping
-    way = walk(change, moment, A, B, lr, steps, damping, offset=-B @ A)
-    expected = [np.linalg.norm(update - change) ** 2 for update in way]
-    assert expected[0] == pytest.approx(np.linalg.norm(change) ** 2)
-    found = curve(picture, "LoRA-GA, preconditioned", "r = 2, r* = 2")
-    assert found == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_bound_of_the_angle_is_that_of_the_linearised_descent():
-    """From a start so small that the descent stays linear, and at rank one, the angle comes to its bound."""
-    problem = ProblemSettings(inputs=24, outputs=20, samples=400, true_rank=1, kappa=1)
-    alignment = AlignmentSettings(kappa=1, lr=0.05, steps=150, variances=[1e-20])
-    sweep = SweepSettings(kappas=[1], many_kappas=[1])
-    [picture] = angles(settings(problem, alignment=alignment, sweep=sweep))
-    panel = "input side: lora_A"
-    measured = np.array(curve(picture, "initial variance 1e-20", panel))
-    ratio = measured / np.array(curve(picture, "linearised descent, any variance", panel))
-    assert ratio.max() <= 1
-    assert ratio[-1] > 0.9
-    assert measured[-1] < 0.1
-
-
-def test_the_relu_start_is_best_at_the_gamma_of_the_theory():
-    problem = ProblemSettings(kind="relu", inputs=12, outputs=12, samples=100, true_rank=2)
-    sweep = SweepSettings(samples_per_input=[64, 1024], draws=2)
-    [picture] = error_by_gamma(settings(problem, sweep=sweep))
-    for many in sweep.samples_per_input:
-        [found] = [c for c in picture.curves if c.label == f"N = {many} n"]
-        assert found.x[int(np.argmin(found.y))] == pytest.approx(2, abs=0.3)
-
-
-@pytest.mark.parametrize("preconditioned", [False, True])
-def test_the_rates_of_the_convergence_theorems(preconditioned):
-    """The bound falls by the factor of docs/theory.md in each step."""
-    [check] = linear_convergence(rng(3), 20, preconditioned)
-    factors = (check.bound[:, 1:40] / check.bound[:, :39]).amax(1)
-    draws = rng(3)
-    found = linear_instances(draws, 20, USUAL, 1000 if preconditioned else 30, 1 / 16)
-    # lr times |Delta| in the first case, as lr is drawn in units of 1 / |Delta|.
-    lr = log_uniform(draws, *((0.05, 0.5) if preconditioned else (0.025, 0.25)), 20)
-    expected = 1 - lr / 2 if preconditioned else 1 - lr / found.kappa / 2
-    assert factors.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+@pytest.mark.parametrize("many", [2, 6, 15])
+def test_the_legend_is_inside_the_figure(many, drawn):
+    labels = [f"{i} curves of some method" * (i % 3) for i in range(many)]
+    figure = drawn([Curve("panel", label, [0, 1], [1, 2]) for label in labels])
+    box, [legend] = figure.bbox, figure.legends
+    inside = legend.get_window_extent()
+    assert box.x0 <= inside.x0 < inside.x1 <= box.x1
+    assert box.y0 <= inside.y0 < inside.y1 < figure.axes[0].get_window_extent().y0
