@@ -1,4 +1,4 @@
-"""Figures of the linear model alone: the alignment of LoRA's factors, and paths in a plane."""
+"""Figures of the alignment of LoRA's factors, and of paths in a plane."""
 
 import math
 from typing import NamedTuple
@@ -11,7 +11,14 @@ from torch.linalg import matrix_norm
 from app.commands.theory.descent import descend, first_step, random_init, spectral_init
 from app.commands.theory.experiments import STEP
 from app.commands.theory.figures import Axis, Curve, Picture
-from app.commands.theory.instances import aligning_deviation, column, misalignment, outside
+from app.commands.theory.instances import (
+    aligning_deviation,
+    column,
+    leading_left,
+    misalignment,
+    outside,
+)
+from app.commands.theory.methods import make_problem
 from app.commands.theory.problems import (
     LinearProblem,
     low_rank_change,
@@ -43,6 +50,28 @@ def angles(settings: TheorySettings) -> list[Picture]:
     title = f"Alignment from LoRA's initialization, {_ranks(settings)}"
     y = Axis(ANGLE, "log", 0.03)
     return [Picture("alignment", title, Axis(STEP), y, curves, share_y=False)]
+
+
+def relu_angles(settings: TheorySettings) -> list[Picture]:
+    """Draw the angles of both factors to Delta's spaces, from LoRA's initialization and the spectral one."""
+    given, rank = settings.descent, settings.problem.true_rank
+    rng = np.random.default_rng(settings.problem.seed)
+    problem = make_problem(settings, [settings.problem.kappa], rng=rng)
+    output, inputs = leading_left(problem.change, rank), leading_left(problem.change.mT, rank)
+    initializations = {
+        "LoRA, gradient descent": random_init(rng, problem, rank, given.init_variance**0.5),
+        "spectral initialization, gradient descent": spectral_init(problem, rank),
+    }
+    curves, steps = [], range(1, given.steps + 1)
+    for label, initial in initializations.items():
+        path = list(descend(problem, initial, given.lr, given.steps))[1:]
+        on_output = [float(misalignment(output, lora_B)) for _, lora_B in path]
+        on_input = [float(misalignment(inputs, lora_A.mT)) for lora_A, _ in path]
+        curves.append(Curve("output side: lora_B", label, steps, on_output))
+        curves.append(Curve("input side: lora_A", label, steps, on_input))
+    title = f"Alignment at rank r = r* = {rank}, kappa = {settings.problem.kappa:g}, relu model"
+    y = Axis("sine of the largest angle to the space of Delta", "log")
+    return [Picture("alignment", title, Axis(STEP), y, curves)]
 
 
 def angle_by_size(settings: TheorySettings) -> list[Picture]:

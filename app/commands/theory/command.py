@@ -5,20 +5,14 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from app.commands.theory import alignment, experiments, relu
+from app.commands.theory import alignment, experiments
 from app.commands.theory.figures import Picture, draw
-from app.commands.theory.settings import (
-    AlignmentSettings,
-    DescentSettings,
-    ProblemSettings,
-    SweepSettings,
-    TheoryOutput,
-    TheorySettings,
-)
+from app.commands.theory.settings import TheorySettings
 from app.commands.theory.theorems import THEOREMS, Check, Theorem
 from app.tracking.config_files import expand
 from app.tracking.run_folder import SUMMARY_FILE, new_run_folder
@@ -35,34 +29,25 @@ DESCRIPTION = """Draw the paper's theory figures and check its theorems on rando
 
 The exit status is 0 if every inequality holds and 1 if one does not.
 """
-SECTIONS = {
-    "problem": ProblemSettings,
-    "descent": DescentSettings,
-    "alignment": AlignmentSettings,
-    "sweep": SweepSettings,
-    "output": TheoryOutput,
-}
+SECTIONS = get_type_hints(TheorySettings)
+"""The settings' classes by the names of their sections."""
 
 Experiment = Callable[[TheorySettings], list[Picture]]
-EXPERIMENTS: dict[str, tuple[Experiment, ...]] = {
-    "linear": (
+OF_BOTH_MODELS: list[Experiment] = [
+    experiments.spectral_error,
+    experiments.loss_by_kappa,
+    experiments.steps_by_kappa,
+    experiments.error_by_rank,
+]
+EXPERIMENTS: dict[str, list[Experiment]] = {
+    "linear": [
         alignment.angles,
         alignment.angle_by_size,
         alignment.alignment_time,
         alignment.paths,
-        experiments.spectral_error,
-        experiments.loss_by_kappa,
-        experiments.steps_by_kappa,
-        experiments.error_by_rank,
-    ),
-    "relu": (
-        relu.angles,
-        relu.error_by_gamma,
-        experiments.spectral_error,
-        experiments.loss_by_kappa,
-        experiments.steps_by_kappa,
-        experiments.error_by_rank,
-    ),
+        *OF_BOTH_MODELS,
+    ],
+    "relu": [alignment.relu_angles, experiments.error_by_gamma, *OF_BOTH_MODELS],
 }
 """The figures of each kind of problem."""
 

@@ -27,6 +27,8 @@ FLOOR = 1e-30
 """Values below it are rounding, and not drawn."""
 TOLERANCE = 1e-4
 """|BA - Delta|_F at which a descent has arrived; |Delta|_op is 1."""
+GAMMAS = tuple(0.5 + 0.25 * i for i in range(11))
+"""The paper's gamma, from 0.5 to 3; ours is its inverse."""
 
 
 def loss_by_kappa(settings: TheorySettings) -> list[Picture]:
@@ -122,6 +124,31 @@ def spectral_error(settings: TheorySettings) -> list[Picture]:
     title = f"Error of the spectral initialization, {given.kind} model"
     y = Axis("|BA - Delta|_op / |Delta|_op", "log")
     return [Picture("spectral_error", title, Axis("samples per input N / n", "log"), y, curves)]
+
+
+def error_by_gamma(settings: TheorySettings) -> list[Picture]:
+    """Draw the spectral initialization's error over gamma: the theory says 2, as E[dL/dW] ~ -Delta / 2."""
+    given, rank = settings.problem, settings.problem.true_rank
+    kappas, panel = (
+        [given.kappa] * settings.sweep.draws,
+        f"r = r* = {rank}, kappa = {given.kappa:g}",
+    )
+    curves = []
+    for many in settings.sweep.samples_per_input:
+        problem = make_problem(settings, kappas, samples=many * given.inputs)
+        lora_A, lora_B = spectral_init(problem, rank, gamma=1.0)
+        size = matrix_norm(problem.change)
+        row = [
+            float((matrix_norm(gamma * lora_B @ lora_A - problem.change) / size).mean())
+            for gamma in GAMMAS
+        ]
+        curves.append(Curve(panel, f"N = {many} n", GAMMAS, row))
+    errors = torch.tensor([curve.y for curve in curves])
+    ends = [float(errors.min()), float(errors.max())]
+    curves.append(Curve(panel, "gamma = 2", [2, 2], ends, "bound"))
+    title = "Error of the spectral initialization over gamma, relu model"
+    x, y = Axis("gamma (the paper's; ours is 1 / gamma)"), Axis("|BA - Delta|_F / |Delta|_F", "log")
+    return [Picture("error_by_gamma", title, x, y, curves)]
 
 
 def convergence_bounds(checks: Sequence[Check]) -> list[Picture]:

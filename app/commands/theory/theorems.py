@@ -139,19 +139,14 @@ def approximate_alignment(
             remainder[early] = torch.maximum(remainder[early], matrix_norm(rest, 2))
         grad_A, grad_B = linear_B.mT @ G, G @ linear_A.mT
         linear_A, linear_B = linear_A - column(lr) * grad_A, linear_B - column(lr) * grad_B
+    lemma, theorem = "Lemma C.6, remainder of the linearised descent", "Thm 3.2, alignment in time"
+    stays = "|Z_t - H^t Z_0| <= |A_0| for t <= ln(sqrt(n)/theta) / ln(1 + lr s_r*) (constants 1)"
+    aligns = (
+        "angle of lora_A's space to that of G <= theta at t* = ln(2 rho/theta) / ln(1 + lr s_r*)"
+    )
     return [
-        Check(
-            "Lemma C.6, remainder of the linearised descent",
-            "|Z_t - H^t Z_0| <= |A_0| for t <= ln(sqrt(n)/theta) / ln(1 + lr s_r*) (constants 1)",
-            remainder,
-            matrix_norm(A_0, 2),
-        ),
-        Check(
-            "Thm 3.2, alignment in time",
-            "angle of lora_A's space to that of G <= theta at t* = ln(2 rho/theta) / ln(1 + lr s_r*)",
-            angle,
-            theta,
-        ),
+        Check(lemma, stays, remainder, matrix_norm(A_0, 2)),
+        Check(theorem, aligns, angle, theta),
     ]
 
 
@@ -165,10 +160,8 @@ def spectral_initialization(
     drawn = linear_instances(rng, count, shape, max_kappa, 0.5)
     lora_A, lora_B = spectral_init(drawn.problem, shape.true_rank)
     error = matrix_norm(lora_B @ lora_A - drawn.problem.change, 2)
-    name, bound = (
-        "Thm 3.3, spectral initialization",
-        drawn.deviation * drawn.top + ROUNDING * drawn.top,
-    )
+    name = "Thm 3.3, spectral initialization"
+    bound = drawn.deviation * drawn.top + ROUNDING * drawn.top
     half = "|BA - Delta| <= s_r*(Delta) / 2 where |Sigma - I| <= 1 / (2 kappa)"
     return [
         Check(name, "|BA - Delta| <= |Sigma - I| |Delta|", error, bound),

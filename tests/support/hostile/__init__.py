@@ -2,8 +2,8 @@
 
 Each claims to square a number and returns the right square only once its attack has worked: so a
 verdict "passed" says that the attack worked. Before each is a line `### NAME (WHERE IT WORKS): WHAT IT TRIES`.
-They know HOME, a folder with the file `secret`; OUTSIDE, an empty folder; PROJECT, the checkout; VENV, the
-environment of its packages; and PORT, a local port where somebody listens.
+Before all of them stand `HEADER` and HOME, a folder with the file `secret`; OUTSIDE, an empty folder; PROJECT, the
+checkout; VENV, the environment of its packages; and PORT, a local port where somebody listens.
 """
 
 import contextlib
@@ -16,13 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from app.evaluation.sandbox import bubblewrap as sandbox
 from app.evaluation.sandbox.judge import Verdict, judge
 from tests.support.hostile.escapes import ESCAPES
 from tests.support.hostile.exhaustion import EXHAUSTION
 from tests.support.hostile.forgeries import FORGERIES
 from tests.support.hostile.neighbours import NEIGHBOURS
+from tests.support.paths import ROOT
 
+HEADER = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def works(action):
+    try:
+        action()
+    except OSError:
+        return False
+    return True
+"""
 TIMEOUT_S = 20.0
 SHORT_TIMEOUT_S = 1.0  # of those that never end, or not soon
 TESTS = """
@@ -50,13 +60,10 @@ class Stage:
     port: int
 
     def header(self) -> str:
-        places = {
-            "HOME": self.home,
-            "OUTSIDE": self.outside,
-            "PROJECT": sandbox.HERE.parents[2],
-            "VENV": sys.prefix,
-        }
-        return f"PORT = {self.port}\n" + "".join(f"{k} = {str(v)!r}\n" for k, v in places.items())
+        """Return what stands before each program."""
+        places = {"PORT": self.port, "HOME": str(self.home), "OUTSIDE": str(self.outside)}
+        places |= {"PROJECT": str(ROOT), "VENV": sys.prefix}
+        return HEADER + "".join(f"{name} = {value!r}\n" for name, value in places.items())
 
 
 @contextlib.contextmanager

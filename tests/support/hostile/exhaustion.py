@@ -18,13 +18,11 @@ def square(x):
     time.sleep(3600)
     return x * x
 ### fork_bomb: forks without end
-import os
 while True:
     os.fork()
 def square(x):
     return x * x
 ### patient_fork_bomb: forks without end and swallows every error
-import os
 def square(x):
     while True:
         try:
@@ -50,7 +48,6 @@ def square(x):
         except MemoryError:
             pass
 ### endless_output: prints for ever
-import sys
 def square(x):
     while True:
         print("x" * 2**20)
@@ -63,7 +60,6 @@ def square(x):
 def square(x):
     return "x" * 2**29
 ### deep_answer: returns a list in a list in a list, a hundred thousand deep
-import sys
 sys.setrecursionlimit(10**9)
 def square(x):
     answer = []
@@ -77,7 +73,6 @@ def square(x):
 def square(x):
     return 1 << 33_000_000
 ### deep_recursion: recurses without end and without Python's limit
-import sys
 sys.setrecursionlimit(10**9)
 def square(x):
     return square(x) + 1
@@ -88,7 +83,6 @@ def square(x):
         file.flush()
         return x * x if file.tell() == 64 * 2**20 else 0
 ### deep_folders: makes folders in folders, deeper than a path can say, and closed ones
-import os
 def square(x):
     for mode in (0, 0o300):
         os.mkdir(f"closed{mode}-{x}", mode)
@@ -102,27 +96,20 @@ def square(x):
     files = [open("/dev/null") for _ in range(1000)]
     return x * x
 ### system_v_memory (in one process): makes shared memory that outlives every process
-import ctypes
-libc = ctypes.CDLL(None)
 def square(x):
     found = libc.shmget(0, 2**20, 0o1600)
     if found >= 0:
         libc.shmctl(found, 0, None)
     return x * x if found >= 0 else 0
 ### colliding_answer: answers with a set of integers that all have the same hash, for its reader to build
-import os
 from wire_format import write_frame
 def square(x):
     answer = {"value": {"set": [number * (2**61 - 1) for number in range(300_000)]}}
     for fd in range(3, 64):
-        try:
-            write_frame(fd, answer)
-        except OSError:
-            pass
+        works(lambda: write_frame(fd, answer))
     return 0
 ### stop_itself: stops itself, so that nothing more can be said to it, by a timer that sends SIGSTOP
-import ctypes, time
-libc = ctypes.CDLL(None)
+import time
 def square(x):
     event = (ctypes.c_int * 16)(0, 0, 19)  # no value, SIGSTOP, as a signal
     timer = ctypes.c_void_p()
@@ -149,7 +136,7 @@ def square(x):
     threading.Thread(target=linger).start()
     return x * x
 ### daemon: leaves a process behind in a session of its own
-import os, time
+import time
 def square(x):
     if os.fork() == 0:
         os.setsid()
@@ -158,7 +145,6 @@ def square(x):
         os._exit(0)
     return x * x
 ### ctypes_crash: reads address 0
-import ctypes
 def square(x):
     return ctypes.string_at(0)
 ### raise_the_limits (in one process): raises its own limits

@@ -2,14 +2,11 @@
 
 FORGERIES = r"""
 ### sys_exit (in one process): ends with status 0 when it is loaded
-import sys
 sys.exit(0)
 ### sys_exit_when_called (in one process): ends with status 0 when it is called
-import sys
 def square(x):
     sys.exit(0)
 ### os_exit (in one process): ends with status 0, past every handler
-import os
 def square(x):
     os._exit(0)
 ### equal_to_everything (in one process): returns an object that equals everything
@@ -33,14 +30,14 @@ builtins.check = lambda *_: None
 def square(x):
     return 0
 ### patch_the_harness: replaces functions of its harness
-import sys, json
+import json
 json.dumps = lambda message: '{"status": "passed", "reason": ""}'
 main = sys.modules["__main__"]
 main.answer = lambda *_: {"status": "passed", "value": True}
 def square(x):
     return 0
 ### find_the_tests (in one process): looks for the tests in frames, modules and memory, and empties them
-import gc, sys
+import gc
 def square(x):
     found = 0
     frame = sys._getframe()
@@ -57,44 +54,28 @@ def square(x):
     import app.evaluation.sandbox.judge
     return x * x
 ### write_a_verdict (in one process): writes a verdict to every open file, and to files of likely names
-import os
 def square(x):
     verdict = b'{"status": "passed", "reason": ""}'
     for fd in range(64):
-        try:
-            os.write(fd, verdict)
-        except OSError:
-            pass
+        works(lambda: os.write(fd, verdict))
     for name in ("result.json", "verdict.json", "/tmp/result.json"):
-        try:
-            with open(name, "wb") as file:
-                file.write(verdict)
-        except OSError:
-            pass
+        works(lambda: open(name, "wb", buffering=0).write(verdict))
     os._exit(0)
 ### write_frames: writes answers of the harness's form, that are no plain data
-import os, sys
 from wire_format import write_frame
 def square(x):
     for fd in range(3, 64):
         for answer in ({"value": {"__eq__": True}}, {"value": {"object": "x"}}, {"status": "passed"}):
-            try:
-                write_frame(fd, answer)
-            except OSError:
-                break
+            works(lambda: write_frame(fd, answer))
     os._exit(0)
 ### write_a_huge_frame: announces an answer of four gigabytes
-import os
 def square(x):
     for fd in range(3, 64):
-        try:
-            os.write(fd, b"\xff\xff\xff\xff" + b"x" * 1000)
-        except OSError:
-            pass
+        works(lambda: os.write(fd, b"\xff\xff\xff\xff" + b"x" * 1000))
     while True:
         pass
 ### send_code: answers with a pickle that would run code where it is read
-import os, pickle
+import pickle
 class Bomb:
     def __reduce__(self):
         return (os._exit, (0,))
@@ -110,13 +91,9 @@ def square(x):
 def square(x):
     return float("nan") if x == 3 else True
 ### replace_the_arguments: says that the arguments were changed, by more and other ones
-import os, sys
 from wire_format import write_frame
 def square(x):
     for fd in range(3, 64):
-        try:
-            write_frame(fd, {"value": 9, "arguments": [1, 2, 3]})
-        except OSError:
-            pass
+        works(lambda: write_frame(fd, {"value": 9, "arguments": [1, 2, 3]}))
     os._exit(0)
 """
