@@ -2,7 +2,7 @@
 
 Each claims to square a number and returns the right square only once its attack has worked: so a
 verdict "passed" says that the attack worked. Before each is a line `### NAME (WHERE IT WORKS): WHAT IT TRIES`.
-Before all of them stand `HEADER` and HOME, a folder with the file `secret`; OUTSIDE, an empty folder; PROJECT, the
+Before all stand `HEADER` and HOME, a folder with the file `secret`; OUTSIDE, an empty folder; PROJECT, the
 checkout; VENV, the environment of its packages; and PORT, a local port where somebody listens.
 """
 
