@@ -1,5 +1,6 @@
-"""Keep a run's place in its training in every checkpoint, and stand there again after a resume."""
+"""Let a resumed run go on with the next batch, in the middle of an epoch."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,20 +10,33 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from app.distributed.collectives import from_first_process
 from app.tracking.loggers import run_folder_of
 from app.tracking.metrics_table import has_value, rewind_table
-from app.training.checkpoint_state import (
-    count_batches,
-    gather_states,
-    normalize_loop_progress,
-    random_state,
-    seed_anew,
-    set_random_state,
-)
+from app.training import lightning_internals as loops
+from app.training.checkpoint_state import gather_states, random_state, seed_anew, set_random_state
+from app.training.protocols import training_data
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What the interrupted run had still to do for the batch of its checkpoint.
+
+    Attributes:
+        step: Optimizer steps at the checkpoint.
+        validation_due: Whether a validation follows the batch.
+        logged: Metrics of the batch, which Lightning hands to the loggers after the callbacks that save.
+    """
+
+    step: int
+    validation_due: bool
+    logged: dict[str, float]
 
 
 class MidEpochResume(Callback):
-    """Make a resumed run go on with the next batch, as if it had never stopped.
+    """Save the place of a run in its training with every checkpoint, and resume there.
 
-    Listed before all callbacks that save: they save what it has noted at the end of the batch.
+    Listed before all callbacks that save: they save what it has noted at the end of the batch. The place
+    among the rows is the data module's state, counted in rows of all processes together, so that another
+    number of processes goes on with the same next row. torchdata's `StatefulDataLoader` saves the batches of
+    one process instead: a run of two processes that it resumes on one repeats some rows and leaves out others.
 
     Args:
         seed: The run's seed, for processes that the interrupted run did not have.
@@ -33,8 +47,9 @@ class MidEpochResume(Callback):
         self.seed = seed
         self.continues = continues
         self._random: dict[str, Any] | None = None
-        self._validated = False
-        self._resumed: dict[str, Any] = {}
+        self._last_step = 0
+        self._stepped = self._validated = False
+        self._pending: Pending | None = None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -42,13 +57,14 @@ class MidEpochResume(Callback):
         """Take up the random stream of training, whatever has drawn from it since the last batch."""
         if self._random is not None:
             set_random_state(self._random)
-        self._validated = False
+        self._last_step, self._validated = trainer.global_step, False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note where the random stream of training stands."""
+        """Note the random stream of training, and whether the batch ended an optimizer step."""
         self._random = random_state()
+        self._stepped = trainer.global_step != self._last_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the validation that follows this batch is done."""
@@ -58,111 +74,78 @@ class MidEpochResume(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add what Lightning does not keep."""
-        loop = trainer.fit_loop.epoch_loop
-        stepped = not loop._should_accumulate()
-        if not stepped:
+        if not self._stepped:
             rank_zero_warn(
                 f"a checkpoint is saved between two optimizer steps (after step {trainer.global_step}): a "
                 "run resumed from it leaves out the batches since that step. Let val_check_interval and "
                 "every_n_train_steps fall on optimizer steps (trainer.accumulate_grad_batches)"
             )
-        normalize_loop_progress(checkpoint["loops"], trainer.global_step, stepped)
-        self._keep_data_position(trainer, checkpoint)
+        loops.set_batch_end(checkpoint["loops"], trainer.global_step, self._stepped)
+        epoch, data = loops.next_epoch(checkpoint["loops"]), _data_key(trainer)
+        if epoch is not None and data in checkpoint:
+            # An epoch may end before its rows do (trainer.limit_train_batches).
+            checkpoint[data] = {**checkpoint[data], "epoch": epoch, "done": 0}
         checkpoint["random"] = gather_states(self._random or random_state())
-        checkpoint["validation_due"] = not self._validated and loop._should_check_val_fx(
-            trainer.fit_loop._data_fetcher  # type: ignore[arg-type]
-        )
-        # Lightning hands the batch's metrics to the loggers after the callbacks that save.
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        checkpoint["validation_due"] = not self._validated and loops.validation_is_due(trainer)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its connector
         logged = trainer.logged_metrics if trainer.global_step % every == 0 else {}
         checkpoint["logged"] = {
             name: float(value) for name, value in logged.items() if name.startswith("train/")
         }
-        table = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-        checkpoint["wandb_id"] = table[0].version if table else None
-
-    def _keep_data_position(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """An epoch may end before its rows do (trainer.limit_train_batches)."""
-        name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
-        progress = checkpoint["loops"]["fit_loop"]
-        if name in checkpoint and progress["epoch_loop.batch_progress"]["is_last_batch"]:
-            epoch = progress["epoch_progress"]["current"]["processed"] + 1
-            checkpoint[name] = {**checkpoint[name], "epoch": epoch, "done": 0}
+        wandb = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        checkpoint["wandb_id"] = wandb[0].version if wandb else None
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take over the random stream; count the batches of today's processes."""
-        step, rank = checkpoint["global_step"], trainer.global_rank
-        states = checkpoint["random"]
+        step, rank, states = checkpoint["global_step"], trainer.global_rank, checkpoint["random"]
         if rank < len(states):
             self._random = states[rank]
         else:
             seed_anew(self.seed, rank, step)
             self._random = random_state()
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        done = checkpoint.get(type(data).__qualname__, {}).get("done", 0)
-        if done:
-            count_batches(checkpoint["loops"], done // (data.batch_size * trainer.world_size))
-        self._resumed = {
-            "step": step,
-            "validation_due": checkpoint["validation_due"],
-            "logged": checkpoint["logged"],
-        }
+        rows = checkpoint.get(_data_key(trainer), {}).get("done", 0)
+        if rows:
+            batch_rows = training_data(trainer).batch_size * trainer.world_size
+            loops.set_batches(checkpoint["loops"], rows // batch_rows)
+        self._stepped = True
+        self._pending = Pending(step, checkpoint["validation_due"], checkpoint["logged"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop what the interrupted run has logged after its checkpoint."""
-        if self._resumed and self.continues:
+        if self._pending is not None and self.continues:
             from_first_process(lambda: self._rewind(trainer))
 
     def _rewind(self, trainer: Trainer) -> None:
-        if folder := run_folder_of(trainer.loggers):
-            rewind_table(folder.metrics, self._resumed["step"], self._resumed["validation_due"])
+        folder = run_folder_of(trainer.loggers)
+        if folder is not None and self._pending is not None:
+            rewind_table(folder.metrics, self._pending.step, self._pending.validation_due)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make up for what the interrupted run had left to do after its batch."""
-        if not self._resumed:
-            return
-        fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        ended = loop.batch_progress.is_last_batch
-        self._run_pending(trainer)
-        if ended:
-            # The next epoch starts as any other: Lightning would take it for the rest of this one.
-            loop.restarting = False
-            fit.reset_restart_stage()
-            loop._batches_that_stepped += 1
+        """Do what the interrupted run had left to do for its batch."""
+        if self._pending is not None:
+            ended = loops.epoch_has_ended(trainer)
+            self._run_pending(trainer, self._pending)
+            if ended:
+                loops.leave_ended_epoch(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do the same where nothing was left to train."""
-        if self._resumed:
-            self._run_pending(trainer)
+        if self._pending is not None:
+            self._run_pending(trainer, self._pending)
 
-    def _run_pending(self, trainer: Trainer) -> None:
-        self._log_last_step(trainer)
-        if self._resumed["validation_due"]:
-            self._validate(
-                trainer, epochs=int(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
-            )
-        self._resumed = {}
-
-    def _log_last_step(self, trainer: Trainer) -> None:
-        step = self._resumed["step"] - 1
-        for name, value in self._resumed["logged"].items():
-            folder = run_folder_of(trainer.loggers)
-            if not self.continues or folder is None:
-                return
-            if not has_value(folder.metrics, step, name):
-                epoch = trainer.fit_loop.epoch_progress.total.ready - 1
+    def _run_pending(self, trainer: Trainer, pending: Pending) -> None:
+        folder, step = run_folder_of(trainer.loggers), pending.step - 1
+        for name, value in pending.logged.items():
+            if self.continues and folder and not has_value(folder.metrics, step, name):
                 for logger in trainer.loggers:
-                    logger.log_metrics({name: value, "epoch": epoch}, step=step)
+                    logger.log_metrics({name: value, "epoch": loops.current_epoch(trainer)}, step)
+        if pending.validation_due:
+            loops.run_validation(trainer)
+        self._pending = None
 
-    def _validate(self, trainer: Trainer, epochs: int) -> None:
-        """Run the validation that was due after the last batch, `epochs` (0 or 1) epochs ago."""
-        count = trainer.fit_loop.epoch_progress.current
-        count.completed -= epochs
-        validation = trainer.fit_loop.epoch_loop.val_loop
-        validation.restarting = False
-        trainer.validating = True
-        validation.run()
-        trainer.training = True
-        count.completed += epochs
+
+def _data_key(trainer: Trainer) -> str:
+    """Return the key of the data module's state in a checkpoint."""
+    return type(training_data(trainer)).__qualname__

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: trained weights and what they belong to, random states, loop progress."""
+"""What a checkpoint holds beside Lightning's own: trained weights, what they belong to, random states."""
 
 import random
 import zlib
@@ -11,8 +11,12 @@ import torch.distributed as dist
 from torch import nn
 
 from app.distributed.collectives import world_size
-from app.tracking.record import ModelRecord
+from app.tracking.record import ModelRecord, RunRecord
+from app.training.protocols import Factors
 from app.utils.errors import InputError
+
+SUBTRACTED = "starts"
+"""Key of the subtracted factors, as earlier versions read it."""
 
 
 def random_state() -> dict[str, Any]:
@@ -58,42 +62,29 @@ def gather_states(state: dict[str, Any]) -> list[dict[str, Any]]:
     return states
 
 
-def normalize_loop_progress(loops: dict[str, Any], global_step: int, stepped: bool) -> None:
-    """Set Lightning's counters to what they are when a batch has just ended, in place.
-
-    Lightning resumes exactly from there. Saved during or after the validation that follows a batch, or
-    when an epoch or the training ends, the counters of the same moment differ.
+def keep_trained(
+    checkpoint: dict[str, Any], module: nn.Module, record: RunRecord, factors: Factors
+) -> None:
+    """Leave only trainable weights in a checkpoint, and add what they belong to.
 
     Args:
-        loops: The checkpoint's `loops`.
-        global_step: Optimizer steps so far.
-        stepped: Whether the last batch ended an optimizer step.
+        checkpoint: Has the module's "state_dict".
+        module: Whose weights they are; the frozen ones come from the base model's name.
+        record: Names the base model and the method.
+        factors: What an initialization has subtracted from the base.
     """
-    fit = loops["fit_loop"]
-    epochs, batches = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
-    for span in ("total", "current"):
-        epochs[span]["processed"] = epochs[span]["completed"] = epochs[span]["started"] - 1
-        batches[span]["completed"] = batches[span]["ready"] - 1
-    fit["epoch_loop.state_dict"]["_batches_that_stepped"] = global_step - stepped
-    validation = fit["epoch_loop.val_loop.batch_progress"]
-    for span in ("total", "current"):
-        validation[span] = dict.fromkeys(validation[span], 0)
-    validation["is_last_batch"] = False
-
-
-def count_batches(loops: dict[str, Any], batches: int) -> None:
-    """Set the number of batches that this epoch has had, in place: other processes, other counts."""
-    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
-    missing = batches - progress["current"]["ready"]
-    for span in ("total", "current"):
-        progress[span] = {name: count + missing for name, count in progress[span].items()}
-
-
-def keep_trained(checkpoint: dict[str, Any], module: nn.Module) -> None:
-    """Leave only trainable weights in a checkpoint; the base comes from its name."""
     trainable = {name for name, p in module.named_parameters() if p.requires_grad}
     state = checkpoint["state_dict"]
     checkpoint["state_dict"] = {name: value for name, value in state.items() if name in trainable}
+    checkpoint["base"] = {"name": record.model.name, "fingerprint": record.model.fingerprint}
+    checkpoint["method"] = record.method
+    if factors:
+        checkpoint[SUBTRACTED] = {name: [A.cpu(), B.cpu()] for name, (A, B) in factors.items()}
+
+
+def saved_factors(checkpoint: Mapping[str, Any]) -> Factors:
+    """Return the factors that the run of a checkpoint had subtracted from the base."""
+    return {name: (A, B) for name, (A, B) in checkpoint.get(SUBTRACTED, {}).items()}
 
 
 def check_trained(checkpoint: Mapping[str, Any], module: nn.Module, model: ModelRecord) -> None:

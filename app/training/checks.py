@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from app.distributed.fsdp import Fsdp2Strategy
 from app.distributed.rendezvous import check_number_of_processes
 from app.models.adalora import check_schedule
-from app.models.adapter_config import LoraSettings
+from app.models.adapter_config import LoraSettings, fsdp_incompatible_options
 from app.models.lora import tied_target_layers
 from app.utils.errors import InputError
 
@@ -26,6 +26,16 @@ def check_sharding(settings: Sequence[str]) -> None:
             f"strategy: set model.adapter without {settings[0]} (or another model.adapter_path), or use "
             "--config strategies/ddp.yaml"
         )
+
+
+def check_sharded(adapter: LoraSettings | None) -> None:
+    """Raise InputError if training with a new adapter does not work where the base weights are sharded."""
+    if adapter is None:
+        raise InputError(
+            "model.adapter is null, but this strategy shards frozen weights only: set model.adapter, "
+            "or train every weight with --config strategies/ddp.yaml"
+        )
+    check_sharding(fsdp_incompatible_options(adapter.peft_config()))
 
 
 def check_optimizer(optimizer: str | None, pairs: bool) -> None:
@@ -63,33 +73,33 @@ def check_length(
         check_schedule(budget.tinit, budget.tfinal, max_steps)
 
 
-def check_subtraction(start: str, name: str, config: PreTrainedConfig, sharded: bool) -> None:
-    """Raise InputError if the base weights cannot be changed by a start.
+def check_subtraction(init: str, name: str, config: PreTrainedConfig, sharded: bool) -> None:
+    """Raise InputError if an initialization cannot subtract its factors from the base weights.
 
     Args:
-        start: Its name.
+        init: Its class.
         name: The model's name.
         config: The model's configuration.
         sharded: Whether the strategy shards the base weights.
     """
     if sharded:
         raise InputError(
-            f"init is {start}, which changes the base weights that this strategy shards: use "
+            f"init is {init}, which changes the base weights that this strategy shards: use "
             "--config strategies/ddp.yaml, or methods/lora_one.yaml, which leaves them as they are"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(
-            f"init is {start}, which takes its start off the base weights, but those of model.name "
-            f"{name!r} are quantised (quantization_config) and cannot hold it: use a model whose "
+            f"init is {init}, which subtracts its factors from the base weights, but those of model.name "
+            f"{name!r} are quantised (quantization_config): use a model whose "
             "weights are not, or --config methods/lora_one.yaml, which leaves them as they are"
         )
 
 
-def check_untied(start: str, model: nn.Module) -> None:
-    """Raise InputError if a start of that name would change weights that other modules have too."""
+def check_untied(init: str, model: nn.Module) -> None:
+    """Raise InputError if an initialization would subtract from weights that other modules have too."""
     for layer, other in tied_target_layers(model).items():
         raise InputError(
-            f"init is {start}, which changes the weight of {layer}, but that is the weight of {other} too "
+            f"init is {init}, which changes the weight of {layer}, but that is the weight of {other} too "
             f"(tie_word_embeddings): leave {layer} out of model.adapter.target_modules, or use --config "
             "methods/lora_one.yaml, which leaves the base weights as they are"
         )

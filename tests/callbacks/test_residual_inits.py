@@ -287,7 +287,7 @@ def test_what_cannot_be_offset(command, tiny_run, capfd, monkeypatch):
     for method, name in (("pissa", "PissaInit"), ("lora_ga", "LoraGaInit")):
         options = ("fit", "--config", tiny_run, f"--config=methods/{method}.yaml")
         with monkeypatch.context() as patched:
-            patched.setattr(LoraModule, "_sharded", property(lambda _: True))
+            patched.setattr(LoraModule, "is_sharded", property(lambda _: True))
             assert command(*options) == 2
         told = capfd.readouterr().err
         assert f"init is {name}, which changes the base weights that this strategy shards" in told
@@ -331,7 +331,7 @@ def test_quantised_weights_are_not_offset(
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("app.training.module.load_model", None)
+    monkeypatch.setattr("app.training.model_building.load_model", None)
     for method, name in (("pissa", "PissaInit"), ("lora_ga", "LoraGaInit")):
         options = (f"--config=methods/{method}.yaml", f"--model.name={folder}")
         assert command("fit", "--config", tiny_run, *options) == 2

@@ -44,7 +44,7 @@ def refused(monkeypatch, command, capsys):
     def no_weights(*args, **kwargs):
         raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr("app.training.module.load_model", no_weights)
+    monkeypatch.setattr("app.training.model_building.load_model", no_weights)
     return _refusal(command, capsys)
 
 

@@ -249,7 +249,7 @@ def test_peft_loads_an_adapter_by_its_folder_alone(fit, trained):
 def test_an_optimizer_of_pairs_wants_pairs(optimizer, command, tiny_run, capfd, monkeypatch):
     """Else it would be plain AdamW under another name."""
     monkeypatch.setattr(
-        "app.training.module.load_model", None
+        "app.training.model_building.load_model", None
     )  # told before any weights are loaded
     for method in ("full", "adalora"):
         options = (f"--config=methods/{method}.yaml", f"--model.optimizer={optimizer}")
@@ -271,7 +271,7 @@ def test_nor_does_it_train_an_adapter_without_pairs(fit, command, tiny_run, capf
 def test_an_adapter_from_a_folder_is_asked_what_it_is(fit, command, tiny_run, capfd, monkeypatch):
     """DoRA's norms need whole weights, whatever model.adapter says beside the folder."""
     folder = fit("--config=methods/dora.yaml") / "adapter"
-    monkeypatch.setattr(LoraModule, "_sharded", property(lambda _: True))
+    monkeypatch.setattr(LoraModule, "is_sharded", property(lambda _: True))
     options = (f"--model.adapter_path={folder}", "--init=null")
     assert command("fit", "--config", tiny_run, *options) == 2
     assert (

@@ -222,7 +222,7 @@ def test_what_cannot_work(command, tiny_run, capfd, monkeypatch):
     ):
         with monkeypatch.context() as patched:
             patched.setattr(
-                "app.training.module.load_model", None
+                "app.training.model_building.load_model", None
             )  # told before any weights are loaded
             assert "lower tinit and tfinal, or train longer" in told(*options)
     # An epoch of 40 rows is 5 steps, which is known once there is a loader.
@@ -238,7 +238,7 @@ def test_what_cannot_work(command, tiny_run, capfd, monkeypatch):
     )
     assert "exclude each other" in told("--model.adapter.use_dora=true")
     with monkeypatch.context() as patched:
-        patched.setattr(LoraModule, "_sharded", property(lambda _: True))
+        patched.setattr(LoraModule, "is_sharded", property(lambda _: True))
         assert "the adapter has adalora, which does not work with the sharded" in told(
             f"{own}init_r=6"
         )

@@ -125,7 +125,7 @@ def run(jobs: list[dict]) -> None:
             lambda job=job: {job["argv"][0]: commands[job["argv"][0]]}
         )
         if job.get("first_reads") and number > 0:
-            app.training.module.load_model = None
+            app.training.model_building.load_model = None
         for end in ENDS.keys() & job.keys():
             if job[end][0] == number:
                 end_at(ENDS[end], *job[end][1:])

@@ -30,6 +30,7 @@ from app.models.loading import empty_model
 from app.models.lora import base_model, fsdp_incompatible_settings
 from app.models.source import TOKENIZER_FILES, ModelSource
 from app.training.checks import check_sharding
+from app.training.model_building import adapt
 from app.training.module import LoraModule
 
 
@@ -153,7 +154,7 @@ def build(trainer: PlanTrainer, module: LoraModule) -> nn.Module:
     dtype = getattr(torch, module.dtype_name)
     base = empty_model(module.source, dtype, module.attn_implementation)
     with torch.device("meta"):
-        model = module.adapt(base)
+        model = adapt(base, module)
     if trainer.placement.sharded:
         check_sharding(fsdp_incompatible_settings(model))
     module.model = trainer.precision_plugin.convert_module(model)

@@ -15,7 +15,7 @@ def plan(command, tiny_run, capsys, monkeypatch, tmp_path):
     def load(*args, **kwargs):
         raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr("app.training.module.load_model", load)
+    monkeypatch.setattr("app.training.model_building.load_model", load)
 
     def run(*argv, status=0):
         capsys.readouterr()

@@ -1,0 +1,92 @@
+"""The one place that reads and sets what Lightning's loops keep to themselves.
+
+Lightning counts epochs, batches and validations in its loops and saves the counters in a checkpoint. It goes
+on exactly from a checkpoint that was saved when a training batch had just ended; of any other moment the
+counters differ, and a validation that was due is left out or made twice. No public API of Lightning 2.6 sets
+the counters, asks whether a validation is due, or runs the validation loop; `Trainer.fit(ckpt_path=...)` that
+resumes exactly from any moment would replace this file.
+"""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+Loops = dict[str, Any]
+"""A checkpoint's `loops`."""
+
+
+def set_batch_end(loops: Loops, global_step: int, stepped: bool) -> None:
+    """Set the counters of a checkpoint to what they are when a batch has just ended, in place.
+
+    Saved during or after the validation that follows a batch, or when an epoch or the training ends, the
+    counters of the same moment differ.
+
+    Args:
+        loops: The counters.
+        global_step: Optimizer steps so far.
+        stepped: Whether the last batch ended an optimizer step.
+    """
+    fit = loops["fit_loop"]
+    epochs, batches = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
+    for span in ("total", "current"):
+        epochs[span]["processed"] = epochs[span]["completed"] = epochs[span]["started"] - 1
+        batches[span]["completed"] = batches[span]["ready"] - 1
+    fit["epoch_loop.state_dict"]["_batches_that_stepped"] = global_step - stepped
+    validation = fit["epoch_loop.val_loop.batch_progress"]
+    for span in ("total", "current"):
+        validation[span] = dict.fromkeys(validation[span], 0)
+    validation["is_last_batch"] = False
+
+
+def next_epoch(loops: Loops) -> int | None:
+    """Return the number of the epoch that follows, if the epoch's last batch has ended; else None."""
+    fit = loops["fit_loop"]
+    ended = fit["epoch_loop.batch_progress"]["is_last_batch"]
+    return fit["epoch_progress"]["current"]["processed"] + 1 if ended else None
+
+
+def set_batches(loops: Loops, batches: int) -> None:
+    """Set the number of batches that this epoch has had, in place: other processes, other counts."""
+    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
+    missing = batches - progress["current"]["ready"]
+    for span in ("total", "current"):
+        progress[span] = {name: count + missing for name, count in progress[span].items()}
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Return whether the loop validates behind the batch that has just ended."""
+    fit = trainer.fit_loop
+    return fit.epoch_loop._should_check_val_fx(fit._data_fetcher)  # type: ignore[arg-type]
+
+
+def epoch_has_ended(trainer: Trainer) -> bool:
+    """Return whether the last batch of its epoch has ended."""
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+def leave_ended_epoch(trainer: Trainer) -> None:
+    """Let a resumed run start the next epoch as any other: Lightning would take it for the rest of the last."""
+    fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    loop.restarting = False
+    fit.reset_restart_stage()
+    loop._batches_that_stepped += 1
+
+
+def run_validation(trainer: Trainer) -> None:
+    """Run the validation that was due behind the last batch, in the epoch of that batch."""
+    count, validation = (
+        trainer.fit_loop.epoch_progress.current,
+        trainer.fit_loop.epoch_loop.val_loop,
+    )
+    epochs = int(epoch_has_ended(trainer))
+    count.completed -= epochs
+    validation.restarting = False
+    trainer.validating = True
+    validation.run()
+    trainer.training = True
+    count.completed += epochs
+
+
+def current_epoch(trainer: Trainer) -> int:
+    """Return the epoch of the last batch, also where that has ended it."""
+    return trainer.fit_loop.epoch_progress.total.ready - 1

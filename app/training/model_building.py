@@ -1,0 +1,84 @@
+"""Build what is trained: the base model with its adapter."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from app.distributed.collectives import from_first_process, global_rank
+from app.distributed.fsdp import Fsdp2Strategy
+from app.models.adapter_io import load_adapter
+from app.models.loading import empty_model, load_model, model_fingerprint
+from app.models.lora import add_lora, fsdp_incompatible_settings
+from app.tracking.record import ModelRecord
+from app.training.checks import check_sharding
+from app.training.protocols import ModelSettings
+
+
+def build_model(
+    settings: ModelSettings, sharding: Fsdp2Strategy | None, trainable: bool
+) -> tuple[nn.Module, ModelRecord]:
+    """Load the base model, add the adapter and shard the frozen weights.
+
+    Args:
+        settings: Of the model and the adapter.
+        sharding: Shards frozen weights; None leaves them whole.
+        trainable: Whether the weights require gradients where there is no adapter.
+
+    Returns:
+        The model in training mode, and its entry in the run's record.
+
+    Raises:
+        InputError: The model cannot be loaded, or the adapter fits neither it nor the sharding.
+    """
+    # A sharded model is read by the first process alone, which hands out the shards.
+    load = empty_model if sharding is not None and global_rank() > 0 else load_model
+    dtype = getattr(torch, settings.dtype_name)
+    base = load(settings.source, dtype, settings.attn_implementation)
+    parameters = sum(p.numel() for p in base.parameters())
+    model = adapt(base, settings, trainable)
+    if sharding is not None:
+        check_sharding(fsdp_incompatible_settings(model))
+        sharding.shard(model)
+    if global_rank() > 0:
+        # The adapter was drawn alike everywhere; dropout is each process's own.
+        torch.manual_seed(torch.initial_seed() + global_rank())
+    record = ModelRecord(
+        name=settings.source.name,
+        # Reads every byte of a local model, which one process does for all.
+        fingerprint=from_first_process(lambda: model_fingerprint(settings.source)),
+        parameters=parameters,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+    # Checkpoints load in evaluation mode and Lightning leaves modes alone: dropout belongs to training.
+    return model.train(), record
+
+
+def adapt(base: PreTrainedModel, settings: ModelSettings, trainable: bool = True) -> nn.Module:
+    """Add the adapter and activation checkpointing to a base model, also on the meta device.
+
+    Args:
+        base: From `load_model` or `empty_model`.
+        settings: Of the adapter; a saved one comes before a new one.
+        trainable: Whether the weights require gradients where there is no adapter.
+
+    Returns:
+        The PEFT model, or `base` itself without an adapter.
+
+    Raises:
+        InputError: The adapter does not fit the model.
+    """
+    if settings.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    model: nn.Module
+    if settings.adapter_path is not None:
+        model = load_adapter(base, Path(settings.adapter_path), trainable=True)
+    elif settings.adapter is not None:
+        model = add_lora(base, settings.adapter)
+    else:
+        model = base.requires_grad_(trainable)
+    if settings.gradient_checkpointing:
+        # Without re-entry a block is recomputed only if its input is in the graph.
+        base.enable_input_require_grads()
+    return model

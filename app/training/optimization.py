@@ -1,0 +1,89 @@
+"""What the optimizer is given, and what it must not be given."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from app.models.lora import LoraPair
+from app.optim.lora_plus import LoraPlusAdamW
+from app.optim.lora_pro import LoraProAdamW
+from app.optim.preconditioned_adamw import PreconditionedAdamW
+from app.utils.errors import DivergedError, InputError
+
+PAIR_OPTIMIZERS = (PreconditionedAdamW, LoraPlusAdamW, LoraProAdamW)
+"""Optimizers of LoRA pairs, which are plain AdamW on anything else."""
+
+ADVICE = (
+    "lower model.optimizer.lr, set trainer.gradient_clip_val, or use a wider precision (model.dtype, "
+    "trainer.precision)"
+)
+
+
+def pair_optimizer_name(make: Callable[[list[nn.Parameter]], Optimizer]) -> str | None:
+    """Return the name of an optimizer of LoRA pairs; None for any other.
+
+    Raises:
+        InputError: Its settings are wrong.
+    """
+    try:
+        probe = make([nn.Parameter(torch.zeros(1, 1))])
+    except (ValueError, TypeError) as error:
+        raise InputError(f"model.optimizer cannot be made: {error}") from error
+    return type(probe).__name__ if isinstance(probe, PAIR_OPTIMIZERS) else None
+
+
+def parameter_groups(
+    pairs: Sequence[LoraPair], parameters: Iterable[nn.Parameter]
+) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: the LoRA pairs, and whatever else is trained.
+
+    Args:
+        pairs: The adapted layers; the group has lora_A and lora_B of each in turn, and the scalings.
+        parameters: All of the module.
+    """
+    in_pairs = [p for pair in pairs for p in (pair.lora_A, pair.lora_B)]
+    known = {id(p) for p in in_pairs}
+    others = [p for p in parameters if p.requires_grad and id(p) not in known]
+    groups: list[dict[str, Any]] = []
+    if pairs:
+        scaling = [pair.scaling for pair in pairs]
+        groups.append({"params": in_pairs, "lora_pairs": True, "scaling": scaling})
+    if others:
+        groups.append({"params": others})
+    return groups
+
+
+def check_loss(whole: Tensor, epoch: int, batch_idx: int, rows: Tensor) -> None:
+    """Raise DivergedError if a loss is not finite.
+
+    Args:
+        whole: (2,) loss and number of tokens of a batch, summed over the processes.
+        epoch: Epoch of the batch.
+        batch_idx: Its number.
+        rows: (B,) numbers of its training rows on this process.
+    """
+    if not torch.isfinite(whole[0]):
+        raise DivergedError(
+            f"the loss is {float(whole[0] / whole[1])} in batch {batch_idx} of epoch {epoch} (training rows "
+            f"{rows.tolist()}): {ADVICE}"
+        )
+
+
+def check_gradients(named: Iterable[tuple[str, nn.Parameter]], step: int) -> None:
+    """Raise DivergedError if a gradient is not finite; names the first parameter.
+
+    Args:
+        named: The module's parameters.
+        step: Optimizer steps so far.
+    """
+    gradients = {name: p.grad for name, p in named if p.grad is not None}
+    if torch.isfinite(nn.utils.get_total_norm(gradients.values())):
+        return
+    broken = (name for name, grad in gradients.items() if not torch.isfinite(grad).all())
+    bad = next(broken, "all parameters together").removeprefix("model.")
+    raise DivergedError(
+        f"the gradient of {bad} is not finite before optimizer step {step}: {ADVICE}"
+    )

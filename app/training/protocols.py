@@ -1,0 +1,132 @@
+"""What callbacks use of the module and of the data module, and where they get both."""
+
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from app.evaluation.benchmark import PreparedBenchmark
+from app.evaluation.scoring import Scoring
+from app.models.adapter_config import LoraSettings
+from app.models.batch import Batch
+from app.models.loading import ModelSource
+from app.models.lora import LoraPair
+from app.tracking.record import RunRecord
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""lora_A (r, n) and lora_B (m, r) by the layer's name."""
+
+
+class ModelSettings(Protocol):
+    """What a model is built from.
+
+    Attributes:
+        dtype_name: torch's name of the type of its weights.
+        attn_implementation: transformers' name of an attention; None = its default.
+        adapter: Settings of a new adapter; None without.
+        adapter_path: Folder of a saved adapter; None without.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+    """
+
+    dtype_name: str
+    attn_implementation: str | None
+    adapter: LoraSettings | None
+    adapter_path: str | None
+    gradient_checkpointing: bool
+
+    @property
+    def source(self) -> ModelSource:
+        """Where the base model comes from."""
+
+
+class AdaptedModule(Protocol):
+    """The LightningModule as callbacks know it.
+
+    Attributes:
+        name: `model.name`.
+        adapter: `model.adapter`.
+        adapter_path: `model.adapter_path`.
+        model: What is called: the PEFT model, or the transformers model without an adapter.
+        record: What the run reports, filled by the part that knows it.
+        answers_folder: Where answers to benchmarks are kept; None keeps none.
+        scoring: The scores of the validation or test loop that is running.
+        subtracted_factors: What an initialization has taken off the base weights; empty if nothing.
+    """
+
+    name: str
+    adapter: LoraSettings | None
+    adapter_path: str | None
+    model: nn.Module
+    record: RunRecord
+    answers_folder: Path | None
+    scoring: Scoring
+    subtracted_factors: Factors
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model inside."""
+
+    @property
+    def source(self) -> ModelSource:
+        """What `name` names."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration, known without the weights."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the strategy shards the base weights."""
+
+    def lora_pairs(self) -> list[LoraPair]:
+        """List the adapted layers in module order."""
+
+    def install_and_subtract(self, factors: Factors) -> None:
+        """Install factors and subtract them from the base."""
+
+    def new_scoring(self, moment: str, split: str) -> Scoring:
+        """Make ready to score the data module's rows and benchmarks."""
+
+
+class DataModule(Protocol):
+    """The data module as the module and callbacks know it."""
+
+    def prepare_benchmarks(self, split: str) -> list[PreparedBenchmark]:
+        """Return the benchmarks of "validation" or "test" with their questions encoded."""
+
+    def label_token_ids(self) -> list[int]:
+        """Return the first token of each label word; empty where rows have no classes."""
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Return batches of the validation rows and of each benchmark's questions."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return where the rows come from and how many there are."""
+
+
+class TrainingDataModule(DataModule, Protocol):
+    """A data module with rows to train on."""
+
+    batch_size: int
+
+    def gradient_batches(
+        self, num_samples: int, micro_batch_size: int, rank: int, world_size: int
+    ) -> list[Batch]:
+        """Return this process's share of the initialization rows."""
+
+
+def adapted(pl_module: LightningModule) -> AdaptedModule:
+    """Return a callback's `pl_module` as what it is."""
+    return cast(AdaptedModule, pl_module)
+
+
+def training_data(trainer: Trainer) -> TrainingDataModule:
+    """Return the data module of a trainer that fits."""
+    return cast(TrainingDataModule, trainer.datamodule)  # type: ignore[attr-defined]  # set by `fit`
