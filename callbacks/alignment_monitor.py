@@ -20,11 +20,14 @@ from app.tracking.alignment_plots import write_heat_maps
 from app.tracking.loggers import run_folder_of
 from app.tracking.metrics_table import append_rows, read_table, write_table
 from app.tracking.wandb_summary import line_chart
+from app.training.protocols import AdaptedModule, adapted, training_data
 from app.utils.console import track
 from app.utils.errors import InputError
 from callbacks.initialization import GradientInit
 
 ALIGNMENT_FILE = "alignment.csv"
+EARLIER_FILE = "inside.csv"
+"""What earlier versions called it."""
 ALIGNMENT_CHART = "alignment/angles"
 MEASURES = (
     *("angle_A", "angle_B", "captured", "norm"),
@@ -64,7 +67,6 @@ class AlignmentMonitor(Callback):
         self.micro_batch_size = micro_batch_size
         self._reference: dict[str, SVD] = {}
         self._measured = -1  # the step that was measured last
-        self._folder: Path | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the reference: a resumed run makes no gradient pass."""
@@ -79,111 +81,128 @@ class AlignmentMonitor(Callback):
         self._reference = {name: SVD(*parts) for name, parts in state_dict["reference"].items()}
         self._measured = state_dict["measured"]
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Drop what the interrupted run measured after its checkpoint."""
-        if self._folder is None or not is_first_process():
-            return
-        names, rows = read_table(self._folder / ALIGNMENT_FILE)
-        if names:
-            measured = checkpoint["callbacks"][self.state_key]["measured"]
-            before = [row for row in rows if int(row["step"]) <= measured]
-            write_table(self._folder / ALIGNMENT_FILE, names, before)
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask the initialisation for its gradient."""
-        module: Any = pl_module
-        if stage != "fit":
-            return
-        module.one_step = {}
-        folder = run_folder_of(trainer.loggers)
-        self._folder = None if folder is None else folder.path
+        """Ask the initialization to keep its gradient."""
+        for init in _gradient_inits(trainer):
+            init.kept = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Observe the one-step gradient, before any initialisation changes the model, unless that does it."""
-        module: Any = pl_module
-        initialised = any(isinstance(own, GradientInit) for own in trainer.callbacks)  # type: ignore[attr-defined]
-        pairs = module.lora_pairs()
-        if not pairs:
+        """Observe the one-step gradient before any initialization changes the model, unless that does it."""
+        module = adapted(pl_module)
+        if not module.lora_pairs():
             rank_zero_info(
                 f"{module.record.method} has no LoRA pairs: no alignment metrics are measured"
             )
-        elif not self._reference and not initialised:
-            result = one_step_gradients(
-                module.model,
-                module.base,
-                pairs,
-                trainer.datamodule.gradient_batches(  # type: ignore[attr-defined]
-                    self.num_samples, self.micro_batch_size, trainer.global_rank, trainer.world_size
-                ),
-                {pair.name: pair.rank for pair in pairs},
-                Estimator(),
-                trainer.precision_plugin.forward_context,
-                track,
+        elif self._reference:
+            self._rewind(trainer)
+        elif module.subtracted_factors:
+            raise InputError(
+                "AlignmentMonitor measures against the untouched base model, but the initialization of this "
+                "resumed run has changed that: leave the callback out of trainer.callbacks, or start anew"
             )
-            module.one_step = {name: e.svd for name, e in result.estimates.items()}
+        elif all(init.report for init in _gradient_inits(trainer)):
+            self._set_reference(module, self._observe(trainer, module))
+
+    def _observe(self, trainer: Trainer, module: AdaptedModule) -> dict[str, SVD]:
+        pairs = module.lora_pairs()
+        result = one_step_gradients(
+            module.model,
+            module.base,
+            pairs,
+            training_data(trainer).gradient_batches(
+                self.num_samples, self.micro_batch_size, trainer.global_rank, trainer.world_size
+            ),
+            {pair.name: pair.rank for pair in pairs},
+            Estimator(),
+            trainer.precision_plugin.forward_context,
+            track,
+        )
+        return {name: estimate.svd for name, estimate in result.estimates.items()}
+
+    def _set_reference(self, module: AdaptedModule, gradients: dict[str, SVD]) -> None:
+        # The gradient points uphill; the spans do not know the sign.
+        self._reference = {
+            pair.name: SVD(*(part[..., : pair.rank] for part in gradients[pair.name]))
+            for pair in module.lora_pairs()
+        }
+
+    def _rewind(self, trainer: Trainer) -> None:
+        """Drop what the interrupted run measured after its checkpoint."""
+        folder = run_folder_of(trainer.loggers)
+        if folder is None or not is_first_process():
+            return
+        path = folder.path / ALIGNMENT_FILE
+        if not path.is_file() and (folder.path / EARLIER_FILE).is_file():
+            (folder.path / EARLIER_FILE).rename(path)
+        names, rows = read_table(path)
+        if names:
+            write_table(path, names, [r for r in rows if int(r["step"]) <= self._measured])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the start."""
-        module: Any = pl_module
-        if not self._reference:
-            # The gradient points uphill; the spans do not know the sign.
-            for pair in module.lora_pairs():
-                rank, svd = pair.rank, module.one_step[pair.name]
-                self._reference[pair.name] = SVD(svd.U[:, :rank], svd.S[:rank], svd.V[:, :rank])
-            self._measure(trainer, pl_module)
+        """Measure what the initialization has made."""
+        for init in _gradient_inits(trainer):
+            if init.kept:
+                self._set_reference(adapted(pl_module), init.kept)
+                init.kept = None
+        if self._measured < 0:
+            self._measure(trainer, adapted(pl_module))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure after every few optimizer steps."""
         if trainer.global_step % self.every_n_steps == 0:
-            self._measure(trainer, pl_module)
+            self._measure(trainer, adapted(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the end and draw."""
-        self._measure(trainer, pl_module)
-        if self._folder is None or not is_first_process() or not self._reference:
+        self._measure(trainer, adapted(pl_module))
+        folder = run_folder_of(trainer.loggers)
+        if folder is None or not is_first_process() or not self._reference:
             return
+        table = folder.path / ALIGNMENT_FILE
         for logger in trainer.loggers:
             logger.save()
-        plots = write_heat_maps(self._folder / ALIGNMENT_FILE, self._folder)
+        plots = write_heat_maps(table, folder.path)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 for plot in plots:
                     logger.log_image(f"plots/{plot.stem}", [str(plot)])
-                logger.experiment.log({ALIGNMENT_CHART: _alignment(self._folder / ALIGNMENT_FILE)})
-        rank_zero_info(
-            f"alignment metrics: {self._folder / ALIGNMENT_FILE} and {len(plots)} heat maps"
-        )
+                logger.experiment.log({ALIGNMENT_CHART: _alignment(table)})
+        rank_zero_info(f"alignment metrics: {table} and {len(plots)} heat maps")
 
     @torch.no_grad()
-    def _measure(self, trainer: Trainer, pl_module: Any) -> None:
+    def _measure(self, trainer: Trainer, module: AdaptedModule) -> None:
         step = trainer.global_step
         # The factors are whole on every process, also where the base is sharded.
         if step == self._measured or not self._reference:
             return
         self._measured = step
-        if not is_first_process() or self._folder is None:
+        folder = run_folder_of(trainer.loggers)
+        if folder is None or not is_first_process():
             return
-        rows = measure(pl_module.lora_pairs(), self._reference)
-        path = self._folder / ALIGNMENT_FILE
+        rows = measure(module.lora_pairs(), self._reference)
+        path = folder.path / ALIGNMENT_FILE
         names = ["step", *max(rows, key=len)]  # a rank pattern leaves some spectra shorter
         if not path.is_file():
             write_table(path, names, [])
         append_rows(path, names, [{"step": step, **row} for row in rows])
         columns = {name: torch.tensor([row[name] for row in rows]) for name in MEASURES}
         # Medians: a layer that is singular or has no span has no say.
-        told = {
+        medians = {
             f"alignment/{name}": float(values.nanmedian())
             for name, values in columns.items()
             if not values.isnan().all()
         }
         for logger in trainer.loggers:
-            logger.log_metrics(told, step=max(step - 1, 0))
+            logger.log_metrics(medians, step=max(step - 1, 0))
             if isinstance(logger, WandbLogger):
                 _log_histograms(logger, columns, step)
+
+
+def _gradient_inits(trainer: Trainer) -> list[GradientInit]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
+    return [callback for callback in callbacks if isinstance(callback, GradientInit)]
 
 
 def measure(pairs: list[LoraPair], reference: dict[str, SVD]) -> list[dict[str, Any]]:

@@ -1,18 +1,18 @@
-"""LoRA-GA's start: singular vectors of the one-step gradient, which the base then lacks."""
+"""LoRA-GA's initialization: singular vectors of the one-step gradient, subtracted from the base."""
 
 from typing import Any
 
 from lightning.pytorch import Trainer
 
-from app.distributed.collectives import broadcast
 from app.initialization.factors import lora_ga_factors
 from app.initialization.one_step_gradient import Estimator
+from app.training.protocols import AdaptedModule
 from app.utils.errors import InputError
 from callbacks.initialization import GradientInit, check_gamma
 
 
 class LoraGaInit(GradientInit):
-    """Start every LoRA pair so that its first update is the closest to the full gradient's.
+    """Initialize every LoRA pair so that its first update is the closest to the full gradient's.
 
         U S V^T = SVD(G)
         lora_A = m^(1/4) / gamma^(1/2) V_1..r^T,    lora_B = m^(1/4) / gamma^(1/2) U_r+1..2r
@@ -22,7 +22,7 @@ class LoraGaInit(GradientInit):
     bfloat16 base the logits differ by about 5e-3 of their size.
 
     Args:
-        gamma: Divisor of the start, 1e-6 to 1e12 (the authors' `stable_gamma`).
+        gamma: Divisor of the factors, 1e-6 to 1e12 (the authors' `stable_gamma`).
         num_samples: Training rows that the gradient is taken over.
         micro_batch_size: Rows of one forward and backward pass; changes memory and speed.
         estimator: How the gradient is kept while it is observed.
@@ -45,8 +45,8 @@ class LoraGaInit(GradientInit):
         super().__init__(num_samples, micro_batch_size, estimator)
         self.gamma = check_gamma(gamma)
 
-    def install_init(self, trainer: Trainer, module: Any) -> dict[str, Any]:
-        """Install the start and take it off the base; return what it was."""
+    def install_init(self, trainer: Trainer, module: AdaptedModule) -> dict[str, Any]:
+        """Install the factors and subtract their product from the base; return how, for the run's record."""
         pairs = module.lora_pairs()
         for pair in pairs:
             smaller = min(pair.lora_B.shape[0], pair.lora_A.shape[1])
@@ -57,12 +57,11 @@ class LoraGaInit(GradientInit):
                     "layer out of model.adapter.target_modules"
                 )
         ranks = {pair.name: 2 * pair.rank for pair in pairs}
-        batches = self.batches(trainer)
-        result, without, told = self.observe(trainer, module, batches, ranks, "LoRA-GA")
-        starts = {}
-        for pair in pairs:
-            if pair.name not in without:
-                A, B = lora_ga_factors(result.estimates[pair.name].svd, pair.rank, self.gamma)
-                starts[pair.name] = broadcast(A), broadcast(B)
-        module.install_and_subtract(starts)
-        return {**told, "gamma": self.gamma}
+        gradients, report = self.observe(trainer, module, self.batches(trainer), ranks, "LoRA-GA")
+        factors = {
+            pair.name: lora_ga_factors(gradients[pair.name], pair.rank, self.gamma)
+            for pair in pairs
+            if pair.name in gradients
+        }
+        module.install_and_subtract(factors)
+        return {**report, "gamma": self.gamma}

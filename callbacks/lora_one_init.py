@@ -1,7 +1,8 @@
-"""LoRA-One's start: one-step full gradient, spectral factors, installed before the first step."""
+"""LoRA-One's initialization: one-step full gradient, spectral factors, installed before the first step."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
@@ -10,17 +11,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from app.initialization.factors import SVD, spectral_factors
 from app.initialization.gamma_search import MOST, mean_loss, search_gamma
 from app.initialization.one_step_gradient import Estimator
-from app.models.batch import Batch
 from app.models.lora import LoraPair, install
+from app.training.protocols import AdaptedModule
 from app.utils.console import track
 from callbacks.initialization import GradientInit, check_gamma
 
 Triplets = list[tuple[LoraPair, SVD]]
-"""The pairs that get a start, with the leading r triplets of their gradients."""
+"""The pairs to fill, with the leading r triplets of their gradients."""
 
 
 class LoraOneInit(GradientInit):
-    """Start every LoRA pair from the best rank-r approximation of its negative one-step gradient.
+    """Initialize every LoRA pair with the best rank-r approximation of its negative one-step gradient.
 
         lora_B @ lora_A = P_r(-G) / (gamma * S_1(G)),    the base weight stays as it is
 
@@ -28,9 +29,10 @@ class LoraOneInit(GradientInit):
     scaling / gamma in every layer.
 
     Args:
-        gamma: Divisor of the start, 1e-6 to 1e12 (the authors' `stable_gamma`); larger is a smaller first step.
-            `auto` searches the one with the smallest loss on the same samples, at most 8 forward passes
-            over them (`app.initialization.gamma_search`), and is never worse there than the untouched model.
+        gamma: Divisor of the factors' product, 1e-6 to 1e12 (the authors' `stable_gamma`); larger is a smaller
+            first step. `auto` searches the one with the smallest loss on the same samples, at most 8 forward
+            passes over them (`app.initialization.gamma_search`), and is never worse there than the untouched
+            model.
         num_samples: Training rows that the gradient is taken over.
         micro_batch_size: Rows of one forward and backward pass; changes memory and speed. The exact
             estimator's result does not depend on it, the sketch's only within its error.
@@ -51,62 +53,69 @@ class LoraOneInit(GradientInit):
         super().__init__(num_samples, micro_batch_size, estimator)
         self.gamma = gamma if gamma == "auto" else check_gamma(gamma)
 
-    def install_init(self, trainer: Trainer, module: Any) -> dict[str, Any]:
-        """Install the start; return what it was."""
-        pairs = module.lora_pairs()
-        batches = self.batches(trainer)
+    def install_init(self, trainer: Trainer, module: AdaptedModule) -> dict[str, Any]:
+        """Install the factors; return how, for the run's record."""
+        pairs, batches = module.lora_pairs(), self.batches(trainer)
         ranks = {pair.name: pair.rank for pair in pairs}
-        result, without, told = self.observe(trainer, module, batches, ranks, "LoRA-One")
-        start = [
-            (pair, SVD(*(part[..., : pair.rank] for part in result.estimates[pair.name].svd)))
+        gradients, report = self.observe(trainer, module, batches, ranks, "LoRA-One")
+        triplets = [
+            (pair, SVD(*(part[..., : pair.rank] for part in gradients[pair.name])))
             for pair in pairs
-            if pair.name not in without
+            if pair.name in gradients
         ]
-        if self.gamma == "auto":
-            return {**told, **self._search(start, result.loss, module, batches, trainer)}
-        _install(start, self.gamma)
-        return {**told, "gamma": self.gamma}
-
-    def _search(
-        self,
-        start: Triplets,
-        untouched: float,
-        module: Any,
-        batches: Sequence[Batch],
-        trainer: Trainer,
-    ) -> dict[str, Any]:
-        """Install the start with the best gamma, or none; return what was found."""
-        usual = [
-            (pair, pair.lora_A.detach().clone(), pair.lora_B.detach().clone()) for pair, _ in start
-        ]
-        context = trainer.precision_plugin.forward_context
-        began = time.perf_counter()
-        trials = iter(track(range(MOST), "search of gamma"))
-
-        def loss_at(gamma: float) -> float:
-            next(trials)
-            _install(start, gamma)
-            return mean_loss(module.model, module.base, batches, module.device, context)
-
-        gamma, tried = search_gamma(loss_at, untouched)
-        next(trials, None)  # ends the progress
-        if gamma is None:
-            for pair, lora_A, lora_B in usual:
-                install(pair, lora_A, lora_B)
-            rank_zero_warn(
-                f"none of the starts tried (gamma {', '.join(f'{g:g}' for g in tried)}) lowers the loss of "
-                f"{untouched:.4f} on the initialisation samples: training starts from the untouched model"
-            )
-        else:
-            _install(start, gamma)
-            rank_zero_info(
-                f"gamma {gamma:g}: loss {untouched:.4f} -> {tried[gamma]:.4f} on the initialisation samples, "
-                f"best of {len(tried)}; {time.perf_counter() - began:.1f} s"
-            )
-        return {"gamma": gamma, "gamma_search": [{"gamma": g, "loss": v} for g, v in tried.items()]}
+        if self.gamma != "auto":
+            _install(triplets, self.gamma)
+            return {**report, "gamma": self.gamma}
+        loss_at = partial(
+            mean_loss,
+            module.model,
+            module.base,
+            batches,
+            pairs[0].lora_A.device,
+            trainer.precision_plugin.forward_context,
+        )
+        return {**report, **_install_best(triplets, report["loss"], loss_at)}
 
 
-def _install(start: Triplets, gamma: float) -> None:
-    for pair, svd in start:
-        factors = spectral_factors(svd, gamma)
-        install(pair, factors.lora_A, factors.lora_B)
+def _install(triplets: Triplets, gamma: float) -> None:
+    for pair, svd in triplets:
+        install(pair, *spectral_factors(svd, gamma))
+
+
+def _install_best(
+    triplets: Triplets, untouched: float, loss: Callable[[], float]
+) -> dict[str, Any]:
+    """Install the factors with the best gamma, or PEFT's again; return what the search came to.
+
+    Args:
+        triplets: Pairs and their gradients.
+        untouched: Loss of the untouched model.
+        loss: Returns the loss with the factors that are installed.
+    """
+    usual = [
+        (pair, pair.lora_A.detach().clone(), pair.lora_B.detach().clone()) for pair, _ in triplets
+    ]
+    began = time.perf_counter()
+    trials = iter(track(range(MOST), "search of gamma"))
+
+    def loss_at(gamma: float) -> float:
+        next(trials)
+        _install(triplets, gamma)
+        return loss()
+
+    gamma, tried = search_gamma(loss_at, untouched)
+    next(trials, None)  # ends the progress
+    if gamma is None:
+        for pair, lora_A, lora_B in usual:
+            install(pair, lora_A, lora_B)
+        rank_zero_warn(
+            f"no gamma that was tried ({', '.join(f'{g:g}' for g in tried)}) lowers the loss of "
+            f"{untouched:.4f} on the initialization samples: training starts from the untouched model"
+        )
+    else:
+        _install(triplets, gamma)
+        rank_zero_info(
+            f"gamma {gamma:g}: loss {untouched:.4f} -> {tried[gamma]:.4f} on the initialization samples, "
+            f"best of {len(tried)}; {time.perf_counter() - began:.1f} s"
+        )
+    return {"gamma": gamma, "gamma_search": [{"gamma": g, "loss": v} for g, v in tried.items()]}

@@ -1,4 +1,4 @@
-"""PiSSA's start: the weight's own leading singular triplets, which the base then lacks."""
+"""PiSSA's initialization: the weight's own leading singular triplets, subtracted from the base."""
 
 import time
 from typing import Any
@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from app.distributed.collectives import broadcast
 from app.initialization.factors import pissa_factors
 from app.models.lora import base_weight
+from app.training.protocols import AdaptedModule
 from app.utils.console import track
 from app.utils.errors import InputError
 from callbacks.initialization import AdapterInit
@@ -44,16 +44,14 @@ class PissaInit(AdapterInit):
         self.niter = niter
 
     @torch.no_grad()
-    def install_init(self, trainer: Trainer, module: Any) -> dict[str, Any]:
-        """Install the start and take it off the base; return what it was."""
+    def install_init(self, trainer: Trainer, module: AdaptedModule) -> dict[str, Any]:
+        """Install the factors and subtract their product from the base; return how, for the run's record."""
         began = time.perf_counter()
-        starts = {}
+        factors = {}
         for pair in track(module.lora_pairs(), "singular values of the weights"):
             W = base_weight(pair).float()
-            A, B = pissa_factors(W, pair.lora_A.shape[0], pair.scaling, self.niter)
-            # Decompositions may differ between processes in their last digits.
-            starts[pair.name] = broadcast(A), broadcast(B)
-        module.install_and_subtract(starts)
+            factors[pair.name] = pissa_factors(W, pair.rank, pair.scaling, self.niter)
+        module.install_and_subtract(factors)
         seconds = time.perf_counter() - began
-        rank_zero_info(f"PiSSA start: {len(starts)} layers, {seconds:.1f} s")
+        rank_zero_info(f"PiSSA initialization: {len(factors)} layers, {seconds:.1f} s")
         return {"niter": self.niter, "seconds": seconds}

@@ -1,7 +1,6 @@
-"""Checkpoint files that are whole or not there, and how damage is told."""
+"""Write checkpoints whole or not at all, and read them."""
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,15 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from app.utils.class_paths import RENAMED
 from app.utils.errors import InputError
+from app.utils.files import PART, atomic_write
 
-PART = ".part"  # what a file is called until it is complete
 NEEDED = ("state_dict", "loops", "optimizer_states", "base", "method")
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Write a checkpoint under a temporary name, and give it its own once it is safe on the disk.
+    """Write each checkpoint under a temporary name, and rename it once it is synced to disk.
 
     Attributes:
         complete: The last checkpoint that was written or read whole; None before the first.
@@ -31,7 +31,7 @@ class CheckpointFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint; if the disk refuses, say so and leave the last one as it is.
+        """Write a checkpoint; if that fails, warn and leave the last one as it is.
 
         Args:
             checkpoint: Plain data and tensors.
@@ -45,7 +45,8 @@ class CheckpointFiles(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             for stale in path.parent.glob(f"*{PART}"):
                 stale.unlink(missing_ok=True)
-            _write(path, content.getbuffer())
+            with atomic_write(path) as stream:
+                stream.write(content.getbuffer())
         except OSError as error:
             self._failed = True
             kept = (
@@ -105,27 +106,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "program with its optimizer (not save_weights_only), such as "
             "runs/NAME/version_0/checkpoints/step=100.ckpt"
         )
+    states = checkpoint.get("callbacks", {})
+    checkpoint["callbacks"] = {RENAMED.get(key, key): state for key, state in states.items()}
     return checkpoint
-
-
-def _write(path: Path, content: memoryview) -> None:
-    part = path.with_name(path.name + PART)
-    try:
-        with part.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-        _sync_folder(path.parent)
-    except OSError:
-        part.unlink(missing_ok=True)  # a full disk needs its room
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name survive a power failure, not only the content."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

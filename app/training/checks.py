@@ -73,6 +73,25 @@ def check_length(
         check_schedule(budget.tinit, budget.tfinal, max_steps)
 
 
+def check_new_adapter(init: str, adapter: LoraSettings | None, adapter_path: str | None) -> None:
+    """Raise InputError unless there is a new LoRA adapter for an initialization of that class to fill."""
+    if adapter_path is not None:
+        raise InputError(
+            f"init is {init}, which would overwrite the adapter in model.adapter_path {adapter_path!r}: set "
+            "init to null to train it further"
+        )
+    if adapter is None:
+        raise InputError(
+            f"init is {init}, but the model has no LoRA adapter: set model.adapter, or init to null for full "
+            "fine-tuning"
+        )
+    if adapter.adalora is not None:
+        raise InputError(
+            f"init is {init}, which fills lora_A and lora_B, but model.adapter.adalora is set, whose triplets "
+            "are initialized by themselves: set init or model.adapter.adalora to null"
+        )
+
+
 def check_subtraction(init: str, name: str, config: PreTrainedConfig, sharded: bool) -> None:
     """Raise InputError if an initialization cannot subtract its factors from the base weights.
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from app.distributed.collectives import sum_in_one_buffer, sum_over_processes, world_size
+from app.distributed.collectives import broadcast, sum_in_one_buffer, sum_over_processes, world_size
 from app.distributed.fsdp import Fsdp2Strategy
 from app.evaluation.scoring import Scoring
 from app.models.adalora import add_orthogonality
@@ -177,7 +177,11 @@ class LoraModule(LightningModule):
         return lora_pairs(self.model)
 
     def install_and_subtract(self, factors: Factors) -> None:
-        """Install factors and subtract them from the base, so that the model computes what it did."""
+        """Install factors and subtract them from the base, so that the model computes what it did.
+
+        Decompositions may differ between processes in their last digits: all take the first one's.
+        """
+        factors = {name: (broadcast(A), broadcast(B)) for name, (A, B) in factors.items()}
         self._subtract(factors)
         for pair in self.lora_pairs():
             if pair.name in factors:

@@ -24,7 +24,6 @@ def initialise(plain, gamma):
         model=model,
         base=base_model(model),
         lora_pairs=lambda: lora_pairs(model),
-        one_step=None,
         record=SimpleNamespace(init=None),
     )
     trainer = SimpleNamespace(

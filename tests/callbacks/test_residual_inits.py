@@ -336,7 +336,9 @@ def test_quantised_weights_are_not_offset(
         options = (f"--config=methods/{method}.yaml", f"--model.name={folder}")
         assert command("fit", "--config", tiny_run, *options) == 2
         told = capfd.readouterr().err
-        assert told.startswith(f"error: init is {name}, which takes its start off the base weights")
+        assert told.startswith(
+            f"error: init is {name}, which subtracts its factors from the base weights"
+        )
         assert "are quantised" in told
         assert "methods/lora_one.yaml" in told
 

@@ -131,7 +131,6 @@ def test_a_small_initial_step_lowers_the_loss(observed, monkeypatch):
         model=observed.model,
         base=observed.base,
         lora_pairs=lambda: observed.pairs,
-        one_step=None,
         record=SimpleNamespace(init=None),
     )
     trainer = SimpleNamespace(

@@ -207,7 +207,6 @@ def test_a_layer_without_gradient_keeps_the_usual_start(tiny_llama, monkeypatch)
         model=model,
         base=None,
         lora_pairs=lambda: pairs,
-        one_step=None,
         record=SimpleNamespace(init=None),
     )
     trainer = SimpleNamespace(

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from app.tracking.loggers import OutputSettings
-from app.training import checkpoint_io
 from app.training.checkpoint_io import CheckpointFiles, read_checkpoint
 from app.training.checkpoint_state import gather_states, random_state, seed_anew, set_random_state
 from app.training.module import LoraModule
@@ -82,11 +81,11 @@ def fail_at(point, error, monkeypatch):
         raise error
 
     if point == "replace":
-        monkeypatch.setattr(checkpoint_io.os, "replace", raising)
+        monkeypatch.setattr("app.utils.files.os.replace", raising)
     elif point == "folder":
-        monkeypatch.setattr(checkpoint_io, "_sync_folder", raising)
+        monkeypatch.setattr("app.utils.files._sync_folder", raising)
     elif point == "fsync":
-        monkeypatch.setattr(checkpoint_io.os, "fsync", raising)
+        monkeypatch.setattr("app.utils.files.os.fsync", raising)
     else:
         original = pathlib.Path.open
 
