@@ -12,10 +12,11 @@ from app.models.adalora import (
     set_total_steps,
 )
 from app.models.lora import adalora_tuner
+from app.training.protocols import adapted
 
 
 class AdaLoraPruning(Callback):
-    """Let AdaLoRA weigh its triplets and prune to the budget of the step; nothing for any other adapter.
+    """Prune AdaLoRA's triplets to the budget of the step; nothing for any other adapter.
 
     Listed before the callbacks that save.
     """
@@ -34,19 +35,16 @@ class AdaLoraPruning(Callback):
         self._state = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell AdaLoRA the length of training."""
-        module: Any = pl_module
-        self._tuner = adalora_tuner(module.model)
+        """Set AdaLoRA's length of training, and the averages of the interrupted run."""
+        self._tuner = adalora_tuner(adapted(pl_module).model)
         self._last_step = trainer.global_step
         if self._tuner is None:
             return
         set_total_steps(self._tuner, int(trainer.estimated_stepping_batches))
         if self._state:
-            load_allocator_state(self._tuner, self._state, module.device)
+            load_allocator_state(self._tuner, self._state, pl_module.device)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Prune; the gradients of the step are still there."""
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step

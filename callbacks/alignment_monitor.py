@@ -147,9 +147,7 @@ class AlignmentMonitor(Callback):
         if self._measured < 0:
             self._measure(trainer, adapted(pl_module))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Measure after every few optimizer steps."""
         if trainer.global_step % self.every_n_steps == 0:
             self._measure(trainer, adapted(pl_module))

@@ -1,6 +1,5 @@
-"""Where answers to benchmarks go, how fast they come, and what a test found."""
+"""Where answers to benchmarks go, how fast they come, and the scores of a test."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from app.tracking.loggers import OutputSettings, run_folder_of
 from app.tracking.record import RunRecord
 from app.tracking.run_folder import RunFolder
 from app.tracking.wandb_summary import log_test_scores
-from app.utils.files import write_json
+from app.training.protocols import adapted, logged_scores
+from app.utils.files import read_json, write_json
 
 
 class BenchmarkResults(Callback):
@@ -20,7 +20,7 @@ class BenchmarkResults(Callback):
 
     Args:
         folder: Where tests go; None where a run is trained, whose own folder takes the answers.
-        output: Whether W&B hears of a test; None where a run is trained.
+        output: Whether a test is logged to W&B; None where a run is trained.
     """
 
     def __init__(self, folder: Path | None = None, output: OutputSettings | None = None) -> None:
@@ -28,50 +28,41 @@ class BenchmarkResults(Callback):
         self.output = output
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tell the module where answers go."""
+        """Set the module's folder of answers."""
         folder = self.folder
         if folder is None and stage == "fit":
             folder = trainer.strategy.broadcast(run_folder_of(trainer.loggers))
-        module: Any = pl_module
-        module.answers_folder = None if folder is None else folder.answers
+        adapted(pl_module).answers_folder = None if folder is None else folder.answers
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
         """Show the speed beside the bar."""
         self._show_speed(trainer, pl_module, "val_progress_bar")
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Show the speed beside the bar."""
         self._show_speed(trainer, pl_module, "test_progress_bar")
 
-    def _show_speed(self, trainer: Trainer, pl_module: Any, name: str) -> None:
+    def _show_speed(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         bar = trainer.progress_bar_callback
         if isinstance(bar, TQDMProgressBar):
-            getattr(bar, name).set_postfix_str(pl_module.scoring.speed())
+            getattr(bar, name).set_postfix_str(adapted(pl_module).scoring.speed())
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the scores to the run's summary and W&B run, those of benchmarks to what earlier tests found."""
-        module: Any = pl_module
+        """Add the scores to the run's summary and W&B run, those of benchmarks to earlier tests'."""
         if self.folder is None or not trainer.is_global_zero:
             return
         summary = self.folder.summary
         if summary.is_file():
-            scores = {
-                name.removeprefix("test/"): float(value)
-                for name, value in trainer.callback_metrics.items()
-                if name.startswith("test/")
-            }
             record = RunRecord.read(summary)
+            scores = logged_scores(trainer, "test/")
             record.metrics["test"] = {**record.metrics.get("test", {}), **scores}
             record.write(summary)
             if self.output is not None:
                 log_test_scores(self.folder, self.output)
-        found = module.scoring.results()
-        if found:
+        results = adapted(pl_module).scoring.results()
+        if results:
             path = self.folder.scores
-            before = json.loads(path.read_text()) if path.is_file() else {}
-            write_json(path, {**before, **found})
+            write_json(path, {**(read_json(path) or {}), **results})
             rank_zero_info(f"\nscores: {path}\nanswers: {self.folder.answers}")

@@ -9,10 +9,16 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from app.tracking.loggers import run_folder_of
 from app.tracking.run_folder import checkpoint_files, checkpoint_name
+from app.training.checkpoint_io import CheckpointFiles
+from app.training.protocols import adapted
 
 
 class Checkpoints(Checkpoint):
     """Save every few optimizer steps and when training ends; keep the newest file only.
+
+    Lightning's `ModelCheckpoint(every_n_train_steps=...)` has no public method to save when a signal asks for
+    it, saves neither before the validation that follows the last step nor again with the final scores, and
+    deletes the file before even where the new one could not be written.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints.
@@ -21,40 +27,24 @@ class Checkpoints(Checkpoint):
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
         self.folder: Path | None = None
-        self._saved_step = self._last_step = 0
-        self._scored = (
-            False  # whether the checkpoint that the run goes on from has its final scores
-        )
+        self._tried_step = self._last_step = 0
+        self._scored = False  # whether the run has ended already, with its final scores
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the run folder."""
         run = trainer.strategy.broadcast(run_folder_of(trainer.loggers))
         self.folder = None if run is None else run.checkpoints
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Remember which step is on the disk already."""
-        path = trainer.ckpt_path
-        if (
-            self.folder is not None
-            and path
-            and Path(path).resolve().parent == self.folder.resolve()
-        ):
-            self._saved_step = checkpoint["global_step"]
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See whether the run has ended already."""
-        self._scored = "final" in pl_module.record.metrics  # type: ignore[operator, union-attr]
+        self._scored = "final" in adapted(pl_module).record.metrics
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from the first step of this process."""
         self._last_step = trainer.global_step
         self._scored = False
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save if an optimizer step has just been made and it is time."""
         step = trainer.global_step
         stepped, self._last_step = step != self._last_step, step
@@ -73,7 +63,7 @@ class Checkpoints(Checkpoint):
             self.save(trainer, again=True)
 
     def save(self, trainer: Trainer, again: bool = False) -> Path | None:
-        """Write a checkpoint of this step unless there is one; all processes call it.
+        """Write a checkpoint of this step unless that has been tried; all processes call it.
 
         Args:
             trainer: The trainer.
@@ -82,18 +72,25 @@ class Checkpoints(Checkpoint):
         Returns:
             The newest complete checkpoint; None if there is none, or on another process than the first.
         """
-        files: Any = trainer.strategy.checkpoint_io
         if self.folder is None:  # trainer.fast_dev_run
             return None
-        if trainer.global_step not in (0, None if again else self._saved_step):
-            self._saved_step = trainer.global_step
-            path = self.folder / checkpoint_name(trainer.global_step)
+        files, step = trainer.strategy.checkpoint_io, trainer.global_step
+        path = self.folder / checkpoint_name(step)
+        # A plugin of the user's raises what goes wrong.
+        own = files if isinstance(files, CheckpointFiles) else None
+        known = step == self._tried_step or (own is not None and _same(own.complete, path))
+        if step > 0 and (again or not known):
+            self._tried_step = step
             for logger in trainer.loggers:
                 logger.save()  # what a resumed run continues must be on the disk, too
             trainer.save_checkpoint(path, weights_only=False)
-            if files.complete == path:
+            if own is None or own.complete == path:
                 for other in checkpoint_files(self.folder):
                     if other != path:
                         with suppress(OSError):
                             other.unlink()
-        return files.complete
+        return path if own is None else own.complete
+
+
+def _same(left: Path | None, right: Path) -> bool:
+    return left is not None and left.resolve() == right.resolve()

@@ -51,17 +51,13 @@ class MidEpochResume(Callback):
         self._stepped = self._validated = False
         self._pending: Pending | None = None
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Take up the random stream of training, whatever has drawn from it since the last batch."""
         if self._random is not None:
             set_random_state(self._random)
         self._last_step, self._validated = trainer.global_step, False
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Note the random stream of training, and whether the batch ended an optimizer step."""
         self._random = random_state()
         self._stepped = trainer.global_step != self._last_step

@@ -1,22 +1,22 @@
 """Training progress as plain lines, for log files."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
+from app.training.protocols import adapted
 from app.utils.console import SECONDS_BETWEEN_LINES
 
 
 class PlainProgress(ProgressBar):
-    """Print a line every few seconds of training and after each evaluation, instead of a bar."""
+    """Print a line every few seconds of training and after each validation, instead of a bar."""
 
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
-        self._start = self._last = self._evaluation = 0.0
+        self._start = self._last = self._loop_start = 0.0
         self._first_step = 0
 
     def disable(self) -> None:
@@ -32,9 +32,7 @@ class PlainProgress(ProgressBar):
         self._start = self._last = time.perf_counter()
         self._first_step = trainer.global_step  # of this process: a resumed run does not start at 0
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Print epoch, step and metrics when it is time."""
         now = time.perf_counter()
         total = trainer.estimated_stepping_batches
@@ -43,14 +41,14 @@ class PlainProgress(ProgressBar):
             elapsed = now - self._start
             made = trainer.global_step - self._first_step
             left = elapsed / max(1, made) * (total - trainer.global_step)
-            self._say(
+            self._print(
                 f"epoch {trainer.current_epoch}, step {trainer.global_step}/{total}"
                 f"{self._metrics(trainer, pl_module)}, {elapsed:.0f} s, {left:.0f} s left"
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of an evaluation."""
-        self._evaluation = self._last = time.perf_counter()
+        """Start the clock of a validation or test."""
+        self._loop_start = self._last = time.perf_counter()
 
     on_test_start = on_validation_start
 
@@ -63,43 +61,31 @@ class PlainProgress(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Print how far the validation is when it is time."""
-        place = (batch_idx, dataloader_idx)
-        self._say_evaluation("validation", trainer.num_val_batches, *place, pl_module)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Print how far the test is when it is time."""
-        place = (batch_idx, dataloader_idx)
-        self._say_evaluation("test", trainer.num_test_batches, *place, pl_module)
-
-    def _say_evaluation(
-        self, name: str, batches: Sequence[int | float], batch: int, loader: int, module: Any
-    ) -> None:
-        now, done = time.perf_counter(), sum(batches[:loader]) + batch + 1
+        """Print how far the validation or test is when it is time."""
+        now = time.perf_counter()
         if now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
-            speed = module.scoring.speed()
-            told = f", {speed}" if speed else ""
-            elapsed = now - self._evaluation
-            self._say(f"{name}: {done:.0f}/{sum(batches):.0f} batches, {elapsed:.0f} s{told}")
+            name, sizes = "validation", trainer.num_val_batches
+            if trainer.testing:
+                name, sizes = "test", trainer.num_test_batches
+            done = sum(sizes[:dataloader_idx]) + batch_idx + 1
+            speed = adapted(pl_module).scoring.speed()
+            self._print(
+                f"{name}: {done:.0f}/{sum(sizes):.0f} batches, {now - self._loop_start:.0f} s"
+                + (f", {speed}" if speed else "")
+            )
+
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the scores."""
-        self._say(f"validation at step {trainer.global_step}{self._metrics(trainer, pl_module)}")
+        self._print(f"validation at step {trainer.global_step}{self._metrics(trainer, pl_module)}")
 
     def _metrics(self, trainer: Trainer, pl_module: LightningModule) -> str:
         shown = self.get_metrics(trainer, pl_module)
         numbers = {k: float(v) for k, v in shown.items() if k != "v_num"}  # type: ignore[arg-type]
         return "".join(f", {name} {value:.4f}" for name, value in numbers.items())
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self._enabled:
             print(line, flush=True)

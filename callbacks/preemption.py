@@ -1,4 +1,4 @@
-"""Save and stop when a signal asks for it; ask Slurm to start the run again."""
+"""Save and stop after a signal; requeue the Slurm job."""
 
 import os
 import signal
@@ -14,14 +14,14 @@ from app.distributed.collectives import from_first_process, largest_over_process
 from app.utils.signals import Stopped, StopSignals, exit_status
 
 PRECEDENCE = (None, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""If processes have got different signals, the last of them counts for all: Slurm's warning."""
+"""If processes have got different signals, the last of these counts for all: Slurm's warning."""
 
 
 class Preemption(Callback):
     """Stop after the optimizer step during which a signal came, with a checkpoint.
 
     Args:
-        signals: Who notes the signals.
+        signals: Note a request to stop.
         save: Writes a checkpoint on all processes and returns the newest complete one; None if the run
             has no checkpoints.
     """
@@ -30,6 +30,7 @@ class Preemption(Callback):
         self.signals = signals
         self.save = save
         self._last_step = 0
+        self._stepped = True  # whether the last batch ended an optimizer step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on signals are noted only: Lightning has just installed its own handlers."""
@@ -37,21 +38,18 @@ class Preemption(Callback):
         self.signals.deferred = True
         self._last_step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stop if any process was asked to; never between two optimizer steps."""
-        stepped = trainer.global_step != self._last_step
+        self._stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
-        if stepped:
+        if self._stepped:
             self.stop_if_asked(trainer, pl_module)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
         """Stop in the middle of a validation, too: the resumed run makes it from its beginning."""
-        loop = trainer.fit_loop.epoch_loop
-        if self.signals.deferred and not loop._should_accumulate():
+        if self.signals.deferred and self._stepped:
             self.stop_if_asked(trainer, pl_module)
 
     def stop_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,11 +86,11 @@ def requeue() -> bool:
         done = subprocess.run(
             ["scontrol", "requeue", job], capture_output=True, text=True, check=False, timeout=60
         )
-        told = done.stderr.strip()
+        reason = done.stderr.strip()
     except (OSError, subprocess.TimeoutExpired) as error:
-        told = str(error)
+        reason = str(error)
     else:
         if done.returncode == 0:
             return True
-    rank_zero_warn(f"Slurm did not requeue job {job} ({told}): submit it again")
+    rank_zero_warn(f"Slurm did not requeue job {job} ({reason}): submit it again")
     return False

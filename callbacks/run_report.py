@@ -1,4 +1,4 @@
-"""Leave a finished run's folder complete: record, adapter, plots, and the same in W&B."""
+"""Write what a finished run leaves in its folder: record, adapter, plots, and the same in W&B."""
 
 import platform
 import time
@@ -18,13 +18,14 @@ from app.tracking.metrics_table import read_metrics
 from app.tracking.plots import write_plots
 from app.tracking.record import DataRecord, TrainRecord
 from app.tracking.wandb_summary import keep_wandb_run, log_run_summary
+from app.training.protocols import AdaptedModule, adapted, training_data
 from app.utils.errors import InputError
 from app.utils.memory import PeakMemory, device_name
 from app.utils.signals import Stopped
 
 
 class RunReport(Callback):
-    """Time the training; at the end write summary.json, adapter/, plots, and tell W&B.
+    """Time the training; at the end write summary.json, adapter/ and plots, and log them to W&B.
 
     Args:
         seed: The run's seed, for the record.
@@ -32,10 +33,8 @@ class RunReport(Callback):
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = seed
-        self._seconds = (
-            0.0  # of training without validation, up to the time when the clock was started
-        )
-        self._clock: float | None = None  # when it was started; None while it stands still
+        self._seconds = 0.0  # of training without validation, until the clock was started
+        self._clock: float | None = None  # when it was started; None while it is stopped
         self._samples = 0
         self._steps = 0
         self._counts: list[torch.Tensor] = []
@@ -56,7 +55,7 @@ class RunReport(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what the interrupted run has done."""
+        """Add to what the interrupted run has done."""
         self._seconds, self._samples = state_dict["seconds"], state_dict["samples"]
         self._steps = state_dict["steps"]
         self._peak_bytes = state_dict.get("peak_bytes", 0)
@@ -95,7 +94,7 @@ class RunReport(Callback):
         """Run the clock again."""
         self._clock = time.perf_counter()
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record how long training took and what it needed, before the final scores."""
         self._seconds, self._clock = self._now(), None
         self._ended = time.time()
@@ -107,20 +106,18 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder."""
-        self._write(trainer, pl_module)
+        self._write(trainer, adapted(pl_module))
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Remove the folder of a run that ended before anything was measured."""
-        measured = pl_module.record.metrics  # type: ignore[union-attr]
-        if isinstance(exception, InputError | Stopped) and not measured:
+        if isinstance(exception, InputError | Stopped) and not adapted(pl_module).record.metrics:
             remove_unused_folder(trainer.loggers)
 
     @rank_zero_only
-    def _write(self, trainer: Trainer, pl_module: Any) -> None:
-        record = pl_module.record
-        folder = run_folder_of(trainer.loggers)
+    def _write(self, trainer: Trainer, module: AdaptedModule) -> None:
+        record, folder = module.record, run_folder_of(trainer.loggers)
         if folder is None:  # trainer.fast_dev_run logs nowhere
             rank_zero_info(f"\n{record.score_table()}")
             return
@@ -142,17 +139,16 @@ class RunReport(Callback):
             ended=self._ended,
         )
         record.seed = self.seed
-        record.data = DataRecord.from_json(trainer.datamodule.describe())  # type: ignore[attr-defined]
+        record.data = DataRecord.from_json(training_data(trainer).describe())
         for logger in trainer.loggers:
             logger.save()
-        adapter = folder.adapter if is_adapted(pl_module.model) else None
-        if adapter is not None:
-            save_adapter(
-                pl_module.model, adapter, pl_module.base_name, pl_module.subtracted_factors
-            )
-            pl_module.tokenizer.save_pretrained(str(adapter))
+        adapter = None
+        if is_adapted(module.model):
+            adapter = folder.adapter
+            save_adapter(module.model, adapter, module.source.name, module.subtracted_factors)
+            module.tokenizer.save_pretrained(str(adapter))
         else:
-            save_model(pl_module.base, pl_module.tokenizer, folder.model)
+            save_model(module.base, module.tokenizer, folder.model)
         plots = write_plots(
             folder.path, read_metrics(folder.metrics), record.metrics, record.init.layers
         )

@@ -6,17 +6,18 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from app.training.protocols import adapted, logged_scores, training_data
 from app.utils.console import track
 
 Moment = Literal["zero_shot", "after_init", "final"]
 
 
 class ScoreAt(Callback):
-    """Record the validation scores before training, after the initialisation, or at the end.
+    """Record the validation scores before training, after the initialization, or at the end.
 
     Args:
         moment: `zero_shot` and `after_init` score when fitting starts, in the order of the callbacks, so
-            that an initialisation listed between them separates the two; `final` scores when training
+            that an initialization listed between them separates the two; `final` scores when training
             ends.
         same_as: Take the scores of this earlier moment instead of measuring: the model is the same.
         between_batches: Called after each batch, on all processes; may raise to stop the run.
@@ -37,7 +38,7 @@ class ScoreAt(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tell the three uses of this class apart in a checkpoint."""
+        """Name each of the three uses of this class in a checkpoint."""
         return f"ScoreAt[{self.moment}]"
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,15 +51,14 @@ class ScoreAt(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score at `zero_shot` and `after_init`, unless the run is a resumed one."""
-        module: Any = pl_module
         if self.moment != "final":
             self._record(trainer, pl_module)
-        elif self.scores:  # the run goes on behind its end, or has nothing left to do
-            module.record.metrics["final"] = self.scores
+        elif self.scores:  # the run is trained further, or has nothing left to do
+            adapted(pl_module).record.metrics["final"] = self.scores
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember when the whole set was validated last: that may be the final model already."""
-        loaders = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        loaders = training_data(trainer).val_dataloader()
         if trainer.num_val_batches == [len(loader) for loader in loaders]:
             self._validated_at = trainer.global_step
 
@@ -67,33 +67,28 @@ class ScoreAt(Callback):
         if self.moment == "final":
             self._record(trainer, pl_module)
 
-    def _record(self, trainer: Trainer, pl_module: Any) -> None:
-        record = pl_module.record
+    def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = adapted(pl_module).record.metrics
         if self.same_as is not None:
-            self.scores = record.metrics[self.same_as]
+            self.scores = metrics[self.same_as]
         elif not self.scores or (self.moment == "final" and self._step != trainer.global_step):
             if self._validated_at == trainer.global_step:
-                logged_by_loop = trainer.callback_metrics.items()
-                self.scores = {
-                    name.removeprefix("val/"): float(value)
-                    for name, value in logged_by_loop
-                    if name.startswith("val/")
-                }
+                self.scores = logged_scores(trainer, "val/")
             else:
                 self.scores = self._measure(trainer, pl_module)
             self._step = trainer.global_step
             logged = {f"{self.moment}/{name}": value for name, value in self.scores.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(logged, step=trainer.global_step)
-        record.metrics[self.moment] = self.scores
+        metrics[self.moment] = self.scores
 
     @torch.no_grad()
-    def _measure(self, trainer: Trainer, pl_module: Any) -> dict[str, float]:
-        scoring = pl_module.new_scoring(self.moment, "validation")
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        scoring = adapted(pl_module).new_scoring(self.moment, "validation")
         training = [module for module in pl_module.modules() if module.training]
         pl_module.eval()
         try:
-            for loader in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+            for loader in training_data(trainer).val_dataloader():
                 label = f"score, {self.moment.replace('_', ' ')}"
                 for batch in track(loader, label, scoring.speed):
                     moved = trainer.strategy.batch_to_device(batch, pl_module.device)

@@ -5,7 +5,6 @@ from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.evaluation.benchmark import PreparedBenchmark
@@ -104,7 +103,7 @@ class DataModule(Protocol):
     def label_token_ids(self) -> list[int]:
         """Return the first token of each label word; empty where rows have no classes."""
 
-    def val_dataloader(self) -> list[DataLoader[Any]]:
+    def val_dataloader(self) -> list[Any]:
         """Return batches of the validation rows and of each benchmark's questions."""
 
     def describe(self) -> dict[str, Any]:
@@ -130,3 +129,9 @@ def adapted(pl_module: LightningModule) -> AdaptedModule:
 def training_data(trainer: Trainer) -> TrainingDataModule:
     """Return the data module of a trainer that fits."""
     return cast(TrainingDataModule, trainer.datamodule)  # type: ignore[attr-defined]  # set by `fit`
+
+
+def logged_scores(trainer: Trainer, prefix: str) -> dict[str, float]:
+    """Return the scores that a validation ("val/") or test ("test/") has just logged, without the prefix."""
+    logged = trainer.callback_metrics.items()
+    return {k.removeprefix(prefix): float(value) for k, value in logged if k.startswith(prefix)}
