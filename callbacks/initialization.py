@@ -54,7 +54,7 @@ class AdapterInit(Callback):
             if self.subtracts_from_base:
                 check_untied(type(self).__name__, module.model)
             self.report = self.install_init(trainer, module)
-        module.record.init = InitRecord.from_json(self.report)
+        module.record.init = InitRecord(**self.report)
 
     def install_init(self, trainer: Trainer, module: AdaptedModule) -> dict[str, Any]:
         """Fill the module's adapter; return how, for the run's record."""

@@ -139,7 +139,7 @@ class RunReport(Callback):
             ended=self._ended,
         )
         record.seed = self.seed
-        record.data = DataRecord.from_json(training_data(trainer).describe())
+        record.data = DataRecord(**training_data(trainer).describe())
         for logger in trainer.loggers:
             logger.save()
         adapter = None

@@ -1,53 +1,21 @@
 """The record of a run: summary.json, as a run writes it and as reports read it."""
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.utils.errors import InputError
 from app.utils.files import write_json
 
 
-@dataclass
-class Section:
-    """A section of the record; a field that is None or empty is not written.
+class Section(BaseModel):
+    """A section of the record; what else its writer gives, such as `gamma`, is kept in `model_extra`."""
 
-    Attributes:
-        details: What else the section holds, by key: facts of one method or one kind of data.
-    """
-
-    details: dict[str, Any] = field(default_factory=dict, kw_only=True)
-
-    @classmethod
-    def from_json(cls, content: object, where: str = "the section") -> Self:
-        """Read a section.
-
-        Args:
-            content: The JSON object; keys that are no fields become details.
-            where: The section's name, for errors.
-
-        Raises:
-            InputError: It is no object, or a value has another type.
-        """
-        if not isinstance(content, dict):
-            raise InputError(f"{where} is {content!r}")
-        types = get_type_hints(cls)
-        own = {key: value for key, value in content.items() if key in types and key != "details"}
-        for key, value in own.items():
-            _check_type(f"{where}.{key}", value, types[key])
-        rest = {key: value for key, value in content.items() if key not in own}
-        return cls(**own, details=rest)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the section as a JSON object."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "details"}
-        return {k: v for k, v in own.items() if v not in (None, {}, [])} | self.details
+    model_config = ConfigDict(extra="allow", strict=True)
 
 
-@dataclass
 class ModelRecord(Section):
     """The base model, and how many of the parameters are trained."""
 
@@ -57,15 +25,13 @@ class ModelRecord(Section):
     trainable_parameters: int | None = None
 
 
-@dataclass
 class DataRecord(Section):
     """What the data module describes: the task's name, and its rows by split."""
 
     name: str | None = None
-    rows: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = {}
 
 
-@dataclass
 class InitRecord(Section):
     """How the initialization was computed; empty where PEFT's own is kept.
 
@@ -77,12 +43,11 @@ class InitRecord(Section):
     """
 
     seconds: float | None = None
-    peak_bytes: list[int] = field(default_factory=list)
-    captured_energy: dict[str, float] = field(default_factory=dict)
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    peak_bytes: list[int] = []
+    captured_energy: dict[str, float] = {}
+    layers: dict[str, dict[str, Any]] = {}
 
 
-@dataclass
 class TrainRecord(Section):
     """The training loop.
 
@@ -110,8 +75,7 @@ class TrainRecord(Section):
     ended: float | None = None
 
 
-@dataclass
-class RunRecord:
+class RunRecord(Section):
     """Facts gathered while a run goes on, each by the part that knows it.
 
     Attributes:
@@ -125,49 +89,38 @@ class RunRecord:
     """
 
     method: str = ""
-    model: ModelRecord = field(default_factory=ModelRecord)
-    data: DataRecord = field(default_factory=DataRecord)
+    model: ModelRecord = Field(default_factory=ModelRecord)
+    data: DataRecord = Field(default_factory=DataRecord)
     seed: int | None = None
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    init: InitRecord = field(default_factory=InitRecord)
-    train: TrainRecord = field(default_factory=TrainRecord)
-
-    @classmethod
-    def from_json(cls, content: object) -> Self:
-        """Read a record; a section that an earlier version did not write is empty.
-
-        Raises:
-            InputError: A value has another type than a run writes, or there are no metrics.
-        """
-        if not isinstance(content, dict) or "metrics" not in content:
-            raise InputError("it has no metrics")
-        types = get_type_hints(cls)
-        own = {key: value for key, value in content.items() if key in types}
-        for key, kind in types.items():
-            if isinstance(kind, type) and issubclass(kind, Section):
-                own[key] = kind.from_json(own.get(key, {}), key)
-            elif key in own:
-                _check_type(key, own[key], kind)
-        return cls(**own)
+    metrics: dict[str, dict[str, float]] = {}
+    init: InitRecord = Field(default_factory=InitRecord)
+    train: TrainRecord = Field(default_factory=TrainRecord)
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read summary.json.
+        """Read summary.json; what an earlier version did not write keeps its default.
 
         Raises:
-            InputError: It cannot be read, or is damaged.
+            InputError: It cannot be read, or is damaged; names the first wrong value.
         """
         try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+            record = cls.model_validate_json(path.read_bytes())
         except OSError as error:
             raise InputError(f"{path.name} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise InputError(f"{path.name} is damaged: {error}") from error
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            where = ".".join(map(str, wrong["loc"])) or "it"
+            raise InputError(f"{path.name} is damaged: {where} is {wrong['input']!r}") from error
+        if "metrics" not in record.model_fields_set:
+            raise InputError(f"{path.name} is damaged: it has no metrics")
+        return record
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as a JSON object."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: v.to_json() if isinstance(v, Section) else v for k, v in values.items()}
+        """Return the record as a JSON object, whose sections have what was set."""
+        return {
+            name: value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
+            for name, value in self
+        }
 
     def write(self, path: Path) -> None:
         """Write the record as JSON, whole or not at all."""
@@ -196,21 +149,3 @@ def main_scores(metrics: Iterable[Mapping[str, float]]) -> list[str]:
     names = list(dict.fromkeys(name for scores in metrics for name in scores))
     first = [name for name in ("accuracy", "f1", "mcc", "loss") if name in names]
     return first + [name for name in names if name not in first and name.count("/") < 2]
-
-
-def _check_type(where: str, value: object, expected: Any) -> None:
-    """Raise InputError unless a JSON value has the type of its field, entries of lists and dicts too."""
-    kind, parts = get_origin(expected), get_args(expected)
-    if kind is UnionType:  # of one type and None
-        if value is not None:
-            _check_type(where, value, parts[0])
-    elif kind is dict and isinstance(value, dict):
-        for key, entry in value.items():
-            _check_type(f"{where}.{key}", entry, parts[1])
-    elif kind is list and isinstance(value, list):
-        for place, entry in enumerate(value):
-            _check_type(f"{where} {place}", entry, parts[0])
-    elif expected is not Any:
-        numbers = (int, float) if expected is float else ()
-        if not isinstance(value, numbers or kind or expected):
-            raise InputError(f"{where} is {value!r}")

@@ -147,7 +147,7 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
     for section, values in (("train", record.train), ("init", record.init)):
         columns |= {
             f"{section}/{name}": value
-            for name, value in values.to_json().items()
+            for name, value in values.model_dump(exclude_unset=True).items()
             if isinstance(value, int | float)
         }
     if record.init.captured_energy:

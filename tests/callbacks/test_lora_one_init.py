@@ -33,7 +33,7 @@ def initialise(plain, gamma):
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
     )
     LoraOneInit(gamma=gamma).on_fit_start(trainer, module)
-    assert module.record.init.details["gamma"] == gamma
+    assert module.record.init.model_extra["gamma"] == gamma
     return model
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from app.tracking import plots
 from app.tracking.metrics_table import read_metrics
-from app.tracking.record import RunRecord
+from app.tracking.record import InitRecord, RunRecord
 
 
 def picture(path):
@@ -96,7 +96,7 @@ def test_many_layers_and_long_curves(tmp_path):
 def test_record_is_written_whole_or_not_at_all(tmp_path):
     record = RunRecord(method="m", metrics={"final": {"accuracy": 0.5, "loss": 1.0}})
     record.write(tmp_path / "summary.json")
-    record.init.details = {"broken": object()}
+    record.init = InitRecord(broken=object())
     with pytest.raises(TypeError):
         record.write(tmp_path / "summary.json")
     assert json.loads((tmp_path / "summary.json").read_text())["metrics"] == record.metrics

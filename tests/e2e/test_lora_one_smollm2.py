@@ -150,4 +150,4 @@ def test_a_small_initial_step_lowers_the_loss(observed, monkeypatch):
     print(f"\nloss on the initialisation set by gamma: {losses}")
     assert losses[1024.0] < losses["before"]
     assert losses[256.0] < losses[1024.0]
-    assert module.record.init.details["loss"] == observed.sketch.loss
+    assert module.record.init.model_extra["loss"] == observed.sketch.loss

@@ -6,7 +6,11 @@ import json
 import pytest
 import yaml
 
+from app.commands.compare import command
 from app.commands.compare.cells import Cell
+from app.commands.compare.collect import collect
+from app.commands.compare.selection import comparisons
+from app.commands.compare.tables import main_table
 
 RATES = (1e-4, 1e-3, 1e-2)
 # Validation and test accuracy by method, rate and seed. Of lora_one the best rate by test is not the best by
@@ -78,13 +82,13 @@ def rows_of(path):
 def change(folder, **sections):
     """Change sections of a run's summary."""
     file = folder / "summary.json"
-    told = json.loads(file.read_text())
+    summary = json.loads(file.read_text())
     for section, values in sections.items():
-        told[section] = {**told[section], **values}
-    file.write_text(json.dumps(told))
+        summary[section] = {**summary[section], **values}
+    file.write_text(json.dumps(summary))
 
 
-def plan(folder, cells, **more):
+def manifest(folder, cells, **more):
     """Write compare.json as `compare` does, for the runs of `write_run`."""
     content = {"task": None, "methods": {}, "benchmarks": {}, "cells": cells, **more}
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +100,20 @@ def grid_run(folder, method, rate, seed, *scores, **more):
     run = folder / "cells" / Cell(method, rate, seed).name / "version_0"
     write_run(run, method, rate, seed, *scores, **more)
     return run
+
+
+def fail(folder, method, rate, seed, message="no memory", diverged=False):
+    """Write the cell of a run that failed."""
+    cell = folder / "cells" / Cell(method, rate, seed).name
+    cell.mkdir(parents=True, exist_ok=True)
+    (cell / "failure.json").write_text(json.dumps({"message": message, "diverged": diverged}))
+
+
+def main_rows(*folders, score=None):
+    """Return the main tables of the runs in folders, as a row by method's label, and all their notes."""
+    tables = [main_table(comparison) for comparison in comparisons(collect(folders), score)]
+    rows = {label: row for table in tables for label, row in table.frame.T.to_dict().items()}
+    return rows, [note for table in tables for note in table.notes]
 
 
 @pytest.fixture
@@ -110,11 +128,12 @@ def runs(tmp_path):
 
 
 @pytest.fixture
-def report(command, tmp_path, capsys):
-    """Return `report(*argv)`: the exit status, with the report in tmp_path / "out"."""
+def report(tmp_path, capsys):
+    """Return `report(*argv)`, which returns what `report` prints, with the report in tmp_path / "out"."""
 
     def run(*argv):
         capsys.readouterr()
-        return command("report", *argv, "--output", tmp_path / "out")
+        assert command.report([*map(str, argv), "--output", str(tmp_path / "out")]) == 0
+        return capsys.readouterr().out
 
     return run

@@ -24,24 +24,30 @@ WRITTEN = {
 
 
 def test_a_record_is_what_was_written(tmp_path):
-    record = RunRecord.from_json(WRITTEN)
-    assert record.model == ModelRecord("m", "f", 10, 2)
-    assert record.data == DataRecord(
-        "glue/sst2", {"train": 3}, details={"source": "hub", "evals": []}
+    file = tmp_path / "summary.json"
+    file.write_text(json.dumps(WRITTEN))
+    record = RunRecord.read(file)
+    assert record.model == ModelRecord(
+        name="m", fingerprint="f", parameters=10, trainable_parameters=2
     )
-    assert record.init == InitRecord(2, [5], details={"gamma": 16.0, "niter": None})
-    assert record.train == TrainRecord(4, 1.5, samples_per_second=0.0, device="")
-    assert record.to_json() == WRITTEN
-    record.write(tmp_path / "summary.json")
-    assert RunRecord.read(tmp_path / "summary.json") == record
+    assert record.data == DataRecord(name="glue/sst2", rows={"train": 3}, source="hub", evals=[])
+    assert record.init == InitRecord(seconds=2, peak_bytes=[5], gamma=16.0, niter=None)
+    assert record.train == TrainRecord(steps=4, seconds=1.5, samples_per_second=0.0, device="")
+    record.write(file)
+    assert json.loads(file.read_text()) == WRITTEN
 
 
-def test_sections_and_values_that_an_earlier_version_did_not_write():
-    record = RunRecord.from_json({"metrics": {}, "notes": "of another version"})
-    assert record == RunRecord()
-    assert record.to_json() == {
-        **{"method": "", "model": {}, "data": {}, "seed": None, "metrics": {}, "init": {}},
-        "train": {"steps": 0},
+def test_a_record_of_another_version(tmp_path):
+    """What it lacks has a default, and what it has more is kept."""
+    file = tmp_path / "summary.json"
+    file.write_text('{"metrics": {}, "notes": "of another version"}')
+    record = RunRecord.read(file)
+    assert (record.method, record.seed, record.model) == ("", None, ModelRecord())
+    record.metrics["test"] = {"accuracy": 0.5}
+    record.write(file)
+    assert json.loads(file.read_text()) == {
+        **{"method": "", "model": {}, "data": {}, "seed": None, "init": {}, "train": {}},
+        **{"metrics": {"test": {"accuracy": 0.5}}, "notes": "of another version"},
     }
 
 
@@ -55,7 +61,7 @@ def test_sections_and_values_that_an_earlier_version_did_not_write():
         *((name, None, f"{name} is None") for name in ("data", "train", "init", "model")),
         ("train", {"steps": "many"}, "train.steps is 'many'"),
         ("init", {"peak_bytes": 5}, "init.peak_bytes is 5"),
-        ("init", {"peak_bytes": [5, "x"]}, "init.peak_bytes 1 is 'x'"),
+        ("init", {"peak_bytes": [5, "x"]}, "init.peak_bytes.1 is 'x'"),
         ("seed", "x", "seed is 'x'"),
         ("data", {"rows": 3}, "data.rows is 3"),
     ],

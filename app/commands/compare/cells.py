@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
+
+from pydantic import Field
 
 from app.tracking.record import RunRecord
 from app.tracking.run_folder import RunFolder, run_folders
@@ -20,12 +22,11 @@ LOG_FILE = "cell.log"
 LOCK_FILE = "cell.lock"
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One run of a grid."""
 
     method: str
-    learning_rate: float
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     seed: int
 
     @property

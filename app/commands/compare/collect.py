@@ -76,6 +76,17 @@ class Run:
         return math.nan if seconds is None else seconds
 
     @property
+    def step_seconds(self) -> float:
+        """Mean seconds of an optimizer step."""
+        steps = self.record.train.steps
+        return self.train_seconds / steps if steps else math.nan
+
+    @property
+    def device(self) -> str:
+        """What it was trained on."""
+        return self.record.train.device or "unknown device"
+
+    @property
     def peak_bytes(self) -> int | None:
         """Peak memory of initialization and training, of the process that needs most."""
         trained = self.record.train.peak_bytes
@@ -202,7 +213,7 @@ def read_run(folder: Path) -> Run | None:
 
 def _cells_without_run(root: Path, manifest: GridManifest) -> Iterator[Run]:
     """Yield the cells of a comparison that failed, never began or left no settings."""
-    task = None if manifest.task is None else without_model_name(manifest.task)
+    task = without_model_name(manifest.task) if manifest.task else None
     for cell in manifest.cells:
         folder = root / CELLS_FOLDER / cell.name
         progress = state_of(folder)

@@ -176,7 +176,7 @@ def _check_grid(
     benchmarks = asked_benchmarks(given.test_config, first)
     check_score(given.score, first, benchmarks)
     settings = {method: method_settings(config) for method, config in configs.items()}
-    return folder, GridManifest(cells, task, settings, benchmarks)
+    return folder, GridManifest(task=task, methods=settings, benchmarks=benchmarks, cells=cells)
 
 
 def report(arguments: Sequence[str]) -> int:

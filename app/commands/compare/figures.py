@@ -54,73 +54,69 @@ class Plot:
 def alignment_plots(comparison: Comparison) -> list[Plot]:
     """Return the heat maps that `AlignmentMonitor` drew of each method's first seed at its best rate."""
     plots = []
-    for method in comparison.methods:
-        if method.best is None:
-            continue
-        run = min(method.best_rows.run, key=lambda run: run.seed)
+    by_seed = comparison.chosen.sort_values("seed")
+    for label, run in by_seed.groupby("method", observed=True).run.first().items():
         for measure in ALIGNMENT_MEASURES:
             files = [run.folder / name.format(measure) for name in ALIGNMENT_FILES]
             file = next((file for file in files if file.is_file()), None)
             if file is not None:
-                name = re.sub(r"\W+", "_", f"alignment_{method.label}_{measure}")
-                plots.append(Plot(name, f"{method.label}: {MAPS[measure][0]}", file.read_bytes()))
+                name = re.sub(r"\W+", "_", f"alignment_{label}_{measure}")
+                plots.append(Plot(name, f"{label}: {MAPS[measure][0]}", file.read_bytes()))
     return plots
 
 
 def comparison_plots(comparison: Comparison) -> list[Plot]:
     """Draw the learning-rate curves, and loss and score over steps and seconds, as far as there are data."""
-    labels = sorted(method.label for method in comparison.methods)
-    looks = {label: _look(place) for place, label in enumerate(labels)}
-    plots = [_rates_plot(comparison, looks, reported) for reported in (False, True)]
+    plots = [_rates_plot(comparison, reported) for reported in (False, True)]
     for name in dict.fromkeys(("loss", comparison.score)):
-        plots += [_curves_plot(comparison, looks, name, over) for over in ("steps", "seconds")]
+        plots += [_curves_plot(comparison, name, over) for over in ("steps", "seconds")]
     return [plot for plot in plots if plot is not None]
 
 
-def _rates_plot(
-    comparison: Comparison, looks: dict[str, dict[str, Any]], reported: bool
-) -> Plot | None:
-    rows, score = "test" if reported else "validation", comparison.selected_by
-    column = "selection_score"
+def _looks(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """Return colour, line style and marker of each method, in the order of the report."""
+    looks = {}
+    for place, label in enumerate(sorted(comparison.choices)):
+        turn, color = divmod(place, len(COLORS))
+        marker = MARKERS[(color + 3 * turn) % len(MARKERS)]
+        style = STYLES[turn % len(STYLES)]
+        looks[label] = {"color": COLORS[color], "linestyle": style, "marker": marker}
+    return {label: looks[label] for label in comparison.choices}
+
+
+def _rates_plot(comparison: Comparison, reported: bool) -> Plot | None:
+    of, score, column = "validation", comparison.selected_by, "selection_score"
     if reported:
-        score, column = comparison.score, "reported_score"
+        of, score, column = "test", comparison.score, "reported_score"
     figure, axes = plt.subplots(layout="constrained")
-    lost = False
-    for method in comparison.methods:
-        look = looks[method.label]
-        stats = method.rates[column]
-        stats = stats[stats.index.notna() & (stats["count"] > 0)] * _factor(score)
+    for label, look in _looks(comparison).items():
+        own = comparison.finished[comparison.finished.method == label]
+        # The choice's ring is drawn from the rows at that rate.
+        stats, ring = (
+            _factor(score)
+            * rows.groupby("learning_rate")[column].agg(["mean", "std"]).dropna(subset="mean")
+            for rows in (own, own[own.chosen])
+        )
         if len(stats):
             error = stats["std"].fillna(0)
             axes.errorbar(
-                stats.index,
-                stats["mean"],
-                error,
-                capsize=3,
-                label=method.label,
-                markersize=5,
-                **look,
+                stats.index, stats["mean"], error, capsize=3, label=label, markersize=5, **look
             )
-            best = stats["mean"][stats.index == method.best]
-            ring: dict[str, Any] = {
-                "markersize": 13,
-                "markerfacecolor": "none",
-                "linestyle": "none",
-            }
-            axes.plot(best.index, best, "o", color=look["color"], **ring)
-        for rate in method.failed_rates:
-            lost = True
-            below = axes.get_xaxis_transform()
-            axes.plot([rate], [0.02], "x", color=look["color"], transform=below, clip_on=False)
-    _scale_rates(axes, sorted({rate for m in comparison.methods for rate in m.rates.index}))
-    title = f"{rows.capitalize()} {score} by learning rate"
-    notes = "ring: the chosen rate" + ("; cross: a run failed or diverged" if lost else "")
-    axes.set(xlabel=f"learning rate ({notes})", ylabel=_unit(f"{rows} {score}", score), title=title)
-    return _finish(f"learning_rate_{rows}", title, figure, axes)
+            empty: dict[str, Any] = {"markerfacecolor": "none", "linestyle": "none"}
+            axes.plot(ring.index, ring["mean"], "o", color=look["color"], markersize=13, **empty)
+        failed = comparison.failed.learning_rate[comparison.failed.method == label].unique()
+        bottom = axes.get_xaxis_transform()
+        for rate in failed:
+            axes.plot([rate], [0.02], "x", color=look["color"], transform=bottom, clip_on=False)
+    _scale_rates(axes, sorted(comparison.rows.learning_rate.dropna().unique()))
+    title = f"{of.capitalize()} {score} by learning rate"
+    notes = "ring: the chosen rate"
+    notes += "" if comparison.failed.empty else "; cross: a run failed or diverged"
+    axes.set(xlabel=f"learning rate ({notes})", ylabel=_unit(f"{of} {score}", score), title=title)
+    return _finish(f"learning_rate_{of}", title, figure, axes)
 
 
-def _scale_rates(axes: Axes, tried: Sequence[float]) -> None:
-    ticks = [rate for rate in tried if not math.isnan(rate)]
+def _scale_rates(axes: Axes, ticks: Sequence[float]) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -132,24 +128,22 @@ def _scale_rates(axes: Axes, tried: Sequence[float]) -> None:
         axes.set_xlim(ticks[0] / 3, ticks[0] * 3)
 
 
-def _curves_plot(
-    comparison: Comparison, looks: dict[str, dict[str, Any]], name: str, over: str
-) -> Plot | None:
+def _curves_plot(comparison: Comparison, name: str, over: str) -> Plot | None:
     figure, axes = plt.subplots(layout="constrained")
-    for method in comparison.methods:
-        curve = mean_curve(list(method.best_rows.run), name, over)
-        if curve is None or method.best is None:
+    for label, look in _looks(comparison).items():
+        rows = comparison.chosen[comparison.chosen.method == label]
+        curve = mean_curve(list(rows.run), name, over)
+        if curve is None:
             continue
-        look = dict(looks[method.label])
         x, mean, std = curve[0], curve[1] * _factor(name), curve[2] * _factor(name)
         if name == "loss" or len(x) > 40:
             look.pop("marker")
-        rate = "" if math.isnan(method.best) else f", {rate_text(method.best)}"
-        axes.plot(x, mean, label=method.label + rate, **look)
-        if len(method.best_rows) > 1:
-            axes.fill_between(
-                x, mean - std, mean + std, color=look["color"], alpha=0.15, linewidth=0
-            )
+        has_rate = rows.learning_rate.notna().all()
+        named = f"{label}, {comparison.choices[label].rate}" if has_rate else label
+        axes.plot(x, mean, label=named, **look)
+        if len(rows) > 1:
+            band: dict[str, Any] = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
+            axes.fill_between(x, mean - std, mean + std, **band)
     what = "Training loss" if name == "loss" else f"Validation {name}"
     title = f"{what} over {over}"
     label = "nats per token" if name == "loss" else _unit(f"validation {name}", name)
@@ -223,12 +217,6 @@ def run_curve(run: Run, name: str, over: str) -> np.ndarray:
             clock.append((float(train.steps), run.train_seconds))
         curve[:, 0] = run.init_seconds + np.interp(curve[:, 0], *np.array(clock).T)
     return curve
-
-
-def _look(place: int) -> dict[str, Any]:
-    turn, color = divmod(place, len(COLORS))
-    marker = MARKERS[(color + 3 * turn) % len(MARKERS)]
-    return {"color": COLORS[color], "linestyle": STYLES[turn % len(STYLES)], "marker": marker}
 
 
 def _factor(score: str) -> int:

@@ -1,37 +1,38 @@
 """compare.json: what a comparison's runs share, each method's settings, and the cells ever asked for."""
 
 import fcntl
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from app.commands.compare.cells import CELLS_FOLDER, Cell
 from app.commands.compare.settings import Settings, differences, differences_text, flat
 from app.tracking.run_folder import run_folders
 from app.utils.errors import InputError
-from app.utils.files import read_json, write_json
+from app.utils.files import write_json
 
 MANIFEST_FILE = "compare.json"
 MANIFEST_LOCK = "compare.lock"
 
+FlatSettings = Annotated[Settings, AfterValidator(flat)]
+"""Settings whose classes are named as in this version."""
 
-@dataclass(frozen=True)
-class GridManifest:
+
+class GridManifest(BaseModel, frozen=True):
     """What a comparison was asked for.
 
     Attributes:
-        cells: The cells.
         task: The settings that all runs share; None where the file does not say.
         methods: The settings of each method, without the learning rate.
         benchmarks: The settings of each benchmark that finished runs are asked, by its name.
+        cells: The cells.
     """
 
-    cells: list[Cell]
-    task: Settings | None = None
-    methods: Mapping[str, Settings] = field(default_factory=dict)
-    benchmarks: Mapping[str, Settings] = field(default_factory=dict)
+    task: FlatSettings | None = None
+    methods: dict[str, FlatSettings] = {}
+    benchmarks: dict[str, FlatSettings] = {}
+    cells: list[Cell] = []
 
 
 def update_manifest(folder: Path, asked: GridManifest) -> None:
@@ -55,19 +56,13 @@ def update_manifest(folder: Path, asked: GridManifest) -> None:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         merged = _merge(folder, read_manifest(folder), asked)
-        content = {
-            "task": merged.task,
-            "methods": merged.methods,
-            "benchmarks": merged.benchmarks,
-            "cells": [(c.method, c.learning_rate, c.seed) for c in merged.cells],
-        }
-        write_json(folder / MANIFEST_FILE, content)
+        write_json(folder / MANIFEST_FILE, merged.model_dump())
 
 
 def _merge(folder: Path, before: GridManifest, asked: GridManifest) -> GridManifest:
     """Return both manifests as one; raise InputError where their settings differ."""
     other = "(then, now). Give this one another --name"
-    differ = {} if before.task is None else differences(before.task, asked.task or {})
+    differ = differences(before.task, asked.task or {}) if before.task else {}
     if differ and not any(run_folders(folder / CELLS_FOLDER / c.name) for c in before.cells):
         return asked  # nothing has been trained that it could be mixed with
     if differ:
@@ -85,33 +80,16 @@ def _merge(folder: Path, before: GridManifest, asked: GridManifest) -> GridManif
                     f"{folder} has other settings of the {kind} {name}: {differences_text(differ)} {other}"
                 )
     return GridManifest(
-        list(dict.fromkeys([*before.cells, *asked.cells])),
-        asked.task,
-        {**before.methods, **asked.methods},
-        {**before.benchmarks, **asked.benchmarks},
+        task=asked.task,
+        methods={**before.methods, **asked.methods},
+        benchmarks={**before.benchmarks, **asked.benchmarks},
+        cells=list(dict.fromkeys([*before.cells, *asked.cells])),
     )
 
 
 def read_manifest(folder: Path) -> GridManifest:
-    """Return what a comparison's folder was asked for; an empty manifest elsewhere."""
-    content = read_json(folder / MANIFEST_FILE) or {}
-    sections = {
-        name: content[name] if isinstance(content.get(name), dict) else {}
-        for name in ("task", "methods", "benchmarks")
-    }
-    cells = content.get("cells")
-    return GridManifest(
-        [Cell(c[0], float(c[1]), c[2]) for c in cells if _is_cell(c)]
-        if isinstance(cells, list)
-        else [],
-        flat(sections["task"]) or None,
-        {name: flat(s) for name, s in sections["methods"].items() if isinstance(s, dict)},
-        {name: flat(s) for name, s in sections["benchmarks"].items() if isinstance(s, dict)},
-    )
-
-
-def _is_cell(cell: Any) -> bool:
-    if not (isinstance(cell, list) and [type(part) for part in cell[::2]] == [str, int]):
-        return False
-    rate = cell[1]
-    return isinstance(rate, int | float) and math.isfinite(rate) and rate > 0
+    """Return what a comparison's folder was asked for; an empty manifest where there is none."""
+    try:
+        return GridManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
+    except (OSError, ValidationError):
+        return GridManifest()

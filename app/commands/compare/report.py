@@ -72,7 +72,7 @@ def write_report(runs: Sequence[Run], folder: Path, score: str | None = None) ->
     """
     compared = comparisons(runs, score)
     several = len(compared) > 1
-    count = len({method.label for comparison in compared for method in comparison.methods})
+    count = len({label for comparison in compared for label in comparison.choices})
     what = f"{len(compared)} tasks" if several else _task_name(compared[0])
     title = f"{count} method{'s' * (count > 1)} on {what}"
     sections, printed = [], []
@@ -88,7 +88,7 @@ def write_report(runs: Sequence[Run], folder: Path, score: str | None = None) ->
         suffix = f"_{number}" if several else ""
         own = _sections(comparison, heading, suffix)
         [table] = own[0].tables
-        files[f"table{suffix}.csv"] = table.frame.to_csv(index=False).encode()
+        files[f"table{suffix}.csv"] = table.frame.to_csv().encode()
         printed.append(f"{heading or title}\n\n{table.text()}")
         sections += own
     excluded = excluded_table(runs)
@@ -115,7 +115,7 @@ def _sections(comparison: Comparison, heading: str, suffix: str) -> list[Section
     paragraphs = [_description(comparison)]
     if comparison.differs_by:
         paragraphs.append(f"Apart from task 1 by {differences_text(comparison.differs_by, 12)}.")
-    has_tests = any(run.scores("test") for run in comparison.runs)
+    has_tests = comparison.finished.reported_score.notna().any()
     rates = [rate_table(comparison, test) for test in ((False, True) if has_tests else (False,))]
     before, seeds = before_training_table(comparison), seed_table(comparison)
     settings = settings_table(comparison)
@@ -140,14 +140,15 @@ def _sections(comparison: Comparison, heading: str, suffix: str) -> list[Section
 
 
 def _task_name(comparison: Comparison) -> str:
-    record = comparison.runs[0].record
+    record = comparison.finished.run.iloc[0].record
     model = (record.model.name or "model").partition("#")[0]
     return f"{record.data.name or 'data'}, {model.rstrip('/').rpartition('/')[2]}"
 
 
 def _description(comparison: Comparison) -> str:
     """Say what all runs share, and how many there are."""
-    runs, record = comparison.runs, comparison.runs[0].record
+    runs = list(comparison.finished.run)
+    record = runs[0].record
     rows = ", ".join(f"{count:,} {split}" for split, count in record.data.rows.items())
     seeds = sorted({run.seed or 0 for run in runs})
     steps = sorted({run.record.train.steps for run in runs})
@@ -156,7 +157,7 @@ def _description(comparison: Comparison) -> str:
     times = f" of {batch} rows" + (f" x {accumulated}" if accumulated > 1 else "")
     parameters = record.model.parameters
     return (
-        f"{len(runs)} finished runs of {_count(comparison.methods, 'method')}; "
+        f"{len(runs)} finished runs of {_count(comparison.choices, 'method')}; "
         f"{_count(seeds, 'seed')}: {', '.join(map(str, seeds))}. "
         f"Rows: {rows}. {' or '.join(f'{count:,}' for count in steps)} optimizer steps{times}, "
         f"schedule {comparison.shared.get('model.lr_scheduler_type')}"
@@ -195,8 +196,8 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
             blocks.append(f"{'#' * section.level} {section.title}")
         blocks += section.paragraphs
         for table in section.tables:
-            columns = list(table.frame.columns)
-            rows = [columns, ["---", *["---:"] * (len(columns) - 1)], *table.frame.values.tolist()]
+            titles, *rows = table.lines
+            rows = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
             blocks.append("\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in rows))
             blocks += table.notes
         if section.plots:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -192,7 +192,7 @@ class GridRun:
             stream.seek(job.log_start)
             lines = stream.read().decode(errors="replace").splitlines()
         failure = {
-            **asdict(job.cell),
+            **job.cell._asdict(),
             "diverged": status == DivergedError.exit_status,
             "message": failure_message(lines, status),
             "time": time.time(),

@@ -1,7 +1,7 @@
 """Group runs that may stand in one table, and choose each method's learning rate."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,57 +10,25 @@ import pandas as pd
 from app.commands.compare.collect import KNOWN_AT_THE_END, Run
 from app.commands.compare.settings import Settings, differences
 from app.utils.errors import InputError
+from app.utils.text import rate_text
 
 FAILED = ("failed", "diverged")
 """A learning rate at which a run is in such a state is not chosen."""
 
 
 @dataclass(frozen=True)
-class MethodResult:
-    """A method with all its learning rates.
+class Choice:
+    """A method's learning rate.
 
     Attributes:
-        label: Its name, with the settings that tell it from others of the same name.
-        rows: A row for each run; columns as `run_rows` makes them.
-        rates: A row for each learning rate, rising (the index; NaN for none). Columns: of `selection_score` and
-            `reported_score` over seeds the mean, the std = sqrt(sum((x - mean)^2) / (n - 1)) (NaN for n = 1)
-            and the count.
-        best: The rate chosen on the validation rows; None if every rate has a run that failed or diverged,
-            or none that is finished.
-        chosen_on: The seeds that the rates were compared on.
+        rate: Its name; None if every rate has a run that failed or diverged, or none that is finished.
+        edge: Where it lies among those tried: `lowest`, `highest`, `only` or nothing.
+        seeds: The seeds that the rates were compared on.
     """
 
-    label: str
-    rows: pd.DataFrame
-    rates: pd.DataFrame
-    best: float | None
-    chosen_on: set[int]
-
-    @property
-    def edge(self) -> str:
-        """Where the best rate lies among those tried: `lowest`, `highest`, `only` or nothing."""
-        if self.best is None:
-            return ""
-        if len(self.rates) == 1:
-            return "only"
-        edges = {0: "lowest", len(self.rates) - 1: "highest"}
-        return edges.get(self.rates.index.get_loc(self.best), "")
-
-    @property
-    def finished(self) -> pd.DataFrame:
-        """Rows of the finished runs, by rising rate."""
-        return self.rows[self.rows.state == "finished"].sort_values("learning_rate", kind="stable")
-
-    @property
-    def best_rows(self) -> pd.DataFrame:
-        """Rows of the finished runs at the best rate."""
-        rows = self.finished
-        return rows.iloc[:0] if self.best is None else rows[rows.learning_rate.isin([self.best])]
-
-    @property
-    def failed_rates(self) -> list[float]:
-        """Rates at which a run failed or diverged."""
-        return sorted(set(self.rows.learning_rate[self.rows.state.isin(FAILED)]))
+    rate: str | None
+    edge: str
+    seeds: set[int]
 
 
 @dataclass(frozen=True)
@@ -68,23 +36,35 @@ class Comparison:
     """Runs that may stand in one table: same model, data and budget.
 
     Attributes:
-        methods: The best first.
+        rows: A row for each run, see `run_rows`; and `chosen`: whether it is finished and at its method's rate.
+        choices: The learning rate of each method, by its label, the best method first.
         score: The reported score.
         selected_by: The score of the validation rows that the rates are chosen by.
         shared: The settings that all runs share.
         differs_by: Settings in which it differs from the first comparison of the report.
     """
 
-    methods: list[MethodResult]
+    rows: pd.DataFrame
+    choices: Mapping[str, Choice]
     score: str
     selected_by: str
     shared: Settings
     differs_by: dict[str, tuple[Any, Any]]
 
     @property
-    def runs(self) -> list[Run]:
-        """The finished runs."""
-        return [run for method in self.methods for run in method.finished.run]
+    def finished(self) -> pd.DataFrame:
+        """The rows of the finished runs."""
+        return self.rows[self.rows.state == "finished"]
+
+    @property
+    def failed(self) -> pd.DataFrame:
+        """The rows of the runs that failed or diverged."""
+        return self.rows[self.rows.state.isin(FAILED)]
+
+    @property
+    def chosen(self) -> pd.DataFrame:
+        """The rows of the finished runs at the chosen rates."""
+        return self.rows[self.rows.chosen]
 
     @property
     def has_separate_validation(self) -> bool:
@@ -95,11 +75,6 @@ class Comparison:
 def is_loss(score: str) -> bool:
     """Return whether a score is a loss: the less the better, and no percentage."""
     return score.rpartition("/")[2] == "loss"
-
-
-def direction(score: str) -> int:
-    """Return 1 if more of a score is better, -1 if less is."""
-    return -1 if is_loss(score) else 1
 
 
 def comparisons(runs: Sequence[Run], score: str | None = None) -> list[Comparison]:
@@ -113,7 +88,7 @@ def comparisons(runs: Sequence[Run], score: str | None = None) -> list[Compariso
         InputError: No run has that score.
     """
     finished = [run for run in runs if run.state == "finished"]
-    known = set(_score_names(finished))
+    known = _score_names(finished)
     if score is not None and score not in known:
         names = ", ".join(sorted(known)) or "none"
         raise InputError(f"--score is {score!r}, which no run has: expected one of {names}")
@@ -129,9 +104,15 @@ def comparisons(runs: Sequence[Run], score: str | None = None) -> list[Compariso
     excluded = [run for run in runs if run.state not in ("finished", "repeated", "withdrawn")]
     made = []
     for shared, members in groups:
-        others = [run for run in excluded if _belongs(run, shared, members, len(groups) == 1)]
-        made.append(_compare(members, others, score, shared, differences(groups[0][0], shared)))
+        own = [run for run in excluded if _belongs(run, shared, members, len(groups) == 1)]
+        differs_by = differences(groups[0][0], shared)
+        made.append(_compare(_variants(members, own), score, shared, differs_by))
     return made
+
+
+def _score_names(runs: Sequence[Run]) -> list[str]:
+    moments = ("test", "final")
+    return list(dict.fromkeys(n for run in runs for moment in moments for n in run.scores(moment)))
 
 
 def _belongs(excluded: Run, shared: Settings, members: Sequence[Run], only: bool) -> bool:
@@ -144,40 +125,6 @@ def _belongs(excluded: Run, shared: Settings, members: Sequence[Run], only: bool
     return only or any(run.folder.is_relative_to(excluded.folder.parent) for run in members)
 
 
-def _score_names(runs: Sequence[Run]) -> list[str]:
-    moments = ("test", "final")
-    return list(dict.fromkeys(n for run in runs for moment in moments for n in run.scores(moment)))
-
-
-def _compare(
-    finished: list[Run],
-    excluded: list[Run],
-    score: str | None,
-    shared: Settings,
-    differs_by: dict[str, tuple[Any, Any]],
-) -> Comparison:
-    names = _score_names(finished)
-    benchmarks = [name for name in names if name.count("/") == 1]
-    usual = "accuracy" if "accuracy" in names else (benchmarks or ["loss"])[0]
-    reported = score if score in names else usual
-    # A benchmark's questions are of the reported set: only rows may choose.
-    on_rows = "/" not in reported and all(reported in run.scores("final") for run in finished)
-    chooser = reported if on_rows else "loss"
-    methods = [
-        _method(label, run_rows(runs, chooser, reported), direction(chooser))
-        for label, runs in _variants(finished, excluded).items()
-    ]
-
-    def order(method: MethodResult) -> tuple[int, float, str]:
-        if method.best is None:
-            return (2, 0.0, method.label)
-        tested = method.rates["reported_score"].loc[method.best]
-        shown = tested if tested["count"] else method.rates["selection_score"].loc[method.best]
-        return (0 if tested["count"] else 1, -direction(reported) * shown["mean"], method.label)
-
-    return Comparison(sorted(methods, key=order), reported, chooser, shared, differs_by)
-
-
 def _variants(finished: Sequence[Run], excluded: Sequence[Run]) -> dict[str, list[Run]]:
     """Put runs of one method with the same settings together, by a label.
 
@@ -185,105 +132,137 @@ def _variants(finished: Sequence[Run], excluded: Sequence[Run]) -> dict[str, lis
     run whose settings are not known counts for every variant of its method.
     """
     variants: list[tuple[str | None, Settings, list[Run]]] = []
-
-    def variant(method: str | None, settings: Settings) -> list[Run]:
-        for name, known, members in variants:
-            if name == method and not differences(known, settings):
-                return members
-        variants.append((method, settings, []))
-        return variants[-1][2]
-
-    for run in finished:
-        variant(run.method, run.settings or {}).append(run)
-    for run in excluded:
-        namesakes = [members for name, _, members in variants if name == run.method]
-        if run.settings is not None or not namesakes:
-            namesakes = [variant(run.method, run.settings or {})]
-        for members in namesakes:
+    for run in [*finished, *excluded]:
+        namesakes = [variant for variant in variants if variant[0] == run.method]
+        same = [v for v in namesakes if run.settings is None or not differences(v[1], run.settings)]
+        if not same:
+            same = [(run.method, run.settings or {}, [])]
+            variants += same
+        for _, _, members in same:
             members.append(run)
-    labels = {}
+    labels: dict[str, list[Run]] = {}
     for method, settings, members in variants:
-        same = [known for name, known, _ in variants if name == method]
-        differ = dict.fromkeys(name for known in same for name in differences(same[0], known))
+        known = [other for name, other, _ in variants if name == method]
+        differ = dict.fromkeys(name for other in known for name in differences(known[0], other))
         parts = [f"{name.rpartition('.')[2]}={settings.get(name)}" for name in differ]
-        labels[f"{method} ({', '.join(parts)})" if parts else str(method)] = members
+        label = f"{method} ({', '.join(parts)})" if parts else str(method)
+        labels.setdefault(label, []).extend(members)
     return labels
 
 
-def run_rows(runs: Sequence[Run], selected_by: str, reported: str) -> pd.DataFrame:
-    """Return a row for each run; of those that do not count without numbers.
+def run_rows(runs: Mapping[str, Sequence[Run]], selected_by: str, reported: str) -> pd.DataFrame:
+    """Return a row for each run.
 
     Args:
-        runs: The runs.
+        runs: The runs by the label of their method.
         selected_by: The score that the learning rates are chosen by.
         reported: The score that is reported.
+
+    Returns:
+        The columns of runs.csv but for the task's number; and `rate`, the learning rate's name, of ordered
+        categories; `validation_loss`; and `run`.
     """
-    rows = []
-    for run in runs:
-        train = run.record.train
-        rows.append(
-            {
-                "learning_rate": run.learning_rate,
-                "seed": run.seed,
-                "state": run.state,
-                "untouched_score": run.scores("zero_shot").get(selected_by),
-                "start_score": run.scores("after_init").get(selected_by),
-                "selection_score": run.scores("final").get(selected_by),
-                "validation_loss": run.scores("final").get("loss"),
-                "reported_score": run.scores("test").get(reported),
-                "trainable_parameters": run.record.model.trainable_parameters,
-                "init_seconds": run.init_seconds,
-                "step_seconds": run.train_seconds / train.steps if train.steps else math.nan,
-                "train_seconds": run.train_seconds,
-                "peak_bytes": run.peak_bytes,
-                "device": train.device or "unknown device",
-                "folder": str(run.folder),
-                "reason": run.reason,
-                "run": run,
-            }
-        )
+    rows = [
+        {
+            "method": label,
+            "learning_rate": run.learning_rate,
+            "seed": run.seed,
+            "state": run.state,
+            "untouched_score": run.scores("zero_shot").get(selected_by),
+            "start_score": run.scores("after_init").get(selected_by),
+            "selection_score": run.scores("final").get(selected_by),
+            "validation_loss": run.scores("final").get("loss"),
+            "reported_score": run.scores("test").get(reported),
+            "trainable_parameters": run.record.model.trainable_parameters,
+            "init_seconds": run.init_seconds,
+            "step_seconds": run.step_seconds,
+            "train_seconds": run.train_seconds,
+            "peak_bytes": run.peak_bytes,
+            "device": run.device,
+            "folder": str(run.folder),
+            "reason": run.reason,
+            "run": run,
+        }
+        for label, members in runs.items()
+        for run in members
+    ]
     frame = pd.DataFrame(rows)
-    scores = [name for name in frame if str(name).endswith(("_score", "_loss"))]
-    whole = dict.fromkeys(("seed", "trainable_parameters", "peak_bytes"), "Int64")
-    return frame.astype({**dict.fromkeys(scores, float), **whole})
+    scores = [name for name in frame if name.endswith(("_score", "_loss"))]
+    whole = ["seed", "trainable_parameters", "peak_bytes"]
+    names = frame.sort_values("learning_rate").learning_rate.map(rate_name).unique()
+    rates = pd.Categorical(frame.learning_rate.map(rate_name), names, ordered=True)
+    types = dict.fromkeys(scores, float) | dict.fromkeys(whole, "Int64")
+    return frame.astype(types).assign(rate=rates)
 
 
-def _method(label: str, rows: pd.DataFrame, sign: int) -> MethodResult:
-    """Choose a method's learning rate.
+def rate_name(value: float) -> str:
+    """Write a learning rate, which a run may lack."""
+    return "none" if math.isnan(value) else rate_text(value)
 
-    Args:
-        label: Names it.
-        rows: Of its runs.
-        sign: 1 if more of the selection score is better, -1 if less is.
-    """
+
+def _compare(
+    variants: Mapping[str, list[Run]],
+    score: str | None,
+    shared: Settings,
+    differs_by: dict[str, tuple[Any, Any]],
+) -> Comparison:
+    finished = [run for runs in variants.values() for run in runs if run.state == "finished"]
+    names = _score_names(finished)
+    benchmarks = [name for name in names if name.count("/") == 1]
+    usual = "accuracy" if "accuracy" in names else (benchmarks or ["loss"])[0]
+    reported = score if score in names else usual
+    # A benchmark's questions are of the reported set: only rows may choose.
+    on_rows = "/" not in reported and all(reported in run.scores("final") for run in finished)
+    chooser = reported if on_rows else "loss"
+    rows = run_rows(variants, chooser, reported)
     # An excluded run of an unknown rate is listed, and belongs to no rate.
     rows = rows[(rows.state == "finished") | rows.learning_rate.notna()]
-    by_rate = rows.groupby("learning_rate", dropna=False)[["selection_score", "reported_score"]]
-    best, seeds = _best_rate(rows, sign)
-    return MethodResult(label, rows, by_rate.agg(["mean", "std", "count"]), best, seeds)
+    choices = {
+        label: _choose(rows[rows.method == label], -1 if is_loss(chooser) else 1)
+        for label in variants
+    }
+    best = rows.method.map({label: choice.rate for label, choice in choices.items()})
+    rows = rows.assign(chosen=(rows.state == "finished") & (rows.rate.astype(str) == best))
+    means = rows[rows.chosen].groupby("method")[["reported_score", "selection_score"]].mean()
+
+    def order(label: str) -> tuple[int, float, str]:
+        if label not in means.index:
+            return (2, 0.0, label)
+        test, validation = (value if is_loss(reported) else -value for value in means.loc[label])
+        return (1, validation, label) if math.isnan(test) else (0, test, label)
+
+    labels = sorted(variants, key=order)
+    rows = rows.assign(method=pd.Categorical(rows.method, labels, ordered=True))
+    rows = rows.sort_values(["method", "rate"], kind="stable")
+    return Comparison(rows, {k: choices[k] for k in labels}, reported, chooser, shared, differs_by)
 
 
-def _best_rate(rows: pd.DataFrame, sign: int) -> tuple[float | None, set[int]]:
-    """Return the best rate and the seeds that the rates were compared on.
+def _choose(rows: pd.DataFrame, sign: int) -> Choice:
+    """Choose the learning rate of a method; the reported set plays no part in it.
 
     The best rate is the one with the best mean selection score on the validation rows, among the rates at
     which no run failed or diverged, over the seeds that all of these rates have finished; of equal ones the
     one with the lower validation loss, then the lower rate. Where the rates have no seed in common, those with
-    the fewest seeds are left out. The reported set plays no part in the choice.
+    the fewest seeds are left out.
+
+    Args:
+        rows: Of its runs.
+        sign: 1 if more of the selection score is better, -1 if less is.
     """
-    failed = rows.learning_rate[rows.state.isin(FAILED)]
-    able = rows[rows.selection_score.notna() & ~rows.learning_rate.isin(failed)]
-    seeds = {rate: set(group.seed) for rate, group in able.groupby("learning_rate", dropna=False)}
-    while seeds and not set.intersection(*seeds.values()):
-        del seeds[min(seeds, key=lambda rate: len(seeds[rate]))]
-    if not seeds:
-        return None, set()
-    shared = set.intersection(*seeds.values())
-    compared = able[able.learning_rate.isin(list(seeds)) & able.seed.isin(shared)]
+    failed = rows.rate[rows.state.isin(FAILED)]
+    able = rows[rows.selection_score.notna() & ~rows.rate.isin(failed)]
+    seeds = able.groupby("rate", observed=True).seed.agg(set)
+    while len(seeds) and not set.intersection(*seeds):
+        seeds = seeds.drop(seeds.map(len).idxmin())
+    if seeds.empty:
+        return Choice(None, "", set())
+    shared = set.intersection(*seeds)
+    compared = able[able.rate.isin(seeds.index) & able.seed.isin(shared)]
     columns = ["selection_score", "validation_loss"]
-    means = compared.groupby("learning_rate", dropna=False)[columns].mean()
+    means = compared.groupby("rate", observed=True)[columns].mean()
     # Few rows tie often, but for the rounding of float32.
     means["selection_score"] = (sign * means["selection_score"]).round(6)
     means["validation_loss"] = means["validation_loss"].fillna(0)
     best = means.sort_values(columns, ascending=[False, True]).index[0]
-    return float(best), shared
+    edge = {rows.rate.max(): "highest", rows.rate.min(): "lowest"}.get(best, "")
+    return Choice(best, "only" if rows.rate.nunique() == 1 else edge, shared)

@@ -2,16 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
 
 import pandas as pd
 
 from app.commands.compare.collect import Run
-from app.commands.compare.selection import Comparison, MethodResult, is_loss, run_rows
-from app.utils.text import rate_text
+from app.commands.compare.selection import FAILED, Comparison, is_loss, rate_name, run_rows
 
 PENDING = ("missing", "unfinished")
 """States of runs that may still come."""
@@ -19,7 +17,14 @@ PENDING = ("missing", "unfinished")
 EDGES = {"lowest": "the lowest rate tried", "highest": "the highest rate tried"}
 EDGE_MARKS = {"": "", "lowest": " †", "highest": " †", "only": " ‡"}
 
-COSTS = ("trained parameters", "initialization, s", "step, ms", "training, s", "peak memory, GiB")
+COSTS = {
+    "trained parameters": ("trainable_parameters", 1, 0),
+    "initialization, s": ("init_seconds", 1, 1),
+    "step, ms": ("step_seconds", 1000, 0),
+    "training, s": ("train_seconds", 1, 0),
+    "peak memory, GiB": ("peak_bytes", 2**-30, 2),
+}
+"""Columns of the main table: of which column of the runs the mean, its factor, decimal places."""
 
 RUN_COLUMNS = (
     *("task", "method", "learning_rate", "seed", "state"),
@@ -34,7 +39,7 @@ class Table:
     """A table of a report.
 
     Attributes:
-        frame: Text, with column titles; the first column names the rows.
+        frame: Text, with titles for the columns and the index.
         notes: Sentences below it, with `**bold**` as in Markdown.
         kind: CSS classes: none for numbers, `text` for words, `reasons` for sentences.
     """
@@ -43,73 +48,61 @@ class Table:
     notes: list[str] = field(default_factory=list)
     kind: str = ""
 
+    @property
+    def lines(self) -> list[list[str]]:
+        """The titles, and the cells of each row."""
+        cells = self.frame.reset_index().astype(str)
+        return [list(cells.columns), *cells.values.tolist()]
+
     def text(self) -> str:
         """Return the table with aligned columns, and its notes."""
-        first = self.frame.columns[0]
-        rows = self.frame.set_index(first).rename_axis(index=None, columns=first)
+        rows = self.frame.rename_axis(index=None, columns=self.frame.index.name)
         return "\n".join([rows.to_string(), *(note.replace("**", "") for note in self.notes)])
 
 
-def stat_text(stat: Any, score: str) -> str:
-    """Write `85.12 ± 0.31`, in percent unless it is a loss; without ± for one seed.
+def score_text(values: pd.Series, score: str) -> str:
+    """Write the mean and the sample standard deviation of scores.
 
     Args:
-        stat: Has a `mean`, a `std` and a `count`.
-        score: Its name.
+        values: The scores, NaN where there is none.
+        score: Their name.
+
+    Returns:
+        `85.12 ± 0.31`, in percent unless it is a loss; without ± for one score, empty for none.
     """
-    if not stat["count"]:
-        return ""
     factor, places = (1, 4) if is_loss(score) else (100, 2)
-    mean = f"{factor * stat['mean']:.{places}f}"
-    return mean if math.isnan(stat["std"]) else f"{mean} ± {factor * stat['std']:.{places}f}"
+    parts = [f"{factor * x:.{places}f}" for x in (values.mean(), values.std()) if not math.isnan(x)]
+    return " ± ".join(parts)
 
 
-def rate_name(value: float) -> str:
-    """Write a learning rate, which a run may lack."""
-    return "none" if math.isnan(value) else rate_text(value)
+def _percent(score: str, before: str = ", ") -> str:
+    return "" if is_loss(score) else f"{before}%"
 
 
 def main_table(comparison: Comparison) -> Table:
     """Return one row a method, at its best learning rate."""
-    rows = [_main_row(method, comparison) for method in comparison.methods]
-    return Table(pd.DataFrame(rows), main_notes(comparison))
-
-
-def _main_row(method: MethodResult, comparison: Comparison) -> dict[str, str]:
-    test, validation = (
-        f"{rows} {score}{'' if is_loss(score) else ', %'}"
-        for rows, score in (("test", comparison.score), ("validation", comparison.selected_by))
-    )
-    if method.best is None:
-        why = "none without a lost run" if method.failed_rates else "none finished"
-        empty = dict.fromkeys((test, "seeds", "learning rate", validation, *COSTS), "")
-        return {"method": method.label, **empty, "learning rate": why}
-    reported, selected = (
-        method.rates[column].loc[method.best] for column in ("reported_score", "selection_score")
-    )
-    tested, seeds = int(reported["count"]), int(selected["count"])
-    trained = method.best_rows.trainable_parameters.iloc[0]
-    mean = method.best_rows[["init_seconds", "step_seconds", "train_seconds"]].mean()
-    peak = method.best_rows.peak_bytes.astype(float).mean() / 2**30
-    costs = (
-        "" if pd.isna(trained) else f"{trained:,}",
-        _number(mean["init_seconds"], 1),
-        _number(1000 * mean["step_seconds"], 0),
-        _number(mean["train_seconds"], 0),
-        _number(peak, 2),
-    )
-    return {
-        "method": method.label,
-        test: stat_text(reported, comparison.score) if tested else "not tested",
-        "seeds": f"{seeds}" + (f" ({tested} tested)" if tested not in (0, seeds) else ""),
-        "learning rate": rate_name(method.best) + EDGE_MARKS[method.edge],
-        validation: stat_text(selected, comparison.selected_by),
-        **dict(zip(COSTS, costs, strict=True)),
-    }
-
-
-def _number(value: float, places: int) -> str:
-    return "" if math.isnan(value) else f"{value:,.{places}f}"
+    reported, selected = comparison.score, comparison.selected_by
+    rows = {}
+    for label, choice in comparison.choices.items():
+        own = comparison.chosen[comparison.chosen.method == label]
+        seeds, tested = own.selection_score.count(), own.reported_score.count()
+        rate = (choice.rate or "") + EDGE_MARKS[choice.edge]
+        if choice.rate is None:
+            failed = (comparison.failed.method == label).any()
+            rate = "none without a lost run" if failed else "none finished"
+        rows[label] = {
+            f"test {reported}{_percent(reported)}": score_text(own.reported_score, reported),
+            "seeds": f"{seeds or ''}" + (f" ({tested} tested)" if tested not in (0, seeds) else ""),
+            "learning rate": rate,
+            f"validation {selected}{_percent(selected)}": score_text(own.selection_score, selected),
+        }
+        if choice.rate is not None and not tested:
+            rows[label][f"test {reported}{_percent(reported)}"] = "not tested"
+        for title, (column, factor, places) in COSTS.items():
+            mean = factor * own[column].astype(float).mean()
+            rows[label][title] = "" if math.isnan(mean) else f"{mean:,.{places}f}"
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+    return Table(frame, main_notes(comparison))
 
 
 def rate_table(comparison: Comparison, reported: bool) -> Table:
@@ -121,49 +114,35 @@ def rate_table(comparison: Comparison, reported: bool) -> Table:
     """
     score = comparison.score if reported else comparison.selected_by
     column = "reported_score" if reported else "selection_score"
-    tried = pd.concat([m.rates for m in comparison.methods]).index.unique().sort_values()
-    rows = []
-    for method in comparison.methods:
-        row = {"method": method.label}
-        for rate, stat in method.rates[column].iterrows():
-            states = Counter(method.rows.state[method.rows.learning_rate == rate])
-            lost = ("diverged", "failed", "unfinished", "missing", "unreadable")
-            parts = [stat_text(stat, score), *(f"{states[s]} {s}" for s in lost if states[s])]
-            cell = ", ".join(part for part in parts if part)
-            row[rate_name(rate)] = f"**{cell}**" if rate == method.best else cell
-        rows.append(row)
-    frame = pd.DataFrame(rows, columns=["method", *map(rate_name, tried)]).fillna("")
+
+    def cell(rows: pd.DataFrame) -> str:
+        states = Counter(rows.state)
+        lost = ("diverged", "failed", "unfinished", "missing", "unreadable")
+        parts = [score_text(rows[column], score), *(f"{states[s]} {s}" for s in lost if states[s])]
+        text = ", ".join(filter(None, parts))
+        return f"**{text}**" if rows.chosen.any() else text
+
+    by_rate = comparison.rows.groupby(["method", "rate"], observed=True)
     note = (
-        f"{'Test' if reported else 'Validation'} {score}{_in_percent(score)}, mean ± standard deviation over "
-        "seeds; bold: the chosen rate."
+        f"{'Test' if reported else 'Validation'} {score}{_percent(score, ', in ')}, mean ± standard deviation "
+        "over seeds; bold: the chosen rate."
     )
-    return Table(frame, [note])
-
-
-def _in_percent(score: str) -> str:
-    return "" if is_loss(score) else ", in %"
+    return Table(by_rate.apply(cell).unstack(fill_value=""), [note])
 
 
 def seed_table(comparison: Comparison) -> Table | None:
     """Return the reported scores at the chosen rates, one column a seed; None for one seed or none tested."""
-    score = comparison.score
-    rows = {
-        method.label: {
-            run.seed: stat_text({"mean": run.reported_score, "std": math.nan, "count": 1}, score)
-            for run in method.best_rows.dropna(subset="reported_score").itertuples()
-        }
-        for method in comparison.methods
-        if method.best is not None
-    }
-    seeds = sorted({seed for row in rows.values() for seed in row})
-    if len(seeds) < 2:
+    score, tested = comparison.score, comparison.chosen.dropna(subset="reported_score")
+    scores = tested.pivot(index="method", columns="seed", values="reported_score")
+    if scores.shape[1] < 2:
         return None
-    frame = pd.DataFrame(rows).T.reindex(columns=seeds).fillna("")
+    labels = [label for label, choice in comparison.choices.items() if choice.rate is not None]
+    frame = scores.reindex(labels).map(lambda value: score_text(pd.Series([value]), score))
     note = (
-        f"Test {score}{_in_percent(score)}. A seed gives every method the same rows in the same order, so that "
-        "the differences in a column are paired."
+        f"Test {score}{_percent(score, ', in ')}. A seed gives every method the same rows in the same order, "
+        "so that the differences in a column are paired."
     )
-    return Table(frame.add_prefix("seed ").reset_index(names="method"), [note])
+    return Table(frame.add_prefix("seed "), [note])
 
 
 def before_training_table(comparison: Comparison) -> Table | None:
@@ -174,17 +153,16 @@ def before_training_table(comparison: Comparison) -> Table | None:
         "start_score": "after initialization",
         "selection_score": "trained",
     }
-    rows = []
-    for method in comparison.methods:
-        if method.best is not None:
-            stats = method.best_rows[list(titles)].agg(["mean", "std", "count"])
-            if stats.loc["count", ["untouched_score", "start_score"]].any():
-                texts = {title: stat_text(stats[name], score) for name, title in titles.items()}
-                rows.append({"method": method.label, **texts})
-    if not rows:
+    known = comparison.chosen.dropna(subset=["untouched_score", "start_score"], how="all")
+    if known.empty:
         return None
-    note = f"Validation {score}{_in_percent(score)}, mean ± standard deviation over seeds, at the chosen rates."
-    return Table(pd.DataFrame(rows), [note])
+    asked = comparison.chosen[comparison.chosen.method.isin(known.method)]
+    frame = asked.groupby("method", observed=True)[list(titles)].agg(score_text, score)
+    note = (
+        f"Validation {score}{_percent(score, ', in ')}, mean ± standard deviation over seeds, at the chosen "
+        "rates."
+    )
+    return Table(frame.rename(columns=titles), [note])
 
 
 def excluded_table(runs: Sequence[Run]) -> Table | None:
@@ -192,7 +170,7 @@ def excluded_table(runs: Sequence[Run]) -> Table | None:
     rows = [
         {
             "method": run.method or "",
-            "learning rate": "" if math.isnan(run.learning_rate) else rate_text(run.learning_rate),
+            "learning rate": "" if math.isnan(run.learning_rate) else rate_name(run.learning_rate),
             "seed": "" if run.seed is None else str(run.seed),
             "state": run.state,
             "reason": run.reason,
@@ -201,39 +179,29 @@ def excluded_table(runs: Sequence[Run]) -> Table | None:
         for run in runs
         if run.state != "finished"
     ]
-    return Table(pd.DataFrame(rows), kind="text reasons") if rows else None
+    return Table(pd.DataFrame(rows).set_index("method"), kind="text reasons") if rows else None
 
 
 def settings_table(comparison: Comparison) -> Table | None:
-    """Return the settings in which the methods differ; None if it is the name alone."""
-    settings = {
-        method.label: method.finished.run.iloc[0].settings
-        for method in comparison.methods
-        if len(method.finished)
+    """Return the settings in which the methods differ, empty where one is off; None if it is the name alone."""
+    first = comparison.finished.groupby("method", observed=True).run.first()
+    texts = {
+        label: {k: "" if v in (None, False) else str(v) for k, v in run.settings.items()}
+        for label, run in first.items()
     }
-    rows = []
-    for name in dict.fromkeys(name for own in settings.values() for name in own):
-        texts = {label: _text(own.get(name)) for label, own in settings.items()}
-        if name != "model.method" and len(set(texts.values())) > 1:
-            rows.append({"setting": name.replace(".init_args.", "."), **texts})
-    return Table(pd.DataFrame(rows), kind="text") if rows else None
-
-
-def _text(value: Any) -> str:
-    """Write a setting; nothing for what is off or absent."""
-    return "" if value is None or value is False else str(value)
+    frame = pd.DataFrame(texts).fillna("").drop(index="model.method")
+    frame = frame[frame.nunique(axis=1) > 1].rename(
+        index=lambda name: name.replace(".init_args.", ".")
+    )
+    return None if frame.empty else Table(frame.rename_axis("setting"), kind="text")
 
 
 def runs_csv(compared: Sequence[Comparison], runs: Sequence[Run]) -> str:
     """Return one row a run, those in no mean included; empty cells where nothing is known."""
-    frames = [
-        method.finished.assign(task=number, method=method.label)
-        for number, comparison in enumerate(compared, 1)
-        for method in comparison.methods
-    ]
+    frames = [c.finished.assign(task=number) for number, c in enumerate(compared, 1)]
     excluded = [run for run in runs if run.state != "finished"]
     if excluded:
-        rows = run_rows(excluded, "", "").assign(method=[run.method for run in excluded])
+        rows = run_rows({"": excluded}, "", "").assign(method=[run.method for run in excluded])
         frames.append(rows[["method", "learning_rate", "seed", "state", "folder", "reason"]])
     table = pd.concat(frames).astype({"task": "Int64"})
     return str(table.to_csv(columns=list(RUN_COLUMNS), index=False))
@@ -241,13 +209,12 @@ def runs_csv(compared: Sequence[Comparison], runs: Sequence[Run]) -> str:
 
 def main_notes(comparison: Comparison) -> list[str]:
     """Return the sentences below the table of methods at their best rates."""
-    methods, runs = comparison.methods, comparison.runs
-    states = Counter(state for method in methods for state in method.rows.state)
+    states, choices = Counter(comparison.rows.state), comparison.choices
     pending = sum(states[state] for state in PENDING)
     notes = []
     if pending:
         notes.append(
-            f"**Preliminary**: {len(runs)} of {states.total()} runs are finished, {pending} are not."
+            f"**Preliminary**: {states['finished']} of {states.total()} runs are finished, {pending} are not."
         )
     notes.append(
         f"Mean ± standard deviation (n - 1) over seeds at the learning rate with the best mean validation "
@@ -264,23 +231,23 @@ def main_notes(comparison: Comparison) -> list[str]:
             "Better on the validation rows, but not chosen, since a run failed or diverged there: "
             f"{passed_over}."
         )
-    notes += _unequal_seeds(methods)
-    at_edge = [f"{m.label} ({EDGES[m.edge]})" for m in methods if m.edge in EDGES]
+    notes += _unequal_seeds(comparison)
+    at_edge = [f"{label} ({EDGES[c.edge]})" for label, c in choices.items() if c.edge in EDGES]
     if at_edge:
         notes.append(
             f"† At the edge of the rates tried, so that a better one may lie beyond: {', '.join(at_edge)}."
         )
-    only = [method.label for method in methods if method.edge == "only"]
+    only = [label for label, choice in choices.items() if choice.edge == "only"]
     if only:
         notes.append(f"‡ No other learning rate was tried: {', '.join(only)}.")
-    if all(len(method.best_rows) < 2 for method in methods):
+    if (comparison.chosen.groupby("method", observed=True).selection_score.count() < 2).all():
         notes.append("One seed says nothing about the spread between seeds.")
-    return [*notes, *_measurement_notes(runs)]
+    return [*notes, *_measurement_notes(list(comparison.finished.run))]
 
 
 def _measurement_notes(runs: Sequence[Run]) -> list[str]:
     """Say where times and memory were measured, and what disturbs them."""
-    devices = sorted({run.record.train.device or "unknown device" for run in runs})
+    devices = sorted({run.device for run in runs})
     memory = (
         "peak memory is what the process held (resident), libraries included."
         if devices == ["cpu"]
@@ -288,7 +255,7 @@ def _measurement_notes(runs: Sequence[Run]) -> list[str]:
     )
     several = " Different devices: compare no times across them." if len(devices) > 1 else ""
     notes = [f"Times and memory were measured on {', '.join(devices)}; {memory}{several}"]
-    together = most_at_once(runs)
+    together = _most_at_once(runs)
     if together > 1:
         notes.append(
             f"Up to {together} of these runs trained at once on one machine, so that their times measure each "
@@ -297,7 +264,7 @@ def _measurement_notes(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
-def most_at_once(runs: Sequence[Run]) -> int:
+def _most_at_once(runs: Sequence[Run]) -> int:
     """Return how many runs at most were training at the same time on one machine, as far as is known."""
     changes: dict[str | None, list[tuple[float, int]]] = {}
     for train in (run.record.train for run in runs):
@@ -309,38 +276,35 @@ def most_at_once(runs: Sequence[Run]) -> int:
 
 def _passed_over(comparison: Comparison) -> str:
     """Name the rates that a failed or diverged run kept from being chosen."""
-    sign = -1 if is_loss(comparison.selected_by) else 1
+    by_rate = comparison.rows.groupby(["method", "rate"], observed=True)
+    merits = by_rate.selection_score.mean() * (-1 if is_loss(comparison.selected_by) else 1)
     parts = []
-    for method in comparison.methods:
-        scores = method.rates["selection_score"]
-        best = -math.inf if method.best is None else sign * scores.loc[method.best, "mean"]
-        parts += [
-            f"{method.label} at {rate_name(rate)} ({stat_text(scores.loc[rate], comparison.selected_by)})"
-            for rate in method.failed_rates
-            if sign * scores.loc[rate, "mean"] > best
-        ]
+    for (label, rate), rows in by_rate:
+        best = comparison.choices[label].rate
+        least = -math.inf if best is None else merits[label, best]
+        if rows.state.isin(FAILED).any() and merits[label, rate] > least:
+            parts.append(
+                f"{label} at {rate} ({score_text(rows.selection_score, comparison.selected_by)})"
+            )
     return ", ".join(parts)
 
 
-def _unequal_seeds(methods: Sequence[MethodResult]) -> list[str]:
+def _unequal_seeds(comparison: Comparison) -> list[str]:
     """Say where seeds are not the same: between the rates of a method, or between methods."""
-    notes = []
-    parts = [
-        f"{method.label} ({_seeds(method.chosen_on)})"
-        for method in methods
-        if any(
-            set(at_rate.seed) != method.chosen_on
-            for _, at_rate in method.finished.groupby("learning_rate", dropna=False)
-        )
-    ]
-    if parts:
-        notes.append(f"Rates were chosen on the seeds that they share: {', '.join(parts)}.")
-    seeds = {m.label: _seeds(set(m.best_rows.seed)) for m in methods if m.best is not None}
-    if len(set(seeds.values())) > 1:
-        parts = [f"{label} ({numbers})" for label, numbers in seeds.items()]
-        notes.append(f"The means are not over the same seeds: {', '.join(parts)}.")
+    by_rate = comparison.finished.groupby(["method", "rate"], observed=True).seed.agg(set)
+    shared, used, notes = {}, {}, []
+    for label, choice in comparison.choices.items():
+        if any(seeds != choice.seeds for (own, _), seeds in by_rate.items() if own == label):
+            shared[label] = choice.seeds
+        if choice.rate is not None:
+            used[label] = by_rate[label, choice.rate]
+    if shared:
+        notes.append(f"Rates were chosen on the seeds that they share: {_seeds_text(shared)}.")
+    if len(set(map(frozenset, used.values()))) > 1:
+        notes.append(f"The means are not over the same seeds: {_seeds_text(used)}.")
     return notes
 
 
-def _seeds(seeds: set[int]) -> str:
-    return ", ".join(map(str, sorted(seeds))) or "none"
+def _seeds_text(seeds: Mapping[str, set[int]]) -> str:
+    numbers = {label: ", ".join(map(str, sorted(own))) or "none" for label, own in seeds.items()}
+    return ", ".join(f"{label} ({text})" for label, text in numbers.items())

@@ -257,13 +257,16 @@ def test_only_the_run_that_is_meant_is_checked(tiny_run, tmp_path):
 
 
 def test_a_plan_of_which_nothing_was_trained_gives_way(tmp_path):
+    def manifest(steps, *cells):
+        return GridManifest(task={"trainer.max_steps": steps}, cells=cells)
+
     cell = Cell("lora", 1e-3, 0)
-    update_manifest(tmp_path, GridManifest([cell, Cell("dora", 1e-3, 0)], {"trainer.max_steps": 1}))
-    update_manifest(tmp_path, GridManifest([cell], {"trainer.max_steps": 2}))
-    assert read_manifest(tmp_path) == GridManifest([cell], {"trainer.max_steps": 2})
+    update_manifest(tmp_path, manifest(1, cell, Cell("dora", 1e-3, 0)))
+    update_manifest(tmp_path, manifest(2, cell))
+    assert read_manifest(tmp_path) == manifest(2, cell)
     (tmp_path / "cells" / cell.name / "version_0").mkdir(parents=True)
     with pytest.raises(InputError, match=r"another task: trainer.max_steps \(2, 3\)"):
-        update_manifest(tmp_path, GridManifest([cell], {"trainer.max_steps": 3}))
+        update_manifest(tmp_path, manifest(3, cell))
 
 
 def test_options_of_a_method_go_to_those_that_have_them(

@@ -1,124 +1,157 @@
-"""`python train.py report`: which run counts, which rate is chosen, and that tables and pictures say so."""
+"""Which learning rate is chosen, and which runs share a table."""
 
-import os
+import json
 
-import numpy as np
 import pytest
+import yaml
 
-import app.commands.compare.figures
-from app.commands.compare.cells import Cell
-from tests.support.report_runs import RATES, SCORES, change, grid_run, plan, rows_of, write_run
+from app.commands.compare.collect import collect
+from app.commands.compare.selection import comparisons
+from app.commands.compare.settings import method_settings
+from app.utils.errors import InputError
+from tests.support.report_runs import change, fail, grid_run, main_rows, manifest, write_run
 
-
-def test_a_row_for_each_run(report, runs, tmp_path):
-    assert report(runs) == 0
-    found = rows_of(tmp_path / "out" / "runs.csv")
-    assert len(found) == 18
-    for row in found:
-        rate, seed = float(row["learning_rate"]), int(row["seed"])
-        validation, test = SCORES[row["method"]][rate][seed]
-        assert row["state"] == "finished"
-        assert float(row["selection_score"]) == validation
-        assert float(row["reported_score"]) == test
-        assert (float(row["untouched_score"]), float(row["start_score"])) == (0.5, 0.55)
-        assert float(row["train_seconds"]) == pytest.approx(4 * (0.5 + 0.1 * seed))
-        assert float(row["init_seconds"]) == (2 + seed if row["method"] == "lora_one" else 0)
+OTHER_DATA = {"validation_size": 100, "max_length": 64, "batch_size": 8}
 
 
-def test_before_training_and_seed_by_seed(report, runs, tmp_path):
-    assert report(runs) == 0
-    text = (tmp_path / "out" / "report.md").read_text()
-    before = text.partition("### Before and after training")[2].partition("###")[0]
-    assert "| lora_one | 50.00 ± 0.00 | 55.00 ± 0.00 | 91.00 ± 1.00 |" in before
-    assert "| lora | 50.00 ± 0.00 | 55.00 ± 0.00 | 81.00 ± 1.00 |" in before
-    seeds = text.partition("### Seed by seed")[2].partition("###")[0]
-    assert "| method | seed 0 | seed 1 | seed 2 |" in seeds
-    assert "| lora_one | 84.00 | 86.00 | 89.00 |" in seeds
-    assert "| lora | 81.00 | 79.00 | 83.00 |" in seeds
+def rate_of(row):
+    return row["learning rate"]
 
 
-def test_the_curves_over_learning_rates(report, runs, monkeypatch):
-    drawn = {}
-    finish = app.commands.compare.figures._finish
-
-    def watched(name, title, figure, axes):
-        lines = axes.get_legend_handles_labels()
-        drawn[name] = {
-            label: np.asarray(bars.lines[0].get_data())
-            for bars, label in zip(*lines, strict=True)
-            if hasattr(bars, "lines")
-        }
-        return finish(name, title, figure, axes)
-
-    monkeypatch.setattr(app.commands.compare.figures, "_finish", watched)
-    assert report(runs) == 0
-    for i, split in enumerate(("validation", "test")):
-        for method, by_rate in SCORES.items():
-            x, y = drawn[f"learning_rate_{split}"][method]
-            assert tuple(x) == RATES
-            means = [100 * np.mean([scores[i] for scores in by_rate[rate]]) for rate in RATES]
-            assert y.tolist() == pytest.approx(means)
+def ask_benchmark(folder, loss, score):
+    """Let a run have the loss on rows and the score of a benchmark."""
+    file = folder / "summary.json"
+    metrics = {"final": {"loss": loss, "gsm8k/strict": score}, "test": {"gsm8k/strict": score}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "metrics": metrics}))
 
 
-def test_of_rates_with_equal_scores_the_one_of_less_loss(report, tmp_path):
+def test_a_benchmark_is_reported_and_chosen_by_the_loss(tmp_path):
+    """Questions of a benchmark are those of the reported set, so that the rows' loss chooses."""
+    for rate, loss, score in ((1e-3, 0.4, 0.2), (1e-2, 0.5, 0.9)):
+        write_run(tmp_path / f"{rate}", rate=rate)
+        ask_benchmark(tmp_path / f"{rate}", loss, score)
+    [comparison] = comparisons(collect([tmp_path]))
+    assert (comparison.score, comparison.selected_by) == ("gsm8k/strict", "loss")
+    [row] = comparison.chosen.to_dict("records")
+    assert (row["learning_rate"], row["selection_score"], row["reported_score"]) == (1e-3, 0.4, 0.2)
+
+
+def test_another_score(runs, tmp_path):
+    [comparison] = comparisons(collect([runs]), "loss")
+    assert list(comparison.choices) == ["lora_one", "lora"]
+    assert comparison.choices["lora_one"].rate == "1e-3"
+    with pytest.raises(
+        InputError, match="'bleu', which no run has: expected one of accuracy, loss"
+    ):
+        comparisons(collect([runs]), "bleu")
+    # It may be that of one of two tasks.
+    write_run(tmp_path / "other", data=OTHER_DATA)
+    ask_benchmark(tmp_path / "other", 0.4, 0.2)
+    found = comparisons(collect([runs, tmp_path / "other"]), "gsm8k/strict")
+    assert [comparison.score for comparison in found] == ["accuracy", "gsm8k/strict"]
+
+
+def test_of_rates_with_equal_scores_the_one_of_less_loss(tmp_path):
     """Few rows tie often; a float32 mean of the same hits differs in its last digits."""
     for rate, accuracy, loss in ((1e-4, 0.9, 0.5), (1e-3, 0.9 - 1e-8, 0.3), (1e-2, 0.9, 0.4)):
-        folder = tmp_path / "runs" / f"{rate}" / "version_0"
-        write_run(folder, rate=rate)
-        change(folder, metrics={"final": {"accuracy": accuracy, "loss": loss}})
-    assert report(tmp_path / "runs") == 0
-    [row] = rows_of(tmp_path / "out" / "table.csv")
-    assert row["learning rate"] == "1e-3"
+        write_run(tmp_path / f"{rate}", rate=rate)
+        change(tmp_path / f"{rate}", metrics={"final": {"accuracy": accuracy, "loss": loss}})
+    assert rate_of(main_rows(tmp_path)[0]["lora"]) == "1e-3"
 
 
-def test_a_lower_loss_is_passed_over_where_a_run_failed(report, tmp_path, capsys):
+def test_a_rate_is_passed_over_where_a_run_failed(runs, tmp_path):
+    fail(runs, "lora_one", 1e-3, 3, diverged=True)
+    fail(runs, "pissa", 1e-3, 0)
+    cells = [["lora_one", 1e-3, 3], ["pissa", 1e-3, 0], ["pissa", 1e-2, 0]]
+    manifest(runs, cells, task={})
+    rows, notes = main_rows(runs)
+    assert rate_of(rows["lora_one"]) == "1e-2 †"
+    assert rate_of(rows["pissa"]) == "none without a lost run"
+    passed_over = (
+        "not chosen, since a run failed or diverged there: lora_one at 1e-3 (91.00 ± 1.00)."
+    )
+    assert any(note.endswith(passed_over) for note in notes)
+    assert "**Preliminary**: 18 of 21 runs are finished, 1 are not." in notes
+    # Of losses the lower one is better; a worse rate that was lost is not named.
     grid = tmp_path / "grid"
     for rate, loss in ((1e-4, 0.4), (1e-3, 0.2), (1e-2, 0.6)):
         grid_run(grid, "lora", rate, 0, 1 - loss, 0.5)
     for rate in (1e-3, 1e-2):
-        failed = grid / "cells" / Cell("lora", rate, 1).name
-        failed.mkdir()
-        (failed / "failure.json").write_text('{"message": "no memory"}')
-    plan(grid, [["lora", rate, seed] for rate in (1e-4, 1e-3, 1e-2) for seed in (0, 1)])
-    assert report(grid, "--score=loss") == 0
-    [row] = rows_of(tmp_path / "out" / "table.csv")
-    assert row["learning rate"].startswith("1e-4")
-    told = "not chosen, since a run failed or diverged there: lora at 1e-3 (0.2000)."
-    assert told in capsys.readouterr().out
+        fail(grid, "lora", rate, 1)
+    manifest(grid, [["lora", rate, seed] for rate in (1e-4, 1e-3, 1e-2) for seed in (0, 1)])
+    rows, notes = main_rows(grid, score="loss")
+    assert rate_of(rows["lora"]).startswith("1e-4")
+    passed_over = "not chosen, since a run failed or diverged there: lora at 1e-3 (0.2000)."
+    assert any(note.endswith(passed_over) for note in notes)
 
 
-def test_a_cell_that_was_taken_out_of_the_plan_counts_for_nothing(report, tmp_path, capsys):
-    """Neither a run that was finished and best, nor one that had diverged."""
-    grid = tmp_path / "grid"
-    for rate, validation in ((1e-4, 0.8), (1e-3, 0.95)):
-        grid_run(grid, "lora", rate, 0, validation)
-    diverged = grid_run(grid, "lora", 1e-2, 0)
-    (diverged / "summary.json").unlink()
-    (diverged.parent / "failure.json").write_text(
-        '{"message": "the loss is nan", "diverged": true}'
-    )
-    plan(grid, [["lora", 1e-4, 0]])
-    assert report(grid) == 0
-    printed = capsys.readouterr().out
-    [row] = rows_of(tmp_path / "out" / "table.csv")
-    assert row["learning rate"] == "1e-4 ‡"
-    assert "Preliminary" not in printed
-    assert printed.count("withdrawn: compare.json does not name its cell") == 2
+def test_half_a_grid_says_something(tmp_path):
+    """Seed 0 is whole and seed 1 has begun: rates are chosen on seed 0, which all of them have."""
+    for method, best in (("lora", 1e-3), ("lora_one", 1e-4)):
+        for rate in (1e-4, 1e-3):
+            grid_run(tmp_path, method, rate, 0, 0.9 if rate == best else 0.8, 0.7)
+    grid_run(tmp_path, "lora", 1e-4, 1, 0.99, 0.6)  # a seed that the other rate has not
+    cells = [[m, r, s] for s in (0, 1) for r in (1e-4, 1e-3) for m in ("lora", "lora_one")]
+    manifest(tmp_path, cells)
+    rows, notes = main_rows(tmp_path)
+    assert rate_of(rows["lora"]).startswith("1e-3")
+    assert rows["lora"]["test accuracy, %"] == "70.00"
+    assert rate_of(rows["lora_one"]).startswith("1e-4")
+    assert "**Preliminary**: 5 of 8 runs are finished, 3 are not." in notes
+    assert "Rates were chosen on the seeds that they share: lora (0)." in notes
+    assert not any("run failed" in note for note in notes)
 
 
-def test_of_repeated_runs_the_one_trained_last_counts(report, tmp_path):
-    """Also where the older one was tested later, which writes its summary again."""
-    for name, ended, test in (("version_0", 100.0, 0.6), ("version_1", 200.0, 0.8)):
-        write_run(tmp_path / "runs" / name, test=test)
-        change(tmp_path / "runs" / name, train={"began": ended - 9, "ended": ended, "host": "a"})
-    os.utime(tmp_path / "runs" / "version_1" / "summary.json", (1e9, 1e9))
-    assert report(tmp_path / "runs") == 0
-    [row] = rows_of(tmp_path / "out" / "table.csv")
-    assert row["test accuracy, %"] == "80.00"
+def test_unequal_seeds_are_named_and_choose_nothing(tmp_path):
+    for seed in (0, 1, 2):
+        grid_run(tmp_path, "lora", 1e-3, seed, 0.9, 0.5)
+    grid_run(tmp_path, "lora", 1e-2, 0, 0.95, 0.6)
+    grid_run(tmp_path, "pissa", 1e-2, 0, 0.8, 0.4)
+    for seed in (1, 2):
+        grid_run(tmp_path, "pissa", 1e-3, seed, 0.9, 0.4)
+    rows, notes = main_rows(tmp_path)
+    assert rate_of(rows["lora"]) == "1e-2 †"  # better on seed 0, which both have
+    assert rate_of(rows["pissa"]) == "1e-3 †"  # no seed in common: that with more
+    assert "Rates were chosen on the seeds that they share: lora (0), pissa (1, 2)." in notes
+    assert "The means are not over the same seeds: lora (0), pissa (1, 2)." in notes
 
 
-@pytest.mark.parametrize("cell", [["lora", float("inf"), 0], ["lora", 0, 0], ["lora", -1e-3, 0]])
-def test_a_damaged_plan_names_no_cell(cell, report, tmp_path):
-    grid_run(tmp_path / "grid", "lora", 1e-3, 0)
-    plan(tmp_path / "grid", [cell])
-    assert report(tmp_path / "grid") == 0
+def test_lost_runs_of_others_change_no_choice(tmp_path):
+    """An unfinished run of another task, and a failed one of another variant, at the best rate."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for rate, validation in ((1e-4, 0.8), (1e-3, 0.9), (1e-2, 0.7)):
+        grid_run(first, "lora", rate, 0, validation, 0.7)
+        config = grid_run(second, "lora", rate, 0, validation, 0.7, r=64) / "config.yaml"
+    unfinished = grid_run(first / "other", "lora", 1e-3, 0, data=OTHER_DATA)
+    (unfinished / "summary.json").unlink()
+    settings = method_settings(yaml.safe_load(config.read_text()))
+    cells = [["lora", rate, 0] for rate in (1e-4, 1e-3, 1e-2)]
+    manifest(second, [*cells, ["lora", 1e-3, 7]], methods={"lora": settings})
+    fail(second, "lora", 1e-3, 7)
+    rows, notes = main_rows(first, second)
+    assert rate_of(rows["lora (r=8)"]) == "1e-3"
+    assert rate_of(rows["lora (r=64)"]) == "1e-4 †"
+    assert any("run failed or diverged there: lora (r=64) at 1e-3" in note for note in notes)
+
+
+def test_variants_of_a_method(tmp_path):
+    for r, test in ((8, 0.7), (64, 0.9)):
+        write_run(tmp_path / f"{r}", r=r, test=test)
+    rows, notes = main_rows(tmp_path)
+    scores = [(label, row["test accuracy, %"]) for label, row in rows.items()]
+    assert scores == [("lora (r=64)", "90.00"), ("lora (r=8)", "70.00")]
+    assert "‡ No other learning rate was tried: lora (r=64), lora (r=8)." in notes
+    assert "One seed says nothing about the spread between seeds." in notes
+
+
+def test_measuring_alignment_makes_no_other_method(tmp_path):
+    watcher = {"class_path": "callbacks.alignment_monitor.AlignmentMonitor", "init_args": {}}
+    older = {"class_path": "callbacks.inside_training.InsideTraining", "init_args": {}}
+    actor = {"class_path": "my.Callback"}
+    callbacks = (None, [watcher], [older], [actor], [actor, watcher], [older, actor])
+    for seed, listed in enumerate(callbacks):
+        file = grid_run(tmp_path, "lora", 1e-3, seed) / "config.yaml"
+        config = yaml.safe_load(file.read_text())
+        config["trainer"]["callbacks"] = listed
+        file.write_text(yaml.safe_dump(config))
+    assert [row["seeds"] for row in main_rows(tmp_path)[0].values()] == ["3", "3"]
