@@ -77,7 +77,9 @@ def test_folders_that_hold_no_run(runs, tmp_path):
     unfinished = tmp_path / "more" / "version_0"
     write_run(unfinished)
     (unfinished / "summary.json").unlink()
-    with pytest.raises(InputError, match=r"no finished run to report: .*it has no summary.json yet"):
+    with pytest.raises(
+        InputError, match=r"no finished run to report: .*it has no summary.json yet"
+    ):
         collect([unfinished])
     assert len(collect([runs, runs, tmp_path / "more"])) == 19
 
