@@ -34,7 +34,7 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on signals are noted only: Lightning has just installed its own handlers."""
-        self.signals.take()
+        self.signals.install()
         self.signals.deferred = True
         self._last_step = trainer.global_step
 

@@ -28,6 +28,7 @@ from app.models.loading import local_directory
 from app.models.source import resolve_model
 from tests.support.report_runs import report, runs  # noqa: F401 (fixtures)
 from tests.support.run_hooks import killed_at, logged, passes, signalled  # noqa: F401 (fixtures)
+from tests.support.watched_fit import watched_fit  # noqa: F401 (fixture)
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0, 1, 2, 3

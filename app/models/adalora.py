@@ -1,4 +1,4 @@
-"""AdaLoRA inside a training loop: its orthogonality term, its schedule, what a checkpoint keeps of it."""
+"""Run AdaLoRA in a training loop: its orthogonality term, its schedule, its state in a checkpoint."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from app.utils.errors import InputError
 
 AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-"""PEFT's names of what its allocator remembers of each weight's sensitivity."""
+"""PEFT's names of its allocator's averages of each weight's sensitivity."""
 
 
 def check_schedule(tinit: int, tfinal: int, steps: int) -> None:
@@ -25,7 +25,7 @@ def check_schedule(tinit: int, tfinal: int, steps: int) -> None:
 
 
 def set_total_steps(tuner: Any, steps: int) -> None:
-    """Tell AdaLoRA how long training is.
+    """Set the number of optimizer steps that the pruning schedule is laid out for.
 
     Args:
         tuner: From `app.models.lora.adalora_tuner`.
@@ -98,7 +98,7 @@ def prune(tuner: Any, step: int) -> None:
 
 
 def allocator_state(tuner: Any) -> dict[str, Any]:
-    """Return what the pruning depends on beside the weights, as plain data and tensors."""
+    """Return the state of the pruning beside the weights, as plain data and tensors."""
     config = tuner.peft_config[tuner.trainable_adapter_name]
     averages = {
         name: {key: value.cpu() for key, value in getattr(tuner.rankallocator, name).items()}
@@ -108,7 +108,7 @@ def allocator_state(tuner: Any) -> dict[str, Any]:
 
 
 def load_allocator_state(tuner: Any, state: dict[str, Any], device: torch.device) -> None:
-    """Take over what `allocator_state` returned."""
+    """Restore what `allocator_state` returned."""
     for name in AVERAGES:
         values = {key: value.to(device) for key, value in state[name].items()}
         setattr(tuner.rankallocator, name, values)

@@ -9,7 +9,7 @@ from peft import AdaLoraConfig, LoraConfig
 from app.utils.errors import InputError
 
 UNKNOWN_STEPS = 10**9
-"""Stands for the length of training, which AdaLoRA wants to know before there is a trainer."""
+"""Stands for the length of training, which PEFT's AdaLoraConfig requires before there is a trainer."""
 
 
 @dataclass(frozen=True)

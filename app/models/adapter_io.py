@@ -26,8 +26,8 @@ def save_adapter(
 
         W - s B_0 A_0 + s B A  =  W + s [B, -B_0] [A; A_0]
 
-    so that, if the base was offset by a start (B_0, A_0), the adapter written has rank 2r, and lora_alpha such
-    that the scaling s is the same.
+    so that, if initial factors (B_0, A_0) were subtracted from the base, the adapter written has rank 2r, and
+    lora_alpha such that the scaling s is the same.
 
     Args:
         model: The trained PEFT model.

@@ -1,4 +1,4 @@
-"""What the model reads: one type for a batch, one value for positions without a label."""
+"""Define a batch of the model, and the label of positions that are not supervised."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""The training loss: only supervised positions reach the language-model head."""
+"""Compute the training loss: only supervised positions reach the LM head."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ def select_positions_for_lm_head(head: nn.Module, chosen: Tensor) -> Iterator[No
 def supervised_logits(model: nn.Module, base: PreTrainedModel, batch: Batch) -> SupervisedLogits:
     """Run the model and return the logits at the supervised positions alone.
 
-    The hidden states are selected at the door of the LM head, so that whatever the architecture does
+    The hidden states are selected before the LM head, so that whatever the architecture does
     with logits (scaling, soft-capping) still happens, and the (B, T, vocabulary) tensor never exists.
 
     Args:
@@ -69,9 +69,11 @@ def supervised_logits(model: nn.Module, base: PreTrainedModel, batch: Batch) -> 
     return SupervisedLogits(logits, wanted[chosen], per_row.cumsum(0) - per_row)
 
 
-def summed_loss(found: SupervisedLogits) -> Tensor:
+def summed_loss(supervised: SupervisedLogits) -> Tensor:
     """Sum the cross-entropy over supervised tokens, in float32.
 
     Divide by the number of supervised tokens (of the batch, or of a whole set) for the token mean.
     """
-    return nn.functional.cross_entropy(found.logits.float(), found.labels, reduction="sum")
+    return nn.functional.cross_entropy(
+        supervised.logits.float(), supervised.labels, reduction="sum"
+    )

@@ -16,7 +16,7 @@ class Generated:
     Attributes:
         text: What follows the prompt, without special tokens, EOS, and the stop string that ended it.
         num_tokens: Tokens generated, those that ended it among them.
-        finished: Whether EOS or a stop string ended it, and not the lack of room.
+        finished: Whether EOS or a stop string ended it, not a limit.
     """
 
     text: str

@@ -16,12 +16,16 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def on_terminal() -> bool:
-    """Return whether someone watches: standard error is a terminal."""
+    """Return whether standard error is a terminal."""
     return sys.stderr.isatty()
 
 
 def track(items: Sequence[T], label: str, note: Callable[[], str] = str) -> Iterator[T]:
-    """Yield the items and show the progress under `label`, with a note of the moment."""
+    """Yield the items and show the progress under `label`, with a note.
+
+    A terminal gets a bar. A log file gets a plain line every few seconds, and at the end: tqdm would write
+    carriage returns there, whatever its `mininterval`.
+    """
     if rank_zero_only.rank > 0:  # type: ignore[attr-defined]
         yield from items
         return
@@ -37,8 +41,8 @@ def track(items: Sequence[T], label: str, note: Callable[[], str] = str) -> Iter
         now = time.perf_counter()
         if now - last >= SECONDS_BETWEEN_LINES or i + 1 == len(items):
             last = now
-            told = f", {note()}" if note() else ""
-            print(f"{label}: {i + 1}/{len(items)} batches, {now - start:.0f} s{told}", flush=True)
+            noted = f", {note()}" if note() else ""
+            print(f"{label}: {i + 1}/{len(items)} batches, {now - start:.0f} s{noted}", flush=True)
 
 
 def silence() -> None:

@@ -1,4 +1,4 @@
-"""Signals that end a run: a request while it trains, the end of it at any other time."""
+"""Handle the signals that end a run: at its next step while it trains, at once at any other time."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
-    """A run ends because a signal asked for it: no error, and no library may take it for one.
+    """End a run because of a signal; not an Exception, so that no library handles it as an error.
 
     Args:
         status: Exit status of the program.
@@ -42,7 +42,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.getsignal(number) for number in STOPPING}
-        self.take()
+        self.install()
         return self
 
     def __exit__(
@@ -55,7 +55,7 @@ class StopSignals:
             for number, handler in self._before.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
-    def take(self) -> None:
+    def install(self) -> None:
         """Install the handlers, also over those that somebody else has installed since."""
         if threading.current_thread() is threading.main_thread():  # others may install none
             for number in STOPPING:

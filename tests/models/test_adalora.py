@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from app.models.adalora import AVERAGES
 from app.training.module import LoraModule
 from callbacks.adalora_pruning import AdaLoraPruning
+from tests.support.watched_fit import logits
 
 STEPS = 10
 LAYERS = 14
@@ -28,38 +29,6 @@ ADALORA = (
 )
 
 
-@pytest.fixture
-def seen(monkeypatch):
-    """Return what a fit showed: its batches, the trainable weights before, the logits after."""
-    found = {"batches": [], "start": None}
-    originals = LoraModule.training_step, LoraModule.on_train_start
-
-    def training_step(module, batch, batch_idx):
-        found["batches"].append(batch)
-        return originals[0](module, batch, batch_idx)
-
-    def on_train_start(module):
-        named = module.model.named_parameters()
-        found["start"] = {n: p.detach().clone() for n, p in named if p.requires_grad}
-        return originals[1](module)
-
-    def on_fit_end(module):
-        module.model.eval()
-        with torch.no_grad():
-            found["logits"] = module.model(ids()).logits
-        named = module.model.named_parameters()
-        found["end"] = {n: p.detach().clone() for n, p in named if p.requires_grad}
-
-    monkeypatch.setattr(LoraModule, "training_step", training_step)
-    monkeypatch.setattr(LoraModule, "on_train_start", on_train_start)
-    monkeypatch.setattr(LoraModule, "on_fit_end", on_fit_end, raising=False)
-    return found
-
-
-def ids():
-    return torch.arange(3, 60).reshape(3, 19)
-
-
 def values(folder, name):
     with (folder / "metrics.csv").open(newline="") as stream:
         return [float(row[name]) for row in csv.DictReader(stream) if row.get(name)]
@@ -73,7 +42,7 @@ def budget(step):
     return int(LAYERS * (INIT - TARGET) * left**3 + LAYERS * TARGET)
 
 
-def test_ten_steps_are_pefts_and_the_budget_is_kept(fit, seen, run_models):
+def test_ten_steps_are_pefts_and_the_budget_is_kept(fit, watched_fit, run_models):
     folder = fit(*ADALORA)
     base = AutoModelForCausalLM.from_pretrained(run_models / "llama")
     config = AdaLoraConfig(
@@ -90,19 +59,19 @@ def test_ten_steps_are_pefts_and_the_budget_is_kept(fit, seen, run_models):
     theirs = get_peft_model(base, config).train()
     named = dict(theirs.named_parameters())
     with torch.no_grad():
-        for name, value in seen["start"].items():
+        for name, value in watched_fit["first"].items():
             named[name].copy_(value)
     trained = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.0)
     left = []
-    for step, batch in enumerate(seen["batches"], 1):
+    for step, batch in enumerate(watched_fit["batches"], 1):
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
         theirs(**inputs).loss.backward()  # with PEFT's own regulariser in it
         optimizer.step()
         theirs.base_model.update_and_allocate(step)
         optimizer.zero_grad()
         left.append(sum(int((p != 0).sum()) for n, p in named.items() if "lora_E" in n))
-    for name, value in seen["end"].items():
+    for name, value in watched_fit["last"].items():
         assert torch.allclose(named[name], value, rtol=1e-3, atol=1e-5), name
     told = values(folder, "adalora/triplets")
     assert told == left
@@ -114,20 +83,20 @@ def test_ten_steps_are_pefts_and_the_budget_is_kept(fit, seen, run_models):
     assert len(values(folder, "train/orthogonality")) == STEPS
 
 
-def test_peft_loads_what_is_left(fit, seen, run_models):
+def test_peft_loads_what_is_left(fit, watched_fit, run_models):
     folder = fit(*ADALORA)
     summary = json.loads((folder / "summary.json").read_text())
     # q, o: 16 + 16; k, v: 16 + 8; gate, up, down: 16 + 32; and a value for each triplet
     assert summary["model"]["trainable_parameters"] == 2 * INIT * (2 * 32 + 2 * 24 + 3 * 48 + 7)
     base = AutoModelForCausalLM.from_pretrained(run_models / "llama")
-    loaded = PeftModel.from_pretrained(base, folder / "adapter").eval()
-    with torch.no_grad():
-        assert torch.allclose(loaded(ids()).logits, seen["logits"], atol=1e-5)
+    loaded = PeftModel.from_pretrained(base, folder / "adapter")
+    assert torch.allclose(logits(loaded), watched_fit["logits"], atol=1e-5)
     state = load_file(folder / "adapter" / "adapter_model.safetensors")
     kept = sum(len(value) for name, value in state.items() if "lora_E" in name)
     assert kept == LAYERS * TARGET
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", [1, 4, 8, 9])
 def test_a_run_goes_on_bit_for_bit(killed_at, fit, monkeypatch):
     whole = fit(*ADALORA)
@@ -153,18 +122,19 @@ def test_a_run_goes_on_bit_for_bit(killed_at, fit, monkeypatch):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_accumulation_adds_the_regulariser_once(fit, seen):
+@pytest.mark.slow
+def test_accumulation_adds_the_regulariser_once(fit, watched_fit):
     """Two halves of a batch are the batch, also for what does not depend on the data."""
     steps = (*ADALORA, "--trainer.max_steps=5", "--data.train_size=4")
     whole = fit(*steps, "--data.batch_size=4")
-    wanted = seen["end"]
-    seen["batches"].clear()
+    wanted = watched_fit["last"]
+    watched_fit["batches"].clear()
     halves = fit(*steps, "--data.batch_size=2", "--trainer.accumulate_grad_batches=2")
-    assert len(seen["batches"]) == 10
+    assert len(watched_fit["batches"]) == 10
     name = "train/orthogonality"
     assert values(halves, name) == pytest.approx(values(whole, name), rel=1e-5)
     for name, value in wanted.items():
-        assert torch.allclose(seen["end"][name], value, rtol=0, atol=1e-5), name
+        assert torch.allclose(watched_fit["last"][name], value, rtol=0, atol=1e-5), name
 
 
 def test_a_skipped_step_is_not_weighed(fit, monkeypatch):
@@ -208,6 +178,7 @@ def test_the_shortest_schedules(steps, tinit, tfinal, fit):
     assert values(folder, "adalora/triplets")[-1] == LAYERS * TARGET
 
 
+@pytest.mark.slow
 def test_what_cannot_work(command, tiny_run, capfd, monkeypatch):
     def told(*options):
         assert command("fit", "--config", tiny_run, "--config=methods/adalora.yaml", *options) == 2

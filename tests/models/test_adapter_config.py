@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from app.models.adapter_config import AdaLoraBudget, LoraSettings, unsupported_settings
 from app.models.lora import add_lora, lora_pairs
-from app.training.module import LoraModule
 from app.utils.errors import InputError
+from tests.support.watched_fit import logits
 
 SETTINGS = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"],
@@ -35,38 +35,13 @@ OPTIONS = {
     name: f"--model.adapter.{name}={value if isinstance(value, str) else json.dumps(value)}"
     for name, value in SETTINGS.items()
 }
+PLAIN = "--model.adapter.use_rslora=false"
+EXACT_PLAIN = ["--init.estimator.kind=exact", PLAIN]
 VARIED = [OPTIONS["rank_pattern"], OPTIONS["alpha_pattern"]]
 
 
-@pytest.fixture
-def observed(monkeypatch):
-    """Return what a fit shows: its first adapter, its batches, its pairs, its last logits."""
-    seen = {"batches": []}
-    training_step = LoraModule.training_step
-
-    def watched_step(module, batch, batch_idx):
-        if not seen["batches"]:
-            named = module.model.named_parameters()
-            seen["first"] = {name: p.detach().clone() for name, p in named if p.requires_grad}
-            seen["pairs"] = {p.name: (p.rank, p.scaling) for p in module.lora_pairs()}
-        seen["batches"].append(batch)
-        return training_step(module, batch, batch_idx)
-
-    def on_fit_end(module):
-        seen["logits"] = logits(module.model)
-
-    monkeypatch.setattr(LoraModule, "training_step", watched_step)
-    monkeypatch.setattr(LoraModule, "on_fit_end", on_fit_end, raising=False)
-    return seen
-
-
-@torch.no_grad()
-def logits(model):
-    return model.eval()(torch.arange(3, 60).reshape(3, 19)).logits
-
-
 @pytest.mark.parametrize("use_rslora", [True, False])
-def test_ten_steps_of_every_setting_are_pefts(use_rslora, fit, observed, run_models):
+def test_ten_steps_of_every_setting_are_pefts(use_rslora, fit, watched_fit, run_models):
     folder = fit(
         "--config=methods/lora.yaml",
         *OPTIONS.values(),
@@ -76,19 +51,19 @@ def test_ten_steps_of_every_setting_are_pefts(use_rslora, fit, observed, run_mod
         "--model.warmup_steps=0",
         "--trainer.max_steps=10",
     )
-    assert observed["pairs"] == {
+    assert watched_fit["pairs"] == {
         f"model.layers.1.{name}": (r, alpha / (r**0.5 if use_rslora else r))
         for name, (r, alpha) in LAYERS.items()
     }
     config = LoraConfig(r=4, lora_alpha=16, use_rslora=use_rslora, **SETTINGS)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(run_models / "llama"), config)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert trained.keys() == observed["first"].keys()
+    assert trained.keys() == watched_fit["first"].keys()
     with torch.no_grad():
-        for name, value in observed["first"].items():
+        for name, value in watched_fit["first"].items():
             trained[name].copy_(value)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.0)
-    for batch in observed["batches"]:
+    for batch in watched_fit["batches"]:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
         model.train()(**inputs).loss.backward()
         optimizer.step()
@@ -102,35 +77,37 @@ def test_ten_steps_of_every_setting_are_pefts(use_rslora, fit, observed, run_mod
     ("method", "options"),
     [
         ("lora_one", ["--trainer.callbacks=AlignmentMonitor"]),
-        ("lora_one", ["--init.estimator.kind=exact", "--model.adapter.use_rslora=false"]),
+        pytest.param("lora_one", EXACT_PLAIN, marks=pytest.mark.slow),
         ("lora_ga", ["--init.num_samples=16"]),
-        ("lora_ga", ["--init.num_samples=16", "--model.adapter.use_rslora=false"]),
-        ("pissa", []),
-        ("dora_one", []),
-        ("lora_pro", []),
-        ("lora_plus", []),
+        pytest.param("lora_ga", ["--init.num_samples=16", PLAIN], marks=pytest.mark.slow),
+        pytest.param("pissa", [], marks=pytest.mark.slow),
+        pytest.param("dora_one", [], marks=pytest.mark.slow),
+        pytest.param("lora_pro", [], marks=pytest.mark.slow),
+        pytest.param("lora_plus", [], marks=pytest.mark.slow),
     ],
 )
 def test_each_layer_has_its_own_rank_and_scaling_in_every_method(
-    method, options, fit, command, observed, tmp_path
+    method, options, fit, command, watched_fit, tmp_path
 ):
     """What PEFT loads, what `test` and `export` make of it, is what was trained."""
     folder = fit(f"--config=methods/{method}.yaml", *VARIED, *options)
-    ranks = {name.split(".")[-1]: rank for name, (rank, _) in observed["pairs"].items()}
+    ranks = {name.split(".")[-1]: rank for name, (rank, _) in watched_fit["pairs"].items()}
     assert (ranks["k_proj"], ranks["down_proj"], ranks["v_proj"]) == (2, 3, 4)
     loaded = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
-    assert torch.allclose(logits(loaded), observed["logits"], atol=1e-5)
+    assert torch.allclose(logits(loaded), watched_fit["logits"], atol=1e-5)
     assert command("test", "--run", folder) == 0
     assert command("export", "--run", folder, "--merge", "--output", tmp_path / "merged") == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.allclose(logits(merged), observed["logits"], atol=1e-5)
+    assert torch.allclose(logits(merged), watched_fit["logits"], atol=1e-5)
 
 
-def test_the_start_of_lora_one_is_of_each_layers_rank(fit, observed):
+def test_the_start_of_lora_one_is_of_each_layers_rank(fit, watched_fit):
     """lora_B lora_A has the spectrum S / S_1 / gamma of the leading r triplets, in every layer."""
     fit("--config=methods/lora_one.yaml", *VARIED, "--init.gamma=64")
-    for name, (rank, _) in observed["pairs"].items():
-        A, B = (observed["first"][f"base_model.model.{name}.lora_{f}.default.weight"] for f in "AB")
+    for name, (rank, _) in watched_fit["pairs"].items():
+        A, B = (
+            watched_fit["first"][f"base_model.model.{name}.lora_{f}.default.weight"] for f in "AB"
+        )
         spectrum = torch.linalg.svdvals(B.double() @ A.double())
         assert spectrum[0] == pytest.approx(1 / 64, rel=1e-4)
         assert spectrum[rank - 1] > 1e-6 * spectrum[0]

@@ -6,20 +6,17 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from app.models.adapter_config import LoraSettings
 from app.models.decoding import Decoding
 from app.models.generation import generate
 from app.models.loading import load_model, load_tokenizer
-from app.models.lora import add_lora, base_model, lora_pairs
+from app.models.lora import base_model
 from app.models.source import resolve_model
 from app.utils.errors import InputError
-from tests.models.test_likelihood import mistral
+from tests.support.generation import ENDS, batch_sizes, in_training, mistral, modes
 from tests.support.paths import ROOT
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
 NEW = 16
-ENDS = [1, *range(5, 128, 7)]
-"""EOS of the tiny models: so many that outputs end at many different steps."""
 
 
 def draw_prompts(count, longest=12):
@@ -70,14 +67,6 @@ def in_batches(model, tokenizer, prompts, size, decoding=None):
 def greedy(*arguments):
     """Return what `one_at_a_time` returns."""
     return [(o.text, o.num_tokens, o.finished) for (o,) in in_batches(*arguments)]
-
-
-def batch_sizes(model):
-    """Return a list that fills with (rows, tokens) of each call of a decoder."""
-    sizes = []
-    embeddings = getattr(model, "decoder", model).get_input_embeddings()
-    embeddings.register_forward_hook(lambda _, args, out: sizes.append(tuple(args[0].shape)))
-    return sizes
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "mistral"])
@@ -134,16 +123,11 @@ def test_an_adapted_model_in_the_middle_of_training(kind, build, tiny_tokenizer)
     """Dropout is off meanwhile, checkpointing leaves the cache alone, and every mode comes back."""
     plain, prompts = build(kind), draw_prompts(6)
     before = one_at_a_time(plain, tiny_tokenizer, prompts)
-    plain.gradient_checkpointing_enable({"use_reentrant": False})
-    model = add_lora(plain, LoraSettings(r=2, lora_dropout=0.5)).train()
-    plain.enable_input_require_grads()
-    for pair in lora_pairs(model):
-        torch.nn.init.normal_(pair.lora_B.data, std=0.5)
-    next(module for module in model.modules() if isinstance(module, torch.nn.Dropout)).eval()
-    modes = [module.training for module in model.modules()]
+    model = in_training(plain, std=0.5)
+    before_modes = modes(model)
     sizes = batch_sizes(plain)
     found = greedy(model, tiny_tokenizer, prompts, 4)
-    assert modes == [module.training for module in model.modules()]
+    assert modes(model) == before_modes
     read_at_once = [tokens for _, tokens in sizes if tokens > 1]
     assert len(read_at_once) == (0 if kind == "t5" else 2), "one for each batch, with a cache"
     assert all(p.grad is None for p in model.parameters())

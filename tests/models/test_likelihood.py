@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
 
-from app.models.adapter_config import LoraSettings
 from app.models.likelihood import SHORTEST_PREFIX, choice_log_likelihoods
-from app.models.lora import add_lora, base_model, lora_pairs
+from app.models.lora import base_model
 from app.utils.errors import InputError
+from tests.support.generation import in_training, mistral, modes
 
 SINGLE = [[5], [17], [99], [6]]
 SEVERAL = [[5], [40, 41, 42], [40, 41, 43], [40, 7], [6, 7], [6, 8]]
@@ -27,14 +26,6 @@ PROMPTS = {
     "all the same": [LONG, LONG],
     "alone": [LONG],
 }
-
-
-def mistral(**config):
-    """Return a model of which every token sees the last 16 alone."""
-    torch.manual_seed(1)
-    sizes = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 16}
-    return MistralForCausalLM(MistralConfig(**sizes, **heads, **config)).eval()
 
 
 @pytest.fixture
@@ -143,17 +134,11 @@ def test_an_adapted_model_in_training_mode(kind, build):
     plain, prompts = build[kind](**wide), PROMPTS["with a long beginning in common"]
     with torch.no_grad():
         before = expected(plain, prompts, SEVERAL)
-    plain.gradient_checkpointing_enable({"use_reentrant": False})
-    model = add_lora(plain, LoraSettings(r=2, lora_dropout=0.5)).train()
-    plain.enable_input_require_grads()
-    for pair in lora_pairs(model):
-        torch.nn.init.normal_(pair.lora_B.data, std=0.3)
-    frozen = next(module for module in model.modules() if isinstance(module, torch.nn.Dropout))
-    frozen.eval()
-    modes = [module.training for module in model.modules()]
+    model = in_training(plain, std=0.3)
+    before_modes = modes(model)
     found = choice_log_likelihoods(model, base_model(model), prompts, SEVERAL)
     assert not found.requires_grad
-    assert modes == [module.training for module in model.modules()]
+    assert modes(model) == before_modes
     model.eval()
     with torch.no_grad():
         by_hand = expected(base_model(model), prompts, SEVERAL)

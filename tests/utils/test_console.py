@@ -11,6 +11,7 @@ from app.utils import console as progress
 from tests.support.paths import ROOT
 
 
+@pytest.mark.slow
 def test_a_log_file_holds_plain_lines(tiny_run, tmp_path):
     """The one run in a process of its own, as a user starts it, without a terminal or a key."""
     log = tmp_path / "log.txt"

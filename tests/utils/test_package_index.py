@@ -259,6 +259,7 @@ def test_an_interrupted_write_leaves_no_target(index, monkeypatch):
     assert fetch_package_file(url).read_bytes() == b"wheel data"
 
 
+@pytest.mark.slow
 def test_two_processes_download_once(index, capsys):
     digest = make_wheel(index)
     url = f"pypi://toy==1.0/toy/data.bin#sha256={digest}"

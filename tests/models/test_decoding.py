@@ -8,7 +8,7 @@ import torch
 
 from app.models.decoding import Decoding, uniform
 from app.models.generation import generate
-from tests.models.test_generation import batch_sizes
+from tests.support.generation import batch_sizes
 
 SAMPLING = Decoding(12, temperature=0.9, top_p=0.95, seed=3)
 PROMPTS = [[5, 6, 7], [8], [9] * 11, [10, 11], [12] * 6, [13, 14], [15], [16, 5, 6, 7, 8]]

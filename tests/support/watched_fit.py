@@ -1,0 +1,39 @@
+"""What a fit shows of itself, for comparison with PEFT's own model in a plain loop."""
+
+import pytest
+import torch
+
+from app.training.module import LoraModule
+
+
+@torch.no_grad()
+def logits(model):
+    """Return a model's logits of three rows of all kinds of tokens."""
+    return model.eval()(torch.arange(3, 60).reshape(3, 19)).logits
+
+
+def trained_weights(model):
+    named = model.named_parameters()
+    return {name: p.detach().clone() for name, p in named if p.requires_grad}
+
+
+@pytest.fixture
+def watched_fit(monkeypatch):
+    """Return a dict that the next fit fills: its batches, its trained weights before and after, its logits."""
+    seen = {"batches": []}
+    training_step = LoraModule.training_step
+
+    def watched_step(module, batch, batch_idx):
+        if not seen["batches"]:
+            seen["first"] = trained_weights(module.model)
+            seen["pairs"] = {pair.name: (pair.rank, pair.scaling) for pair in module.lora_pairs()}
+        seen["batches"].append(batch)
+        return training_step(module, batch, batch_idx)
+
+    def on_fit_end(module):
+        seen["logits"] = logits(module.model)
+        seen["last"] = trained_weights(module.model)
+
+    monkeypatch.setattr(LoraModule, "training_step", watched_step)
+    monkeypatch.setattr(LoraModule, "on_fit_end", on_fit_end, raising=False)
+    return seen
