@@ -1,8 +1,8 @@
 """Recompute activations outside training mode.
 
 The one file of the room that uses a private name of a library. transformers checkpoints a block in training
-mode alone, through the block's `_gradient_checkpointing_func`; a public switch of the block that does not depend
-on its mode would replace it.
+mode alone, through the block's `_gradient_checkpointing_func`; a public switch of the block that does not
+depend on its mode would replace it.
 """
 
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from app.training.module import LoraModule
-
 
 @torch.no_grad()
 def logits(model):
@@ -20,6 +18,8 @@ def trained_weights(model):
 @pytest.fixture
 def watched_fit(monkeypatch):
     """Return a dict that the next fit fills: its batches, its trained weights before and after, its logits."""
+    from app.training.module import LoraModule  # slow to import, which most tests do without
+
     seen = {"batches": []}
     training_step = LoraModule.training_step
 
