@@ -1,12 +1,11 @@
 """Code-Feedback: 157,000 programming questions with answers that hold code."""
 
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from data_modules.generative import GenerativeDataModule
 from data_modules.instructions import instruction_prompt
-from data_modules.readers import hub_rows, json_rows
+from data_modules.readers import published_rows
 
 HUB_ID = "m-a-p/CodeFeedback-Filtered-Instruction"
 FENCE = "```"
@@ -48,16 +47,11 @@ class CodeFeedbackDataModule(GenerativeDataModule):
     def examples(self) -> Iterator[tuple[str, str]]:
         """Yield prompt and answer of each row with a block of code."""
         fields = ("query", "answer")
-        if self.path is None:
-            rows = hub_rows(HUB_ID, "default", "train", fields, "--data.path")
-        else:
-            rows = json_rows(pathlib.Path(self.path), fields, "--data.path")
-        without = 0
-        for _, row in rows:
+        self.dropped_rows["without_code"] = 0
+        for _, row in published_rows(self.path, HUB_ID, "default", "train", fields, "--data.path"):
             before, fence, rest = row["answer"].partition(FENCE)
             if not fence:
-                without += 1
+                self.dropped_rows["without_code"] += 1
                 continue
             answer = before + FENCE + rest.partition(FENCE)[0] + FENCE
             yield instruction_prompt(row["query"]), answer
-        self.dropped_rows["without_code"] = without

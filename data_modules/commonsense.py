@@ -1,12 +1,16 @@
 """Commonsense questions of LLM-Adapters: 170,000 of eight sets, answered with the name of an option."""
 
+import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from app.utils.errors import InputError
-from data_modules.instructions import InstructionDataModule
+from data_modules.generative import GenerativeDataModule
+from data_modules.instructions import FIELDS, instruction_prompt
+from data_modules.readers import file_rows
 
 
-class CommonsenseDataModule(InstructionDataModule):
+class CommonsenseDataModule(GenerativeDataModule):
     """Train on commonsense_170k in the prompt of its benchmark.
 
     An answer is a sentence such as "the correct answer is solution2"; its name alone, in the field `answer`,
@@ -36,4 +40,10 @@ class CommonsenseDataModule(InstructionDataModule):
                 "--data.path is not set: expected commonsense_170k.json, from the folder ft-training_set of "
                 "AGI-Edgerunners/LLM-Adapters on GitHub"
             )
-        super().__init__(path, max_length=max_length, validation_size=validation_size, **options)
+        super().__init__(path, max_length, validation_size=validation_size, **options)
+        self.file = pathlib.Path(path)
+
+    def examples(self) -> Iterator[tuple[str, str]]:
+        """Yield prompt and answer of each row."""
+        for _, row in file_rows(self.file, FIELDS, "--data.path"):
+            yield instruction_prompt(row["instruction"], row.get("input") or ""), row["output"]

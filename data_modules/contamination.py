@@ -1,8 +1,10 @@
-"""Training rows that are questions of a benchmark: a score on those tells what was learnt by heart."""
+"""Find training rows that are questions of a benchmark, whose scores measure what was memorized."""
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 # Where the question stands in the prompts of this project; the last one, behind worked examples.
 _FORMS = (
@@ -22,8 +24,8 @@ def question_text(prompt: str) -> str:
         The words in one case, with one space between; without the prompt's form, worked examples before it,
         and punctuation.
     """
-    found = next((match for form in _FORMS if (match := form.fullmatch(prompt))), None)
-    text = unicodedata.normalize("NFKC", found[1] if found else prompt)
+    question = next((match for form in _FORMS if (match := form.fullmatch(prompt))), None)
+    text = unicodedata.normalize("NFKC", question[1] if question else prompt)
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
@@ -41,3 +43,23 @@ def shared_questions(train_prompts: Iterable[str], eval_questions: Iterable[str]
     """
     asked = {text for question in eval_questions if (text := question_text(question))}
     return sum(question_text(prompt) in asked for prompt in train_prompts)
+
+
+def count_shared(
+    train_prompts: Sequence[str], benchmarks: Mapping[str, Sequence[str]], task_name: str
+) -> dict[str, int]:
+    """Count the training rows that are questions of each benchmark, with a warning where there are any.
+
+    Args:
+        train_prompts: Prompts of the training rows.
+        benchmarks: All prompts of each benchmark, by its name.
+        task_name: The training data's name, for messages.
+    """
+    counts = {name: shared_questions(train_prompts, asked) for name, asked in benchmarks.items()}
+    for name, count in counts.items():
+        if count:
+            rank_zero_warn(
+                f"{count:,} of {len(train_prompts):,} training rows of {task_name} are questions of {name}, "
+                "word for word: its score measures what was memorized, too"
+            )
+    return counts

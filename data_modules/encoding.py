@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from app.models.batch import IGNORED_LABEL, Batch
 from app.utils.errors import InputError
 
-CHUNK_ROWS = 1024  # tokenised in one call: fast, without the token strings of a corpus in memory
+CHUNK_ROWS = 1024  # tokenized in one call: fast, without the token strings of a corpus in memory
 
 
 @dataclass(frozen=True)
@@ -61,206 +61,233 @@ class PaddedRows(Dataset[EncodedRow]):
         return self.rows[number] if number >= 0 else self.padding
 
 
-def answer_prefix(
-    tokenizer: PreTrainedTokenizerBase,
-    is_encoder_decoder: bool,
-    chat_template: bool = False,
-    prompt: str = "",
-) -> str:
-    """Return what goes before an answer so that its first token is the one used inside a text.
-
-    A causal LM continues the prompt: "result:" + " positive", without the space where the tokenizer
-    marks the start of a word by itself (SentencePiece) and at the start of a line. A decoder, and a turn
-    of a chat, begin with the answer.
-    Differs: the LoRA-One code has the space in the prompt ("result: " + "positive"), where BPE over
-    bytes makes of it a token of its own, which is rare before a word; and it has a space after a line break.
-    """
-    if is_encoder_decoder or chat_template or prompt.rstrip(" ").endswith("\n"):
-        return ""
-    first_id = tokenizer("a", add_special_tokens=False)["input_ids"][0]
-    return "" if str(tokenizer.convert_ids_to_tokens(first_id)).startswith(("▁", "Ġ")) else " "
+TooLong = Literal["cut", "drop"]
+"""What happens to a training row of more than `max_length` tokens."""
 
 
-def encode_prompts(
-    prompts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    is_encoder_decoder: bool,
-    chat_template: bool = False,
-) -> list[list[int]]:
-    """Tokenise prompts as a model reads them before it answers; the same in training and evaluation.
+@dataclass(frozen=True)
+class TextEncoder:
+    """Turn prompts and answers into the token ids that one model reads.
 
     Args:
-        prompts: Spaces at the end are dropped: an answer begins with its own.
-        tokenizer: A fast tokenizer.
-        is_encoder_decoder: Whether the prompt is a sequence of its own, with the tokenizer's special tokens.
-        chat_template: Put each prompt into the tokenizer's chat template, as the user's message.
-
-    Returns:
-        Token ids, with BOS only where the tokenizer adds it unasked.
-
-    Raises:
-        InputError: `chat_template` with a tokenizer that has none.
-    """
-    texts = [prompt.rstrip(" ") for prompt in prompts]
-    if chat_template:
-        texts = [_turns(tokenizer, [{"role": "user", "content": text}], True) for text in texts]
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
-    first_id = tokenizer("a")["input_ids"][0]
-    bos = [first_id] if first_id == tokenizer.bos_token_id and not is_encoder_decoder else []
-    found = tokenizer(texts, add_special_tokens=is_encoder_decoder)["input_ids"]
-    return [bos + ids for ids in found]
-
-
-def answer_end(tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) -> list[int]:
-    """Return the tokens that end an answer: EOS, and before it what ends a turn of the chat template.
-
-    Most templates end a turn with EOS. Where it is another token ("<end_of_turn>"), both are learnt, since
-    generation stops at EOS.
-
-    Raises:
-        InputError: A tokenizer without EOS, or `chat_template` with one that has none.
-    """
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no eos_token, which ends every answer: "
-            "expected a model whose tokenizer has one; change --model"
-        )
-    if not chat_template:
-        return [eos]
-    user, answer = {"role": "user", "content": "a"}, "ANSWER"
-    text = _turns(tokenizer, [user, {"role": "assistant", "content": answer}], False)
-    behind = text.rpartition(answer)[2].strip()
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
-    marks = tokenizer.added_tokens_decoder
-    return [*(token for token in ids if token in marks and token != eos), eos]
-
-
-def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool) -> str:
-    """Write messages in the tokenizer's chat template, up to where the answer begins if `ask`."""
-    if tokenizer.chat_template is None:
-        raise InputError(
-            f"--data.chat_template=true, but the tokenizer {tokenizer.name_or_path!r} has no "
-            "chat template: expected an instruct model; set it to false or change --model.name"
-        )
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    return str(text)
-
-
-def encode(
-    rows: Sequence[TextRow],
-    tokenizer: PreTrainedTokenizerBase,
-    is_encoder_decoder: bool,
-    max_length: int,
-    name: str = "data",
-    chat_template: bool = False,
-    too_long: Literal["cut", "drop"] = "cut",
-) -> tuple[list[EncodedRow], int]:
-    """Tokenise prompts and answers apart, and cut the prompts that are too long or drop their rows.
-
-        causal:          [BOS] prompt + answer + EOS    BOS only where the tokenizer adds it unasked
-        chat template:   the user's turn + answer + the end of a turn
-        encoder-decoder: prompt with the tokenizer's own special tokens, and answer + EOS
-
-    A cut prompt loses the end of its text, never its last line ("result:"); no answer is ever cut.
-
-    Args:
-        rows: The examples; spaces at the end of a prompt are dropped.
-        tokenizer: A fast tokenizer with an EOS token.
+        tokenizer: The model's, a fast one.
         is_encoder_decoder: Whether prompt and answer are sequences of their own.
-        max_length: Most tokens of prompt and answer (causal), or of the prompt (encoder-decoder).
-        name: What messages call these rows.
-        chat_template: Put each prompt into the tokenizer's chat template.
-        too_long: What to do with rows of more tokens.
-
-    Returns:
-        The encoded rows in the order of `rows`, which their `index` counts, and how many were cut or dropped.
-
-    Raises:
-        InputError: An empty answer, a tokenizer without EOS, or no room for any text of a prompt.
+        chat_template: Put every prompt into the tokenizer's chat template, as the user's message.
+        context_length: Positions that the model knows: tokens of prompt and answer together (causal), or
+            of the prompt; None if there is no limit.
     """
-    end = answer_end(tokenizer, chat_template)
-    form = (tokenizer, is_encoder_decoder, chat_template)
-    encoded: list[EncodedRow] = []
-    num_long = 0
-    for start in range(0, len(rows), CHUNK_ROWS):
-        chunk = rows[start : start + CHUNK_ROWS]
-        prompt_ids = encode_prompts([row.prompt for row in chunk], *form)
-        answers = [answer_prefix(*form, row.prompt) + row.answer for row in chunk]
-        answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
-        for offset, row in enumerate(chunk):
-            where = f"row {start + offset} of {name}"
-            ids, supervised = prompt_ids[offset], [*answer_ids[offset], *end]
-            if not row.answer.strip() or not answer_ids[offset]:
+
+    tokenizer: PreTrainedTokenizerBase
+    is_encoder_decoder: bool = False
+    chat_template: bool = False
+    context_length: int | None = None
+
+    def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Tokenize prompts as the model reads them before it answers; the same in training and benchmarks.
+
+        Args:
+            prompts: Spaces at the end are dropped: an answer begins with its own.
+
+        Returns:
+            Token ids, with BOS only where the tokenizer adds it unasked; an encoder's have the tokenizer's own
+            special tokens.
+
+        Raises:
+            InputError: `chat_template` with a tokenizer that has none.
+        """
+        tokenizer = self.tokenizer
+        texts = [prompt.rstrip(" ") for prompt in prompts]
+        if self.chat_template:
+            texts = [self._turns([{"role": "user", "content": text}], ask=True) for text in texts]
+            return tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if self.is_encoder_decoder:
+            return tokenizer(texts)["input_ids"]
+        first_id = tokenizer("a")["input_ids"][0]
+        bos = [first_id] if first_id == tokenizer.bos_token_id else []
+        return [bos + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    def answer_prefix(self, prompt: str = "") -> str:
+        """Return what goes before an answer so that its first token is the one used inside a text.
+
+        A causal LM continues the prompt: "result:" + " positive", without the space where the tokenizer
+        marks the start of a word by itself (SentencePiece) and at the start of a line. A decoder, and a turn
+        of a chat, begin with the answer.
+        Differs: the LoRA-One code has the space in the prompt ("result: " + "positive"), where BPE over
+        bytes makes of it a token of its own, rare before a word; and it has a space after a line break.
+        """
+        if self.is_encoder_decoder or self.chat_template or prompt.rstrip(" ").endswith("\n"):
+            return ""
+        first_id = self.tokenizer("a", add_special_tokens=False)["input_ids"][0]
+        first = str(self.tokenizer.convert_ids_to_tokens(first_id))
+        return "" if first.startswith(("▁", "Ġ")) else " "
+
+    def answer_end(self) -> list[int]:
+        """Return the tokens that end an answer: EOS, and before it what ends a turn of the chat template.
+
+        Most templates end a turn with EOS. Where it is another token ("<end_of_turn>"), both are learnt, since
+        generation stops at EOS.
+
+        Raises:
+            InputError: A tokenizer without EOS, or `chat_template` with one that has none.
+        """
+        tokenizer = self.tokenizer
+        eos = tokenizer.eos_token_id
+        if eos is None:
+            raise InputError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no eos_token, which ends every answer: "
+                "expected a model whose tokenizer has one; change --model.name"
+            )
+        if not self.chat_template:
+            return [eos]
+        user, answer = {"role": "user", "content": "a"}, "ANSWER"
+        text = self._turns([user, {"role": "assistant", "content": answer}], ask=False)
+        behind = text.rpartition(answer)[2].strip()
+        ids = tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
+        marks = tokenizer.added_tokens_decoder
+        return [*(token for token in ids if token in marks and token != eos), eos]
+
+    def first_tokens(self, words: Sequence[str], name: str = "data") -> list[int]:
+        """Return the first token of each label word, as it stands in an answer behind a prompt's last word.
+
+        Raises:
+            InputError: Two words begin with the same token, so that it cannot tell them apart.
+        """
+        tokenizer, prefix = self.tokenizer, self.answer_prefix()
+        words_by_id: dict[int, str] = {}
+        for word in words:
+            first_id = tokenizer(prefix + word, add_special_tokens=False)["input_ids"][0]
+            if first_id in words_by_id:
                 raise InputError(
-                    f"{where} has the answer {row.answer!r}, which gives no token to learn: "
-                    "expected a word; correct the data (--data.path)"
+                    f"the labels {words_by_id[first_id]!r} and {word!r} of {name} begin with the same token "
+                    f"{tokenizer.convert_ids_to_tokens(first_id)!r}: expected words that differ there; change "
+                    "--model.name or --data"
                 )
-            room = max_length - (0 if is_encoder_decoder else len(supervised))
-            if len(ids) > room:
-                num_long += 1
-                if too_long == "drop":
-                    continue
-                ids = _cut_prompt(row.prompt.rstrip(" "), room, *form)
-            if not ids:
-                raise InputError(
-                    f"--data.max_length={max_length} has no room for any text of {where} beside "
-                    "its last line and its answer: expected more; raise --data.max_length"
+            words_by_id[first_id] = word
+        return list(words_by_id)
+
+    def rows(
+        self,
+        rows: Sequence[TextRow],
+        max_length: int,
+        name: str = "data",
+        too_long: TooLong = "cut",
+    ) -> tuple[list[EncodedRow], int]:
+        """Tokenize prompts and answers apart, and cut the prompts that are too long or drop their rows.
+
+            causal:          [BOS] prompt + answer + EOS    BOS only where the tokenizer adds it unasked
+            chat template:   the user's turn + answer + the end of a turn
+            encoder-decoder: prompt with the tokenizer's own special tokens, and answer + EOS
+
+        A cut prompt loses the end of its text, never its last line ("result:"); no answer is ever cut.
+
+        Args:
+            rows: The examples.
+            max_length: Most tokens of prompt and answer (causal), or of the prompt (encoder-decoder).
+            name: What messages call these rows.
+            too_long: What to do with rows of more tokens.
+
+        Returns:
+            The encoded rows in the order of `rows`, which `index` counts, and how many were cut or dropped.
+
+        Raises:
+            InputError: An empty answer, a tokenizer without EOS, or no room for any text of a prompt.
+        """
+        encoded: list[EncodedRow] = []
+        num_long = 0
+        for start in range(0, len(rows), CHUNK_ROWS):
+            chunk = rows[start : start + CHUNK_ROWS]
+            tokens = zip(
+                self.prompts([row.prompt for row in chunk]), self._answers(chunk), strict=True
+            )
+            for index, (row, (prompt, answer)) in enumerate(zip(chunk, tokens, strict=True), start):
+                if answer is None:
+                    raise InputError(
+                        f"row {index} of {name} has the answer {row.answer!r}, which gives no token to learn: "
+                        "expected a word; correct the data (--data.path)"
+                    )
+                room = max_length - (0 if self.is_encoder_decoder else len(answer))
+                if len(prompt) > room:
+                    num_long += 1
+                    if too_long == "drop":
+                        continue
+                    prompt = self._cut(row.prompt.rstrip(" "), room)
+                if not prompt:
+                    raise InputError(
+                        f"--data.max_length={max_length} has no room for any text of row {index} of {name} "
+                        "beside its last line and its answer: expected more; raise --data.max_length"
+                    )
+                encoded.append(
+                    EncodedRow(array("i", prompt), array("i", answer), index, row.target)
                 )
-            prompt, answer = array("i", ids), array("i", supervised)
-            encoded.append(EncodedRow(prompt, answer, start + offset, row.target))
-    return encoded, num_long
+        return encoded, num_long
 
+    def _answers(self, rows: Sequence[TextRow]) -> list[list[int] | None]:
+        """Return the supervised tokens of each row; None where its answer has no token."""
+        end = self.answer_end()
+        texts = [self.answer_prefix(row.prompt) + row.answer for row in rows]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [
+            [*tokens, *end] if tokens and row.answer.strip() else None
+            for row, tokens in zip(rows, ids, strict=True)
+        ]
 
-def _cut_prompt(
-    prompt: str,
-    room: int,
-    tokenizer: PreTrainedTokenizerBase,
-    is_encoder_decoder: bool,
-    chat_template: bool,
-) -> list[int]:
-    """Cut the end of the text before the last line until all fits; [] if no text is left."""
-    text, newline, last_line = prompt.rpartition("\n")
-    if not newline:
-        text, last_line = prompt, ""
-    while text:
-        shorter = text + newline + last_line
-        ids = encode_prompts([shorter], tokenizer, is_encoder_decoder, chat_template)[0]
-        excess = len(ids) - room
-        if excess <= 0:
-            return ids
-        encoding = tokenizer(shorter, add_special_tokens=False, return_offsets_mapping=True)
-        starts = [begin for begin, end in encoding["offset_mapping"] if begin < end <= len(text)]
-        text = text[: starts[-excess]].rstrip() if excess < len(starts) else ""
-    return []
+    def _cut(self, prompt: str, room: int) -> list[int]:
+        """Cut the end of the text before the last line until all fits; [] if no text is left."""
+        text, newline, last_line = prompt.rpartition("\n")
+        if not newline:
+            text, last_line = prompt, ""
+        while text:
+            shorter = text + newline + last_line
+            ids = self.prompts([shorter])[0]
+            excess = len(ids) - room
+            if excess <= 0:
+                return ids
+            encoding = self.tokenizer(
+                shorter, add_special_tokens=False, return_offsets_mapping=True
+            )
+            starts = [
+                begin for begin, end in encoding["offset_mapping"] if begin < end <= len(text)
+            ]
+            text = text[: starts[-excess]].rstrip() if excess < len(starts) else ""
+        return []
 
+    def _turns(self, messages: list[dict[str, str]], ask: bool) -> str:
+        """Write messages in the tokenizer's chat template, up to where the answer begins if `ask`."""
+        if self.tokenizer.chat_template is None:
+            raise InputError(
+                f"--data.chat_template=true, but the tokenizer {self.tokenizer.name_or_path!r} has no "
+                "chat template: expected an instruct model; set it to false or change --model.name"
+            )
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=ask
+        )
+        return str(text)
 
-def collate(rows: Sequence[EncodedRow], pad_id: int, is_encoder_decoder: bool) -> Batch:
-    """Pad encoded rows to one batch.
+    def collate(self, rows: Sequence[EncodedRow]) -> Batch:
+        """Pad encoded rows to one batch.
 
-    Args:
-        rows: The rows of the batch.
-        pad_id: Id written at padded inputs; it may equal EOS, since `attention_mask` tells padding.
-        is_encoder_decoder: Whether the answer is a sequence of its own.
+        Args:
+            rows: The rows of the batch.
 
-    Returns:
-        `input_ids` and `attention_mask` (B, T), `labels` (B, L) with -100 where nothing is learnt
-        (causal: L == T, unshifted), `index` and `target` (B,), -1 in a padding row; all int64, padded
-        at the right.
-    """
-    inputs, labels = [], []
-    for row in rows:
-        prompt, answer = row.prompt_ids.tolist(), row.answer_ids.tolist()
-        inputs.append(prompt if is_encoder_decoder else prompt + answer)
-        wanted = [IGNORED_LABEL] * len(answer) if row.is_padding else answer
-        labels.append(wanted if is_encoder_decoder else [IGNORED_LABEL] * len(prompt) + wanted)
-    return {
-        "input_ids": _pad(inputs, pad_id),
-        "attention_mask": _pad([[1] * len(ids) for ids in inputs], 0),
-        "labels": _pad(labels, IGNORED_LABEL),
-        "index": torch.tensor([row.index for row in rows]),
-        "target": torch.tensor([row.target for row in rows]),
-    }
+        Returns:
+            `input_ids` and `attention_mask` (B, T), `labels` (B, L) with `IGNORED_LABEL` where nothing is
+            learnt (causal: L == T, unshifted), `index` and `target` (B,), -1 in a padding row; all int64,
+            padded at the right. The id at padded inputs may equal EOS, since `attention_mask` tells padding.
+        """
+        inputs, labels = [], []
+        for row in rows:
+            prompt, answer = row.prompt_ids.tolist(), row.answer_ids.tolist()
+            wanted = [IGNORED_LABEL] * len(answer) if row.is_padding else answer
+            inputs.append(prompt if self.is_encoder_decoder else prompt + answer)
+            before = [] if self.is_encoder_decoder else [IGNORED_LABEL] * len(prompt)
+            labels.append(before + wanted)
+        return {
+            "input_ids": _pad(inputs, self.tokenizer.pad_token_id or 0),
+            "attention_mask": _pad([[1] * len(ids) for ids in inputs], 0),
+            "labels": _pad(labels, IGNORED_LABEL),
+            "index": torch.tensor([row.index for row in rows]),
+            "target": torch.tensor([row.target for row in rows]),
+        }
 
 
 def _pad(sequences: list[list[int]], value: int) -> Tensor:

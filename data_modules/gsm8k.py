@@ -1,13 +1,12 @@
 """GSM8K's training questions: 7,473 of grade-school mathematics, answered step by step by people."""
 
-import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from data_modules.evals.gsm8k import HUB_ID, PROMPT
 from data_modules.generative import GenerativeDataModule
-from data_modules.readers import hub_rows, json_rows
+from data_modules.readers import published_rows
 
 CALCULATION = re.compile(r"<<[^<>]*>>")
 
@@ -45,10 +44,6 @@ class Gsm8kDataModule(GenerativeDataModule):
     def examples(self) -> Iterator[tuple[str, str]]:
         """Yield prompt and answer of each row."""
         fields = ("question", "answer")
-        if self.path is None:
-            rows = hub_rows(HUB_ID, "main", "train", fields, "--data.path")
-        else:
-            rows = json_rows(pathlib.Path(self.path), fields, "--data.path")
-        for _, row in rows:
+        for _, row in published_rows(self.path, HUB_ID, "main", "train", fields, "--data.path"):
             answer = row["answer"] if self.calculations else CALCULATION.sub("", row["answer"])
             yield PROMPT.format(question=row["question"]), answer

@@ -1,14 +1,14 @@
 """Instructions in Alpaca's form: Alpaca, WizardLM, Code Alpaca, the arithmetic of LLM-Adapters."""
 
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from data_modules.evals.commonsense import PROMPT
 from data_modules.generative import GenerativeDataModule
-from data_modules.readers import hub_rows, json_rows
+from data_modules.readers import published_rows
 
 PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+FIELDS = ("instruction", "output")
 REFUSALS = ("sorry", "as an ai")
 
 
@@ -59,15 +59,10 @@ class InstructionDataModule(GenerativeDataModule):
 
     def examples(self) -> Iterator[tuple[str, str]]:
         """Yield prompt and answer of each row that is no refusal."""
-        fields = ("instruction", "output")
-        if self.path is None:
-            rows = hub_rows(self.hub_id, "default", "train", fields, "--data.path")
-        else:
-            rows = json_rows(pathlib.Path(self.path), fields, "--data.path")
-        refused = 0
+        self.dropped_rows["refusal"] = 0
+        rows = published_rows(self.path, self.hub_id, "default", "train", FIELDS, "--data.path")
         for _, row in rows:
             if self.drop_refusals and any(word in row["output"].lower() for word in REFUSALS):
-                refused += 1
-                continue
-            yield instruction_prompt(row["instruction"], row.get("input") or ""), row["output"]
-        self.dropped_rows["refusal"] = refused
+                self.dropped_rows["refusal"] += 1
+            else:
+                yield instruction_prompt(row["instruction"], row.get("input") or ""), row["output"]

@@ -1,12 +1,11 @@
 """MetaMathQA: 395,000 questions of GSM8K and MATH, rephrased and answered by a language model."""
 
-import pathlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from data_modules.evals.gsm8k import PROMPT
 from data_modules.generative import GenerativeDataModule
-from data_modules.readers import hub_rows, json_rows
+from data_modules.readers import published_rows
 
 HUB_ID = "meta-math/MetaMathQA"
 REPEATED_ANSWER = "\nThe answer is:"
@@ -55,15 +54,10 @@ class MetaMathQADataModule(GenerativeDataModule):
     def examples(self) -> Iterator[tuple[str, str]]:
         """Yield prompt and answer of each row of the subset."""
         fields = ("query", "response", "type")
-        if self.path is None:
-            rows = hub_rows(HUB_ID, "default", "train", fields, "--data.path")
-        else:
-            rows = json_rows(pathlib.Path(self.path), fields, "--data.path")
-        others = 0
-        for _, row in rows:
+        self.dropped_rows["not_gsm"] = 0
+        for _, row in published_rows(self.path, HUB_ID, "default", "train", fields, "--data.path"):
             if self.subset == "gsm" and "GSM" not in row["type"]:
-                others += 1
+                self.dropped_rows["not_gsm"] += 1
                 continue
             answer = row["response"].partition(REPEATED_ANSWER)[0]
             yield PROMPT.format(question=row["query"]), answer
-        self.dropped_rows["not_gsm"] = others

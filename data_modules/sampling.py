@@ -1,7 +1,7 @@
 """Which rows, in which order: drawing, splitting, and batches of similar length."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch.utils.data import DistributedSampler
@@ -20,7 +20,7 @@ class LengthGroupedSampler(DistributedSampler):
     Of several processes each takes every world_size-th row of the same order, which keeps the global
     batches. Every row is met exactly once an epoch, whatever the number of processes: where a process
     would run out of rows first it gets `PADDING`. With `shuffle` off, rows are sorted by length.
-    Lightning leaves a `DistributedSampler` in place and tells it the epoch.
+    Lightning leaves a `DistributedSampler` in place and sets its epoch.
 
     Args:
         lengths: Length of each row.
@@ -54,8 +54,13 @@ class LengthGroupedSampler(DistributedSampler):
     def __iter__(self) -> Iterator[int]:
         order = self._shuffled() if self.shuffle else longest_first(self.lengths)
         order, self.done = order[self.done :], 0
-        order += [PADDING] * (-len(order) % self.num_replicas)
-        return iter(order[self.rank :: self.num_replicas])
+        return iter(equal_share(order, self.rank, self.num_replicas))
+
+    def position(self, done: int) -> dict[str, int]:
+        """Return epoch, rows done and size of groups, where all processes have met `done` rows of the epoch."""
+        whole = done >= len(self.lengths)
+        epoch, done = (self.epoch + 1, 0) if whole else (self.epoch, done)
+        return {"epoch": epoch, "done": done, "group_size": self.group_size}
 
     def _shuffled(self) -> list[int]:
         """Group by length, then shuffle the batches but the longest and an incomplete last one."""
@@ -69,6 +74,23 @@ class LengthGroupedSampler(DistributedSampler):
         return [row for batch in batches for row in batch]
 
 
+def check_position(position: Mapping[str, int], batch_size: int, world_size: int) -> None:
+    """Raise InputError if today's batches cannot begin where `LengthGroupedSampler.position` says."""
+    rows, done = batch_size * world_size, position.get("done", 0)
+    if done % rows:
+        raise InputError(
+            f"the checkpoint stands behind {done} rows of an epoch, which is no number of whole batches of "
+            f"{rows} (data.batch_size={batch_size} on {world_size} processes): set data.batch_size so that "
+            f"both together divide it, such as {position['group_size']} rows in all"
+        )
+
+
+def equal_share(order: list[int], rank: int, world_size: int) -> list[int]:
+    """Return every world_size-th row number, with `PADDING` that makes all processes' shares equally large."""
+    padding = [PADDING] * (-len(order) % world_size)
+    return [*order, *padding][rank::world_size]
+
+
 def longest_first(lengths: Sequence[int]) -> list[int]:
     """Return row numbers by falling length, equal ones in their order."""
     return sorted(range(len(lengths)), key=lambda row: -lengths[row])
@@ -77,6 +99,36 @@ def longest_first(lengths: Sequence[int]) -> list[int]:
 def draw(num_rows: int, size: int, seed: int, purpose: str) -> list[int]:
     """Draw row numbers for a purpose; a smaller draw is part of a larger one."""
     return torch.randperm(num_rows, generator=_generator(seed, purpose))[:size].tolist()
+
+
+def subset(rows: Sequence[TextRow], size: int, seed: int) -> list[TextRow]:
+    """Return `size` training rows, drawn by the seed, in their order.
+
+    Raises:
+        InputError: `size` is not between 1 and the number of rows.
+    """
+    if not 1 <= size <= len(rows):
+        raise InputError(f"--data.train_size={size}: expected 1 to {len(rows)}")
+    return [rows[number] for number in sorted(draw(len(rows), size, seed, "train_size"))]
+
+
+def initialization_share(
+    lengths: Sequence[int], num_samples: int, seed: int, rank: int, world_size: int
+) -> list[int]:
+    """Draw the training rows of the initialization; see `TextDataModule.gradient_batches`.
+
+    Returns:
+        This process's row numbers, the longest first, as many on every process: `PADDING` where none is left.
+    """
+    if not 1 <= num_samples <= len(lengths):
+        raise InputError(
+            f"{num_samples} initialization samples from {len(lengths)} training rows: expected 1 "
+            f"to {len(lengths)}; change num_samples of the initialization or --data.train_size"
+        )
+    # The stream's name is spelled as ever: another spelling would draw other rows.
+    chosen = sorted(draw(len(lengths), num_samples, seed, "initialisation"))
+    order = [chosen[i] for i in longest_first([lengths[row] for row in chosen])]
+    return equal_share(order, rank, world_size)
 
 
 def _generator(seed: int, purpose: str) -> torch.Generator:

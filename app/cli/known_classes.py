@@ -9,7 +9,7 @@ import data_modules.evals
 from app.evaluation.benchmark import Benchmark
 from app.models.adapter_config import unsupported_settings
 from app.utils.arguments import Parser
-from data_modules.benchmark_data import BenchmarkDataModule
+from data_modules.text import TextDataModule
 
 
 def import_known_classes() -> None:
@@ -17,7 +17,7 @@ def import_known_classes() -> None:
     for package in (callbacks, data_modules, data_modules.evals):
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
-    for base in (BenchmarkDataModule, Benchmark):
+    for base in (TextDataModule, Benchmark):
         if base not in Parser.bases:
             Parser.bases.append(base)
     for name, instead in unsupported_settings().items():

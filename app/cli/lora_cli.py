@@ -33,7 +33,7 @@ from callbacks.lora_one_init import LoraOneInit
 from callbacks.pissa_init import PissaInit
 from callbacks.save_config import SaveConfig
 from callbacks.settings_check import SettingsCheck
-from data_modules.benchmark_data import BenchmarkDataModule
+from data_modules.text import TextDataModule
 
 DESCRIPTION = """Fine-tune a language model with LoRA-One.
 
@@ -68,7 +68,7 @@ def make_cli(
     """
     return kind(
         LoraModule,
-        BenchmarkDataModule,
+        TextDataModule,
         trainer_class=PlanTrainer,
         subclass_mode_data=True,
         parser_class=Parser,

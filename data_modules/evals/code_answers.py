@@ -1,4 +1,4 @@
-"""The code in what a model wrote: without fences, docstrings and odd indentation, or cut where it ends."""
+"""Extract the code of a model's output: without fences, docstrings and odd indentation, or cut at its end."""
 
 import re
 from collections.abc import Sequence
@@ -33,10 +33,10 @@ def fenced_code(text: str) -> str:
 def without_docstrings(code: str) -> str:
     """Return the code without triple-quoted strings that are a line of their own."""
 
-    def keep(found: re.Match[str]) -> str:
-        before = code[code.rfind("\n", 0, found.start()) + 1 : found.start()]
-        after = code[found.end() :].partition("\n")[0]
-        return found[0] if before.strip() or after.strip() else ""
+    def keep(string: re.Match[str]) -> str:
+        before = code[code.rfind("\n", 0, string.start()) + 1 : string.start()]
+        after = code[string.end() :].partition("\n")[0]
+        return string[0] if before.strip() or after.strip() else ""
 
     return TRIPLE_QUOTED.sub(keep, code)
 

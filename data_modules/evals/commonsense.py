@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from app.evaluation.benchmark import Benchmark, Question
 from app.models.decoding import Decoding
 from app.utils.errors import InputError
-from data_modules.readers import json_list_rows
+from data_modules.readers import file_rows
 
 SETTING = "path of the benchmark commonsense"
 PROMPT = (
@@ -78,9 +78,8 @@ class Commonsense(Benchmark):
         """
         questions = []
         for name in self.tasks:
-            rows = json_list_rows(
-                self.path / name / "test.json", ("instruction", "answer"), SETTING
-            )
+            file = self.path / name / "test.json"
+            rows = file_rows(file, ("instruction", "answer"), SETTING)
             for number, (where, row) in enumerate(rows):
                 if not re.fullmatch(OPTIONS[name], row["answer"]) or row.get("input"):
                     raise InputError(

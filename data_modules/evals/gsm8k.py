@@ -5,7 +5,6 @@ behind "####", the form of the training answers; `flexible` takes the last numbe
 repeats the authors' reading, with which their published numbers are to be compared.
 """
 
-import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -13,8 +12,8 @@ from fractions import Fraction
 from app.evaluation.benchmark import Benchmark, Question
 from app.models.decoding import Decoding
 from app.utils.errors import InputError
-from data_modules.evals.number_answers import last_number, number_behind, share
-from data_modules.readers import Row, hub_rows, jsonl_rows
+from data_modules.evals.number_answers import number_behind, number_scores
+from data_modules.readers import Row, published_rows
 
 HUB_ID = "openai/gsm8k"
 PROMPT = "Q: {question}\nA: "
@@ -68,12 +67,9 @@ class Gsm8k(Benchmark):
 
     def score(self, question: Question, outputs: list[str]) -> dict[str, float]:
         """Read every output in three ways; of several outputs, return the share that is right."""
-        gold, authors = question.reference["number"], question.reference["lora_one"]
-        return {
-            "strict": share(number_behind(text, MARKER) == gold for text in outputs),
-            "flexible": share(last_number(text) == gold for text in outputs),
-            "lora_one": share(lora_one_number(text) == authors for text in outputs),
-        }
+        right = sum(lora_one_number(text) == question.reference["lora_one"] for text in outputs)
+        scores = number_scores(outputs, MARKER, question.reference["number"])
+        return {**scores, "lora_one": right / len(outputs)}
 
     def score_names(self, questions: Sequence[Question]) -> list[str]:
         """Return the names of the three readings."""
@@ -94,11 +90,7 @@ def gsm8k_rows(path: str | None, name: str) -> Iterator[tuple[str, Row, Fraction
         InputError: The file is missing, or a row lacks a field or its number.
     """
     setting = f"path of the benchmark {name}"
-    fields = ("question", "answer")
-    if path is None:
-        rows = hub_rows(HUB_ID, "main", "test", fields, setting)
-    else:
-        rows = jsonl_rows(pathlib.Path(path), fields, setting)
+    rows = published_rows(path, HUB_ID, "main", "test", ("question", "answer"), setting)
     for number, (where, row) in enumerate(rows):
         _, marker, end = row["answer"].rpartition(MARKER)
         gold = number_behind(f"{marker} {end.strip()}", MARKER)

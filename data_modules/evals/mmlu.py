@@ -4,16 +4,13 @@ Prompt, examples and comparison are those of lm-evaluation-harness's `mmlu` (tas
 prompt differs from the original's by one space before the subject.
 """
 
-import csv
-import io
 import pathlib
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from app.evaluation.benchmark import Benchmark, Question
 from app.utils.errors import InputError
 from app.utils.text import did_you_mean
-from data_modules.readers import file_bytes, hub_rows
+from data_modules.readers import archive_content, csv_cells, file_content, hub_rows
 
 HUB_ID = "cais/mmlu"
 SETTING = "path of the benchmark mmlu"
@@ -39,7 +36,7 @@ CATEGORIES = {
 }
 CATEGORY_OF = {subject: name for name, listed in CATEGORIES.items() for subject in listed.split()}
 
-Rows = list[tuple[str, list[str]]]  # where it stands; question, four options, letter
+Rows = list[list[str]]  # question, four options, letter
 
 
 class Mmlu(Benchmark):
@@ -102,9 +99,9 @@ class Mmlu(Benchmark):
                 )
             about = subject.replace("_", " ")
             head = f"The following are multiple choice questions (with answers) about {about}.\n\n"
-            for _, cells in examples[subject][: self.shots]:
+            for cells in examples[subject][: self.shots]:
                 head += f"{_ask(cells)} {cells[-1]}\n\n"
-            for number, (_, cells) in enumerate(tests[subject]):
+            for number, cells in enumerate(tests[subject]):
                 reference = {"subject": subject, "choice": f" {cells[-1]}"}
                 questions.append(Question(f"{subject}/{number}", head + _ask(cells), reference))
         return questions
@@ -124,24 +121,25 @@ class Mmlu(Benchmark):
         return ["accuracy", *(f"accuracy/{part}" for part in parts)]
 
     def _rows(self, split: str) -> Mapping[str, Rows]:
+        """Return the question, four options and letter of each row of a split, by subject."""
         if self.path is None:
             return self._hub_rows(split)
         if not self.path.is_dir():
             raise InputError(
                 f"{SETTING} is {self.path}, which is no folder: expected one with dev/ and test/"
             )
-        files = {subject: f"{subject}_{split}.csv" for subject in self.subjects}
+        names = {subject: f"{subject}_{split}.csv" for subject in self.subjects}
         archive = self.path / f"{split}.tar.gz"
         if not (self.path / split).is_dir() and archive.is_file():
-            members = _members(archive)
-            missing = sorted(set(files.values()) - set(members))
-            if missing:
-                raise InputError(
-                    f"{archive} lacks {missing[0]}: expected all subjects; change {SETTING}"
-                )
-            return {s: list(_csv_rows(members[name], name)) for s, name in files.items()}
-        found = {subject: self.path / split / name for subject, name in files.items()}
-        return {s: list(_csv_rows(file_bytes(f, SETTING), str(f))) for s, f in found.items()}
+            content = archive_content(archive, list(names.values()), SETTING)
+            sources = {subject: (content[name], name) for subject, name in names.items()}
+        else:
+            files = {subject: self.path / split / name for subject, name in names.items()}
+            sources = {s: (file_content(file, SETTING), str(file)) for s, file in files.items()}
+        return {
+            subject: [_checked(cells, where) for where, cells in csv_cells(*source, SETTING)]
+            for subject, source in sources.items()
+        }
 
     def _hub_rows(self, split: str) -> Mapping[str, Rows]:
         rows: dict[str, Rows] = {subject: [] for subject in self.subjects}
@@ -150,33 +148,8 @@ class Mmlu(Benchmark):
         for where, row in hub_rows(HUB_ID, config, split, fields, SETTING):
             if row["subject"] in rows:
                 cells = [row["question"], *row["choices"], LETTERS[row["answer"]]]
-                rows[row["subject"]].append((where, _checked(cells, where)))
+                rows[row["subject"]].append(_checked(cells, where))
         return rows
-
-
-def _members(archive: pathlib.Path) -> dict[str, bytes]:
-    """Return the files of an archive by their names without folders."""
-    try:
-        with tarfile.open(archive) as opened:
-            files = [member for member in opened if member.isfile()]
-            return {
-                pathlib.PurePosixPath(file.name).name: stream.read()
-                for file in files
-                if (stream := opened.extractfile(file)) is not None
-            }
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise InputError(f"cannot read {archive} ({error}): change {SETTING}") from error
-
-
-def _csv_rows(content: bytes, name: str) -> Iterator[tuple[str, list[str]]]:
-    """Read quoted cells as text: 'None' and 'TRUE' are options, and a cell may have several lines."""
-    try:
-        reader = csv.reader(io.StringIO(content.decode("utf-8")))
-        for number, cells in enumerate(reader):
-            where = f"row {number} of {name}"
-            yield where, _checked(cells, where)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read {name} ({error}): change {SETTING}") from error
 
 
 def _checked(cells: list[str], where: str) -> list[str]:

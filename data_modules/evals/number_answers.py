@@ -1,11 +1,11 @@
-"""Numbers in texts, read as a person reads them: for the answers of GSM8K.
+"""Read numbers in texts as a person reads them: for the answers of GSM8K.
 
 Where lm-evaluation-harness takes a run of digits, signs and dots and compares it as text, these read
 a number and compare its value; docs/evaluation.md lists every case in which that changes a verdict.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from fractions import Fraction
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
@@ -50,10 +50,20 @@ def last_number(text: str) -> Fraction | None:
     return None
 
 
-def share(verdicts: Iterable[bool]) -> float:
-    """Return the share of verdicts that are true."""
-    counted = list(verdicts)
-    return sum(counted) / len(counted)
+def number_scores(outputs: Sequence[str], marker: str, gold: Fraction) -> dict[str, float]:
+    """Read every output in two ways, and return the share that is right.
+
+    Args:
+        outputs: At least one.
+        marker: What stands before an answer.
+        gold: The right number.
+
+    Returns:
+        `strict`, by `number_behind` the marker, and `flexible`, by `last_number`.
+    """
+    strict = sum(number_behind(text, marker) == gold for text in outputs)
+    flexible = sum(last_number(text) == gold for text in outputs)
+    return {"strict": strict / len(outputs), "flexible": flexible / len(outputs)}
 
 
 def _value(number: str) -> Fraction | None:

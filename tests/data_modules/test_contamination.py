@@ -14,9 +14,8 @@ from data_modules.evals.mmlu import Mmlu
 from data_modules.gsm8k import Gsm8kDataModule
 from data_modules.instructions import InstructionDataModule, instruction_prompt
 from data_modules.metamath import MetaMathQADataModule
-from tests.support.paths import ROOT
+from tests.support.paths import DATA, needs_data
 
-DATA = ROOT.parent / "shared" / "data"
 GSM8K_TEST = str(DATA / "gsm8k" / "test.jsonl")
 ADAPTERS = DATA / "math" / "llm_adapters_math_data.json"
 
@@ -25,8 +24,8 @@ def prompts(data):
     return [prompt for prompt, _ in data.examples()]
 
 
-def asked(evaluation):
-    return [question.prompt for question in evaluation.load()]
+def asked(benchmark):
+    return [question.prompt for question in benchmark.load()]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +40,7 @@ def contaminated(tmp_path_factory):
     return str(file)
 
 
+@needs_data("gsm8k", "math")
 @pytest.mark.parametrize("kind", [Gsm8k, Gsm8kCot])
 def test_gsm8k_in_the_arithmetic_of_llm_adapters(kind, contaminated):
     """Whether GSM8K is asked directly or behind eight worked examples."""
@@ -49,7 +49,9 @@ def test_gsm8k_in_the_arithmetic_of_llm_adapters(kind, contaminated):
     assert shared_questions(prompts(InstructionDataModule(contaminated)), questions) == 300
 
 
-def test_a_run_is_told(contaminated, tiny_tokenizer):
+@pytest.mark.slow
+@needs_data("gsm8k", "math")
+def test_fitting_warns_of_them(contaminated, tiny_tokenizer):
     """All of the benchmark's questions count, though few of them are asked while training."""
     benchmark = Gsm8k(GSM8K_TEST, validation_size=2)
     data = InstructionDataModule(
@@ -58,11 +60,12 @@ def test_a_run_is_told(contaminated, tiny_tokenizer):
     data.attach(tiny_tokenizer, False)
     with pytest.warns(UserWarning, match=r"training rows of .* are questions of gsm8k, word for"):
         data.setup("fit")
-    found = shared_questions((row.prompt for row in data.rows("train")), asked(benchmark))
-    assert data.describe()["shared_questions"] == {"gsm8k": found}
-    assert found >= 299  # one row may validate
+    shared = shared_questions((row.prompt for row in data.rows("train")), asked(benchmark))
+    assert data.describe()["shared_questions"] == {"gsm8k": shared}
+    assert shared >= 299  # one row may validate
 
 
+@needs_data("gsm8k", "commonsense")
 def test_clean_files_are_clean():
     train = prompts(Gsm8kDataModule(str(DATA / "gsm8k" / "train.jsonl.gz")))
     assert shared_questions(train, asked(Gsm8k(GSM8K_TEST))) == 0
@@ -73,6 +76,7 @@ def test_clean_files_are_clean():
     assert shared_questions(known, known) == 2000
 
 
+@needs_data("gsm8k", "math")
 def test_metamath_repeats_questions_of_gsm8k_train():
     """Of five rows one is the question itself; two are rephrased, two ask for an unknown x."""
     rows = prompts(MetaMathQADataModule(str(DATA / "math" / "metamathqa_quoted_rows.json")))
@@ -101,6 +105,7 @@ def test_the_question_in_a_prompt(prompt):
     assert question_text(prompt) == "how many is 1 080 x"
 
 
+@needs_data("mmlu")
 def test_forms_that_are_not_questions_and_answers():
     text = question_text(LORA_ONE_PROMPT.replace("{prompt}", "def f(a):"))
     assert text.startswith("complete the following python code")

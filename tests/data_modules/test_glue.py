@@ -1,23 +1,17 @@
-"""The GLUE reader: the real files with all their traps, and input that cannot be used."""
+"""GLUE: the real files with all their traps, and input that cannot be used."""
 
 import gzip
 import json
-import pathlib
 import shutil
-import time
 
-import datasets
 import pytest
 
 from app.utils.errors import InputError
-from data_modules import glue
 from data_modules.glue import TASKS, GlueDataModule
+from tests.support.paths import DATA, needs_data
+from tests.support.rows import Hub, unplug_hub
 
-REAL = pathlib.Path(__file__).parents[3] / "shared" / "data" / "glue"
-real_files = pytest.mark.skipif(
-    not REAL.is_dir(), reason="the GLUE files are not beside the project"
-)
-
+REAL = DATA / "glue"
 SMALL = {
     "SST-2/train.tsv": "sentence\tlabel\nunflinchingly bleak \t0\n`` good '' \t1\n",
     "SST-2/dev.tsv": "sentence\tlabel\nfine \t1\n",
@@ -56,20 +50,41 @@ def texts(data, split="train"):
     return [(row.prompt, row.answer, row.target) for row in data.rows(split)]
 
 
-def test_prompts_of_sst2(folder):
-    prefix = "classify the sentiment of the text: "
-    assert texts(load("sst2", folder)) == [
-        (f"{prefix}unflinchingly bleak\nresult: ", "negative", 0),
-        (f"{prefix}`` good ''\nresult: ", "positive", 1),
-    ]
+PROMPTS = {
+    "sst2": [
+        ("classify the sentiment of the text: unflinchingly bleak", "negative", 0),
+        ("classify the sentiment of the text: `` good ''", "positive", 1),
+    ],
+    "mrpc": [  # quotes and number signs are text
+        ('classify the semantic similarity of the text: " He said\nHe said # it', "equivalent", 1),
+        ('classify the semantic similarity of the text: "one\n"two', "different", 0),
+    ],
+    "qnli": [
+        (
+            'classify the semantic similarity of the question and the sentence: "Who?\nHe.',
+            "entailment",
+            0,
+        ),
+        (
+            "classify the semantic similarity of the question and the sentence: Why?\nNo.",
+            "not_entailment",
+            1,
+        ),
+    ],
+    "mnli": [  # the gold label; a row has none
+        ("classify the semantic similarity of the text: One.\nn/a", "contradiction", 2)
+    ],
+}
 
 
-@pytest.mark.parametrize("mark", ["\r", "\u2028", "\u0085", "\f"])
-def test_only_a_line_feed_ends_a_line(folder, mark):
-    text = f"sentence\tlabel\r\none{mark}two\t1\r\n"
-    (folder / "SST-2" / "train.tsv").write_bytes(text.encode())
-    [(prompt, answer, _)] = texts(load("sst2", folder))
-    assert (f"one{mark}two" in prompt, answer) == (True, "positive")
+@pytest.mark.parametrize("task", PROMPTS)
+def test_prompts(task, folder):
+    rows = [(f"{prompt}\nresult: ", *rest) for prompt, *rest in PROMPTS[task]]
+    data = load(task, folder)
+    assert texts(data) == rows
+    assert texts(load(task, folder / TASKS[task].folder)) == rows, "the task's own folder"
+    assert data.rows("test") == data.rows("validation") != []
+    assert data.describe()["dropped_rows"]["train"] == (task == "mnli")
 
 
 def test_prompts_of_cola_have_no_header(folder):
@@ -79,36 +94,6 @@ def test_prompts_of_cola_have_no_header(folder):
     assert len(everything) == 4
     assert (f"{prefix}Left he.\nresult: ", "unacceptable", 0) in everything
     assert (f"{prefix}He left.\nresult: ", "acceptable", 1) in everything
-
-
-def test_prompts_of_mrpc_keep_quotes_and_number_signs(folder):
-    prefix = "classify the semantic similarity of the text: "
-    assert texts(load("mrpc", folder)) == [
-        (f'{prefix}" He said\nHe said # it\nresult: ', "equivalent", 1),
-        (f'{prefix}"one\n"two\nresult: ', "different", 0),
-    ]
-
-
-def test_prompts_of_qnli(folder):
-    prefix = "classify the semantic similarity of the question and the sentence: "
-    assert texts(load("qnli", folder)) == [
-        (f'{prefix}"Who?\nHe.\nresult: ', "entailment", 0),
-        (f"{prefix}Why?\nNo.\nresult: ", "not_entailment", 1),
-    ]
-
-
-def test_prompts_of_mnli_take_the_gold_label_and_count_rows_without(folder):
-    data = load("mnli", folder)
-    prefix = "classify the semantic similarity of the text: "
-    assert texts(data) == [(f"{prefix}One.\nn/a\nresult: ", "contradiction", 2)]
-    assert texts(data, "validation") == [(f"{prefix}A\nB\nresult: ", "neutral", 1)]
-    assert data.describe()["dropped_rows"]["train"] == 1
-
-
-def test_the_validation_set_is_reported(folder):
-    data = load("sst2", folder)
-    assert data.rows("test") == data.rows("validation")
-    assert data.describe()["rows"] == {"train": 2, "validation": 1, "test": 1}
 
 
 def test_rows_set_aside_validate_and_the_published_set_is_still_reported(folder):
@@ -137,10 +122,6 @@ def test_equal_sentences_stay_on_one_side(folder):
         data = load("cola", folder, validation_size=size)
         sides = [{row.prompt for row in data.rows(split)} for split in ("train", "validation")]
         assert not sides[0] & sides[1]
-
-
-def test_the_folder_of_the_task_itself(folder):
-    assert texts(load("sst2", folder / "SST-2")) == texts(load("sst2", folder))
 
 
 def test_first_file_that_exists_or_the_named_one(folder):
@@ -180,33 +161,6 @@ def test_a_missing_test_set(folder):
         load("mrpc", folder, test_split="test").rows("test")
 
 
-def test_a_missing_folder(tmp_path):
-    with pytest.raises(InputError, match=r"data.path=.*nowhere: expected a GLUE folder"):
-        load("sst2", tmp_path / "nowhere").rows("train")
-
-
-def test_an_empty_folder_and_one_with_other_files(tmp_path):
-    with pytest.raises(InputError, match=r"expected train.tsv or .*found nothing"):
-        load("sst2", tmp_path).rows("train")
-    (tmp_path / "training.csv").touch()
-    with pytest.raises(InputError, match=r"found training.csv; change --data.path"):
-        load("sst2", tmp_path).rows("train")
-
-
-def test_the_folder_of_another_task(folder):
-    with pytest.raises(InputError, match=r"columns sentence, label: expected question, sentence"):
-        load("qnli", folder / "SST-2").rows("train")
-    with pytest.raises(InputError, match=r"line 1 of .* has 2 columns: expected 4 \(source"):
-        load("cola", folder / "SST-2").rows("train")
-
-
-def test_a_row_with_other_columns(folder):
-    with (folder / "SST-2" / "train.tsv").open("a") as file:
-        file.write("no tab\n")
-    with pytest.raises(InputError, match=r"line 4 of .*SST-2/train.tsv has 1 columns: expected 2"):
-        load("sst2", folder).rows("train")
-
-
 def test_an_unknown_label(folder):
     with (folder / "SST-2" / "train.tsv").open("a") as file:
         file.write("so so\tmixed\n")
@@ -220,22 +174,36 @@ def test_a_set_without_rows(folder):
         load("sst2", folder).rows("train")
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("train.tsv.gz", b"not gzip"),
-        ("train.tsv.gz", gzip.compress(b"sentence\tlabel\n" + b"a\t1\n" * 99)[:-9]),
-        ("train.tsv", b"sentence\tlabel\n\xff\xfe\t1\n"),
-        ("train.jsonl", b"{'sentence': 1}\n"),
-        ("train.jsonl", b"7\n"),
-    ],
-    ids=["not gzip", "cut short", "not UTF-8", "not JSON", "no object"],
-)
-def test_a_damaged_file(folder, name, content):
-    (folder / "SST-2" / "train.tsv").unlink()
-    (folder / "SST-2" / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name}.*change --data.path"):
-        load("sst2", folder).rows("train")
+def test_folders_without_the_files(folder, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    for task, path, message in (
+        ("sst2", empty / "nowhere", r"data.path=.*nowhere: expected a GLUE folder"),
+        ("sst2", empty, r"expected train.tsv or .*found nothing"),
+        ("qnli", folder / "SST-2", "has sentence, label: expected the fields question, sentence"),
+        ("cola", folder / "SST-2", r"line 1 of .* has 2 columns: expected 4 \(source"),
+    ):
+        with pytest.raises(InputError, match=f"{message}.*change --data"):
+            load(task, path).rows("train")
+    (empty / "training.csv").touch()
+    with pytest.raises(InputError, match=r"found training.csv; change --data.path"):
+        load("sst2", empty).rows("train")
+
+
+def test_the_hub(monkeypatch, tmp_path):
+    def rows(label):
+        return [{"premise": "P ", "hypothesis": "H", "label": label, "idx": 0}]
+
+    hub = Hub(monkeypatch, train=rows(0), validation_matched=rows(1), test_matched=rows(-1))
+    data = GlueDataModule("mnli")
+    prompt = "classify the semantic similarity of the text: P\nH\nresult: "
+    assert texts(data) == [(prompt, "entailment", 0)]
+    assert texts(data, "test") == [(prompt, "neutral", 1)]
+    assert data.describe()["source"] == hub.asked[0][0] == "nyu-mll/glue"
+    with pytest.raises(InputError, match="has no labels, which GLUE withholds"):
+        GlueDataModule("mnli", test_split="test").rows("test")
+    unplug_hub(monkeypatch, tmp_path)
+    with pytest.raises(InputError, match=r"nyu-mll/glue \(sst2\).*data.path.*SST-2/train.tsv"):
+        GlueDataModule("sst2").rows("train")
 
 
 @pytest.mark.parametrize(
@@ -251,51 +219,7 @@ def test_a_training_file_without_a_folder():
         GlueDataModule("mnli", train_file="train_10k.jsonl.gz")
 
 
-class Hub:
-    """Stands for the Hub: `dataset_info` answers, `load_dataset` returns small sets."""
-
-    def __init__(self, **splits):
-        self.splits = splits
-
-    def dataset_info(self, name, timeout):
-        assert (name, timeout < 10) == ("nyu-mll/glue", True)
-
-    def load_dataset(self, name, task):
-        return {split: datasets.Dataset.from_list(rows) for split, rows in self.splits.items()}
-
-
-def test_the_hub(monkeypatch):
-    def rows(label):
-        return [{"premise": "P ", "hypothesis": "H", "label": label, "idx": 0}]
-
-    hub = Hub(train=rows(0), validation_matched=rows(1), test_matched=rows(-1))
-    monkeypatch.setattr(glue, "HfApi", lambda: hub)
-    monkeypatch.setattr(glue.datasets, "load_dataset", hub.load_dataset)
-    data = GlueDataModule("mnli")
-    prompt = "classify the semantic similarity of the text: P\nH\nresult: "
-    assert texts(data) == [(prompt, "entailment", 0)]
-    assert texts(data, "test") == [(prompt, "neutral", 1)]
-    assert data.describe()["source"] == "nyu-mll/glue"
-    with pytest.raises(InputError, match="has no labels, which GLUE withholds"):
-        GlueDataModule("mnli", test_split="test").rows("test")
-
-
-def test_the_hub_out_of_reach_fails_in_seconds(monkeypatch, tmp_path):
-    class Unreachable:
-        def dataset_info(self, name, timeout):
-            raise ConnectionError("no network")
-
-    monkeypatch.setattr(glue, "HfApi", Unreachable)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    offline = datasets.config.HF_HUB_OFFLINE
-    started = time.monotonic()
-    with pytest.raises(InputError, match=r"nyu-mll/glue \(sst2\).*data.path.*SST-2/train.tsv"):
-        GlueDataModule("sst2").rows("train")
-    assert time.monotonic() - started < 5
-    assert offline == datasets.config.HF_HUB_OFFLINE
-
-
-@real_files
+@needs_data("glue")
 @pytest.mark.parametrize(
     ("task", "num_train", "num_dev", "options"),
     [
@@ -320,7 +244,7 @@ def test_real_files(task, num_train, num_dev, options):
     assert {row.target for row in rows["train"]} == set(range(len(data.label_words)))
 
 
-@real_files
+@needs_data("glue")
 def test_real_cola_labels_and_duplicates():
     data = load("cola", REAL, validation_size=500)
     sides = [data.rows(split) for split in ("train", "validation")]
@@ -328,13 +252,13 @@ def test_real_cola_labels_and_duplicates():
     assert not {row.prompt for row in sides[0]} & {row.prompt for row in sides[1]}
 
 
-@real_files
+@needs_data("glue")
 def test_real_mnli_hypotheses_that_look_missing():
     rows = load("mnli", REAL, train_file="train_10k.jsonl.gz").rows("train")
     assert sum(row.prompt.endswith("\nn/a\nresult: ") for row in rows) == 2
 
 
-@real_files
+@needs_data("glue")
 def test_real_files_again_by_the_words_of_their_lines():
     lines = (REAL / "MNLI" / "train.tsv").read_bytes().decode().split("\n")[1:-1]
     last = [line.split("\t")[-1] for line in lines]

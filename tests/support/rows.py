@@ -1,0 +1,63 @@
+"""Rows, files and a Hub for the tests of data modules and benchmarks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+LOAD_DATASET = datasets.load_dataset
+
+
+def write_jsonl(path: Path, *rows: Any) -> str:
+    """Write JSON lines and return the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def attached(kind: type, tokenizer: Any, **options: Any) -> Any:
+    """Return a data module that drops no row of a tiny tokenizer for its length, with that tokenizer."""
+    data = kind(**{"max_length": 100_000, "validation_size": 1, **options})
+    data.attach(tokenizer, is_encoder_decoder=False, context_length=None)
+    return data
+
+
+def texts(data: Any, *splits: str) -> list[tuple[str, str]]:
+    """Return prompt and answer of the rows of some splits, of the training rows if none is named."""
+    return [(row.prompt, row.answer) for split in splits or ("train",) for row in data.rows(split)]
+
+
+class Hub:
+    """Stands for the Hub, with one set for each split.
+
+    Args:
+        monkeypatch: pytest's, which puts the Hub's functions back.
+        rows: Rows of each set, by its name.
+    """
+
+    def __init__(self, monkeypatch: Any, **rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+        self.asked: list[tuple[str, ...]] = []
+        monkeypatch.setattr("data_modules.readers.HfApi", lambda: self)
+        monkeypatch.setattr("data_modules.readers.datasets.load_dataset", self.load_dataset)
+
+    def dataset_info(self, name: str, timeout: float) -> None:
+        """Answer, if asked not to take long."""
+        assert timeout < 10
+
+    def load_dataset(self, *name: str, split: str) -> datasets.Dataset:
+        """Return a set, and remember its name."""
+        self.asked.append((*name, split))
+        return datasets.Dataset.from_list(self.rows[split])
+
+
+def unplug_hub(monkeypatch: Any, cache: Path) -> None:
+    """Let the Hub be out of reach, and nothing of it be in the cache."""
+
+    class Unreachable:
+        def dataset_info(self, *_: Any, **__: Any) -> None:
+            raise ConnectionError("no network")
+
+    monkeypatch.setattr("data_modules.readers.HfApi", Unreachable)
+    monkeypatch.setattr("data_modules.readers.datasets.load_dataset", LOAD_DATASET)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
