@@ -63,30 +63,29 @@ def export(run: Path, merge: bool, output: Path | None = None) -> Path:
             "writes the model"
         )
     if whole or not merge:
-        with _new_beside(target) as part:
-            made = folder.model if whole else folder.adapter
-            shutil.copytree(made, part, dirs_exist_ok=True)
+        with _atomic_folder(target) as part:
+            shutil.copytree(folder.model if whole else folder.adapter, part, dirs_exist_ok=True)
         return target
     settings = yaml.safe_load(folder.config.read_text())["model"]
     summary = json.loads(folder.summary.read_text())
     source = resolve_model(settings["name"])
-    found, expected = model_fingerprint(source), summary["model"]["fingerprint"]
-    if found != expected:
+    fingerprint, expected = model_fingerprint(source), summary["model"]["fingerprint"]
+    if fingerprint != expected:
         raise InputError(
-            f"the base model {source.name} has fingerprint {found}, but the run was trained on "
+            f"the base model {source.name} has fingerprint {fingerprint}, but the run was trained on "
             f"{expected}: the weights behind model.name have changed"
         )
     transformers_logging.disable_progress_bar()
     base = load_model(source, getattr(torch, settings["dtype"]))
     trained = load_adapter(base, folder.adapter, trainable=False)
-    with _new_beside(target) as part:
+    with _atomic_folder(target) as part:
         save_merged(trained, load_tokenizer(source), part)
     return target
 
 
 @contextmanager
-def _new_beside(target: Path) -> Iterator[Path]:
-    """Yield a new folder that becomes `target` when all is written, and vanishes otherwise."""
+def _atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes `target` when the block ends, and is removed after an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

@@ -91,9 +91,9 @@ def test_refusals(trained, command, capsys, tmp_path):
     weights["model.norm.weight"][0] += 1
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     assert command("export", "--run", run, "--merge") == 2
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     expected = json.loads((run / "summary.json").read_text())["model"]["fingerprint"]
-    assert f"but the run was trained on {expected}" in told
+    assert f"but the run was trained on {expected}" in printed
     assert not (run / "merged").exists()
 
     (run / "summary.json").unlink()
@@ -108,7 +108,7 @@ def test_an_adapter_of_another_model(trained, command, capsys, tiny_run, run_mod
     assert "does not fit the model" in capsys.readouterr().err
     assert command("fit", "--run", run) == 2
     assert "LoraOneInit, which would overwrite the adapter in" in capsys.readouterr().err
-    # On its own model it is the start of more training.
+    # On its own model it is trained further.
     assert command("fit", "--config", tiny_run, *options) == 0
     first, second = (
         json.loads((folder / "summary.json").read_text())["metrics"]
@@ -118,13 +118,14 @@ def test_an_adapter_of_another_model(trained, command, capsys, tiny_run, run_mod
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"), [((), "required: --run"), (("--run", "x", "--mrge"), "--mrge")]
+    ("argv", "message"), [((), "required: --run"), (("--run", "x", "--mrge"), "--mrge")]
 )
-def test_wrong_usage_is_one_line(argv, told, command, capsys):
+def test_wrong_usage_is_one_line(argv, message, command, capsys):
     assert command("export", *argv) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("error: export: ")
-    assert told in printed
+    assert printed.startswith("error: ")
+    assert "see python train.py export --help" in printed
+    assert message in printed
     assert printed.count("\n") == 1
 
 

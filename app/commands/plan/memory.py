@@ -153,11 +153,6 @@ def gathered_bytes(model: nn.Module, placement: Placement) -> int:
     return root + max((sum(sizes[i : i + 2]) for i in range(len(sizes))), default=0)
 
 
-def exchange_bytes(gradients: int, placement: Placement) -> int:
-    """Return the buffer in which gradients meet: as large as they are, with several processes."""
-    return gradients if placement.world_size > 1 else 0
-
-
 def optimizer_bytes(make_optimizer: OptimizerCallable, groups: Iterable[dict[str, Any]]) -> int:
     """Return the bytes of an optimizer's states after its first step.
 

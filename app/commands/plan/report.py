@@ -16,6 +16,8 @@ EXAMPLES = 3
 OPEN, CLOSE = ">>>", "<<<"
 LABEL, NUMBER = 34, 12
 """Columns of a line's first two parts."""
+Row = tuple[str, int | None, str]
+"""Label, bytes, note; without bytes there is no line."""
 NOT_COUNTED = """\
   not counted: the interpreter and its libraries (or the CUDA context), about half a GiB, and
   what the allocator keeps aside"""
@@ -128,11 +130,18 @@ def memory_text(needed: RunMemory, placement: Placement) -> str:
     """
     world = placement.world_size
     processes = f"{placement.strategy}, {world} processes" if world > 1 else placement.strategy
-    spread = f"1/{world} of them" if placement.sharded else "whole"
-    if placement.cpu_offload:
-        spread = "in host memory"
-    parts = [
-        ("frozen weights", needed.frozen, spread),
+    parts, peaks = (
+        [_line(label, size_text(size), note) for label, size, note in rows if size is not None]
+        for rows in (_parts(needed, placement), _peaks(needed, placement))
+    )
+    heading = f"memory of each process ({processes}):"
+    return "\n".join([heading, *parts, "", "most at once:", *peaks, NOT_COUNTED])
+
+
+def _parts(needed: RunMemory, placement: Placement) -> list[Row]:
+    spread = f"1/{placement.world_size} of them" if placement.sharded else "whole"
+    rows: list[Row] = [
+        ("frozen weights", needed.frozen, "in host memory" if placement.cpu_offload else spread),
         ("gathered weights", needed.gathered or None, "whole while computing"),
         ("trained weights", needed.trained, ""),
         ("gradients", needed.trained, ""),
@@ -143,42 +152,31 @@ def memory_text(needed: RunMemory, placement: Placement) -> str:
         ("validation batch", needed.validation or None, "without gradients"),
         ("benchmark questions", needed.generation or None, "keys and values of the largest batch"),
     ]
-    used = {}
     if (given := needed.initialization) is not None:
-        used[given.estimator] = "<- this run"
-        parts += [
+        rows += [
             ("initialization, activations", given.activations, "longest micro-batch"),
-            ("initialization, sketch", given.sketch, used.get("sketch", "")),
-            ("initialization, exact", given.exact, used.get("exact", "")),
+            ("initialization, sketch", given.sketch, _used("sketch", needed)),
+            ("initialization, exact", given.exact, _used("exact", needed)),
         ]
+    return rows
+
+
+def _peaks(needed: RunMemory, placement: Placement) -> list[Row]:
     loading = "in the first process, which reads the weights"
-    peaks = [
+    return [
         *(
-            (f"initialization ({kind})", size, used.get(kind, ""))
+            (f"initialization ({kind})", size, _used(kind, needed))
             for kind, size in needed.initialization_peaks.items()
         ),
         ("training", needed.training_peak, ""),
         ("validation", needed.validation_peak, ""),
         ("host memory while loading", needed.loading if placement.sharded else None, loading),
     ]
-    return "\n".join(
-        [
-            f"memory of each process ({processes}):",
-            *(
-                _line(label, size_text(size), note)
-                for label, size, note in parts
-                if size is not None
-            ),
-            "",
-            "most at once:",
-            *(
-                _line(label, size_text(size), note)
-                for label, size, note in peaks
-                if size is not None
-            ),
-            NOT_COUNTED,
-        ]
-    )
+
+
+def _used(kind: str, needed: RunMemory) -> str:
+    given = needed.initialization
+    return "<- this run" if given is not None and kind == given.estimator else ""
 
 
 def verdict_text(peak: int, memory: int, given: bool) -> str:

@@ -11,6 +11,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+matplotlib.use("Agg")
+
+# Okabe and Ito's colours, which differ for any colour vision; line styles differ in grey too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLES = ("-", "--", "-.", (0, (2, 1)), (0, (5, 1, 1, 1, 1, 1)), ":")
+BOUND_STYLES = ((0, (4, 2)), (0, (1, 1.5)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+GREEK = {"Delta": "Δ", "Sigma": "Σ", "kappa": "κ", "theta": "θ", "gamma": "γ"}
+
 Scale = Literal["linear", "log"]
 
 
@@ -67,31 +76,14 @@ class Picture:
                 yield self.name, curve.panel, curve.label, float(x), float(y)
 
 
-matplotlib.use("Agg")
-
-# Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart in grey.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLES = ("-", "--", "-.", (0, (2, 1)), (0, (5, 1, 1, 1, 1, 1)), ":")
-BOUND_STYLES = ((0, (4, 2)), (0, (1, 1.5)))
-MARKERS = ("o", "s", "^", "D", "v", "P")
-
-
-GREEK = {"Delta": "Δ", "Sigma": "Σ", "kappa": "κ", "theta": "θ", "gamma": "γ"}
-
-
 def draw(picture: Picture, folder: Path) -> Path:
     """Write `folder`/NAME.png: panels beside each other, one legend below all of them."""
     panels = picture.panels
     labels = list(dict.fromkeys(c.label for c in picture.curves if c.kind != "bound"))
     bounds = list(dict.fromkeys(c.label for c in picture.curves if c.kind == "bound"))
-    figure, grid = plt.subplots(
-        1,
-        len(panels),
-        figsize=(max(5.6, 3.4 * len(panels)), 4.2),
-        sharey=picture.share_y,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = plt.figure(figsize=(max(5.6, 3.4 * len(panels)), 4.2), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=picture.share_y, squeeze=False)
+    positive = any(value > 0 for curve in picture.curves for value in curve.y)
     handles = {}
     for axes, panel in zip(grid[0], panels, strict=True):
         for curve in picture.curves:
@@ -99,9 +91,7 @@ def draw(picture: Picture, folder: Path) -> Path:
                 place = (bounds if curve.kind == "bound" else labels).index(curve.label)
                 handles[_greek(curve.label)] = _plot(axes, curve, place)
         axes.set(xscale=picture.x.scale, xlabel=_greek(picture.x.label))
-        if any(
-            value > 0 for curve in picture.curves for value in curve.y
-        ):  # else a log has no place
+        if positive:  # else there is nothing to draw on a logarithmic axis
             axes.set_yscale(picture.y.scale)
         axes.set_title(_greek(panel), fontsize=10)
         axes.grid(alpha=0.3)

@@ -30,7 +30,7 @@ LORA_GA_GAMMA = 4.0
 
 
 class Method(NamedTuple):
-    """A curve of the figures: an initialization and a way down."""
+    """A curve of the figures: an initialization and a kind of descent."""
 
     label: str
     spectral: bool

@@ -54,16 +54,9 @@ def judge(
         InputError: There is no bubblewrap.
     """
     folder = tempfile.mkdtemp(prefix="lora-one-") if sandbox == "unprotected" else None
-    job = {
-        "command": sandbox_command(sandbox, timeout),
-        "folder": folder,
-        "program": program,
-        "entry_point": entry_point,
-        "setup": setup,
-        "tests": tests,
-        "timeout": timeout,
-        "start_s": START_S,
-    }
+    job: dict[str, object] = {"program": program, "entry_point": entry_point, "setup": setup}
+    job |= {"tests": tests, "timeout": timeout, "start_s": START_S}
+    job |= {"command": sandbox_command(sandbox, timeout), "folder": folder}
     try:
         process = subprocess.run(
             [interpreter(), "-I", "-S", "-B", str(HERE / "judge_process.py")],

@@ -96,10 +96,10 @@ def test_overrides(run, tmp_path, monkeypatch):
     rows = read(folder)
     assert {panel for figure, panel, *_ in rows if figure == "loss_by_kappa"} == {"kappa = 3"}
     # The best rank-1 matrix misses the second singular value, 1 / kappa.
-    [found] = {
+    [best] = {
         float(y) for f, p, c, _, y in rows if f == "error_by_rank" and "best" in c and "r = 1," in p
     }
-    assert found == pytest.approx(1e-4)
+    assert best == pytest.approx(1e-4)
     assert read(folder.with_name("version_1")) != rows
 
 
@@ -152,13 +152,13 @@ def test_an_inequality_that_fails_is_the_exit_status(run, tmp_path, monkeypatch,
 @pytest.mark.parametrize("kind", ["linear", "relu"])
 def test_shipped_configs(kind, command, monkeypatch, tmp_path):
     """A file runs by itself, and its first line says how."""
-    found = []
-    monkeypatch.setattr(theory, "run", lambda settings, folder: found.append(settings) or 0)
+    launched = []
+    monkeypatch.setattr(theory, "run", lambda settings, folder: launched.append(settings) or 0)
     file = CONFIGS / "theory" / f"{kind}.yaml"
     line = f"# python train.py theory --config theory/{kind}.yaml"
     assert file.read_text().splitlines()[0] == line
     assert command("theory", "--config", f"theory/{kind}.yaml", f"--output.root={tmp_path}") == 0
-    [settings] = found
+    [settings] = launched
     assert settings.problem.kind == kind
     assert settings.output.name == f"theory_{kind}"
     assert settings.output.instances == 100

@@ -65,11 +65,11 @@ def test_lora_sb_stays_between_its_spaces():
     gradient = linear.gradient(torch.zeros_like(change))[:1]
     one = LinearProblem(change[:1], linear.second_moment[:1])
     U, S, Vt = np.linalg.svd(gradient[0].numpy())
-    way = list(descend_core(one, 2, 0.1, 400))
-    np.testing.assert_allclose(way[0][0], -(U[:, :2] * S[:2]) @ Vt[:2], atol=1e-12)
-    for update in (way[1], way[-1]):
+    path = list(descend_core(one, 2, 0.1, 400))
+    np.testing.assert_allclose(path[0][0], -(U[:, :2] * S[:2]) @ Vt[:2], atol=1e-12)
+    for update in (path[1], path[-1]):
         np.testing.assert_allclose(U[:, 2:].T @ update[0].numpy(), 0, atol=1e-12)
         np.testing.assert_allclose(update[0].numpy() @ Vt[2:].T, 0, atol=1e-12)
     # What it comes to is the best that there is between them.
-    left = U[:, :2].T @ one.gradient(way[-1])[0].numpy() @ Vt[:2].T
+    left = U[:, :2].T @ one.gradient(path[-1])[0].numpy() @ Vt[:2].T
     np.testing.assert_allclose(left, 0, atol=1e-8)

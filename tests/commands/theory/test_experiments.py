@@ -24,8 +24,8 @@ def settings(problem=SMALL, **sections):
 
 
 def curve(picture, label, panel=None):
-    [found] = [c for c in picture.curves if c.label == label and panel in (None, c.panel)]
-    return list(found.y)
+    [match] = [c for c in picture.curves if c.label == label and panel in (None, c.panel)]
+    return list(match.y)
 
 
 def first_problem(given, *kappas):
@@ -76,8 +76,8 @@ def test_steps_to_a_fixed_error():
     ):
         expected = []
         for change, moment in first_problem(given, *kappas):
-            way = walk(change, moment, *spectral(change, moment, 2), lr, 2000, damping)
-            errors = (np.linalg.norm(update - change) for update in way)
+            path = walk(change, moment, *spectral(change, moment, 2), lr, 2000, damping)
+            errors = (np.linalg.norm(update - change) for update in path)
             expected.append(next(t for t, error in enumerate(errors) if error <= TOLERANCE))
         assert curve(picture, label) == expected
         assert min(expected) > 3
@@ -92,11 +92,11 @@ def test_errors_of_lora_ga_with_what_it_subtracts_from_the_base():
     size = 20**0.25 / LORA_GA_GAMMA**0.5
     A, B = size * V[:, :2].T, size * U[:, 2:4]
     lr, damping = given.descent.preconditioned_lr, given.descent.damping
-    way = walk(change, moment, A, B, lr, steps, damping, offset=-B @ A)
-    expected = [np.linalg.norm(update - change) ** 2 for update in way]
+    path = walk(change, moment, A, B, lr, steps, damping, offset=-B @ A)
+    expected = [np.linalg.norm(update - change) ** 2 for update in path]
     assert expected[0] == pytest.approx(np.linalg.norm(change) ** 2)
-    found = curve(picture, "LoRA-GA, preconditioned", "r = 2, r* = 2")
-    assert found == pytest.approx(expected, rel=1e-6)
+    drawn = curve(picture, "LoRA-GA, preconditioned", "r = 2, r* = 2")
+    assert drawn == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_bound_of_the_angle_is_that_of_the_linearised_descent():
@@ -118,5 +118,5 @@ def test_the_relu_initialization_is_best_at_the_gamma_of_the_theory():
     sweep = SweepSettings(samples_per_input=[64, 1024], draws=2)
     [picture] = error_by_gamma(settings(problem, sweep=sweep))
     for many in sweep.samples_per_input:
-        [found] = [c for c in picture.curves if c.label == f"N = {many} n"]
-        assert found.x[int(np.argmin(found.y))] == pytest.approx(2, abs=0.3)
+        [drawn] = [c for c in picture.curves if c.label == f"N = {many} n"]
+        assert drawn.x[int(np.argmin(drawn.y))] == pytest.approx(2, abs=0.3)

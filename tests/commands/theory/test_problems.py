@@ -96,7 +96,7 @@ def test_misalignment_is_the_sine_of_the_largest_principal_angle():
         matrix = np.zeros((9, 5))
         matrix[:, :3] = (space + turn * draws.standard_normal((9, 3))) * (5, 4, 3)
         matrix[:, 3:] = 1e-12 * draws.standard_normal((9, 2))
-        [found] = misalignment(*map(torch.from_numpy, (space[None], matrix[None])))
+        [measured] = misalignment(*map(torch.from_numpy, (space[None], matrix[None])))
         leading = np.linalg.svd(matrix)[0][:, :3]
         wanted = math.sin(subspace_angles(space, leading).max())
-        assert float(found) == pytest.approx(wanted, rel=1e-5)
+        assert float(measured) == pytest.approx(wanted, rel=1e-5)

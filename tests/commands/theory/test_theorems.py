@@ -101,9 +101,9 @@ def test_spectral_initialization_below_the_true_rank_misses_little_more_than_it_
 )
 def test_time_of_alignment_is_proportional_to_the_theorem_s(places, low, high):
     """Thm 3.2: t* = Theta(ln(sqrt(n) / theta) / ln(1 + lr s_r*)), over angles, step sizes, lengths."""
-    expected, found = zip(*(hitting_times(3, *place, 8) for place in places), strict=True)
-    assert low < slope(np.mean(expected, 1), np.mean(found, 1)) < high
-    ratio = np.divide(found, expected)
+    expected, measured = zip(*(hitting_times(3, *place, 8) for place in places), strict=True)
+    assert low < slope(np.mean(expected, 1), np.mean(measured, 1)) < high
+    ratio = np.divide(measured, expected)
     assert ratio.min() > 0.5
     assert ratio.max() < 2
 
@@ -133,13 +133,13 @@ def rates(kappas, lr, damping, steps):
 def test_rate_of_gradient_descent_is_one_over_kappa():
     """The slowest direction moves by lr s_r*(Delta), s_1 being 1: near the answer exactly."""
     for kappa in (3.0, 10.0, 30.0, 100.0, 300.0):
-        [found] = rates([kappa], 0.3, None, round(20 * kappa))
-        assert found == pytest.approx(0.3 / kappa, rel=0.02), kappa
+        [measured] = rates([kappa], 0.3, None, round(20 * kappa))
+        assert measured == pytest.approx(0.3 / kappa, rel=0.02), kappa
 
 
 def test_rate_of_the_preconditioned_descent_is_free_of_kappa():
-    found = rates([1.0, 10.0, 100.0, 1000.0], 0.3, 0.0, 25)
-    assert found == pytest.approx([0.3] * 4, rel=1e-3)
+    measured = rates([1.0, 10.0, 100.0, 1000.0], 0.3, 0.0, 25)
+    assert measured == pytest.approx([0.3] * 4, rel=1e-3)
 
 
 def test_relu_initialization_is_off_by_the_turn_of_the_rows():
@@ -160,8 +160,8 @@ def test_the_rates_of_the_convergence_theorems(preconditioned):
     [check] = linear_convergence(rng(3), 20, preconditioned)
     factors = (check.bound[:, 1:40] / check.bound[:, :39]).amax(1)
     draws = rng(3)
-    found = linear_instances(draws, 20, USUAL, 1000 if preconditioned else 30, 1 / 16)
+    measured = linear_instances(draws, 20, USUAL, 1000 if preconditioned else 30, 1 / 16)
     # lr times |Delta| in the first case, as lr is drawn in units of 1 / |Delta|.
     lr = log_uniform(draws, *((0.05, 0.5) if preconditioned else (0.025, 0.25)), 20)
-    expected = 1 - lr / 2 if preconditioned else 1 - lr / found.kappa / 2
+    expected = 1 - lr / 2 if preconditioned else 1 - lr / measured.kappa / 2
     assert factors.tolist() == pytest.approx(expected.tolist(), rel=1e-6)

@@ -43,7 +43,7 @@ def f(x): raise Mine(x)
 >>> except KeyError:
 >>>     return
 >>> assert False
-### cannot be told: AssertionError, whose text is a ValueError
+### cannot be written: AssertionError, whose text is a ValueError
 def f(x): return 10**5000
 >>> y = candidate(0)
 >>> assert y == 1, y
