@@ -160,7 +160,7 @@ def test_what_cannot_be_had_is_refused_by_its_name(
     setting, message, command, tiny_run, capfd, monkeypatch
 ):
     if "fits" not in message and "but model" not in message:  # said before any weights are loaded
-        monkeypatch.setattr("app.training.module.load_model", None)
+        monkeypatch.setattr("app.training.model_building.load_model", None)
     assert command("fit", "--config", tiny_run, f"--model.adapter.{setting}") == 2
     error = capfd.readouterr().err
     assert message in error
