@@ -28,9 +28,7 @@ from app.utils.arguments import Parser, PlainHelp
 from app.utils.errors import InputError
 from app.utils.signals import StopSignals
 from callbacks.benchmark_results import BenchmarkResults
-from callbacks.lora_ga_init import LoraGaInit
-from callbacks.lora_one_init import LoraOneInit
-from callbacks.pissa_init import PissaInit
+from callbacks.initialization import AdapterInit
 from callbacks.save_config import SaveConfig
 from callbacks.settings_check import SettingsCheck
 from data_modules.text import TextDataModule
@@ -123,7 +121,7 @@ class LoraCLI(LightningCLI):
         """Add the sections `init` and `output`, and one seed for everything."""
         parser.add_argument(
             "--init",
-            type=LoraOneInit | LoraGaInit | PissaInit | None,
+            type=AdapterInit | None,
             default=None,
             help="The callback that initializes the adapter, such as LoraOneInit; null keeps "
             "PEFT's initialization (lora_A random, lora_B zero).",
