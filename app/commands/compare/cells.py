@@ -85,61 +85,40 @@ def state_of(folder: Path, benchmarks: Collection[str] = ()) -> CellState:
     return CellState("started" if versions else "missing")
 
 
-def parse_rates(text: str) -> list[float]:
-    """Read `1e-4,3e-4` as learning rates.
+def parse_rate(text: str) -> float:
+    """Read a learning rate; raise ValueError unless it is a finite number above 0."""
+    rate = float(text)
+    if not (math.isfinite(rate) and rate > 0):
+        raise ValueError(text)
+    return rate
+
+
+def parse_seed(text: str) -> int:
+    """Read a seed; raise ValueError unless it is a whole number from 0 to 2^32 - 1."""
+    if not (text.isascii() and text.isdigit() and int(text) < 2**32):
+        raise ValueError(text)
+    return int(text)
+
+
+def parse_list(option: str, text: str, parse: Callable[[str], T], expected: str) -> list[T]:
+    """Read values with commas between.
+
+    Args:
+        option: Names it, for errors.
+        text: The values.
+        parse: Reads one; raises ValueError.
+        expected: What is expected, for errors.
 
     Raises:
-        InputError: One is no finite number above 0, or occurs twice.
+        InputError: A value is wrong or missing, or occurs twice.
     """
-
-    def rate(part: str) -> float:
-        value = float(part)
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(part)
-        return value
-
-    return _parse("learning_rates", text, rate, "numbers above 0, such as 1e-4,3e-4,1e-3")
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Read `0,1,2` as seeds.
-
-    Raises:
-        InputError: One is no whole number from 0 to 2^32 - 1, or occurs twice.
-    """
-
-    def seed(part: str) -> int:
-        if not (part.isascii() and part.isdigit() and int(part) < 2**32):
-            raise ValueError(part)
-        return int(part)
-
-    return _parse("seeds", text, seed, f"whole numbers from 0 to {2**32 - 1}, such as 0,1,2")
-
-
-def parse_methods(text: str, known: Sequence[str]) -> list[str]:
-    """Read `lora,lora_one` as names of method overlays.
-
-    Raises:
-        InputError: One is unknown, which lists all, or occurs twice.
-    """
-    methods = _parse("methods", text, str, f"names with commas between, such as {known[0]}")
-    for method in methods:
-        if method not in known:
-            raise InputError(f"there is no method {method!r}: expected some of {', '.join(known)}")
-    return methods
-
-
-def _parse(name: str, text: str, convert: Callable[[str], T], expected: str) -> list[T]:
-    """Read values with commas between; `convert` raises ValueError for a wrong one."""
     values: list[T] = []
-    for part in text.split(","):
-        if not part.strip():
-            raise InputError(f"--{name} is {text!r}: expected {expected}")
+    for part in (part.strip() for part in text.split(",")):
         try:
-            value = convert(part.strip())
+            value = parse(part)
         except ValueError as error:
-            raise InputError(f"--{name} has {part.strip()!r}: expected {expected}") from error
+            raise InputError(f"{option} has {part!r}: expected {expected}") from error
         if value in values:
-            raise InputError(f"--{name} names {value} twice: expected each value once")
+            raise InputError(f"{option} names {value} twice: expected each value once")
         values.append(value)
     return values

@@ -44,7 +44,7 @@ class Run:
         learning_rate: Of the optimizer; NaN if it has none or it is not known.
         seed: The seed; None where it is not known.
         settings: What makes the method, without the learning rate; None where it is not known.
-        task: What all comparable runs share; None where it is not known.
+        task: What all comparable runs share; empty where it is not known.
         record: Of a finished run its summary.json.
         curves: Of a finished run its metrics.csv: (step, value) lists by name.
     """
@@ -56,7 +56,7 @@ class Run:
     learning_rate: float = math.nan
     seed: int | None = None
     settings: Settings | None = None
-    task: Settings | None = None
+    task: Settings = field(default_factory=dict)
     record: RunRecord = field(default_factory=RunRecord, repr=False)
     curves: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict, repr=False)
 
@@ -213,7 +213,7 @@ def read_run(folder: Path) -> Run | None:
 
 def _cells_without_run(root: Path, manifest: GridManifest) -> Iterator[Run]:
     """Yield the cells of a comparison that failed, never began or left no settings."""
-    task = without_model_name(manifest.task) if manifest.task else None
+    task = without_model_name(manifest.task or {})
     for cell in manifest.cells:
         folder = root / CELLS_FOLDER / cell.name
         progress = state_of(folder)
@@ -241,7 +241,7 @@ def _newest(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
     newest: dict[tuple[Any, ...], Run] = {}
     repeated = []
     for run in sorted(runs, key=trained_at):
-        parts = (sorted((run.settings or {}).items()), sorted((run.task or {}).items()))
+        parts = (sorted((run.settings or {}).items()), sorted(run.task.items()))
         identity = (run.method, repr(parts), repr(run.learning_rate), run.seed)
         if identity in newest:
             reason = f"the same settings were run again later: {run.folder}"

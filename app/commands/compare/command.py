@@ -10,9 +10,9 @@ from app.commands.compare.cells import (
     Cell,
     CellState,
     grid,
-    parse_methods,
-    parse_rates,
-    parse_seeds,
+    parse_list,
+    parse_rate,
+    parse_seed,
 )
 from app.commands.compare.collect import collect
 from app.commands.compare.launch import check_array, write_launch_file
@@ -76,9 +76,8 @@ def compare(arguments: Sequence[str], resolve: Resolver) -> int:
     """
     known = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))
     given, rest = _parse(arguments, known)
-    methods = parse_methods(given.methods, known)
-    rates, seeds = parse_rates(given.learning_rates), parse_seeds(given.seeds)
-    cells = grid(methods, rates, seeds)
+    cells = _parse_grid(given, known)
+    methods = list(dict.fromkeys(cell.method for cell in cells))
     options = RunOptions(given.config, rest, resolve)
     runs = resolve_methods(methods, known, options)
     folder, manifest = _check_grid(given, cells, runs)
@@ -158,6 +157,21 @@ def _parse(arguments: Sequence[str], known: Sequence[str]) -> tuple[argparse.Nam
     for name in given.test_config:
         find_config(name)
     return given, rest
+
+
+def _parse_grid(given: argparse.Namespace, known: Sequence[str]) -> list[Cell]:
+    def method(name: str) -> str:
+        if name not in known:
+            raise ValueError(name)
+        return name
+
+    rates = "numbers above 0, such as 1e-4,3e-4,1e-3"
+    seeds = f"whole numbers from 0 to {2**32 - 1}, such as 0,1,2"
+    return grid(
+        parse_list("--methods", given.methods, method, f"some of {', '.join(known)}"),
+        parse_list("--learning_rates", given.learning_rates, parse_rate, rates),
+        parse_list("--seeds", given.seeds, parse_seed, seeds),
+    )
 
 
 def _check_grid(

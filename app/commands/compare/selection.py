@@ -92,21 +92,16 @@ def comparisons(runs: Sequence[Run], score: str | None = None) -> list[Compariso
     if score is not None and score not in known:
         names = ", ".join(sorted(known)) or "none"
         raise InputError(f"--score is {score!r}, which no run has: expected one of {names}")
-    groups: list[tuple[Settings, list[Run]]] = []
+    groups: dict[str, list[Run]] = {}
     for run in finished:
-        task = run.task or {}
-        members = next((members for shared, members in groups if shared == task), None)
-        if members is None:
-            groups.append((task, [run]))
-        else:
-            members.append(run)
-    groups.sort(key=lambda group: -len(group[1]))
+        groups.setdefault(repr(sorted(run.task.items())), []).append(run)
+    by_size = sorted(groups.values(), key=len, reverse=True)
     excluded = [run for run in runs if run.state not in ("finished", "repeated", "withdrawn")]
     made = []
-    for shared, members in groups:
-        own = [run for run in excluded if _belongs(run, shared, members, len(groups) == 1)]
-        differs_by = differences(groups[0][0], shared)
-        made.append(_compare(_variants(members, own), score, shared, differs_by))
+    for members in by_size:
+        own = [run for run in excluded if _belongs(run, members, len(groups) == 1)]
+        differs_by = differences(by_size[0][0].task, members[0].task)
+        made.append(_compare(_variants(members, own), score, members[0].task, differs_by))
     return made
 
 
@@ -115,11 +110,12 @@ def _score_names(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(n for run in runs for moment in moments for n in run.scores(moment)))
 
 
-def _belongs(excluded: Run, shared: Settings, members: Sequence[Run], only: bool) -> bool:
+def _belongs(excluded: Run, members: Sequence[Run], only: bool) -> bool:
     """Return whether an excluded run is of the task of some finished runs."""
     if excluded.method is None:
         return False
-    if excluded.task is not None:
+    if excluded.task:
+        shared = members[0].task
         known = {name: value for name, value in shared.items() if name not in KNOWN_AT_THE_END}
         return not differences(excluded.task, known)
     return only or any(run.folder.is_relative_to(excluded.folder.parent) for run in members)

@@ -1,0 +1,32 @@
+"""compare.json: what a comparison was asked for, kept beside its cells."""
+
+import pytest
+
+from app.commands.compare.cells import Cell
+from app.commands.compare.manifest import GridManifest, read_manifest, update_manifest
+from app.utils.errors import InputError
+
+CELL = Cell("lora", 1e-3, 0)
+
+
+def manifest(steps, *cells, **more):
+    return GridManifest(task={"trainer.max_steps": steps}, cells=cells, **more)
+
+
+def test_a_manifest_of_which_nothing_was_trained_gives_way(tmp_path):
+    update_manifest(tmp_path, manifest(1, CELL, Cell("dora", 1e-3, 0)))
+    update_manifest(tmp_path, manifest(2, CELL))
+    assert read_manifest(tmp_path) == manifest(2, CELL)
+    (tmp_path / "cells" / CELL.name / "version_0").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"another task: trainer.max_steps \(2, 3\)"):
+        update_manifest(tmp_path, manifest(3, CELL))
+
+
+def test_a_wider_grid_adds_to_it(tmp_path):
+    settings = {"model.optimizer.class_path": "app.precond_adamw.PreconditionedAdamW"}
+    named = {"model.optimizer.class_path": "PreconditionedAdamW"}  # as this version does
+    update_manifest(tmp_path, manifest(1, CELL, methods={"lora_one": settings}))
+    other = Cell("lora", 1e-2, 7)
+    update_manifest(tmp_path, manifest(1, other, CELL, methods={"lora": {}}))
+    methods = {"lora_one": named, "lora": {}}
+    assert read_manifest(tmp_path) == manifest(1, CELL, other, methods=methods)
