@@ -1,6 +1,5 @@
 """The callback that watches the factors: what it writes, what it takes from elsewhere, what it leaves alone."""
 
-import csv
 import json
 import math
 from collections import defaultdict
@@ -8,12 +7,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-import callbacks.alignment_monitor
-import callbacks.initialization
-from app.training.module import LoraModule
 from callbacks.alignment_monitor import MEASURES
+from tests.support.run_folders import same_weights, table, weights
 
 WATCH = ("--config", "callbacks/alignment.yaml", "--trainer.callbacks.every_n_steps=2")
 WATCH += ("--trainer.callbacks.num_samples=16",)
@@ -22,22 +18,7 @@ MORE = ("--trainer.max_steps=5", "--output.checkpoint_every_n_steps=1")
 
 
 def rows(folder):
-    with (folder / "alignment.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """Return a list that grows with each gradient pass: who made it."""
-    made = []
-    for module in (callbacks.initialization, callbacks.alignment_monitor):
-
-        def counting(*args, original=module.one_step_gradients, who=module.__name__, **kwargs):
-            made.append(who)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(module, "one_step_gradients", counting)
-    return made
+    return table(folder, "alignment.csv")
 
 
 def test_the_start_lies_in_the_gradients_spans_and_the_end_is_that_of_the_adapter(fit, passes):
@@ -52,7 +33,7 @@ def test_the_start_lies_in_the_gradients_spans_and_the_end_is_that_of_the_adapte
         assert float(row["angle_A"]) < 0.1
         assert float(row["angle_B"]) < 0.1
         assert float(row["captured"]) == pytest.approx(1, abs=1e-4)
-    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    adapter = weights(folder)
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     scaling = config["lora_alpha"] / math.sqrt(config["r"])
     for row in found[-len(layers) :]:
@@ -78,45 +59,34 @@ def test_plain_lora_is_watched_by_a_pass_of_the_callbacks_own(fit, passes):
     assert all(float(row["norm"]) > 0 for row in found[2])
 
 
-def test_watching_changes_nothing_of_the_training(fit):
-    for method in ((), LORA):
-        plain, watched = (
-            load_file(fit(*MORE, *method, *options) / "adapter" / "adapter_model.safetensors")
-            for options in ((), WATCH)
-        )
-        assert all(torch.equal(plain[name], watched[name]) for name in plain)
-
-
 @pytest.mark.parametrize("method", [(), LORA])
-def test_a_resumed_run_has_the_table_of_one_that_was_not(method, fit, passes, monkeypatch):
-    whole = fit(*MORE, *method, *WATCH)
-
-    class Killed(Exception):
-        pass
-
-    with monkeypatch.context() as patched:
-        original = LoraModule.on_train_batch_start
-
-        def start(module, batch, batch_idx):
-            if module.global_step == 3:
-                raise Killed
-            return original(module, batch, batch_idx)
-
-        patched.setattr(LoraModule, "on_train_batch_start", start)
-        with pytest.raises(Killed):
-            fit(*MORE, *method, *WATCH)
-    parts = fit(*MORE, *method, *WATCH, "--ckpt_path=last")
-    assert len(passes) == 2
+def test_watching_changes_nothing_of_the_training_and_a_resumed_run_has_the_same_table(
+    method, fit, passes, killed_at
+):
+    """Also if the interrupted run was of an earlier version, which had other names for file and callback."""
+    plain, whole = fit(*MORE, *method), fit(*MORE, *method, *WATCH)
+    assert same_weights(plain, whole)
+    with killed_at(3):
+        fit(*MORE, *method, *WATCH)
+    made = len(passes)
+    parts = whole.parent / "version_2"
+    (parts / "alignment.csv").rename(parts / "inside.csv")
+    [checkpoint] = parts.glob("checkpoints/*.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    content["callbacks"]["InsideTraining"] = content["callbacks"].pop("AlignmentMonitor")
+    torch.save(content, checkpoint)
+    assert fit(*MORE, *method, *WATCH, "--ckpt_path=last") == parts
+    assert len(passes) == made
     assert (parts / "alignment.csv").read_text() == (whole / "alignment.csv").read_text()
+    assert not (parts / "inside.csv").exists()
 
 
-def test_scalars_reach_the_table_and_histograms_wandb(fit):
-    folder = fit(*WATCH, "--output.wandb=offline")
-    with (folder / "metrics.csv").open(newline="") as stream:
-        found = [row for row in csv.DictReader(stream) if row.get("alignment/norm")]
-    assert [int(row["step"]) for row in found] == [0, 1, 2]
-    told = [float(row["norm"]) for row in rows(folder) if row["step"] == "2"]
-    assert float(found[1]["alignment/norm"]) == pytest.approx(float(torch.tensor(told).median()))
+def test_scalars_reach_the_table(fit):
+    folder = fit(*WATCH)
+    logged = [row for row in table(folder) if row.get("alignment/norm")]
+    assert [int(row["step"]) for row in logged] == [0, 1, 2]
+    norms = [float(row["norm"]) for row in rows(folder) if row["step"] == "2"]
+    assert float(logged[1]["alignment/norm"]) == pytest.approx(float(torch.tensor(norms).median()))
 
 
 @pytest.mark.parametrize("method", ["adalora", "full"])

@@ -1,39 +1,25 @@
 """What LoraOneInit installs: the size and the direction of the first step, on tiny models."""
 
 import copy
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from app.models.adapter_config import LoraSettings
-from app.models.lora import add_lora, base_model, lora_pairs
+from app.models.lora import add_lora, lora_pairs
 from callbacks.lora_one_init import LoraOneInit
+from tests.support.initialize import initialize
 from tests.support.one_step_oracle import make_batches
 
 BUILDERS = ["tiny_llama", "tiny_gpt2", "tiny_t5"]
 
 
-def initialise(plain, gamma):
-    """Run the callback on a copy of the model, as a fit does; return the wrapped copy."""
+def initialized(plain, gamma):
+    """Run the callback on a copy of the model; return the wrapped copy."""
     model = add_lora(copy.deepcopy(plain), LoraSettings(r=4)).train()
     batches = make_batches(plain.config.is_encoder_decoder, rows=12, size=4)
-    module = SimpleNamespace(
-        model=model,
-        base=base_model(model),
-        lora_pairs=lambda: lora_pairs(model),
-        record=SimpleNamespace(init=None),
-    )
-    trainer = SimpleNamespace(
-        global_rank=0,
-        world_size=1,
-        datamodule=SimpleNamespace(gradient_batches=lambda *_: batches),
-        precision_plugin=SimpleNamespace(forward_context=nullcontext),
-    )
-    LoraOneInit(gamma=gamma).on_fit_start(trainer, module)
-    assert module.record.init.model_extra["gamma"] == gamma
+    assert initialize(LoraOneInit(gamma=gamma), model, batches).model_extra["gamma"] == gamma
     return model
 
 
@@ -47,28 +33,13 @@ def delta_weights(model):
 @pytest.mark.parametrize("gamma", [16.0, 128.0, 1000.0])
 def test_the_first_step_has_spectral_norm_scaling_over_gamma(gamma, tiny_llama):
     plain = tiny_llama()
-    model = initialise(plain, gamma)
+    model = initialized(plain, gamma)
     deltas = delta_weights(model)
     assert len(deltas) == 14
     for pair in lora_pairs(model):
         assert pair.scaling == 8
         top = float(torch.linalg.svdvals(deltas[pair.name].double())[0])
         assert top == pytest.approx(pair.scaling / gamma, rel=1e-4), pair.name
-
-
-@pytest.mark.parametrize("build", BUILDERS)
-def test_the_base_weights_stay_bitwise(build, request):
-    plain = request.getfixturevalue(build)()
-    model = initialise(plain, 16.0)
-    found = {
-        name.replace(".base_layer", ""): tensor
-        for name, tensor in base_model(model).state_dict().items()
-        if ".lora_" not in name
-    }
-    wanted = plain.state_dict()
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
 
 
 def loss_of(model, batch):
@@ -83,10 +54,10 @@ def loss_of(model, batch):
 
 
 @pytest.mark.parametrize("build", BUILDERS)
-def test_every_layers_step_lowers_the_loss_on_the_initialisation_set(build, request):
+def test_every_layers_step_lowers_the_loss_on_the_initialization_set(build, request):
     """Added to the plain model's weights one at a time, and all at once through PEFT's forward."""
     plain = request.getfixturevalue(build)()
-    model = initialise(plain, 2e3).double().eval()
+    model = initialized(plain, 2e3).double().eval()
     deltas = delta_weights(model)
     [batch] = make_batches(plain.config.is_encoder_decoder, rows=12, size=12)
     plain = plain.double()

@@ -1,6 +1,5 @@
 """LoRA-One's start on the real SmolLM2-135M and real prompts: is the default accurate, does it help."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ from app.models.loss import summed_loss, supervised_logits
 from app.models.source import resolve_model
 from callbacks.lora_one_init import LoraOneInit
 from data_modules.movie_reviews import MovieReviewsDataModule
+from tests.support.initialize import initialize
 
 pytestmark = pytest.mark.smollm2
 RANK = 8
@@ -127,21 +127,9 @@ def test_a_small_initial_step_lowers_the_loss(observed, monkeypatch):
     monkeypatch.setattr(
         "callbacks.initialization.one_step_gradients", lambda *_, **__: observed.sketch
     )
-    module = SimpleNamespace(
-        model=observed.model,
-        base=observed.base,
-        lora_pairs=lambda: observed.pairs,
-        record=SimpleNamespace(init=None),
-    )
-    trainer = SimpleNamespace(
-        global_rank=0,
-        world_size=1,
-        datamodule=SimpleNamespace(gradient_batches=lambda *_: observed.batches),
-        precision_plugin=SimpleNamespace(forward_context=nullcontext),
-    )
     losses = {"before": loss_of(observed)}
     for gamma in (1024.0, 256.0):
-        LoraOneInit(gamma=gamma).on_fit_start(trainer, module)
+        init = initialize(LoraOneInit(gamma=gamma), observed.model, observed.batches)
         losses[gamma] = loss_of(observed)
         for pair in observed.pairs[::70]:
             delta = pair.scaling * (pair.lora_B @ pair.lora_A).detach().double()
@@ -150,4 +138,4 @@ def test_a_small_initial_step_lowers_the_loss(observed, monkeypatch):
     print(f"\nloss on the initialisation set by gamma: {losses}")
     assert losses[1024.0] < losses["before"]
     assert losses[256.0] < losses[1024.0]
-    assert module.record.init.model_extra["loss"] == observed.sketch.loss
+    assert init.model_extra["loss"] == observed.sketch.loss

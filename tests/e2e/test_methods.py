@@ -1,7 +1,6 @@
 """Every method through the whole command: what it trains, what it leaves behind, how it goes on."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -12,12 +11,12 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora, install, lora_pairs
 from app.training.module import LoraModule
+from tests.support.run_folders import same_weights, summary, weights
 
 # Of the tiny Llama (d 16, 2 heads of 8, 1 for keys, inner 32, 2 layers) with r = 4, by hand:
 # q, o: 4 (16 + 16); k, v: 4 (16 + 8); gate, up: 4 (16 + 32); down: 4 (32 + 16); twice
@@ -43,10 +42,10 @@ OFTEN = ("--trainer.max_steps=6", "--output.checkpoint_every_n_steps=1")
 
 
 def options(method):
-    found = (f"--config=methods/{method}.yaml", *OFTEN)
+    chosen = (f"--config=methods/{method}.yaml", *OFTEN)
     if method == "lora_ga":
-        found += ("--init.num_samples=16",)
-    return found if method == "full" else (*found, DROPOUT)
+        chosen += ("--init.num_samples=16",)
+    return chosen if method == "full" else (*chosen, DROPOUT)
 
 
 def ids():
@@ -68,57 +67,33 @@ def trained(monkeypatch):
 
 
 @pytest.mark.parametrize("method", TRAINED)
-def test_what_a_run_leaves_computes_what_was_trained(
-    method, fit, command, trained, run_models, tmp_path
+def test_what_a_run_leaves_computes_what_was_trained_and_a_resumed_run_leaves_the_same(
+    method, fit, command, trained, run_models, tmp_path, killed_at
 ):
-    folder = fit(*options(method))
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["method"] == method
-    assert summary["model"]["trainable_parameters"] == TRAINED[method]
+    whole = fit(*options(method))
+    record = summary(whole)
+    assert record["method"] == method
+    assert record["model"]["trainable_parameters"] == TRAINED[method]
     base = AutoModelForCausalLM.from_pretrained(run_models / "llama").eval()
     if method == "full":
-        model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+        assert not (whole / "adapter").exists()
+        model = AutoModelForCausalLM.from_pretrained(whole / "model").eval()
     else:
-        model = PeftModel.from_pretrained(copy.deepcopy(base), folder / "adapter").eval()
+        model = PeftModel.from_pretrained(copy.deepcopy(base), whole / "adapter").eval()
     with torch.no_grad():
         assert torch.allclose(model(ids()).logits, trained[0], atol=1e-6)
         assert not torch.allclose(base(ids()).logits, trained[0], atol=1e-3)
     # The same by the project's own commands.
-    assert command("test", "--run", folder) == 0
-    assert command("export", "--run", folder, "--merge", "--output", tmp_path / "merged") == 0
+    assert command("test", "--run", whole) == 0
+    assert command("export", "--run", whole, "--merge", "--output", tmp_path / "merged") == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         assert torch.allclose(merged(ids()).logits, trained[0], atol=1e-5)
-
-
-def weights(folder):
-    [file] = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
-    return load_file(file)
-
-
-@pytest.mark.parametrize("method", TRAINED)
-def test_a_run_goes_on_bit_for_bit(method, fit, command, tiny_run, monkeypatch):
-    whole = fit(*options(method))
-
-    class Killed(Exception):
-        pass
-
-    with monkeypatch.context() as patched:
-        original = LoraModule.on_train_batch_start
-
-        def start(module, batch, batch_idx):
-            if module.global_step == 4:
-                raise Killed
-            return original(module, batch, batch_idx)
-
-        patched.setattr(LoraModule, "on_train_batch_start", start)
-        with pytest.raises(Killed):
-            fit(*options(method))
+    with killed_at(4):
+        fit(*options(method))
     parts = fit(*options(method), "--ckpt_path=last")
     assert parts.name == "version_1"
-    found, wanted = weights(parts), weights(whole)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert same_weights(parts, whole)
 
 
 PLAIN = (

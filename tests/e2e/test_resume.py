@@ -1,7 +1,5 @@
 """A run that stops anywhere and goes on is the run that never stopped."""
 
-import csv
-import json
 import os
 import random
 import signal
@@ -11,76 +9,40 @@ import zlib
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-import callbacks.initialization
+import callbacks.lora_one_init
 from app.evaluation.scoring import Scoring
 from app.tracking.metrics_table import has_value, rewind_table
 from app.training.checkpoint_io import read_checkpoint
 from app.training.module import LoraModule
 from app.utils.signals import STOPPING
 from tests.support.paths import ROOT
+from tests.support.run_folders import same_weights, summary, table, values
+from tests.support.run_hooks import Killed
 
 LONG = ("--trainer.max_epochs=3", "--trainer.max_steps=-1", "--output.checkpoint_every_n_steps=3")
 DROPOUT = ("--model.adapter.lora_dropout=0.3",)
 
 
-def table(folder):
-    with (folder / "metrics.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def values(folder, name):
-    """Return a metric as {step: value}; every step stands once."""
-    rows = [
-        (int(row["step"]), row["epoch"], float(row[name])) for row in table(folder) if row.get(name)
-    ]
-    found = {step: (epoch, value) for step, epoch, value in rows}
-    assert len(found) == len(rows), f"a step of {name} stands twice: {rows}"
-    return found
-
-
-def adapter(folder):
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def summary(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
-class Killed(Exception):
-    """What stands for `kill -9`: nothing is saved on the way out."""
-
-
 @pytest.fixture
-def killed(monkeypatch):
-    """Return `killed(step)`: training ends, without any warning, when this many steps are made."""
+def two_runs(command, tiny_run, tmp_path):
+    """Return `run(name, *options)`, which goes on in `parts` and returns the status; and both folders."""
 
-    def at(step):
-        original = LoraModule.on_train_batch_start
+    def run(name, *options):
+        last = ("--ckpt_path=last",) if name == "parts" else ()
+        return command("fit", "--config", tiny_run, f"--output.name={name}", *options, *last)
 
-        def start(module, batch, batch_idx):
-            if module.global_step == step:
-                raise Killed
-            return original(module, batch, batch_idx)
-
-        monkeypatch.setattr(LoraModule, "on_train_batch_start", start)
-
-    return at
+    return run, *(tmp_path / "runs" / name / "version_0" for name in ("whole", "parts"))
 
 
-@pytest.fixture
-def passes(monkeypatch):
-    """Return a list that grows with each gradient pass and each scoring of all rows."""
-    counted = []
-    original = callbacks.initialization.one_step_gradients
-
-    def counting(*args, **kwargs):
-        counted.append("gradient")
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(callbacks.initialization, "one_step_gradients", counting)
-    return counted
+def check_same(parts, whole, *names):
+    """Check that two runs have the same curves, weights and record."""
+    for name in ("train/loss", *(f"{moment}/loss" for moment in summary(whole)["metrics"]), *names):
+        assert values(parts, name) == values(whole, name), name
+    assert same_weights(parts, whole)
+    assert summary(parts)["metrics"] == summary(whole)["metrics"]
+    for name in ("steps", "samples"):
+        assert summary(parts)["train"][name] == summary(whole)["train"][name]
 
 
 CASES = {
@@ -103,51 +65,38 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_at_any_step_has_the_losses_of_one_that_was_not(
-    case, command, tiny_run, tmp_path, monkeypatch, killed, passes
+    case, two_runs, killed_at, passes
 ):
-    options = ("fit", "--config", tiny_run, *CASES[case])
-    assert command(*options, "--output.name=whole") == 0
-    whole = tmp_path / "runs" / "whole" / "version_0"
+    run, whole, parts = two_runs
+    assert run("whole", *CASES[case]) == 0
     steps = len(values(whole, "train/loss")) if case != "rare_logs" else 15
-    moments = sorted(random.Random(zlib.crc32(case.encode())).sample(range(4, steps), 2))
-    original = LoraModule.on_train_batch_start
-    for moment in moments:
-        killed(moment)
-        with pytest.raises(Killed):
-            command(*options, "--output.name=parts", "--ckpt_path=last")
-        monkeypatch.setattr(LoraModule, "on_train_batch_start", original)
-    assert command(*options, "--output.name=parts", "--ckpt_path=last") == 0
-    assert passes == ["gradient"] * 2
-    [parts] = (tmp_path / "runs" / "parts").iterdir()
-    assert values(parts, "train/loss") == values(whole, "train/loss"), moments
-    assert same_adapters(parts, whole)
-    if any(row.get("val/loss") for row in table(whole)):
-        assert values(parts, "val/loss") == values(whole, "val/loss")
-    for moment in ("zero_shot", "after_init", "final"):
-        assert values(parts, f"{moment}/loss") == values(whole, f"{moment}/loss")
-    assert summary(parts)["metrics"] == summary(whole)["metrics"]
-    for name in ("steps", "samples"):
-        assert summary(parts)["train"][name] == summary(whole)["train"][name]
+    for moment in sorted(random.Random(zlib.crc32(case.encode())).sample(range(4, steps), 2)):
+        with killed_at(moment):
+            run("parts", *CASES[case])
+    assert run("parts", *CASES[case]) == 0
+    assert passes == ["callbacks.initialization"] * 2
+    assert [path.name for path in parts.parent.iterdir()] == ["version_0"]
+    check_same(parts, whole, *(["val/loss"] if "val/loss" in table(whole)[0] else []))
     assert [path.name for path in (parts / "checkpoints").iterdir()] == [f"step={steps}.ckpt"]
 
 
-def same_adapters(left, right):
-    left, right = adapter(left), adapter(right)
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-
-
-def test_a_run_that_is_trained_further_is_the_longer_run(command, tiny_run, tmp_path):
-    """The shorter run ends in the middle of an epoch."""
-    options = ("fit", "--config", tiny_run, *DROPOUT)
-    assert command(*options, "--output.name=whole", "--trainer.max_steps=12") == 0
-    assert command(*options, "--output.name=parts", "--trainer.max_steps=7") == 0
-    more = (*options, "--output.name=parts", "--trainer.max_steps=12", "--ckpt_path=last")
-    assert command(*more) == 0
-    whole, parts = (tmp_path / "runs" / name / "version_0" for name in ("whole", "parts"))
-    assert values(parts, "train/loss") == values(whole, "train/loss")
-    assert same_adapters(parts, whole)
-    assert summary(parts)["metrics"] == summary(whole)["metrics"]
-    assert summary(parts)["train"]["samples"] == summary(whole)["train"]["samples"]
+@pytest.mark.parametrize(("setting", "short", "long"), [("max_steps", 7, 12), ("max_epochs", 1, 2)])
+def test_a_run_that_is_trained_further_is_the_longer_run(
+    setting, short, long, two_runs, passes, monkeypatch
+):
+    """The shorter run ends in the middle of an epoch, or with one; nothing is initialized again."""
+    run, whole, parts = two_runs
+    options = (*DROPOUT, "--trainer.max_steps=-1")
+    assert run("whole", *options, f"--trainer.{setting}={long}") == 0
+    assert run("parts", *options, f"--trainer.{setting}={short}") == 0
+    first, [checkpoint] = summary(parts), parts.glob("checkpoints/*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == first["train"]["steps"]
+    monkeypatch.setattr(callbacks.lora_one_init, "install", None)
+    assert run("parts", *options, f"--trainer.{setting}={long}") == 0
+    assert len(passes) == 2
+    check_same(parts, whole)
+    assert summary(parts)["init"] == first["init"]
+    assert summary(parts)["train"]["steps"] > first["train"]["steps"]
 
 
 def test_rows_that_the_dead_run_logged_are_made_again_once(tmp_path):
@@ -170,82 +119,50 @@ def test_rows_that_the_dead_run_logged_are_made_again_once(tmp_path):
 # Signals
 
 
-@pytest.fixture
-def signalled(monkeypatch):
-    """Return `signalled(method, number, when)`: the process sends itself a signal inside a hook."""
-
-    def send(method, number, when=lambda module: True):
-        original = getattr(LoraModule, method)
-
-        def sending(module, *args):
-            if when(module):
-                os.kill(os.getpid(), number)
-            return original(module, *args)
-
-        monkeypatch.setattr(LoraModule, method, sending)
-
-    return send
-
-
 def at_step(step):
-    return lambda module: module.global_step == step
+    return lambda module, *_: module.global_step == step
 
 
 @pytest.mark.parametrize(
     ("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 128 + signal.SIGUSR1)]
 )
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_signal_saves_and_stops(
-    name, status, accumulate, command, tiny_run, tmp_path, monkeypatch, capfd
-):
-    options = ("fit", "--config", tiny_run, *DROPOUT, "--trainer.max_steps=8")
-    options += (f"--trainer.accumulate_grad_batches={accumulate}",)
+def test_a_signal_saves_and_stops(name, status, accumulate, two_runs, signalled, capfd):
+    run, whole, parts = two_runs
+    options = (*DROPOUT, "--trainer.max_steps=8", f"--trainer.accumulate_grad_batches={accumulate}")
     before = {number: signal.getsignal(number) for number in STOPPING}
-    assert command(*options, "--output.name=whole") == 0
-    parts = (*options, "--output.name=parts", "--ckpt_path=last")
-    with monkeypatch.context() as patched:
-        original = LoraModule.training_step
+    assert run("whole", *options) == 0
 
-        def step(module, batch, batch_idx):
-            if module.global_step == 3 and batch_idx % accumulate == 0:  # once
-                os.kill(os.getpid(), signal.Signals[name])
-            return original(module, batch, batch_idx)
+    def once(module, batch, batch_idx):
+        return module.global_step == 3 and batch_idx % accumulate == 0
 
-        patched.setattr(LoraModule, "training_step", step)
-        assert command(*parts) == status
+    with pytest.MonkeyPatch.context() as patch:
+        signalled("training_step", signal.Signals[name], once, patch)
+        assert run("parts", *options) == status
     told = capfd.readouterr().err
     assert f"{name}: stopped after step 4; the last checkpoint is" in told
     assert "step=4.ckpt; the same command with `--ckpt_path last` goes on from it" in told
     assert {number: signal.getsignal(number) for number in STOPPING} == before
-    assert command(*parts) == 0
-    whole, parts = (tmp_path / "runs" / name / "version_0" for name in ("whole", "parts"))
-    assert values(parts, "train/loss") == values(whole, "train/loss")
-    assert same_adapters(parts, whole)
+    assert run("parts", *options) == 0
+    check_same(parts, whole)
 
 
-def test_a_signal_during_validation_stops_there(command, tiny_run, tmp_path, monkeypatch):
-    options = ("fit", "--config", tiny_run, *DROPOUT)
-    options += ("--trainer.max_steps=8", "--trainer.val_check_interval=2")
-    assert command(*options, "--output.name=whole") == 0
-    parts = (*options, "--output.name=parts", "--ckpt_path=last")
+def test_a_signal_during_validation_stops_there(two_runs, signalled):
+    run, whole, parts = two_runs
+    options = (*DROPOUT, "--trainer.max_steps=8", "--trainer.val_check_interval=2")
+    assert run("whole", *options) == 0
     seen = []
-    with monkeypatch.context() as patched:
-        original = LoraModule.validation_step
 
-        def step(module, batch, batch_idx):
-            seen.append(batch_idx)
-            if module.global_step == 4:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(module, batch, batch_idx)
+    def at_four(module, batch, batch_idx):
+        seen.append(batch_idx)
+        return module.global_step == 4
 
-        patched.setattr(LoraModule, "validation_step", step)
-        assert command(*parts) == 143
+    with pytest.MonkeyPatch.context() as patch:
+        signalled("validation_step", signal.SIGTERM, at_four, patch)
+        assert run("parts", *options) == 143
     assert seen == [0, 1, 2, 0]
-    assert command(*parts) == 0
-    whole, parts = (tmp_path / "runs" / name / "version_0" for name in ("whole", "parts"))
-    for name in ("train/loss", "val/loss", "final/loss"):
-        assert values(parts, name) == values(whole, name)
-    assert same_adapters(parts, whole)
+    assert run("parts", *options) == 0
+    check_same(parts, whole, "val/loss")
 
 
 def test_a_signal_before_training_ends_the_run_at_once(
@@ -277,43 +194,33 @@ ENDS = {
         ("final scores", "kill"),
     ],
 )
-def test_what_is_trained_is_kept_when_the_end_is_interrupted(
-    moment, ending, command, tiny_run, tmp_path, monkeypatch
-):
+def test_what_is_trained_is_kept_when_the_end_is_interrupted(moment, ending, two_runs, monkeypatch):
     """Scores may take hours: a run that stops in them has them alone left to make."""
-    options = ("fit", "--config", tiny_run, *DROPOUT, "--trainer.max_steps=9")
+    run, whole, parts = two_runs
+    options = (*DROPOUT, "--trainer.max_steps=9")
     if moment == "last validation":
         options += ("--trainer.val_check_interval=2",)
-    assert command(*options, "--output.name=whole") == 0
-    parts = (*options, "--output.name=parts", "--ckpt_path=last")
+    assert run("whole", *options) == 0
     kind, method, when = ENDS[moment]
+    original = getattr(kind, method)
+
+    def interrupted(self, *args):
+        if when(self, *args):
+            if ending == "kill":
+                raise Killed
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
     with monkeypatch.context() as patched:
-        original = getattr(kind, method)
-
-        def interrupted(self, *args):
-            if when(self, *args):
-                if ending == "kill":
-                    raise Killed
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(self, *args)
-
         patched.setattr(kind, method, interrupted)
         if ending == "kill":
             with pytest.raises(Killed):
-                command(*parts)
+                run("parts", *options)
         else:
-            assert command(*parts) == 143
-    steps = []
-    monkeypatch.setattr(LoraModule, "training_step", lambda *_: steps.append(1))
-    assert command(*parts) == 0
-    assert steps == []
-    whole, parts = (tmp_path / "runs" / name / "version_0" for name in ("whole", "parts"))
-    for name in ("train/loss", "val/loss", "final/loss"):
-        assert values(parts, name) == values(whole, name)
-    assert same_adapters(parts, whole)
-    assert summary(parts)["metrics"] == summary(whole)["metrics"]
-    for name in ("steps", "samples"):
-        assert summary(parts)["train"][name] == summary(whole)["train"][name]
+            assert run("parts", *options) == 143
+    monkeypatch.setattr(LoraModule, "training_step", None)
+    assert run("parts", *options) == 0
+    check_same(parts, whole, *(["val/loss"] if moment == "last validation" else []))
 
 
 def test_a_second_ctrl_c_leaves_at_once(command, tiny_run, tmp_path, signalled, monkeypatch):

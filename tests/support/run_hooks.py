@@ -37,10 +37,13 @@ def killed_at():
 
 @pytest.fixture
 def signalled(monkeypatch):
-    """Return `signalled(method, number, when)`: the process sends itself a signal in a hook of the module."""
+    """Return `signalled(method, number, when, patch)`: a hook of the module sends a signal to its process.
+
+    `when` sees the hook's arguments; `patch` undoes it earlier than at the end of the test.
+    """
     from app.training.module import LoraModule
 
-    def send(method, number, when=lambda module, *args: True):
+    def send(method, number, when, patch=monkeypatch):
         original = getattr(LoraModule, method)
 
         def sending(module, *args):
@@ -48,7 +51,7 @@ def signalled(monkeypatch):
                 os.kill(os.getpid(), number)
             return original(module, *args)
 
-        monkeypatch.setattr(LoraModule, method, sending)
+        patch.setattr(LoraModule, method, sending)
 
     return send
 

@@ -82,3 +82,16 @@ def test_what_is_no_record(tmp_path):
         file.write_text(content)
         with pytest.raises(InputError, match=r"^summary.json is damaged: "):
             RunRecord.read(file)
+
+
+def test_a_record_is_written_whole_or_not_at_all(tmp_path):
+    record = RunRecord(method="m", metrics={"final": {"accuracy": 0.5, "loss": 1.0}})
+    record.write(tmp_path / "summary.json")
+    record.init = InitRecord(broken=object())
+    with pytest.raises(TypeError):
+        record.write(tmp_path / "summary.json")
+    assert json.loads((tmp_path / "summary.json").read_text())["metrics"] == record.metrics
+    assert record.score_table().splitlines() == [
+        "                accuracy        loss",
+        "       final      0.5000      1.0000",
+    ]

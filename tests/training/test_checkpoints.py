@@ -1,9 +1,9 @@
 """Checkpoint files: what is in them, that they are whole, which ones are refused, who is told what."""
 
 import errno
-import json
 import os
 import pathlib
+import pickle
 import shutil
 
 import pytest
@@ -12,9 +12,9 @@ import torch
 from app.tracking.loggers import OutputSettings
 from app.training.checkpoint_io import CheckpointFiles, read_checkpoint
 from app.training.checkpoint_state import gather_states, random_state, seed_anew, set_random_state
-from app.training.module import LoraModule
 from app.training.resume import find_resume_point
 from app.utils.errors import InputError
+from tests.support.run_folders import summary
 
 CONTENT = {"state_dict": {}, "loops": {}, "optimizer_states": [], "base": {}, "method": "m"}
 OFTEN = ("--trainer.max_steps=5", "--output.checkpoint_every_n_steps=2")
@@ -40,7 +40,7 @@ def test_contents(fit):
     assert path.name == "step=5.ckpt"
     content = torch.load(path, weights_only=True)
     assert plain(content)
-    told = json.loads((folder / "summary.json").read_text())
+    told = summary(folder)
     assert content["method"] == told["method"] == "lora_one"
     assert content["base"] == {name: told["model"][name] for name in ("name", "fingerprint")}
     assert content["global_step"] == 5
@@ -157,10 +157,7 @@ def test_a_full_disk_is_told_and_training_goes_on(point, fit, monkeypatch):
         assert "step=2.ckpt" in message
     assert newest(folder).name == "step=2.ckpt"
     assert read_checkpoint(newest(folder))["global_step"] == 2
-    final = [
-        json.loads((f / "summary.json").read_text())["metrics"]["final"] for f in (whole, folder)
-    ]
-    assert final[0] == final[1]
+    assert summary(folder)["metrics"]["final"] == summary(whole)["metrics"]["final"]
 
 
 def test_a_checkpoint_callback_of_the_users_keeps_its_last_file_when_the_disk_is_full(
@@ -191,7 +188,7 @@ def finished(fit):
     return fit(*OFTEN)
 
 
-def table(folder):
+def metrics(folder):
     return (folder / "metrics.csv").read_bytes()
 
 
@@ -207,15 +204,18 @@ def table(folder):
 def test_a_damaged_file_is_refused(damage, expected, finished, command, tiny_run, capfd):
     path = newest(finished)
     path.write_bytes(damage(path.read_bytes()))
-    before = table(finished)
+    before = metrics(finished)
     assert command("fit", "--config", tiny_run, "--ckpt_path", path) == 2
     assert expected in capfd.readouterr().err
-    assert table(finished) == before
+    assert metrics(finished) == before
     assert [folder.name for folder in finished.parent.iterdir()] == ["version_0"]
 
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "x.ckpt"
+    path.write_bytes(pickle.dumps({"state_dict": print}))  # more than plain data
+    with pytest.raises(InputError, match="which cannot be read as a checkpoint"):
+        read_checkpoint(path)
     torch.save([1, 2], path)
     with pytest.raises(InputError, match="lacks state_dict, loops, optimizer_states, base, method"):
         read_checkpoint(path)
@@ -226,14 +226,15 @@ def test_other_files_are_refused(tmp_path):
         find_resume_point(str(tmp_path), tmp_path, "m")
 
 
-def test_another_method_base_or_adapter_is_refused(
-    finished, command, tiny_run, run_models, tmp_path, capfd
+def test_another_method_base_or_adapter_is_refused_before_the_gradient_pass(
+    finished, command, tiny_run, run_models, tmp_path, capfd, passes
 ):
-    path, before = newest(finished), table(finished)
+    path, before = newest(finished), metrics(finished)
+    passes.clear()
 
     def refused(*options):
         assert command("fit", "--config", tiny_run, "--ckpt_path", path, *options) == 2
-        assert table(finished) == before
+        assert metrics(finished) == before
         return capfd.readouterr().err
 
     told = refused("--config", "methods/lora.yaml")
@@ -244,22 +245,12 @@ def test_another_method_base_or_adapter_is_refused(
     assert told.count("sha256:") == 2
     assert "has one of shape [4, 16] for" in refused("--model.adapter.r=8")
     assert "trains one of shape [8, 16]" in refused("--model.adapter.r=8")
+    assert passes == []
     # The same weights elsewhere are the same base.
     moved = tmp_path / "moved"
     shutil.copytree(run_models / "llama", moved)
     options = (f"--model.name={moved}", "--trainer.max_steps=6")
     assert command("fit", "--config", tiny_run, "--ckpt_path", path, *options) == 0
-
-
-def test_a_refusal_comes_before_the_gradient_pass(
-    finished, command, tiny_run, run_models, monkeypatch
-):
-    def unwanted(*args):
-        raise AssertionError("the gradient pass ran")
-
-    monkeypatch.setattr("callbacks.initialization.one_step_gradients", unwanted)
-    options = ("--ckpt_path", newest(finished), f"--model.name={run_models / 'gpt2'}")
-    assert command("fit", "--config", tiny_run, *options) == 2
 
 
 def test_last_goes_back_behind_a_damaged_file(finished, command, tiny_run):
@@ -303,7 +294,7 @@ def test_a_run_that_died_before_its_report_writes_it(fit, monkeypatch):
         with pytest.raises(KeyError):
             fit(*OFTEN)
     folder = fit(*OFTEN, "--ckpt_path=last")
-    told = json.loads((folder / "summary.json").read_text())
+    told = summary(folder)
     assert folder.name == "version_0"
     assert set(told["metrics"]) == {"zero_shot", "after_init", "final"}
     assert told["train"]["steps"] == 5
@@ -314,14 +305,15 @@ def test_a_run_that_died_before_its_report_writes_it(fit, monkeypatch):
 def test_a_checkpoint_elsewhere_starts_a_folder_of_its_own(finished, fit, tmp_path):
     copied = tmp_path / "copied.ckpt"
     shutil.copy(newest(finished), copied)
-    before = table(finished)
+    before = metrics(finished)
     folder = fit("--trainer.max_steps=7", f"--ckpt_path={copied}")
     assert folder.name == "version_1"
-    assert table(finished) == before
+    assert metrics(finished) == before
     assert newest(folder).name == "step=7.ckpt"
 
 
 def test_the_users_own_checkpoints_are_kept_too(fit, tmp_path):
+    """One that is saved when a validation ends resumes as well; one between two steps is told."""
     own = tmp_path / "own.yaml"
     own.write_text(
         "trainer:\n  callbacks:\n  - class_path: lightning.pytorch.callbacks.ModelCheckpoint\n    init_args:\n"
@@ -332,22 +324,13 @@ def test_the_users_own_checkpoints_are_kept_too(fit, tmp_path):
     assert newest(folder).name == "step=10.ckpt"
     [best] = (tmp_path / "best").iterdir()
     assert read_checkpoint(best)["global_step"] in (5, 10)
-    # It is saved when a validation ends, and resumes as well.
-    told = json.loads((folder / "summary.json").read_text())
+    told = summary(folder)
     again = fit("--config", own, *options, f"--ckpt_path={best}")
     assert again.name == "version_1"
-    assert json.loads((again / "summary.json").read_text())["metrics"] == told["metrics"]
-
-
-def test_a_checkpoint_between_two_steps_is_told(fit, tmp_path):
-    own = tmp_path / "own.yaml"
-    own.write_text(
-        "trainer:\n  callbacks:\n  - class_path: lightning.pytorch.callbacks.ModelCheckpoint\n    init_args:\n"
-        f"      {{dirpath: {tmp_path / 'best'}, monitor: val/loss}}\n"
-    )
-    options = ("--trainer.val_check_interval=3", "--trainer.accumulate_grad_batches=2")
+    assert summary(again)["metrics"] == told["metrics"]
+    between = ("--trainer.val_check_interval=3", "--trainer.accumulate_grad_batches=2")
     with pytest.warns(UserWarning, match="between two optimizer steps"):
-        fit("--config", own, *options)
+        fit("--config", own, *between)
 
 
 def test_the_interval_must_be_positive():
@@ -355,15 +338,12 @@ def test_the_interval_must_be_positive():
         OutputSettings(checkpoint_every_n_steps=0)
 
 
-def test_a_checkpoint_is_validated_and_tested(finished, command, tiny_run, monkeypatch):
-    logged = {}
-    original = LoraModule.log_dict
-
-    def log_dict(module, values, **options):
-        logged.update({name: float(value) for name, value in values.items()})
-        original(module, values, **options)
-
-    monkeypatch.setattr(LoraModule, "log_dict", log_dict)
-    assert command("validate", "--config", tiny_run, "--ckpt_path", newest(finished)) == 0
-    final = json.loads((finished / "summary.json").read_text())["metrics"]["final"]
+@pytest.mark.parametrize("method", ["lora_one", "pissa"])
+def test_a_checkpoint_is_validated(method, fit, command, tiny_run, logged):
+    """That of a run whose base was changed stands on a base that is changed again."""
+    config = f"--config=methods/{method}.yaml"
+    folder = fit(*OFTEN, config)
+    logged.clear()
+    assert command("validate", "--config", tiny_run, config, "--ckpt_path", newest(folder)) == 0
+    final = summary(folder)["metrics"]["final"]
     assert logged["val/loss"] == pytest.approx(final["loss"], abs=1e-5)

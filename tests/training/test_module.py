@@ -1,7 +1,5 @@
 """What surrounds the training steps: modes of the modules, the learning rate, when scores are taken."""
 
-import csv
-import json
 import math
 
 import pytest
@@ -10,7 +8,9 @@ from torch import nn
 
 from app.training.module import LoraModule
 from callbacks.score_at import ScoreAt
+from tests.support.run_folders import summary, values
 
+SCORES = {"loss", "accuracy", "f1", "mcc"}
 DROPOUT = "--model.adapter.lora_dropout=0.5"
 
 
@@ -54,10 +54,9 @@ def test_scores_are_taken_in_evaluation_mode_and_modes_are_restored(fit, monkeyp
 
     monkeypatch.setattr(LoraModule, "on_train_end", on_train_end, raising=False)
     folder = fit(DROPOUT)
-    assert set(found[0]) == {"loss", "accuracy", "f1", "mcc"}
+    assert set(found[0]) == SCORES
     assert found[0] == found[1]
-    final = json.loads((folder / "summary.json").read_text())["metrics"]["final"]
-    assert final == found[0]
+    assert summary(folder)["metrics"]["final"] == found[0]
 
 
 SHAPES = {
@@ -105,10 +104,10 @@ def scored(fit, monkeypatch):
     def run(*argv):
         taken.clear()
         folder = fit("--trainer.val_check_interval=2", *argv)
-        with (folder / "metrics.csv").open(newline="") as stream:
-            logged = [float(row["val/loss"]) for row in csv.DictReader(stream) if row["val/loss"]]
-        final = json.loads((folder / "summary.json").read_text())["metrics"]["final"]
-        return sum(taken), final, logged[-1]
+        validated = {name: values(folder, f"val/{name}") for name in SCORES}
+        assert all(list(steps) == [1, 3] for steps in validated.values())
+        last = {name: steps[3][1] for name, steps in validated.items()}
+        return sum(taken), summary(folder)["metrics"]["final"], last
 
     return run
 
@@ -117,10 +116,10 @@ def scored(fit, monkeypatch):
 def test_final_scores_are_the_last_validations_if_that_saw_the_final_model(scored):
     batches, final, validated = scored("--trainer.max_steps=4")
     assert batches == 6 + 3 + 3
-    assert final["loss"] == pytest.approx(validated, rel=1e-6)
+    assert final == pytest.approx(validated, rel=1e-6)
     batches, final, validated = scored("--trainer.max_steps=5")
     assert batches == 6 + 3 + 3 + 3
-    assert final["loss"] != pytest.approx(validated, rel=1e-6)
+    assert final["loss"] != pytest.approx(validated["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("part", ["0.5", "1"])
@@ -131,4 +130,4 @@ def test_final_scores_are_measured_anew_if_the_last_validation_saw_a_part(part, 
     )
     assert batches == 6 + 1 + 1 + 3
     assert final == pytest.approx(wanted, rel=1e-6)
-    assert final["loss"] != pytest.approx(validated, rel=1e-6)
+    assert final["loss"] != pytest.approx(validated["loss"], rel=1e-6)

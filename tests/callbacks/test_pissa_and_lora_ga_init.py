@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,20 +20,21 @@ from app.training.module import LoraModule
 from app.utils.errors import InputError
 from callbacks.initialization import GradientInit
 from tests.support.one_step_oracle import make_batches
+from tests.support.run_folders import summary, weights
 
 BUILDERS = ["tiny_llama", "tiny_gpt2", "tiny_t5"]
 R = 4
 
 
-def started(base, settings, factors):
-    """Return a wrapped copy with a start in it and taken off its base, and the start."""
+def initialized(base, settings, factors):
+    """Return a wrapped copy with factors in it and subtracted from its base, and the factors."""
     model = add_lora(copy.deepcopy(base), settings)
-    starts = {}
+    installed = {}
     for pair in lora_pairs(model):
-        starts[pair.name] = factors(pair)
-        subtract_from_base(pair, *starts[pair.name])
-        install(pair, *starts[pair.name])
-    return model, starts
+        installed[pair.name] = factors(pair)
+        subtract_from_base(pair, *installed[pair.name])
+        install(pair, *installed[pair.name])
+    return model, installed
 
 
 def pissa(pair):
@@ -47,22 +47,22 @@ def inputs(base):
     return {"input_ids": ids, **more}
 
 
-@pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2"])
-def test_pissa_is_pefts(build, request):
-    base = request.getfixturevalue(build)()
-    settings = LoraSettings(r=R)
-    ours, _ = started(base, settings, pissa)
-    theirs = get_peft_model(
-        copy.deepcopy(base),
-        LoraConfig(
-            r=R,
-            lora_alpha=16,
-            use_rslora=True,
-            target_modules="all-linear",
-            init_lora_weights="pissa",
-            fan_in_fan_out=build == "tiny_gpt2",
-        ),
+def peft_config(build, **options):
+    return LoraConfig(
+        r=R,
+        lora_alpha=16,
+        use_rslora=True,
+        target_modules="all-linear",
+        fan_in_fan_out=build == "tiny_gpt2",
+        **options,
     )
+
+
+@pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2"])
+def test_pissa_and_ten_steps_of_it_are_pefts(build, request):
+    base = without_dropout(request.getfixturevalue(build)())
+    ours, _ = initialized(base, LoraSettings(r=R), pissa)
+    theirs = get_peft_model(copy.deepcopy(base), peft_config(build, init_lora_weights="pissa"))
     for mine, other in zip(lora_pairs(ours), lora_pairs(theirs), strict=True):
         assert mine.name == other.name
         product, wanted = (p.lora_B @ p.lora_A for p in (mine, other))
@@ -71,6 +71,14 @@ def test_pissa_is_pefts(build, request):
             a, b = getattr(mine, factor).abs(), getattr(other, factor).abs()
             assert torch.allclose(a, b, atol=1e-4)
         assert torch.allclose(base_weight(mine), base_weight(other), atol=1e-6)
+    assert ten_losses(ours) == pytest.approx(ten_losses(theirs), rel=1e-5)
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def test_the_randomised_pissa_is_nearly_the_best_of_its_rank():
@@ -99,47 +107,20 @@ def ten_losses(model):
     return found
 
 
-def test_ten_steps_of_pissa_are_pefts(tiny_llama):
-    base = tiny_llama()
-    ours, _ = started(base, LoraSettings(r=R), pissa)
-    theirs = get_peft_model(
-        copy.deepcopy(base),
-        LoraConfig(
-            r=R,
-            lora_alpha=16,
-            use_rslora=True,
-            target_modules="all-linear",
-            init_lora_weights="pissa",
-        ),
-    )
-    assert ten_losses(ours) == pytest.approx(ten_losses(theirs), rel=1e-5)
-
-
 @pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2"])
 def test_lora_ga_is_pefts_but_for_the_scales_of_its_columns(build, request):
     """PEFT multiplies lora_B by the singular values and leaves lora_A unscaled; the vectors are the same.
 
     With its columns at the paper's length PEFT's own model trains as ours does, step by step.
     """
-    base = request.getfixturevalue(build)()
+    base = without_dropout(request.getfixturevalue(build)())
     [batch] = make_batches(False, rows=12, size=12)
     ga = LoraGAConfig(direction="ArB2r", scale="stable", stable_gamma=64)
-    config = LoraConfig(
-        r=R,
-        lora_alpha=16,
-        use_rslora=True,
-        target_modules="all-linear",
-        init_lora_weights="lora_ga",
-        lora_ga_config=ga,
-        fan_in_fan_out=build == "tiny_gpt2",
-    )
-    # PEFT's preparation does not know "all-linear", and takes the gradient in training mode.
+    config = peft_config(build, init_lora_weights="lora_ga", lora_ga_config=ga)
+    # PEFT's preparation does not know "all-linear".
     observed = copy.deepcopy(base)
     wrapped = lora_pairs(add_lora(copy.deepcopy(base), LoraSettings(r=R)))
     config.target_modules = {pair.name for pair in wrapped}
-    for module in observed.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
     preprocess_loraga(observed, config, lambda: observed(**inputs).loss.backward())
     theirs = get_peft_model(observed, config)
@@ -152,11 +133,11 @@ def test_lora_ga_is_pefts_but_for_the_scales_of_its_columns(build, request):
     def lora_ga(pair):
         return lora_ga_factors(found.estimates[pair.name].svd, R, 64.0)
 
-    ours, starts = started(base, LoraSettings(r=R), lora_ga)
+    ours, factors = initialized(base, LoraSettings(r=R), lora_ga)
     others = {pair.name: pair for pair in lora_pairs(theirs)}
-    assert others.keys() == starts.keys()
+    assert others.keys() == factors.keys()
     for mine in lora_pairs(ours):
-        A, B = starts[mine.name]
+        A, B = factors[mine.name]
         other = others[mine.name]
         scale = B.shape[0] ** 0.25 / 8
         S = found.estimates[mine.name].svd.S[R : 2 * R]
@@ -175,10 +156,6 @@ def test_lora_ga_is_pefts_but_for_the_scales_of_its_columns(build, request):
         subtract_from_base(other, A, B)
         install(other, A, B)
         assert torch.allclose(base_weight(other), base_weight(mine), atol=1e-5)
-    for adapted in (ours, theirs):
-        for module in adapted.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
     assert ten_losses(ours) == pytest.approx(ten_losses(theirs), rel=1e-5)
 
 
@@ -199,11 +176,11 @@ def test_lora_ga_takes_the_papers_vectors_and_scale():
 
 @pytest.mark.parametrize("build", BUILDERS)
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_the_start_changes_nothing_and_the_export_fits_the_untouched_base(
+def test_the_initialization_changes_nothing_and_the_export_fits_the_untouched_base(
     build, use_rslora, request, tmp_path
 ):
     base = request.getfixturevalue(build)()
-    model, starts = started(base, LoraSettings(r=R, use_rslora=use_rslora), pissa)
+    model, factors = initialized(base, LoraSettings(r=R, use_rslora=use_rslora), pissa)
     with torch.no_grad():
         before = base(**inputs(base)).logits
         assert torch.allclose(model.eval()(**inputs(base)).logits, before, atol=1e-5)
@@ -212,7 +189,7 @@ def test_the_start_changes_nothing_and_the_export_fits_the_untouched_base(
             pair.lora_B.add_(0.05 * torch.randn_like(pair.lora_B))
         trained = model(**inputs(base)).logits
     assert not torch.allclose(trained, before, atol=1e-2)
-    save_adapter(model, tmp_path, "somewhere", starts)
+    save_adapter(model, tmp_path, "somewhere", factors)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == 2 * R
     assert config["base_model_name_or_path"] == "somewhere"
@@ -235,13 +212,15 @@ def float64_gradients(folder, batches):
     return {name.removesuffix(".weight"): p.grad for name, p in model.named_parameters()}
 
 
-def test_the_command_starts_from_the_gradient_of_the_untouched_model(fit, run_models, monkeypatch):
+def test_the_command_initializes_with_the_gradient_of_the_untouched_model(
+    fit, run_models, monkeypatch
+):
     """The factors that the run subtracted, against autograd's gradient of the whole model in float64."""
     kept = []
     original = GradientInit.batches
 
-    def keep(start, trainer):
-        kept.append(list(original(start, trainer)))
+    def keep(init, trainer):
+        kept.append(list(original(init, trainer)))
         return kept[-1]
 
     monkeypatch.setattr(GradientInit, "batches", keep)
@@ -249,16 +228,15 @@ def test_the_command_starts_from_the_gradient_of_the_untouched_model(fit, run_mo
         *("--config=methods/lora_ga.yaml", "--init.num_samples=16", "--init.estimator.kind=exact"),
         "--init.gamma=25",
     )
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["metrics"]["after_init"]["loss"] == pytest.approx(
-        summary["metrics"]["zero_shot"]["loss"], rel=1e-5
-    )
+    record = summary(folder)
+    before, after = (record["metrics"][name]["loss"] for name in ("zero_shot", "after_init"))
+    assert after == pytest.approx(before, rel=1e-5)
     batches = kept[-1]
     assert sum(len(batch["input_ids"]) for batch in batches) == 16
     gradients = float64_gradients(run_models / "llama", batches)
-    state = load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert len(summary["init"]["layers"]) == 14
-    for name in summary["init"]["layers"]:
+    state = weights(folder)
+    assert len(record["init"]["layers"]) == 14
+    for name in record["init"]["layers"]:
         prefix = f"base_model.model.{name}"
         A, B = (state[f"{prefix}.lora_{side}.weight"].double() for side in "AB")
         start_A, start_B = A[R:], -B[:, R:]
@@ -270,7 +248,7 @@ def test_the_command_starts_from_the_gradient_of_the_untouched_model(fit, run_mo
             assert torch.allclose(found, wanted, atol=1e-2), name
 
 
-def test_the_sketch_and_the_exact_gradient_give_one_start(tiny_llama):
+def test_the_sketch_and_the_exact_gradient_give_the_same_factors(tiny_llama):
     model = add_lora(tiny_llama(), LoraSettings(r=R))
     pairs = lora_pairs(model)
     batches = make_batches(False, rows=12, size=4)
@@ -283,19 +261,40 @@ def test_the_sketch_and_the_exact_gradient_give_one_start(tiny_llama):
         assert torch.allclose(exact, sketch, atol=2e-2 * float(exact.abs().max()))
 
 
-def test_what_cannot_be_offset(command, tiny_run, capfd, monkeypatch):
-    for method, name in (("pissa", "PissaInit"), ("lora_ga", "LoraGaInit")):
-        options = ("fit", "--config", tiny_run, f"--config=methods/{method}.yaml")
-        with monkeypatch.context() as patched:
-            patched.setattr(LoraModule, "is_sharded", property(lambda _: True))
-            assert command(*options) == 2
-        told = capfd.readouterr().err
-        assert f"init is {name}, which changes the base weights that this strategy shards" in told
-        assert command(*options, "--model.adapter=null") == 2
-        assert f"init is {name}, but the model has no LoRA adapter" in capfd.readouterr().err
+def test_lora_ga_needs_two_r_singular_vectors(command, tiny_run, capfd):
     lora_ga = ("fit", "--config", tiny_run, "--config=methods/lora_ga.yaml")
     assert command(*lora_ga, "--init.num_samples=16", "--model.adapter.r=5") == 2
     assert "set model.adapter.r to at most 4" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("method", "name"), [("pissa", "PissaInit"), ("lora_ga", "LoraGaInit")])
+def test_what_cannot_be_subtracted_from(
+    method, name, command, tiny_run, run_models, tied, tmp_path, capfd, monkeypatch
+):
+    """Told from the configuration, before the weights, but for tied weights."""
+
+    def refused(*options):
+        config = f"--config=methods/{method}.yaml"
+        assert command("fit", "--config", tiny_run, config, *options) == 2
+        return capfd.readouterr().err
+
+    told = refused(*tied)
+    assert f"init is {name}, which changes the weight of lm_head" in told
+    assert "the weight of model.embed_tokens too (tie_word_embeddings)" in told
+    assert "leave lm_head out of model.adapter.target_modules" in told
+    monkeypatch.setattr("app.training.model_building.load_model", None)
+    assert f"init is {name}, but the model has no LoRA adapter" in refused("--model.adapter=null")
+    folder = tmp_path / "codes"
+    shutil.copytree(run_models / "llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    told = refused(f"--model.name={folder}")
+    assert f"init is {name}, which subtracts its factors from the base weights" in told
+    assert "are quantised" in told
+    assert "methods/lora_one.yaml" in told
+    monkeypatch.setattr(LoraModule, "is_sharded", property(lambda _: True))
+    assert f"init is {name}, which changes the base weights that this strategy shards" in refused()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -313,34 +312,13 @@ def test_the_base_is_rounded_once(build, dtype, request):
 
 
 @pytest.mark.parametrize("build", BUILDERS)
-def test_on_a_bfloat16_base_the_start_changes_its_rounding(build, request):
-    """Within twice the 5e-3 that the starts' descriptions tell."""
+def test_on_a_bfloat16_base_the_initialization_changes_its_rounding(build, request):
+    """Within twice the 5e-3 that the docstrings of both initializations give."""
     base = request.getfixturevalue(build)().bfloat16()
-    model, _ = started(base, LoraSettings(r=R), pissa)
+    model, _ = initialized(base, LoraSettings(r=R), pissa)
     with torch.no_grad():
         before, after = (m.eval()(**inputs(base)).logits.float() for m in (base, model))
     assert 0 < float((after - before).norm() / before.norm()) < 1e-2
-
-
-def test_quantised_weights_are_not_offset(
-    command, tiny_run, run_models, tmp_path, capfd, monkeypatch
-):
-    """Told from the configuration, before the weights; and where that says nothing, from the weights."""
-    folder = tmp_path / "codes"
-    shutil.copytree(run_models / "llama", folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("app.training.model_building.load_model", None)
-    for method, name in (("pissa", "PissaInit"), ("lora_ga", "LoraGaInit")):
-        options = (f"--config=methods/{method}.yaml", f"--model.name={folder}")
-        assert command("fit", "--config", tiny_run, *options) == 2
-        told = capfd.readouterr().err
-        assert told.startswith(
-            f"error: init is {name}, which subtracts its factors from the base weights"
-        )
-        assert "are quantised" in told
-        assert "methods/lora_one.yaml" in told
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
@@ -365,45 +343,14 @@ def tied(tmp_path, tiny_llama, run_models):
     return f"--model.name={folder}", "--model.adapter.target_modules=[q_proj,lm_head]"
 
 
-def test_a_weight_of_two_modules_is_neither_offset_nor_merged(fit, command, tiny_run, tied, capfd):
-    for method, name in (("pissa", "PissaInit"), ("lora_ga", "LoraGaInit")):
-        assert command("fit", "--config", tiny_run, f"--config=methods/{method}.yaml", *tied) == 2
-        told = capfd.readouterr().err
-        assert f"init is {name}, which changes the weight of lm_head" in told
-        assert "the weight of model.embed_tokens too (tie_word_embeddings)" in told
-        assert "leave lm_head out of model.adapter.target_modules" in told
+def test_a_weight_of_two_modules_is_not_merged(fit, command, tied, capfd):
     folder = fit("--config=methods/lora.yaml", *tied)
     assert command("export", "--run", folder, "--merge") == 2
     told = capfd.readouterr().err
     assert "merging would change the weight of lm_head, which is that of model.embed_tokens" in told
     assert not (folder / "merged").exists()
     # The same model with its head left out.
-    tied = (tied[0], "--model.adapter.target_modules=[q_proj,v_proj]")
-    folder = fit("--config=methods/pissa.yaml", *tied)
+    folder = fit(
+        "--config=methods/pissa.yaml", tied[0], "--model.adapter.target_modules=[q_proj,v_proj]"
+    )
     assert command("export", "--run", folder, "--merge") == 0
-
-
-def test_a_checkpoint_of_an_offset_run_is_tested_right(fit, command, tiny_run, run_models):
-    """Without the offset the checkpoint's factors would stand on the whole base."""
-    folder = fit("--config=methods/pissa.yaml")
-    wanted = json.loads((folder / "summary.json").read_text())["metrics"]["final"]
-    [checkpoint] = (folder / "checkpoints").iterdir()
-    found = {}
-    original = LoraModule.log_dict
-
-    def log_dict(module, values, **options):
-        found.update(values)
-        return original(module, values, **options)
-
-    LoraModule.log_dict = log_dict
-    try:
-        status = command(
-            *("validate", "--config", tiny_run, "--config=methods/pissa.yaml"),
-            f"--ckpt_path={checkpoint}",
-        )
-    finally:
-        LoraModule.log_dict = original
-    assert status == 0
-    assert float(found["val/loss"]) == pytest.approx(wanted["loss"], rel=1e-5)
-    base = AutoModelForCausalLM.from_pretrained(run_models / "llama")
-    assert PeftModel.from_pretrained(base, folder / "adapter").peft_config["default"].r == 2 * R
