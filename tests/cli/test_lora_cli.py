@@ -264,7 +264,7 @@ def test_misspelt_in_a_file(old, new, told, refused, tiny_run):
         ("init.gamma", ".inf", "init.gamma must lie between 1e-06 and 1e+12, got inf"),
         ("model.adapter.lora_alpha", "0", "model.adapter.lora_alpha must be > 0, got 0"),
         ("init.num_samples", "0", "init.num_samples must be > 0, got 0"),
-        ("init.num_samples", "41", "41 initialisation samples from 40 training rows"),
+        ("init.num_samples", "41", "41 initialization samples from 40 training rows"),
         ("data.batch_size", "0", "data.batch_size=0: expected at least 1"),
         ("data.task", "sst3", "did you mean sst2?"),
         (
@@ -371,7 +371,7 @@ def test_folders_that_are_no_run(argv, refused, tmp_path):
         (
             "target_modules",
             "[q_prj]",
-            "did you mean q_proj, v_proj? Its linear layers end in: down_",
+            "did you mean q_proj? Its linear layers end in: down_",
         ),
         ("target_modules", "encoder.*", "target_modules is 'encoder.*', which fits no layer"),
     ],
