@@ -16,7 +16,7 @@ from app.models.source import resolve_model
 from app.utils.errors import InputError
 
 
-def test_directory(tiny_model_dir, tiny_llama, tiny_tokenizer, capfd):
+def test_directory(tiny_model_dir, tiny_llama, tiny_tokenizer, capfd, monkeypatch):
     source = resolve_model(str(tiny_model_dir))
     assert (source.kind, source.name) == ("directory", str(tiny_model_dir))
     assert local_directory(source) == tiny_model_dir
@@ -30,14 +30,11 @@ def test_directory(tiny_model_dir, tiny_llama, tiny_tokenizer, capfd):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.unk_token_id not in tokenizer(text).input_ids
     assert load_config(source).num_hidden_layers == 2
-    assert capfd.readouterr() == ("", "")
-
-
-def test_relative_and_home_directories(tiny_model_dir, monkeypatch):
     monkeypatch.chdir(tiny_model_dir.parent)
-    assert resolve_model(tiny_model_dir.name).kind == "directory"
     monkeypatch.setenv("HOME", str(tiny_model_dir.parent))
-    assert load_config(resolve_model(f"~/{tiny_model_dir.name}")).model_type == "llama"
+    for name in (tiny_model_dir.name, f"~/{tiny_model_dir.name}"):
+        assert load_config(resolve_model(name)).model_type == "llama"
+    assert capfd.readouterr() == ("", "")
 
 
 def test_encoder_decoder(tiny_t5_dir, tiny_t5):

