@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -24,6 +24,7 @@ from app.commands.plan.memory import (
     tensor_bytes,
 )
 from app.commands.plan.placement import Placement, device_memory, read_placement
+from app.commands.plan.protocols import GradientInitialization, Initialization, PlannedData
 from app.commands.plan.report import data_text, memory_text, model_text, verdict_text
 from app.models.loading import empty_model
 from app.models.lora import base_model, fsdp_incompatible_settings
@@ -42,13 +43,13 @@ class PlanTrainer(Trainer):
 
     placement: Placement
     accelerator_name: str
-    init: Any = None
+    init: Initialization | None = None
     fits = True
 
     def plan(
         self,
         model: LoraModule,
-        datamodule: Any = None,
+        datamodule: PlannedData,
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
         memory_gib: float | None = None,
@@ -77,7 +78,7 @@ class PlanTrainer(Trainer):
         print(verdict_text(needed.peak, memory, given=memory_gib is not None), flush=True)
 
 
-def plan_trainer(settings: Mapping[str, Any], init: Any) -> PlanTrainer:
+def plan_trainer(settings: Mapping[str, Any], init: Initialization | None) -> PlanTrainer:
     """Make a trainer without what needs the run's machine or leaves something behind.
 
     Args:
@@ -107,7 +108,7 @@ def plan_trainer(settings: Mapping[str, Any], init: Any) -> PlanTrainer:
     return trainer
 
 
-def set_up(trainer: PlanTrainer, module: LoraModule, data: Any) -> None:
+def set_up(trainer: PlanTrainer, module: LoraModule, data: PlannedData) -> None:
     """Set up data, initialization and module in the order of `fit`, so that the same wrong input stops here.
 
     Raises:
@@ -160,7 +161,9 @@ def build(trainer: PlanTrainer, module: LoraModule) -> nn.Module:
     return module.model
 
 
-def run_memory(trainer: PlanTrainer, module: LoraModule, data: Any, model: nn.Module) -> RunMemory:
+def run_memory(
+    trainer: PlanTrainer, module: LoraModule, data: PlannedData, model: nn.Module
+) -> RunMemory:
     """Add up and measure what a run takes on each process.
 
     Args:
@@ -185,7 +188,8 @@ def run_memory(trainer: PlanTrainer, module: LoraModule, data: Any, model: nn.Mo
     if data.encoded("validation"):
         validation = fake.evaluation(next(iter(data.val_dataloader()[0]))).peak
     initialization = None
-    if hasattr(init, "estimator"):  # the initialization is made of a gradient
+    if hasattr(init, "estimator"):
+        init = cast(GradientInitialization, init)
         pairs, world = module.lora_pairs(), placement.world_size
         batches = data.gradient_batches(init.num_samples, init.micro_batch_size, 0, world)
         initialization = InitializationMemory(
@@ -208,7 +212,7 @@ def run_memory(trainer: PlanTrainer, module: LoraModule, data: Any, model: nn.Mo
     )
 
 
-def generation_bytes(module: LoraModule, data: Any) -> int:
+def generation_bytes(module: LoraModule, data: PlannedData) -> int:
     """Return the bytes of keys and values of the largest batch of benchmark questions in validation."""
     largest = 0
     itemsize = getattr(torch, module.dtype_name).itemsize

@@ -1,13 +1,13 @@
 """What `plan` prints: examples as the model sees them, counts, a table of memory, a verdict."""
 
 import math
-from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from app.commands.plan.memory import RunMemory
 from app.commands.plan.placement import Placement
+from app.commands.plan.protocols import PlannedData
 from app.models.batch import IGNORED_LABEL
 from app.models.lora import lora_pairs
 from app.training.module import LoraModule
@@ -40,7 +40,7 @@ def _line(label: str, value: int | str, note: str = "") -> str:
     return f"  {label:<{LABEL}}{number:>{NUMBER}}   {note}".rstrip()
 
 
-def data_text(trainer: Trainer, module: LoraModule, data: Any, placement: Placement) -> str:
+def data_text(trainer: Trainer, module: LoraModule, data: PlannedData, placement: Placement) -> str:
     """Describe the data, the batches and the steps, and show the first training rows.
 
     Args:

@@ -1,0 +1,56 @@
+"""What `plan` uses of a data module and of an initialization."""
+
+from collections.abc import Sequence, Sized
+from typing import Any, Protocol
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from app.initialization.one_step_gradient import Estimator
+from app.training.protocols import TrainingDataModule
+
+
+class EncodedRow(Sized, Protocol):
+    """A row as token ids; its length is that of prompt and answer together."""
+
+    @property
+    def answer_ids(self) -> Sequence[int]:
+        """The supervised tokens."""
+
+
+class PlannedData(TrainingDataModule, Protocol):
+    """A data module whose rows are described; the attributes are its settings, and what it has read."""
+
+    task_name: str
+    source: str
+    max_length: int
+    eval_batch_size: int
+    cut_prompts: dict[str, int]
+    trainer: Trainer | None
+
+    def prepare_data(self) -> None:
+        """Download published data."""
+
+    def setup(self, stage: str) -> None:
+        """Read and encode the rows of a stage."""
+
+    def encoded(self, split: str) -> list[EncodedRow]:
+        """Return the rows of "train" or "validation"."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return batches of the training rows."""
+
+
+class Initialization(Protocol):
+    """A callback that initializes the adapter."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before the model's weights are loaded."""
+
+
+class GradientInitialization(Initialization, Protocol):
+    """One that is made of the one-step gradient."""
+
+    num_samples: int
+    micro_batch_size: int
+    estimator: Estimator
