@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from app.models.source import resolve_model
 from app.tracking.run_folder import RunFolder
 from app.utils.command_parser import CommandParser
 from app.utils.errors import InputError
+from app.utils.files import atomic_folder
 
 
 def export_command(arguments: Sequence[str]) -> int:
@@ -63,7 +62,7 @@ def export(run: Path, merge: bool, output: Path | None = None) -> Path:
             "writes the model"
         )
     if whole or not merge:
-        with _atomic_folder(target) as part:
+        with atomic_folder(target) as part:
             shutil.copytree(folder.model if whole else folder.adapter, part, dirs_exist_ok=True)
         return target
     settings = yaml.safe_load(folder.config.read_text())["model"]
@@ -78,20 +77,6 @@ def export(run: Path, merge: bool, output: Path | None = None) -> Path:
     transformers_logging.disable_progress_bar()
     base = load_model(source, getattr(torch, settings["dtype"]))
     trained = load_adapter(base, folder.adapter, trainable=False)
-    with _atomic_folder(target) as part:
+    with atomic_folder(target) as part:
         save_merged(trained, load_tokenizer(source), part)
     return target
-
-
-@contextmanager
-def _atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder that becomes `target` when the block ends, and is removed after an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield part
-        part.chmod(0o755)
-        part.replace(target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise

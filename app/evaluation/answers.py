@@ -15,7 +15,7 @@ from app.distributed.collectives import (
     world_size,
 )
 from app.utils.errors import InputError
-from app.utils.files import digest
+from app.utils.files import atomic_write, digest
 
 Answer = dict[str, Any]
 """`key` and `prompt_hash` of a question, its `outputs`, their `tokens` and `finished`, and its `scores`."""
@@ -98,11 +98,7 @@ class AnswersFile:
         if is_first_process():
             rows = sorted(self._read().values(), key=lambda row: order.get(row["key"], len(order)))
             self.folder.mkdir(parents=True, exist_ok=True)
-            whole = self.folder / f"{self.stem}.whole"
-            with whole.open("w", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(row) + "\n" for row in rows)
-                stream.flush()
-                os.fsync(stream.fileno())  # before the parts are gone
-            whole.replace(self.path)
+            with atomic_write(self.path) as stream:  # synced before the parts are gone
+                stream.writelines(f"{json.dumps(row)}\n".encode() for row in rows)
             for part in self.folder.glob(f"{self.stem}.part*.jsonl"):
                 part.unlink()

@@ -8,8 +8,6 @@ import functools
 import hashlib
 import importlib.util
 import io
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -31,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from app.models.source import FOUR_WAYS, ModelSource, gguf_sha256
 from app.utils.console import say
 from app.utils.errors import InputError
-from app.utils.files import cache_root, file_sha256, locked
+from app.utils.files import atomic_folder, cache_root, file_sha256, locked
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
@@ -148,10 +146,8 @@ def _convert_gguf(source: ModelSource, target: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"model.name={source.name!r} needs a package: run 'pip install gguf'.")
     say(f"Converting {source.name} once (about a minute), into {target}")
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     # Nothing else silences the progress bar of transformers' GGUF reader.
-    with _loading(source), redirect_stderr(io.StringIO()):
+    with _loading(source), redirect_stderr(io.StringIO()), atomic_folder(target) as part:
         config = AutoConfig.from_pretrained(**source.load_args)
         # dequantize=True gives plain weights without the mark of a quantised model.
         model = _auto_class(config).from_pretrained(
@@ -163,7 +159,6 @@ def _convert_gguf(source: ModelSource, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source.load_args)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-    os.replace(part, target)
 
 
 @functools.cache

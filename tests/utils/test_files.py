@@ -5,7 +5,7 @@ import json
 import pytest
 
 from app.utils.errors import InputError
-from app.utils.files import atomic_write, file_sha256, locked, read_json, write_json
+from app.utils.files import atomic_folder, atomic_write, file_sha256, locked, read_json, write_json
 
 
 def interrupted(path):
@@ -50,3 +50,15 @@ def test_a_lock_that_cannot_be_made_names_the_setting(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="LORA_ONE_CACHE"), locked(tmp_path / "file" / "x"):
         pass
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "new") as part:
+        raise OSError("full")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new.part").mkdir()  # what a killed process leaves
+    (tmp_path / "new.part" / "stale").write_text("")
+    with atomic_folder(tmp_path / "new") as part:
+        (part / "file").write_text("whole")
+        assert not (tmp_path / "new").exists()
+    assert [p.name for p in tmp_path.rglob("*")] == ["new", "file"]
