@@ -30,6 +30,7 @@ from tests.support.compare_runs import compare, refused, started  # noqa: F401 (
 from tests.support.report_runs import report, runs  # noqa: F401 (fixtures)
 from tests.support.run_hooks import killed_at, logged, passes, signalled  # noqa: F401 (fixtures)
 from tests.support.watched_fit import watched_fit  # noqa: F401 (fixture)
+from tests.support.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0, 1, 2, 3
@@ -191,21 +192,6 @@ def smollm2_dir(smollm2_name):
 
 
 SENTIMENT = (("bad", "poor", "dull", "cold"), ("good", "great", "fine", "warm"))
-TINY_RUN = """
-trainer: {{max_steps: 3, log_every_n_steps: 1, accelerator: cpu}}
-model:
-  name: {model}
-  adapter: {{r: 4}}
-  optimizer: {{class_path: app.optim.preconditioned_adamw.PreconditionedAdamW, init_args: {{lr: 1.0e-2}}}}
-  lr_scheduler_type: constant
-data:
-  class_path: data_modules.glue.GlueDataModule
-  init_args: {{task: sst2, path: {data}, batch_size: 8, eval_batch_size: 7, validation_size: 20}}
-init:
-  class_path: callbacks.lora_one_init.LoraOneInit
-  init_args: {{num_samples: 16, micro_batch_size: 4}}
-output: {{name: tiny, root: {root}, wandb: disabled}}
-"""
 
 
 @pytest.fixture(scope="session")
@@ -234,11 +220,9 @@ def sst2_folder(tmp_path_factory):
 @pytest.fixture
 def tiny_run(tmp_path, run_models, sst2_folder):
     """Return a complete configuration file: 3 steps of the tiny Llama below tmp_path / "runs"."""
-    file = tmp_path / "tiny.yaml"
-    file.write_text(
-        TINY_RUN.format(model=run_models / "llama", data=sst2_folder, root=tmp_path / "runs")
+    return write_tiny_run(
+        tmp_path / "tiny.yaml", run_models / "llama", sst2_folder, tmp_path / "runs"
     )
-    return file
 
 
 @pytest.fixture

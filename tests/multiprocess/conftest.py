@@ -1,7 +1,6 @@
-"""Start real processes with torchrun."""
+"""Start real processes: forked from one that has imported everything, or with torchrun."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -10,38 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.paths import ROOT, WORKER
-
-
-@pytest.fixture
-def torchrun(tmp_path):
-    """Return `torchrun(jobs, ...)`, which runs the worker's jobs and returns status and output."""
-
-    def run(jobs, processes=2, timeout=600):
-        file = tmp_path / "jobs.json"
-        file.write_text(json.dumps(jobs))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        done = subprocess.run(
-            [*launcher, "--nproc_per_node", str(processes), str(WORKER), str(file)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    return run
+from tests.support.parity import parity_arguments
+from tests.support.paths import ROOT
+from tests.support.processes import environment
+from tests.support.tiny_run import write_tiny_run
 
 
 @pytest.fixture(scope="session")
-def forks():
-    """Return the process that `by_hand` forks from."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment["WANDB_MODE"] = "offline"
+def _forks():
+    """Start the process that others are forked from."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.support.forks"],
-        env=environment,
+        env=environment(PYTHONPATH=str(ROOT), WANDB_MODE="offline"),
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -52,40 +31,51 @@ def forks():
     assert process.wait(timeout=60) == 0
 
 
-@pytest.fixture
-def by_hand(forks, tmp_path):
-    """Return `by_hand(jobs, ...)`: a worker's jobs, or a part, on two processes that no launcher watches.
+@pytest.fixture(scope="session")
+def forked(_forks, tmp_path_factory):
+    """Return `forked(jobs, ...)`: a worker's jobs, or a part, on processes that no launcher watches.
 
-    It returns each one's status (None if it had to be killed) and output. `hangs` is the process that is
-    killed when the other has ended; `folders` are their working directories; `environment` is added to theirs.
+    It returns each one's status (None if it had to be killed) and output. `jobs` may be a function of the
+    process's number; `hangs` is the process that is killed when the others have ended; `folders` are the
+    working directories; `environment` is added to theirs.
     """
 
-    def run(jobs, timeout=120, hangs=None, folders=(ROOT, ROOT), environment=None):
+    def run(jobs, processes=2, timeout=120, hangs=None, folders=None, environment=None):
+        folder = tmp_path_factory.mktemp("forked")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        processes = []
-        for rank in range(2):
-            file, log = tmp_path / f"jobs_{rank}.json", tmp_path / f"log_{rank}.txt"
+        starts = []
+        for rank in range(processes):
+            file = folder / f"jobs_{rank}.json"
             file.write_text(json.dumps(jobs(rank) if callable(jobs) else jobs))
-            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
             own = {key: str(value) for key, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            processes.append(
+            starts.append(
                 {
                     "jobs": str(file),
-                    "log": str(log),
-                    "folder": str(folders[rank]),
-                    "environment": own | (environment or {}),
+                    "log": str(folder / f"log_{rank}.txt"),
+                    "folder": str(folders[rank] if folders else ROOT),
+                    "environment": (own if processes > 1 else {}) | (environment or {}),
                 }
             )
-        asked = {"processes": processes, "timeout": timeout, "hangs": hangs}
-        forks.stdin.write(json.dumps(asked) + "\n")
-        forks.stdin.flush()
-        statuses = json.loads(forks.stdout.readline())
-        return [
-            (status, Path(process["log"]).read_text())
-            for status, process in zip(statuses, processes, strict=True)
-        ]
+        request = {"processes": starts, "timeout": timeout, "hangs": hangs}
+        _forks.stdin.write(json.dumps(request) + "\n")
+        _forks.stdin.flush()
+        statuses = json.loads(_forks.stdout.readline())
+        outputs = [Path(start["log"]).read_text() for start in starts]
+        return list(zip(statuses, outputs, strict=True))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(forked):
+    """Return `finished(jobs, ...)`, which is `forked` and asserts that every process ends with status 0."""
+
+    def run(jobs, **options):
+        for status, output in forked(jobs, **options):
+            assert status == 0, output[-6000:]
 
     return run
 
@@ -98,3 +88,25 @@ def models_without_dropout(tmp_path_factory, run_models, tiny_t5, tiny_gpt2):
     tiny_t5(dropout_rate=0.0).save_pretrained(folder / "t5")
     tiny_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).save_pretrained(folder / "gpt2")
     return folder
+
+
+@pytest.fixture(scope="session")
+def parity_config(tmp_path_factory, run_models, sst2_folder):
+    """Return the configuration file of `parity_arguments`."""
+    folder = tmp_path_factory.mktemp("parity_config")
+    return write_tiny_run(folder / "tiny.yaml", run_models / "llama", sst2_folder, folder / "runs")
+
+
+@pytest.fixture(scope="session")
+def reference(finished, parity_config, models_without_dropout, tmp_path_factory):
+    """Return `reference(model)`, the root of the run of `parity_arguments` on one process."""
+    roots = {}
+
+    def run(model):
+        if model not in roots:
+            root = roots[model] = tmp_path_factory.mktemp(f"reference_{model}")
+            argv = parity_arguments(parity_config, models_without_dropout / model, root, 8)
+            finished([{"argv": argv, "keep": str(root / "kept")}], processes=1)
+        return roots[model]
+
+    return run

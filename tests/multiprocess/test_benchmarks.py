@@ -1,10 +1,13 @@
-"""Benchmarks on two processes: the answers and scores of one, also after a kill."""
+"""Benchmarks on two processes: the answers and scores of one process, also after a kill."""
 
 import json
+import signal
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.parity import two_processes
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 CONFIG = """
 trainer: {{accelerator: cpu}}
@@ -25,16 +28,13 @@ def arguments(folder, model, size, strategy=None):
     folder.mkdir(exist_ok=True)
     file = folder / "benchmarks.yaml"
     file.write_text(CONFIG.format(model=model, size=size, root=folder / "runs"))
-    more = []
-    if strategy:
-        more = [f"--config={ROOT}/configs/strategies/{strategy}.yaml", "--trainer.devices=2"]
-    return ["test", f"--config={file}", *more]
+    return ["test", f"--config={file}", *(two_processes(strategy) if strategy else ())]
 
 
-def found(folder):
-    """Return scores, counts of questions and answers of the test below a folder."""
-    told = json.loads((folder / "runs" / "toy" / "benchmarks.json").read_text())
-    by_name = {value["name"]: value for value in told.values()}
+def results(folder):
+    """Return scores, answers and the numbers of questions answered before, of the test below a folder."""
+    saved = json.loads((folder / "runs" / "toy" / "benchmarks.json").read_text())
+    by_name = {value["name"]: value for value in saved.values()}
     scores = {name: value["scores"] for name, value in by_name.items()}
     outputs = {}
     for path in sorted((folder / "runs" / "toy" / "answers").rglob("*")):
@@ -48,39 +48,38 @@ def found(folder):
     return scores, outputs, before
 
 
-def test_two_processes_find_what_one_finds(models_without_dropout, command, torchrun, tmp_path):
-    """23 and 17 questions in batches of 3 a process: nothing divides anything."""
-    model = models_without_dropout / "llama"
-    assert command(*arguments(tmp_path / "alone", model, 6)) == 0
-    scores, outputs, _ = found(tmp_path / "alone")
-    kept = str(tmp_path / "kept")
-    jobs = [
-        {"argv": arguments(tmp_path / name, model, 3, name), "keep": kept}
-        for name in ("ddp", "fsdp")
-    ]
-    status, told = torchrun(jobs)
-    assert status == 0, told[-6000:]
-    for name in ("ddp", "fsdp"):
-        others, texts, _ = found(tmp_path / name)
-        assert texts == outputs
-        for name, values in scores.items():
-            assert others[name] == pytest.approx(values, rel=1e-6)
+def assert_same_results(folder, alone):
+    scores, outputs, before = results(folder)
+    wanted_scores, wanted_outputs, _ = results(alone)
+    assert outputs == wanted_outputs
+    assert scores == {
+        name: pytest.approx(values, rel=1e-6) for name, values in wanted_scores.items()
+    }
+    return before
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_killed_test_goes_on(strategy, models_without_dropout, command, torchrun, tmp_path):
-    """One of two processes is killed while the questions are asked; one process asks the rest."""
+def test_two_processes_answer_as_one_does_also_after_a_kill(
+    models_without_dropout, forked, finished, tmp_path
+):
+    """23 and 17 questions in batches of 3 a process: nothing divides anything.
+
+    One of two processes is killed while the questions are asked; one process asks the rest.
+    """
     model = models_without_dropout / "llama"
-    assert command(*arguments(tmp_path / "alone", model, 6)) == 0
-    scores, outputs, _ = found(tmp_path / "alone")
-    folder = tmp_path / strategy
-    job = {"argv": arguments(folder, model, 3, strategy), "keep": str(tmp_path / "kept")}
-    status, _ = torchrun([{**job, "die": [1, "benchmark", 3]}])
-    assert status != 0
-    parts = list((folder / "runs" / "toy" / "answers").rglob("*.part*.jsonl"))
-    assert parts
-    assert command(*arguments(folder, model, 6)) == 0
-    others, texts, before = found(folder)
-    assert texts == outputs
-    assert others == {name: pytest.approx(values, rel=1e-6) for name, values in scores.items()}
-    assert 0 < before["writing"] < 23
+
+    def job(name, size, strategy=None, **ends):
+        argv = arguments(tmp_path / name, model, size, strategy)
+        return {"argv": argv, "keep": str(tmp_path / "kept"), **ends}
+
+    killed = {strategy: f"killed_{strategy}" for strategy in ("ddp", "fsdp")}
+    finished([job("alone", 6)], processes=1)
+    finished([job(strategy, 3, strategy) for strategy in killed])
+    for strategy, name in killed.items():
+        assert_same_results(tmp_path / strategy, tmp_path / "alone")
+        ends = forked([job(name, 3, strategy, die=[1, "benchmark", 3])])
+        assert [status for status, _ in ends] == [1, -signal.SIGKILL]
+        assert list((tmp_path / name / "runs" / "toy" / "answers").rglob("*.part*.jsonl"))
+    finished([job(name, 6) for name in killed.values()], processes=1)
+    for name in killed.values():
+        before = assert_same_results(tmp_path / name, tmp_path / "alone")
+        assert 0 < before["writing"] < 23

@@ -1,9 +1,10 @@
-"""What processes tell each other, and how they stay in step, part by part."""
+"""Collectives, and gradients that processes reach in another order, part by part on two processes."""
 
 import pytest
 
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
 
 @pytest.mark.parametrize("part", ["verdicts", "out_of_step", "experts"])
-def test_two_processes(part, by_hand):
-    for status, told in by_hand({"part": part, "options": {}}):
-        assert status == 0, told
+def test_two_processes(part, finished):
+    finished({"part": part, "options": {}})

@@ -28,27 +28,44 @@ def assert_peer_failure(status, output):
     assert RESUME_HINT in output
 
 
-@pytest.mark.parametrize(("dead", "moment"), [(1, "gradient"), (0, "checkpoint")])
-def test_torchrun_names_the_process_that_died(dead, moment, tiny_run, torchrun, tmp_path):
-    status, output = torchrun([job(tiny_run, tmp_path, die=[dead, moment, 1])], timeout=90)
+def run_worker(folder, jobs, *launcher):
+    """Run a worker's jobs under a launcher that imports everything anew; return status and output."""
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [sys.executable, *launcher, str(WORKER), str(file)],
+        env=environment(PYTHONPATH=str(ROOT)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def test_torchrun_names_the_process_that_died(tiny_run, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    jobs = [job(tiny_run, tmp_path, die=[0, "checkpoint", 1])]
+    status, output = run_worker(tmp_path, jobs, *torchrun)
     assert status != 0
-    assert f"rank      : {dead} (local_rank: {dead})" in output
+    assert "rank      : 0 (local_rank: 0)" in output
     assert "Signal 9 (SIGKILL)" in output
 
 
 @pytest.mark.parametrize(("dead", "moment"), [(0, "gradient"), (1, "training"), (0, "checkpoint")])
-def test_without_a_launcher_the_other_process_ends_too(dead, moment, tiny_run, by_hand, tmp_path):
-    ends = by_hand([job(tiny_run, tmp_path, die=[dead, moment, 1])])
+def test_without_a_launcher_the_other_process_ends_too(dead, moment, tiny_run, forked, tmp_path):
+    ends = forked([job(tiny_run, tmp_path, die=[dead, moment, 1])])
     assert ends[dead][0] == -signal.SIGKILL
     status, output = ends[1 - dead]
     assert_peer_failure(status, output)
     assert "Traceback" not in output
 
 
-def test_data_missing_on_one_process_end_both(tiny_run, sst2_folder, by_hand, tmp_path):
+def test_data_missing_on_one_process_end_both(tiny_run, sst2_folder, forked, tmp_path):
     """Before the model is loaded, and with its own error where it happened."""
     jobs = [job(tiny_run, tmp_path / "runs", f"--data.path={sst2_folder.name}")]
-    (other, output), (status, error) = by_hand(jobs, folders=(sst2_folder.parent, tmp_path))
+    (other, output), (status, error) = forked(jobs, folders=(sst2_folder.parent, tmp_path))
     assert status == 2, error
     assert_peer_failure(other, output)
     assert error.splitlines()[-1].startswith("error: ")
@@ -57,26 +74,26 @@ def test_data_missing_on_one_process_end_both(tiny_run, sst2_folder, by_hand, tm
 
 
 @pytest.mark.parametrize("hangs", [0, 1])
-def test_a_stopped_process_exceeds_the_timeout(hangs, tiny_run, by_hand, tmp_path):
+def test_a_stopped_process_exceeds_the_timeout(hangs, tiny_run, forked, tmp_path):
     """It keeps its connections, so only the configured timeout ends the wait; the traceback says for what."""
     timeout = "--trainer.strategy.timeout=0:00:05"
-    ends = by_hand([job(tiny_run, tmp_path, timeout, hang=[hangs, "training", 2])], hangs=hangs)
+    ends = forked([job(tiny_run, tmp_path, timeout, hang=[hangs, "training", 2])], hangs=hangs)
     status, output = ends[1 - hangs]
     assert_peer_failure(status, output)
     assert "Timed out waiting 5000ms" in output
     assert "Traceback" in output
 
 
-def test_a_full_disk_at_the_end_of_one_process_ends_both(tiny_run, by_hand, tmp_path):
-    (status, error), (other, output) = by_hand([job(tiny_run, tmp_path, fail=[0, "report", 1])])
+def test_a_full_disk_at_the_end_of_one_process_ends_both(tiny_run, forked, tmp_path):
+    (status, error), (other, output) = forked([job(tiny_run, tmp_path, fail=[0, "report", 1])])
     assert status == 1
     assert error.splitlines()[-1].endswith("No space left on device")
     assert_peer_failure(other, output)
     assert "Traceback" not in output
 
 
-def test_an_error_of_its_own_is_no_peer_failure(tiny_run, by_hand, tmp_path):
-    (other, output), (status, error) = by_hand([job(tiny_run, tmp_path, stall=[1, "training", 2])])
+def test_an_error_of_its_own_is_no_peer_failure(tiny_run, forked, tmp_path):
+    (other, output), (status, error) = forked([job(tiny_run, tmp_path, stall=[1, "training", 2])])
     assert status == 1
     assert "Traceback" in error
     assert error.rstrip().endswith("RuntimeError: DataLoader timed out after 5 seconds")
@@ -84,14 +101,14 @@ def test_an_error_of_its_own_is_no_peer_failure(tiny_run, by_hand, tmp_path):
     assert_peer_failure(other, output)
 
 
-def test_a_signal_before_the_first_step_is_named_where_it_arrived(tiny_run, by_hand, tmp_path):
-    (other, output), (status, own) = by_hand([job(tiny_run, tmp_path, term=[1, "gradient", 1])])
+def test_a_signal_before_the_first_step_is_named_where_it_arrived(tiny_run, forked, tmp_path):
+    (other, output), (status, own) = forked([job(tiny_run, tmp_path, term=[1, "gradient", 1])])
     assert status == 143, own
     assert "SIGTERM: stopped before the first step" in own
     assert_peer_failure(other, output)
 
 
-def test_slurms_warning_to_one_process_requeues_the_job_once(tiny_run, by_hand, tmp_path):
+def test_slurms_warning_to_one_process_requeues_the_job_once(tiny_run, forked, tmp_path):
     """The other process has got SIGTERM; all end with the status that Slurm wants."""
     calls = tmp_path / "calls.txt"
     scontrol = tmp_path / "bin" / "scontrol"
@@ -101,15 +118,15 @@ def test_slurms_warning_to_one_process_requeues_the_job_once(tiny_run, by_hand, 
     slurm = {"SLURM_JOB_ID": "77", "PATH": f"{scontrol.parent}:{environment()['PATH']}"}
     ends = {"usr1": [1, "training", 2], "term": [0, "training", 2]}
     jobs = [job(tiny_run, tmp_path, "--trainer.max_steps=9", **ends)]
-    (status, output), (other, _) = by_hand(jobs, environment=slurm)
+    (status, output), (other, _) = forked(jobs, environment=slurm)
     assert (status, other) == (0, 0), output
     assert "SIGUSR1: stopped after step 2" in output
     assert calls.read_text() == "requeue 77\n"
 
 
-def test_other_settings_are_an_input_error_on_all_processes(tiny_run, by_hand, tmp_path):
+def test_other_settings_are_an_input_error_on_all_processes(tiny_run, forked, tmp_path):
     root = tmp_path / "differ"
-    ends = by_hand(lambda number: [job(tiny_run, root, f"--model.adapter.r={4 - number}")])
+    ends = forked(lambda number: [job(tiny_run, root, f"--model.adapter.r={4 - number}")])
     for status, output in ends:
         assert status == 2, output
         assert "process 1 was started with other settings" in output
@@ -127,15 +144,7 @@ def test_other_settings_are_an_input_error_on_all_processes(tiny_run, by_hand, t
 )
 def test_lightnings_launcher(ends, status, message, tiny_run, tmp_path):
     """Its observer may kill the first process, once another has ended and within five seconds."""
-    file = tmp_path / "jobs.json"
-    file.write_text(json.dumps([job(tiny_run, tmp_path, "--trainer.max_steps=9", **ends)]))
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(file)],
-        env=environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode in (status, -signal.SIGKILL), done.stdout + done.stderr
-    assert message in done.stderr or (done.returncode == -signal.SIGKILL and "die" in ends)
+    jobs = [job(tiny_run, tmp_path, "--trainer.max_steps=9", **ends)]
+    ended, output = run_worker(tmp_path, jobs)
+    assert ended in (status, -signal.SIGKILL), output
+    assert message in output or ("die" in ends and ended == -signal.SIGKILL)

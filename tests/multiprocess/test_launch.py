@@ -1,54 +1,52 @@
-"""The launch recipes: one node, two nodes, Slurm, and what is refused."""
+"""The launch recipes: one node, two nodes, Slurm, and settings that raise InputError."""
 
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.accelerators import MPSAccelerator
 
-from tests.multiprocess.test_parity import arguments, losses
+from tests.support.parity import losses, parity_arguments
 from tests.support.paths import ROOT
+from tests.support.processes import environment
 from tests.support.two_nodes import two_nodes
+
+pytestmark = pytest.mark.multiprocess
 
 LAUNCH = ROOT / "launch"
 STRATEGIES = ("ddp", "fsdp")
 
 
-def environment(**own):
-    """Return this environment with its Python first, and one thread a process."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **own}
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
 
-def ends(processes, timeout=180):
-    told = [process.communicate(timeout=timeout)[0] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, told, strict=True)]
-
-
-def pipes():
-    return {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+def ends(*processes):
+    """Wait for processes; return the status and output of each."""
+    outputs = [process.communicate(timeout=180)[0] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, outputs, strict=True)]
 
 
 @pytest.fixture
-def alone(tiny_run, models_without_dropout, command, tmp_path):
-    """Return the losses of the run on one process."""
-    root = tmp_path / "alone"
-    assert command(*arguments(tiny_run, models_without_dropout / "llama", root, 8)) == 0
-    return losses(root)
+def run_argv(parity_config, models_without_dropout, tmp_path):
+    """Return `run_argv(strategy)`: what `reference("llama")` runs, for two processes."""
+
+    def argv(strategy):
+        overlay = f"--config={ROOT}/configs/strategies/{strategy}.yaml"
+        model = models_without_dropout / "llama"
+        return parity_arguments(parity_config, model, tmp_path / strategy, 4, overlay)
+
+    return argv
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and ip"
 )
-def test_two_nodes(alone, tiny_run, models_without_dropout, tmp_path):
+def test_two_nodes(reference, run_argv, tmp_path):
     for strategy in STRATEGIES:
-        root = tmp_path / strategy
-        argv = arguments(tiny_run, models_without_dropout / "llama", root, 4)
-        argv.append(f"--config={ROOT}/configs/strategies/{strategy}.yaml")
         with two_nodes() as nodes:
             own = [
                 environment(
@@ -59,31 +57,29 @@ def test_two_nodes(alone, tiny_run, models_without_dropout, tmp_path):
                 )
                 for i, node in enumerate(nodes)
             ]
-            told = ends(
-                [
-                    node.popen([str(LAUNCH / "node.sh"), "1", *argv], env=env, **pipes())
+            script = [str(LAUNCH / "node.sh"), "1", *run_argv(strategy)]
+            (status_0, output_0), (status_1, output_1) = ends(
+                *(
+                    node.popen(script, env=env, **PIPES)
                     for node, env in zip(nodes, own, strict=True)
-                ]
+                )
             )
-        assert [status for status, _ in told] == [0, 0], told[0][1][-4000:] + told[1][1][-4000:]
-        assert "run folder" in told[0][1]
-        assert "run folder" not in told[1][1]
-        assert losses(root) == pytest.approx(alone, rel=1e-4)
+        assert (status_0, status_1) == (0, 0), output_0[-4000:] + output_1[-4000:]
+        assert "run folder" in output_0
+        assert "run folder" not in output_1
+        assert losses(tmp_path / strategy) == pytest.approx(losses(reference("llama")), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
-def test_one_node(launcher, alone, tiny_run, models_without_dropout, tmp_path):
-    root = tmp_path / launcher
-    argv = arguments(tiny_run, models_without_dropout / "llama", root, 4)
-    argv.append(f"--config={ROOT}/configs/strategies/ddp.yaml")
-    start = [str(LAUNCH / "one_node.sh"), "2"]
+def test_one_node(launcher, reference, run_argv, tmp_path):
+    argv = [str(LAUNCH / "one_node.sh"), "2", *run_argv("ddp")]
     if launcher == "lightning":
-        start = [sys.executable, str(ROOT / "train.py")]
-        argv.append("--trainer.devices=2")
-    ((status, told),) = ends([subprocess.Popen([*start, *argv], env=environment(), **pipes())])
-    assert status == 0, told[-4000:]
-    assert told.count("run folder") == 1
-    assert losses(root) == pytest.approx(alone, rel=1e-4)
+        argv = [sys.executable, str(ROOT / "train.py"), *run_argv("ddp"), "--trainer.devices=2"]
+    ((status, output),) = ends(subprocess.Popen(argv, env=environment(), **PIPES))
+    assert status == 0, output[-4000:]
+    assert output.count("run folder") == 1
+    assert losses(tmp_path / "ddp") == pytest.approx(losses(reference("llama")), rel=1e-4)
 
 
 SRUN = """#!/usr/bin/env bash
@@ -98,15 +94,13 @@ for task in "${{tasks[@]}}"; do wait "$task"; done
 """
 
 
-def test_slurm(alone, tiny_run, models_without_dropout, tmp_path):
+@pytest.mark.slow
+def test_slurm(reference, run_argv, tmp_path):
     """The job script with a stand-in for srun: two tasks, as Slurm describes them to a program."""
-    fake = tmp_path / "bin"
-    fake.mkdir()
-    (fake / "srun").write_text(SRUN.format(folder=tmp_path))
-    (fake / "srun").chmod(0o755)
-    root = tmp_path / "slurm"
-    argv = arguments(tiny_run, models_without_dropout / "llama", root, 4)
-    argv.append(f"--config={ROOT}/configs/strategies/ddp.yaml")
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text(SRUN.format(folder=tmp_path))
+    srun.chmod(0o755)
     own = environment(
         SLURM_JOB_ID="4711",
         SLURM_JOB_NAME="lora-one",
@@ -118,14 +112,14 @@ def test_slurm(alone, tiny_run, models_without_dropout, tmp_path):
         SLURM_JOB_NODELIST="localhost",
         SLURM_SUBMIT_DIR=str(ROOT),
     )
-    own["PATH"] = f"{fake}:{own['PATH']}"
-    job = ["bash", str(LAUNCH / "slurm.sbatch"), *argv]
-    ((status, told),) = ends([subprocess.Popen(job, env=own, **pipes())])
-    assert status == 0, told[-4000:]
+    own["PATH"] = f"{srun.parent}:{own['PATH']}"
+    job = ["bash", str(LAUNCH / "slurm.sbatch"), *run_argv("ddp")]
+    ((status, output),) = ends(subprocess.Popen(job, env=own, **PIPES))
+    assert status == 0, output[-4000:]
     assert "--ckpt_path last" in (tmp_path / "srun.txt").read_text()
-    assert "starting anew" in told
-    assert told.count("run folder") == 1
-    assert losses(root) == pytest.approx(alone, rel=1e-4)
+    assert "starting anew" in output
+    assert output.count("run folder") == 1
+    assert losses(tmp_path / "ddp") == pytest.approx(losses(reference("llama")), rel=1e-4)
 
 
 TORCHRUN = {
@@ -151,7 +145,7 @@ SLURM = {
 
 
 @pytest.mark.parametrize(
-    ("options", "variables", "told"),
+    ("options", "variables", "message"),
     [
         (["--trainer.strategy=fsdp"], {}, "--config strategies/fsdp.yaml"),
         (["--trainer.strategy=fsdp_cpu_offload"], {}, "--config strategies/fsdp.yaml"),
@@ -177,7 +171,7 @@ SLURM = {
     ],
 )
 def test_what_cannot_be_started(
-    options, variables, told, tiny_run, command, monkeypatch, capsys, tmp_path
+    options, variables, message, tiny_run, command, monkeypatch, capsys, tmp_path
 ):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -185,7 +179,7 @@ def test_what_cannot_be_started(
     assert command("fit", "--config", tiny_run, f"--output.root={root}", *options) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert told in error
+    assert message in error
     assert len(error.splitlines()) == 1
     assert not list(root.glob("tiny/*")), "no run folder for a run that did not begin"
 

@@ -1,74 +1,49 @@
 """A run that several processes were training goes on exactly, on as many or others, and another strategy."""
 
-import csv
 import random
 import shutil
+import signal
 
 import pytest
 
-from tests.multiprocess.test_parity import arguments as parity_arguments
+from tests.support.parity import losses, parity_arguments, two_processes
 
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 STEPS = 14
 EVERY = 3  # optimizer steps between two checkpoints
 
 
-def arguments(tiny_run, model, root, batch_size, *more):
-    own = (f"--trainer.max_steps={STEPS}", f"--output.checkpoint_every_n_steps={EVERY}")
-    return parity_arguments(tiny_run, model, root, batch_size, *own, *more)
-
-
-def on(strategy):
-    """Return batch size and options of a run on two processes, or of one process for None."""
-    if strategy is None:
-        return 8, ()
-    return 4, (f"--config=strategies/{strategy}.yaml", "--trainer.devices=2")
-
-
-def losses(root):
-    """Return the training loss of each step of the only run below a folder."""
-    (folder,) = (root / "tiny").iterdir()
-    with (folder / "metrics.csv").open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row.get("train/loss")]
-    assert [int(row["step"]) for row in rows] == list(range(STEPS)), "each step once"
-    return [float(row["train/loss"]) for row in rows]
-
-
-@pytest.mark.parametrize("before", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("before", "afterwards"), [("ddp", ("ddp", "fsdp", "alone")), ("fsdp", ("fsdp", "alone"))]
+)
 def test_a_killed_run_goes_on(
-    before, tiny_run, models_without_dropout, command, torchrun, tmp_path
+    before, afterwards, parity_config, models_without_dropout, forked, finished, tmp_path
 ):
     """On the same processes the losses are the same numbers; elsewhere the same to rounding."""
-    model, whole, killed = models_without_dropout / "llama", tmp_path / "whole", tmp_path / "killed"
-    size, options = on(before)
-    argv = arguments(tiny_run, model, whole, size, *options)
-    status, told = torchrun([{"argv": argv, "keep": str(tmp_path / "kept")}])
-    assert status == 0, told[-6000:]
-    argv = arguments(tiny_run, model, killed, size, *options)
+
+    def job(where, strategy, *more, **ends):
+        batch_size, options = (8, ()) if strategy == "alone" else (4, two_processes(strategy))
+        own = (f"--trainer.max_steps={STEPS}", f"--output.checkpoint_every_n_steps={EVERY}")
+        model, root = models_without_dropout / "llama", tmp_path / where
+        argv = parity_arguments(parity_config, model, root, batch_size, *own, *options, *more)
+        return {"argv": argv, "keep": str(tmp_path / "kept"), **ends}
+
     done = random.SystemRandom().randrange(EVERY, STEPS)  # steps that the killed run completes
     print(f"killed in step {done}")
-    die = [1, "training", done + 1]
-    status, _ = torchrun([{"argv": argv, "keep": str(tmp_path / "kept"), "die": die}])
-    assert status != 0
-    checkpoints = (killed / "tiny" / "version_0" / "checkpoints").iterdir()
+    # One start of the processes for both runs: the second one is killed.
+    ends = forked([job("whole", before), job("killed", before, die=[1, "training", done + 1])])
+    assert [status for status, _ in ends] == [1, -signal.SIGKILL], ends[0][1][-6000:]
     last = done // EVERY * EVERY
     # A step's checkpoint is written after it, so the one of the last step may be missing.
+    checkpoints = (tmp_path / "killed" / "tiny" / "version_0" / "checkpoints").iterdir()
     assert [file.name for file in checkpoints] == [f"step={last}.ckpt"]
-    jobs = []
-    afterwards = {"ddp": ["ddp", "fsdp", None], "fsdp": ["fsdp", None]}[before]
     for after in afterwards:
-        root = tmp_path / f"to_{after}"
-        shutil.copytree(killed, root)
-        size, options = on(after)
-        argv = arguments(tiny_run, model, root, size, *options, "--ckpt_path=last")
-        if after is None:
-            assert command(*argv) == 0
-        else:
-            jobs.append({"argv": argv, "keep": str(tmp_path / "kept")})
-    status, told = torchrun(jobs)
-    assert status == 0, told[-6000:]
+        shutil.copytree(tmp_path / "killed", tmp_path / f"to_{after}")
+    going_on = {after: job(f"to_{after}", after, "--ckpt_path=last") for after in afterwards}
+    finished([going_on.pop("alone")], processes=1)
+    finished(list(going_on.values()))
+    wanted = losses(tmp_path / "whole")
+    assert len(wanted) == STEPS
     for after in afterwards:
-        found = losses(tmp_path / f"to_{after}")
-        if after == before:
-            assert found == losses(whole)
-        else:
-            assert found == pytest.approx(losses(whole), rel=1e-4)
+        resumed = losses(tmp_path / f"to_{after}")
+        assert resumed == (wanted if after == before else pytest.approx(wanted, rel=1e-4)), after

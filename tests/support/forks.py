@@ -49,24 +49,24 @@ def wait(children: list[int], timeout: float, hangs: int | None) -> list[int | N
 
 
 def serve() -> Path | None:
-    """Start what is asked for; return the jobs in a child, None when nothing is asked any more."""
+    """Fork what each line requests; return the jobs in a child, None when there are no more lines."""
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         children = []
-        for one in asked["processes"]:
+        for one in request["processes"]:
             children.append(fork(one))
             if children[-1] == 0:
                 return Path(one["jobs"])
-        print(json.dumps(wait(children, asked["timeout"], asked["hangs"])), flush=True)
+        print(json.dumps(wait(children, request["timeout"], request["hangs"])), flush=True)
     return None
 
 
 if __name__ == "__main__":
     jobs = serve()
     if jobs is not None:
-        asked = json.loads(jobs.read_text())
-        if isinstance(asked, list):
-            worker.run(asked)
+        work = json.loads(jobs.read_text())
+        if isinstance(work, list):
+            worker.run(work)
         else:
-            name, options = asked.values()
+            name, options = work.values()
             getattr(parts, name)(**options)

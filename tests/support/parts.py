@@ -26,6 +26,7 @@ from app.models.lora import LoraPair, add_lora, base_model, lora_pairs
 from app.models.loss import summed_loss, supervised_logits
 from app.utils.errors import InputError
 from tests.support.one_step_oracle import EXACT, make_batches, matrix, run
+from tests.support.sharded_generation import sharded_generation  # noqa: F401 (a part)
 
 CPU = torch.device("cpu")
 

@@ -35,20 +35,15 @@ from app.initialization.gradient_store import ExactStore, SketchStore
 from app.training.module import LoraModule
 
 
-def keep_from_now_on(folder: Path, patch=setattr) -> None:
-    """Write what tests compare into a folder, from the runs that follow.
-
-    Args:
-        folder: Made if absent.
-        patch: How to replace an attribute; pytest's undoes it.
-    """
+def keep_from_now_on(folder: Path) -> None:
+    """Write what tests compare into a folder, from the runs that follow."""
     folder.mkdir(parents=True, exist_ok=True)
     estimates = ExactStore.estimates
 
-    def watched(store, rank_wanted, scale):
-        sums = {name: scale * found.total for name, found in store.sums.items()}
+    def watched(store, ranks, scale):
+        sums = {name: scale * gradient.total for name, gradient in store.sums.items()}
         torch.save(sums, folder / f"gradients_{global_rank()}.pt")
-        return estimates(store, rank_wanted, scale)
+        return estimates(store, ranks, scale)
 
     def factors(module):
         pairs = module.lora_pairs()
@@ -70,8 +65,8 @@ def keep_from_now_on(folder: Path, patch=setattr) -> None:
         trainer.callbacks.append(Keep())
         return trainer
 
-    patch(ExactStore, "estimates", watched)
-    patch(LoraCLI, "instantiate_trainer", with_keeper)
+    ExactStore.estimates = watched
+    LoraCLI.instantiate_trainer = with_keeper
 
 
 ENDS = {
