@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.initialization.factors import SVD, spectral_factors
-from app.initialization.gamma_search import MOST, mean_loss, search_gamma
+from app.initialization.gamma_search import MAX_TRIALS, mean_loss, search_gamma
 from app.initialization.one_step_gradient import Estimator
 from app.models.lora import LoraPair, install
 from app.training.protocols import AdaptedModule
@@ -96,7 +96,7 @@ def _install_best(
         (pair, pair.lora_A.detach().clone(), pair.lora_B.detach().clone()) for pair, _ in triplets
     ]
     began = time.perf_counter()
-    trials = iter(track(range(MOST), "search of gamma"))
+    trials = iter(track(range(MAX_TRIALS), "search of gamma"))
 
     def loss_at(gamma: float) -> float:
         next(trials)

@@ -12,7 +12,7 @@ from app.initialization.factors import SVD
 class AlignmentMetrics(NamedTuple):
     """Metrics of P equal-shaped pairs, with Delta W = scaling * lora_B @ lora_A; all float64, on the CPU.
 
-    What has no value (the span of a factor or gradient that is zero, the condition of a singular matrix) is
+    What is undefined (the span of a factor or gradient that is zero, the condition of a singular matrix) is
     not a number or infinite.
 
     Attributes:

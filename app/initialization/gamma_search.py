@@ -1,4 +1,4 @@
-"""How large a first step should be: forward passes over the initialization set tell."""
+"""Search the gamma with the smallest loss on the initialization set, by forward passes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ from app.initialization.gradient_hooks import frozen
 from app.models.batch import Batch
 from app.models.loss import summed_loss, supervised_logits
 
-START = 128.0
+FIRST_GAMMA = 128.0
 """The authors' gamma for language models."""
-MOST = 8
-"""Losses that a search may ask for."""
-FIRST_STEP = 4.0
+MAX_TRIALS = 8
+"""Gammas that a search may try."""
+FIRST_FACTOR = 4.0
 """Factor between the first gammas tried."""
 
 
@@ -42,9 +42,9 @@ def mean_loss(
         for batch in batches:
             moved = {key: value.to(device) for key, value in batch.items()}
             with forward_context():
-                found = supervised_logits(model, base, moved)
-                loss = summed_loss(found)
-            total += torch.stack([loss.double(), loss.new_tensor(found.labels.numel()).double()])
+                supervised = supervised_logits(model, base, moved)
+                loss = summed_loss(supervised).double()
+            total += torch.stack([loss, loss.new_tensor(supervised.labels.numel())])
     loss_sum, tokens = sum_over_processes(total).tolist()
     return loss_sum / tokens
 
@@ -52,34 +52,34 @@ def mean_loss(
 def search_gamma(
     loss_at: Callable[[float], float], untouched: float
 ) -> tuple[float | None, dict[float, float]]:
-    """Find a divisor of the start that lowers the loss, along the one direction that the start has.
+    """Search the gamma with the smallest loss: the initialization's direction is given, its size is not.
 
     A pattern search over log(gamma) from 128: it moves by a factor of 4 to whichever side is better, and
     halves the exponent of the factor where neither is. Losses that are not finite count as infinite.
 
     Args:
-        loss_at: Installs the start with a gamma and returns the loss; called at most 8 times.
+        loss_at: Installs the factors with a gamma and returns the loss; called at most 8 times.
         untouched: Loss of the untouched model, gamma -> infinity.
 
     Returns:
-        The best gamma, or None if none of those tried is better than no start at all; and the loss at
+        The best gamma, or None if none of those tried is better than the untouched model; and the loss at
         each gamma, in the order of the trials.
     """
     losses: dict[float, float] = {}  # by exponent of 2
 
     def at(exponent: float) -> float:
         if exponent not in losses:
-            found = loss_at(2**exponent)
-            losses[exponent] = found if math.isfinite(found) else math.inf
+            loss = loss_at(2**exponent)
+            losses[exponent] = loss if math.isfinite(loss) else math.inf
         return losses[exponent]
 
-    best, step = math.log2(START), math.log2(FIRST_STEP)
+    best, step = math.log2(FIRST_GAMMA), math.log2(FIRST_FACTOR)
     at(best)
-    while len(losses) < MOST:
+    while len(losses) < MAX_TRIALS:
         for neighbour in (best - step, best + step):
-            if len(losses) < MOST or neighbour in losses:
+            if len(losses) < MAX_TRIALS or neighbour in losses:
                 at(neighbour)
-        # Of equal losses, such as infinite ones, that of the smaller start.
+        # Of equal losses, such as infinite ones, that of the larger gamma.
         better = min(losses, key=lambda exponent: (losses[exponent], -exponent))
         if better == best:
             step /= 2

@@ -1,4 +1,4 @@
-"""Two ways to keep a layer's one-step gradient while the observer streams it: whole, or as a sketch."""
+"""Estimators of a layer's one-step gradient from its stream of (x, delta): the exact sum, or a sketch."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from app.initialization.factors import SVD, fix_signs, low_rank_svd, truncated_s
 
 @dataclass(frozen=True)
 class GradientEstimate:
-    """What an initialization needs to know of one layer's gradient G (m, n).
+    """Singular triplets of one layer's gradient G (m, n), and how exact they are.
 
     Attributes:
         svd: Leading triplets of G in descending order, float32; at least the rank asked for.
@@ -29,7 +29,7 @@ class GradientEstimate:
 
 
 class ExactGradient:
-    """The whole gradient, G = sum_t delta_t x_t^T, in float32: m * n numbers.
+    """Sum the whole gradient, G = sum_t delta_t x_t^T, in float32: m * n numbers.
 
     Args:
         m: Output features.
@@ -59,7 +59,7 @@ class ExactGradient:
 
 
 def extremes(x: Tensor, delta: Tensor) -> Tensor:
-    """Return smallest and largest entry of each: finite exactly if all are, however many and large."""
+    """Return the smallest and the largest entry of each: finite exactly if all are, however many and large."""
     if len(x) == 0:  # an expert without tokens
         return x.new_zeros(4)
     # A norm would say the same, and takes a third of the product's time on a CPU.
@@ -67,7 +67,7 @@ def extremes(x: Tensor, delta: Tensor) -> Tensor:
 
 
 class SketchedGradient:
-    """A low-rank form of the gradient, G ~ left @ right^T, in (m + n) * width numbers.
+    """Keep a low-rank form of the gradient, G ~ left @ right^T, in (m + n) * width numbers.
 
     First pass, for each micro-batch with its G_b = delta^T x: one step of block power iteration on the
     running sum H = left right^T + G_b,
@@ -123,12 +123,12 @@ class SketchedGradient:
         return ones.to(torch.float32) * 2 - 1
 
     def update(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Take one micro-batch of (x, delta) into the sketch."""
+        """Add one micro-batch of (x, delta) to the sketch; what is returned is finite only if both are."""
         x, delta = x.float(), delta.float()
         if self._pass == 1:
             if not self._started:
                 self._started = True
-                # Only the better start is kept: `left` is still zero, so H is this micro-batch alone.
+                # Only the better basis is kept: `left` is still zero, so H is this micro-batch alone.
                 _, self.right, _, _ = self._power_step(x, delta)
             self.left, self.right, image, coimage = self._power_step(x, delta)
             self.image += image
@@ -154,7 +154,7 @@ class SketchedGradient:
         return left, right, products[:, width:], coproducts[:, width:]
 
     def next_pass(self) -> None:
-        """Fix the basis of one side and start summing the other side anew."""
+        """Hold the basis of one side and sum the other side anew."""
         self._pass += 1
         if self._pass % 2 == 0:
             self.left, self.right = _orth(self.left), torch.zeros_like(self.right)
@@ -168,7 +168,7 @@ class SketchedGradient:
         return [self.right] if self._pass % 2 == 0 else [self.left]
 
     def merge(self, partials: Sequence[Sequence[Tensor]]) -> None:
-        """Become the sketch of the sum of several processes' gradients.
+        """Replace this sketch by that of the sum of several processes' gradients.
 
         After the first pass their low-rank forms are added and cut to the width again; after a further
         one the fixed side is the same everywhere, and the other sides add up. The probes always do.
@@ -248,11 +248,11 @@ def _rank_error(
     core = (weight * from_right + (1 - weight) * from_left) / probes
     outer = (rows[:rank].square().sum() + columns[:, :rank].square().sum()) / probes
     u, s, vh = torch.linalg.svd(torch.diag(S) + core)
-    inside = u[:, :rank] * s[:rank] @ vh[:rank]
-    inside.diagonal()[:rank].sub_(S[:rank])
+    core_error = u[:, :rank] * s[:rank] @ vh[:rank]
+    core_error.diagonal()[:rank].sub_(S[:rank])
     # `outer` holds the leading rows and columns of the core, too, with the same noise.
     counted = core[:rank].square().sum() + core[:, :rank].square().sum()
-    error = (outer - counted + inside.square().sum()).clamp(min=0)
+    error = (outer - counted + core_error.square().sum()).clamp(min=0)
     return float((error / S[:rank].square().sum()).sqrt())
 
 

@@ -1,4 +1,4 @@
-"""See each layer's input and output gradient during a backward pass, without touching its weight.
+"""Hooks on a layer's input and output gradient in a backward pass, without touching its weight.
 
 For a linear layer the weight gradient is a sum over tokens, G = sum_t delta_t x_t^T, where x_t is the
 layer's input and delta_t the loss gradient at its output. Whoever sees (x, delta) can therefore build

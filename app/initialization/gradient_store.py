@@ -1,4 +1,4 @@
-"""Keep every layer's gradient while it is observed, on one process or spread over many.
+"""Keep all layers' gradients while they are observed, on one process or spread over many.
 
 Several processes each see their share of the samples. A layer has one owner, the process that in the
 end holds its sum over all processes and decomposes it; then all get every layer's estimate.
@@ -38,7 +38,7 @@ from app.utils.errors import InputError
 
 
 class GradientStore(ABC):
-    """Keeps all layers' gradients from the stream of (x, delta), over one or more passes.
+    """Keep all layers' gradients from their stream of (x, delta), over one or more passes.
 
     Args:
         layers: The layers in module order, the same on every process.
@@ -66,7 +66,7 @@ class GradientStore(ABC):
         self._finite: dict[str, Tensor] = {}
 
     def listener(self, name: str) -> Listener:
-        """Return the listener of a layer: `update`, which also notes whether all was finite."""
+        """Return the listener of a layer: `update`, which also records whether all was finite."""
 
         def listen(x: Tensor, delta: Tensor) -> None:
             self._reached.add(name)
@@ -132,7 +132,7 @@ class GradientStore(ABC):
 
 
 class ExactStore(GradientStore):
-    """The whole gradient of each layer, float32, on one process only: its owner.
+    """Keep the whole gradient of each layer, float32, on one process only: its owner.
 
     Neighbouring layers form buckets. A bucket of products delta^T x is summed to its owner as soon as
     the backward pass has been through its layers, so that a process holds its own sums and the buckets
@@ -214,14 +214,14 @@ class ExactStore(GradientStore):
 
 
 class SketchStore(GradientStore):
-    """A sketch of each layer on every process, of its own samples; merged by the layer's owner.
+    """Keep a sketch of each layer on every process, of its own samples; the layer's owner merges them.
 
     Args:
         layers: The layers in module order, the same on every process.
         widths: Columns of each layer's sketch.
         device: Where sketches live.
         generator: Makes a layer's generator from its name, the same on every process: the probes have to
-            agree.
+            be equal.
     """
 
     def __init__(
@@ -238,11 +238,11 @@ class SketchStore(GradientStore):
         }
 
     def update(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
-        """Take one micro-batch of (x, delta) into the layer's sketch."""
+        """Add one micro-batch of (x, delta) to the layer's sketch."""
         return self.sketches[name].update(x, delta)
 
     def next_pass(self) -> None:
-        """Give every process the merged sketches, and start the next half step from them."""
+        """Send every process the merged sketches, and take the next half step from them."""
         if world_size() > 1:
             self.merge()
             sides = {name: (kept.left, kept.right) for name, kept in self.sketches.items()}

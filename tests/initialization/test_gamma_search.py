@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from app.initialization.gamma_search import MOST, mean_loss, search_gamma
+from app.initialization.gamma_search import MAX_TRIALS, mean_loss, search_gamma
 from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora, base_model, lora_pairs
 from tests.support.one_step_oracle import make_batches
@@ -35,14 +35,14 @@ def test_the_bottom_of_a_valley_is_found_within_half_a_factor_of_two(bottom):
     assert abs(math.log2(gamma) - bottom) <= 0.6
     assert asked == list(tried)
     assert asked[0] == 128
-    assert len(asked) == len(set(asked)) <= MOST
+    assert len(asked) == len(set(asked)) <= MAX_TRIALS
     assert tried[gamma] == min(tried.values())
 
 
 def test_no_start_is_better_than_a_worse_one():
     gamma, tried = search_gamma(lambda gamma: 8.0 + 1 / gamma, 8.0)
     assert gamma is None
-    assert len(tried) == MOST
+    assert len(tried) == MAX_TRIALS
     assert max(tried) > 1e5  # it looked where the step is small
 
 
@@ -79,12 +79,13 @@ def test_the_mean_loss_is_that_of_plain_torch(build, request):
     assert found == pytest.approx(total / tokens, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command_starts_from_the_best_gamma(fit, command, tiny_run, caplog):
     caplog.set_level("INFO")
     folder = fit("--init.gamma=auto")
     init = json.loads((folder / "summary.json").read_text())["init"]
     tried = {trial["gamma"]: trial["loss"] for trial in init["gamma_search"]}
-    assert 2 <= len(tried) <= MOST
+    assert 2 <= len(tried) <= MAX_TRIALS
     assert init["gamma"] == min(tried, key=tried.__getitem__)
     assert tried[init["gamma"]] < init["loss"]
     assert f"gamma {init['gamma']:g}: loss {init['loss']:.4f} -> " in caplog.text
@@ -95,6 +96,7 @@ def test_the_command_starts_from_the_best_gamma(fit, command, tiny_run, caplog):
     assert command("fit", "--config", tiny_run, "--init.gamma=automatic") == 2
 
 
+@pytest.mark.slow
 def test_without_a_better_start_training_begins_at_the_untouched_model(fit, monkeypatch):
     monkeypatch.setattr("callbacks.lora_one_init.mean_loss", lambda *_: 1e9)
     with pytest.warns(UserWarning, match="training starts from the untouched model"):

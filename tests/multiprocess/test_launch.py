@@ -1,4 +1,4 @@
-"""The launch recipes: one node, two nodes, Slurm, and settings that raise InputError."""
+"""The launch recipes: one node, two nodes, Slurm."""
 
 import os
 import shutil
@@ -6,15 +6,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from lightning.pytorch.accelerators import MPSAccelerator
 
 from tests.support.parity import losses, parity_arguments
 from tests.support.paths import ROOT
 from tests.support.processes import environment
 from tests.support.two_nodes import two_nodes
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 LAUNCH = ROOT / "launch"
 STRATEGIES = ("ddp", "fsdp")
@@ -41,7 +39,6 @@ def run_argv(parity_config, models_without_dropout, tmp_path):
     return argv
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and ip"
 )
@@ -70,7 +67,6 @@ def test_two_nodes(reference, run_argv, tmp_path):
         assert losses(tmp_path / strategy) == pytest.approx(losses(reference("llama")), rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
 def test_one_node(launcher, reference, run_argv, tmp_path):
     argv = [str(LAUNCH / "one_node.sh"), "2", *run_argv("ddp")]
@@ -94,7 +90,6 @@ for task in "${{tasks[@]}}"; do wait "$task"; done
 """
 
 
-@pytest.mark.slow
 def test_slurm(reference, run_argv, tmp_path):
     """The job script with a stand-in for srun: two tasks, as Slurm describes them to a program."""
     srun = tmp_path / "bin" / "srun"
@@ -120,89 +115,3 @@ def test_slurm(reference, run_argv, tmp_path):
     assert "starting anew" in output
     assert output.count("run folder") == 1
     assert losses(tmp_path / "ddp") == pytest.approx(losses(reference("llama")), rel=1e-4)
-
-
-TORCHRUN = {
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "WORLD_SIZE": "2",
-    "MASTER_ADDR": "localhost",
-    "MASTER_PORT": "1",
-    "GROUP_RANK": "0",
-    "LOCAL_WORLD_SIZE": "2",
-    "TORCHELASTIC_RUN_ID": "none",
-}
-SLURM = {
-    "SLURM_JOB_ID": "4711",
-    "SLURM_JOB_NAME": "lora-one",
-    "SLURM_NTASKS": "3",
-    "SLURM_NTASKS_PER_NODE": "3",
-    "SLURM_NODELIST": "localhost",
-    "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "0",
-}
-
-
-@pytest.mark.parametrize(
-    ("options", "variables", "message"),
-    [
-        (["--trainer.strategy=fsdp"], {}, "--config strategies/fsdp.yaml"),
-        (["--trainer.strategy=fsdp_cpu_offload"], {}, "--config strategies/fsdp.yaml"),
-        (["--trainer.strategy=fdsp"], {}, "fdsp"),
-        ([], {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "MASTER_ADDR"),
-        ([], {"WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "MASTER_PORT"),
-        ([], TORCHRUN, "started 2 processes (WORLD_SIZE), but trainer.num_nodes=1 times"),
-        (["--config=strategies/ddp.yaml", "--trainer.devices=3"], TORCHRUN, "trainer.devices=3"),
-        (["--config=strategies/ddp.yaml", "--trainer.devices=2"], SLURM, "--ntasks-per-node=3"),
-        (["--trainer.accelerator=tpu"], {}, "torch_xla"),
-        (["--trainer.accelerator=gpv"], {}, "gpv"),
-        (["--trainer.precision=bf16-true"], {}, "float32 always. Set model.dtype"),
-        (["--trainer.precision=16-true"], {}, "bf16-mixed to compute in 16 bits"),
-        (
-            [
-                "--config=strategies/fsdp.yaml",
-                "--trainer.strategy.cpu_offload=true",
-                "--trainer.strategy.process_group_backend=nccl",
-            ],
-            {},
-            "process_group_backend is nccl",
-        ),
-    ],
-)
-def test_what_cannot_be_started(
-    options, variables, message, tiny_run, command, monkeypatch, capsys, tmp_path
-):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    root = tmp_path / "not_begun"
-    assert command("fit", "--config", tiny_run, f"--output.root={root}", *options) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert len(error.splitlines()) == 1
-    assert not list(root.glob("tiny/*")), "no run folder for a run that did not begin"
-
-
-def test_apples_gpu_is_refused(tiny_run, command, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: True)
-    monkeypatch.setattr(MPSAccelerator, "parse_devices", lambda devices: [0])
-    monkeypatch.setattr(
-        MPSAccelerator, "get_parallel_devices", lambda devices: [torch.device("mps", 0)]
-    )
-    options = ["--trainer.accelerator=mps", f"--output.root={tmp_path / 'not_begun'}"]
-    assert command("fit", "--config", tiny_run, *options) == 2
-    assert "no float64: set trainer.accelerator cpu" in capsys.readouterr().err
-    assert not list((tmp_path / "not_begun").glob("tiny/*"))
-
-
-def test_one_process_plans_for_all(tiny_run, command, monkeypatch, capsys):
-    """torchrun starts every process, whatever the command."""
-    for name, value in {**TORCHRUN, "RANK": "1", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert command("plan", "--config", tiny_run) == 0
-    assert capsys.readouterr().out == ""
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert command("plan", "--config", tiny_run) == 0
-    assert "fits: " in capsys.readouterr().out

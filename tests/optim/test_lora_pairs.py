@@ -1,4 +1,4 @@
-"""Every optimizer of LoRA pairs runs its step hooks once a step."""
+"""What holds for every optimizer of LoRA pairs."""
 
 import pytest
 import torch
@@ -7,21 +7,37 @@ from torch import nn
 from app.optim.lora_plus import LoraPlusAdamW
 from app.optim.lora_pro import LoraProAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW
+from tests.support.lora_pairs import make_pairs, pair_group
+
+OPTIMIZERS = [PreconditionedAdamW, LoraProAdamW, LoraPlusAdamW]
 
 
-def pair_group():
-    params = [nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(4, 2))]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    return {"params": params, "lora_pairs": True, "scaling": [1.0]}
-
-
-@pytest.mark.parametrize("optimizer_class", [PreconditionedAdamW, LoraProAdamW, LoraPlusAdamW])
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 def test_step_hooks_run_once(optimizer_class):
-    torch.optim.AdamW(pair_group()["params"])  # torch now runs hooks around AdamW.step as well
-    optimizer = optimizer_class([pair_group()])
+    torch.optim.AdamW(make_pairs())  # torch now runs hooks around AdamW.step as well
+    optimizer = optimizer_class([pair_group(make_pairs(), scaling=[1.0] * 4)])
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
     optimizer.step()
     assert calls == ["pre", "post"]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(4, 20)], "1 parameters"),
+        ([(4, 20), (12, 4), (4, 20), (12, 8)], r"pair 1.*\(4, 20\).*\(12, 8\)"),
+        ([(12, 4), (4, 20)], r"pair 0: expected lora_A.*\(12, 4\).*\(4, 20\)"),
+        ([(4, 20), (12,)], r"pair 0.*\(12,\)"),
+    ],
+)
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_groups_that_are_not_pairs_are_an_error(optimizer_class, shapes, message):
+    params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    with pytest.raises(ValueError, match=message):
+        optimizer_class([pair_group(params)])
+    optimizer = optimizer_class(make_pairs())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(pair_group(params))
+    assert len(optimizer.param_groups) == 1

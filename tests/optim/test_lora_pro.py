@@ -35,33 +35,35 @@ def adjusted(A, B, G, s=S, damping=TINY):
     return adjusted_gradients(A, B, *raw(A, B, G, s), scaling, damping)
 
 
-def equivalent(A, B, found, s=S):
-    return s * (B @ found.lora_A + found.lora_B @ A)
+def equivalent(A, B, adjustment, s=S):
+    return s * (B @ adjustment.lora_A + adjustment.lora_B @ A)
 
 
 def test_the_step_in_weight_space_is_the_least_squares_one():
-    """min |s (B a + b A) - G| over all a and b, as one dense problem."""
-    A, B, G = (x[0] for x in problem())
-    to_a = torch.kron(B.contiguous(), torch.eye(N, dtype=torch.float64))  # vec by rows
-    to_b = torch.kron(torch.eye(M, dtype=torch.float64), A.T.contiguous())
-    matrix = S * torch.cat([to_a, to_b], dim=1)
-    solution = torch.linalg.lstsq(matrix, G.flatten()[:, None], driver="gelsd").solution
-    best = (matrix @ solution).reshape(M, N)
-    found = adjusted(A[None], B[None], G[None])
-    assert torch.allclose(equivalent(A, B, found)[0], best, atol=1e-9)
-    # The raw gradients' step is not.
-    grad_A, grad_B = raw(A, B, G)
-    assert (S * (B @ grad_A + grad_B @ A) - G).norm() > (best - G).norm() + 1
+    """min |s (B a + b A) - G| over all a and b, as one dense problem for each pair of a stack."""
+    stack = problem(pairs=3)
+    adjustment = adjusted(*stack)
+    steps = equivalent(*stack[:2], adjustment)
+    for A, B, G, step in zip(*stack, steps, strict=True):
+        to_a = torch.kron(B.contiguous(), torch.eye(N, dtype=torch.float64))  # vec by rows
+        to_b = torch.kron(torch.eye(M, dtype=torch.float64), A.T.contiguous())
+        matrix = S * torch.cat([to_a, to_b], dim=1)
+        solution = torch.linalg.lstsq(matrix, G.flatten()[:, None], driver="gelsd").solution
+        best = (matrix @ solution).reshape(M, N)
+        assert torch.allclose(step, best, atol=1e-9)
+        # The raw gradients' step is not.
+        grad_A, grad_B = raw(A, B, G)
+        assert (S * (B @ grad_A + grad_B @ A) - G).norm() > (best - G).norm() + 1
 
 
 def test_of_all_best_steps_it_is_the_closest_to_the_raw_gradients():
     A, B, G = problem()
-    found = adjusted(A, B, G)
+    adjustment = adjusted(A, B, G)
     grad_A, grad_B = raw(A, B, G)
 
     def distance(X):
-        return ((found.lora_A + X @ A - grad_A) ** 2).sum() + (
-            (found.lora_B - B @ X - grad_B) ** 2
+        return ((adjustment.lora_A + X @ A - grad_A) ** 2).sum() + (
+            (adjustment.lora_B - B @ X - grad_B) ** 2
         ).sum()
 
     X = torch.zeros(1, R, R, dtype=torch.float64, requires_grad=True)
@@ -71,35 +73,29 @@ def test_of_all_best_steps_it_is_the_closest_to_the_raw_gradients():
         other = torch.randn(1, R, R, generator=torch.Generator().manual_seed(seed)).double()
         assert distance(other) > distance(torch.zeros_like(other))
         # Any X makes the same step in weight space.
-        moved = found._replace(lora_A=found.lora_A + other @ A, lora_B=found.lora_B - B @ other)
-        assert torch.allclose(equivalent(A, B, moved), equivalent(A, B, found), atol=1e-9)
+        moved = adjustment._replace(
+            lora_A=adjustment.lora_A + other @ A, lora_B=adjustment.lora_B - B @ other
+        )
+        assert torch.allclose(equivalent(A, B, moved), equivalent(A, B, adjustment), atol=1e-9)
 
 
 def test_the_sylvester_equation_is_scipys():
     generator = torch.Generator().manual_seed(3)
     left, right, target = (torch.randn(5, R, R, generator=generator).double() for _ in range(3))
     left, right = left @ left.mT, right @ right.mT
-    found = solve_sylvester(left, right, target)
+    adjustment = solve_sylvester(left, right, target)
     for i in range(5):
         wanted = scipy.linalg.solve_sylvester(left[i].numpy(), right[i].numpy(), target[i].numpy())
-        assert found[i].numpy() == pytest.approx(wanted, rel=1e-7, abs=1e-9)
+        assert adjustment[i].numpy() == pytest.approx(wanted, rel=1e-7, abs=1e-9)
     nothing = torch.zeros_like(left)
     assert torch.equal(solve_sylvester(nothing, nothing, nothing), nothing)
-
-
-def test_the_step_does_not_depend_on_the_parametrisation():
-    A, B, G = problem()
-    change = torch.randn(R, R, generator=torch.Generator().manual_seed(4)).double()
-    other = (torch.linalg.inv(change) @ A, B @ change)
-    steps = [equivalent(a, b, adjusted(a, b, G)) for a, b in ((A, B), other)]
-    assert torch.allclose(*steps, atol=1e-9)
 
 
 def test_the_loss_falls_as_the_theorem_says():
     """dL = -eta (<grad_A, s^-2 (B^T B)^-1 grad_A> + <grad_B, s^-2 (I - P_B) grad_B (A A^T)^-1>), at most 0."""
     A, B, G = problem()
-    found = adjusted(A, B, G)
-    change = (G * equivalent(A, B, found)).sum()
+    adjustment = adjusted(A, B, G)
+    change = (G * equivalent(A, B, adjustment)).sum()
     grad_A, grad_B = raw(A, B, G)
     P = B @ torch.linalg.inv(B.mT @ B) @ B.mT
     first = (grad_A * (torch.linalg.inv(B.mT @ B) @ grad_A)).sum() / S**2
@@ -108,13 +104,13 @@ def test_the_loss_falls_as_the_theorem_says():
     assert change > 0
 
 
-def test_at_loras_start_only_lora_b_moves():
+def test_at_loras_initialization_only_lora_b_moves():
     A, _, G = problem(pairs=2)
     B = torch.zeros(2, M, R, dtype=torch.float64)
-    found = adjusted(A, B, G, damping=1e-8)
-    assert torch.equal(found.lora_A, torch.zeros_like(A))
+    adjustment = adjusted(A, B, G, damping=1e-8)
+    assert torch.equal(adjustment.lora_A, torch.zeros_like(A))
     wanted = raw(A, B, G)[1] @ torch.linalg.inv(A @ A.mT) / S**2
-    assert torch.allclose(found.lora_B, wanted, rtol=1e-6)
+    assert torch.allclose(adjustment.lora_B, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("tail", [0, 1e-5, 1e-3, 1])
@@ -127,8 +123,8 @@ def test_factors_of_lower_rank_do_not_blow_the_step_up(size, tail):
     B = size * (noise[..., :1].sign() + tail * noise)
     A = (torch.rand(1, r, n, generator=generator) * 2 - 1) / n**0.5
     G = 1e-3 * torch.randn(1, m, n, generator=generator)
-    found = adjusted(A, B, G, s, damping=1e-8)
-    step = equivalent(A.double(), B.double(), Adjusted(*(part.double() for part in found)), s)
+    adjustment = adjusted(A, B, G, s, damping=1e-8)
+    step = equivalent(A.double(), B.double(), Adjusted(*(part.double() for part in adjustment)), s)
     # The projection of G onto the directions that the factors can move in, from an SVD of each.
     a, b, g = A[0].double(), B[0].double(), G[0].double()
     U, S, _ = torch.linalg.svd(b, full_matrices=False)
@@ -152,24 +148,15 @@ def test_float32_factors_train_as_float64_ones(mode):
         A, B = nn.Parameter(start.to(dtype)), nn.Parameter(torch.zeros(m, r, dtype=dtype))
         params = {"params": [A, B], "lora_pairs": True, "scaling": [s]}
         optimizer = LoraProAdamW([params], lr=5e-3, mode=mode)
-        found = losses.setdefault(dtype, [])
+        trace = losses.setdefault(dtype, [])
         for _ in range(12):
             X = torch.randn(n, 64, generator=generator).to(dtype)
             loss = ((s * B @ A - target) @ X).square().mean() * m / 2
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            found.append(float(loss.detach()))
+            trace.append(float(loss.detach()))
     assert losses[torch.float32] == pytest.approx(losses[torch.float64], rel=1e-2)
-
-
-def test_a_stack_is_one_at_a_time():
-    A, B, G = problem(pairs=4)
-    together = adjusted(A, B, G)
-    for i in range(4):
-        alone = adjusted(A[i : i + 1], B[i : i + 1], G[i : i + 1])
-        for a, b in zip(together, alone, strict=True):
-            assert torch.allclose(a[i], b[0], rtol=1e-12)
 
 
 # The optimizer
@@ -246,11 +233,12 @@ def test_ten_steps_are_those_of_numpy(mode, start):
     wanted = numpy_steps(
         A.numpy(), B.numpy(), task.gradients, S, mode, 0.01, (0.8, 0.9), 1e-6, 0.1, 1e-8
     )
-    for found, want in zip(ours, wanted, strict=True):
-        assert found.detach().numpy() == pytest.approx(want, rel=1e-6, abs=1e-9)
+    for got, want in zip(ours, wanted, strict=True):
+        assert got.detach().numpy() == pytest.approx(want, rel=1e-6, abs=1e-9)
     assert task.loss(*ours) < task.loss(A, B)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora_pro", "lora_pro_efficient"])
 def test_the_command_makes_numpys_steps(method, fit, monkeypatch):
     """With the adapter's own scaling, by hand; eps is large enough for the size of a gradient to matter."""
@@ -273,7 +261,7 @@ def test_the_command_makes_numpys_steps(method, fit, monkeypatch):
     )
     scaling = 6 / 4**0.5  # lora_alpha / sqrt(r)
     mode = {"lora_pro": "full", "lora_pro_efficient": "efficient"}[method]
-    found = load_file(folder / "adapter" / "adapter_model.safetensors")
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert len(starts) == 14
     for name, start in starts.items():
         given = iter(recorded[name])
@@ -283,18 +271,8 @@ def test_the_command_makes_numpys_steps(method, fit, monkeypatch):
         )
         for side, want, before in zip("AB", wanted, start, strict=True):
             moved = np.abs(want - before).max()
-            ours = found[f"base_model.model.{name}.lora_{side}.weight"].numpy()
+            ours = saved[f"base_model.model.{name}.lora_{side}.weight"].numpy()
             assert ours == pytest.approx(want, abs=1e-3 * moved), (name, side)
-
-
-def test_weight_decay_shrinks_the_product():
-    A, B, _ = (x[0] for x in problem())
-    params = [nn.Parameter(x.clone()) for x in (A, B)]
-    optimizer = LoraProAdamW([group(params)], lr=0.1, weight_decay=0.5)
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    assert torch.allclose(params[1] @ params[0], (1 - 0.1 * 0.5) * (B @ A), rtol=1e-10)
 
 
 @pytest.mark.parametrize("mode", ["full", "efficient"])
@@ -346,7 +324,7 @@ def test_a_state_dict_goes_on_bit_for_bit(mode):
     assert ((M, N) in shapes) == (mode == "full")
 
 
-def test_wrong_settings_are_refused():
+def test_wrong_settings_are_errors():
     A, B = nn.Parameter(torch.ones(R, N)), nn.Parameter(torch.ones(M, R))
     with pytest.raises(ValueError, match="damping must be > 0"):
         LoraProAdamW([A], damping=0)
@@ -354,5 +332,3 @@ def test_wrong_settings_are_refused():
         LoraProAdamW([A], mode="fast")
     with pytest.raises(ValueError, match="scaling must have a number for each pair, got None"):
         LoraProAdamW([{"params": [A, B], "lora_pairs": True}])
-    with pytest.raises(ValueError, match="expected lora_A"):
-        LoraProAdamW([group([B, A])])

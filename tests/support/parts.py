@@ -1,4 +1,4 @@
-"""What two processes do together in tests of single parts; each function is one start of them."""
+"""Parts that two processes run together; each function is one start of them."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from app.distributed.collectives import (
     raise_on_all_ranks,
 )
 from app.distributed.shutdown import shutdown
-from app.initialization import gradient_exchange as gradient_sharing
+from app.initialization import gradient_exchange
 from app.initialization.gradient_exchange import Layer
 from app.initialization.gradient_hooks import frozen, observe
 from app.initialization.gradient_store import ExactStore
@@ -53,8 +53,8 @@ def verdicts() -> None:
         with pytest.raises(InputError, match=r"^no such folder$"):
             ask(fails_on(0, InputError("no such folder")))
     own, theirs = (OSError, "^full$"), (InputError, "^process 1 failed: OSError: full$")
-    kind, told = own if global_rank() == 1 else theirs
-    with pytest.raises(kind, match=told):
+    kind, message = own if global_rank() == 1 else theirs
+    with pytest.raises(kind, match=message):
         raise_on_all_ranks(fails_on(1, OSError("full")))
     assert largest_over_processes(5 - global_rank(), CPU) == 5
     shutdown()
@@ -63,7 +63,7 @@ def verdicts() -> None:
 def out_of_step() -> None:
     """Layers are reached in any order, more than once, on one process only, or in the last batch only."""
     meet()
-    gradient_sharing.BUCKET_NUMBERS = 100
+    gradient_exchange.BUCKET_NUMBERS = 100
     layers = [Layer(name, 6, 5) for name in "abcdefg"]
     visits = (("gfedcba", "gfe", "abc", "cc"), ("acbgg", "", "dcbaa", "aab"))
     store = ExactStore(layers, CPU)
@@ -78,9 +78,9 @@ def out_of_step() -> None:
                 if process == global_rank():
                     store.update(name, x, delta)
         store.end_batch()
-    found = store.estimates(dict.fromkeys("abcdefg", 5), 0.5)
+    estimates = store.estimates(dict.fromkeys("abcdefg", 5), 0.5)
     for name, gradient in wanted.items():
-        assert float((matrix(found[name]) - gradient / 2).norm() / gradient.norm()) < 1e-5, name
+        assert float((matrix(estimates[name]) - gradient / 2).norm() / gradient.norm()) < 1e-5, name
     # Only the owner of a sum sees that it is not finite.
     store = ExactStore(layers, CPU)
     for name in "abcdefg":
@@ -148,8 +148,8 @@ def experts() -> None:
             assert float(error) < 1e-4, (name, float(error))
 
     unused = LoraPair("unused", torch.nn.Linear(16, 16), pairs[0].lora_A, pairs[0].lora_B, 1.0)
-    told = f"did not reach 1 of {len(pairs) + 1} layers, first unused"
-    with pytest.raises(RuntimeError, match=told):
+    message = f"did not reach 1 of {len(pairs) + 1} layers, first unused"
+    with pytest.raises(RuntimeError, match=message):
         run(model, share, pairs=[*pairs, unused])
 
     def poison(module, inputs):

@@ -50,7 +50,7 @@ def keep_from_now_on(folder: Path) -> None:
         return {p.name: (p.lora_A.detach().clone(), p.lora_B.detach().clone()) for p in pairs}
 
     class Keep(Callback):
-        """Writes the factors when the initialisation is done and when training is."""
+        """Writes the factors when the initialization is done and when training is."""
 
         def on_train_start(self, trainer, pl_module):
             torch.save(factors(pl_module), folder / f"factors_{global_rank()}.pt")

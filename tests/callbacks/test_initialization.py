@@ -1,0 +1,72 @@
+"""What an initialization from gradients checks, and what it does with a layer that has none."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from app.initialization.factors import SVD, spectral_factors, truncated_svd
+from app.initialization.gradient_estimators import GradientEstimate
+from app.models.adapter_config import LoraSettings
+from app.models.lora import add_lora, lora_pairs
+from app.utils.errors import InputError
+from callbacks.lora_one_init import LoraOneInit
+
+
+@pytest.mark.parametrize("gamma", [0.0, -128.0, 1e13])
+def test_gamma_has_a_range(gamma):
+    with pytest.raises(InputError, match=r"init\.gamma must lie between"):
+        LoraOneInit(gamma=gamma)
+
+
+def zero_and_full_estimates(pairs):
+    """Return estimates of random gradients, that of the second pair zero."""
+    estimates = {}
+    for number, pair in enumerate(pairs):
+        G = torch.randn(pair.lora_B.shape[0], pair.lora_A.shape[1]) * (number != 1)
+        estimates[pair.name] = GradientEstimate(truncated_svd(G, 5), float(G.norm()), 0.0, 0.0)
+    return estimates
+
+
+def test_a_layer_without_gradient_keeps_the_usual_start(tiny_llama, monkeypatch):
+    """One warning names it; every other layer gets its factors."""
+    model = add_lora(tiny_llama(), LoraSettings(r=4))
+    pairs = lora_pairs(model)
+    usual = [(p.lora_A.clone(), p.lora_B.clone()) for p in pairs]
+    estimates = zero_and_full_estimates(pairs)
+    result = SimpleNamespace(
+        estimates=estimates, loss=1.0, tokens=2, seconds=0.0, peak_bytes=[0], sent_bytes=[0]
+    )
+    monkeypatch.setattr("callbacks.initialization.one_step_gradients", lambda *_, **__: result)
+    module = SimpleNamespace(
+        model=model,
+        base=None,
+        lora_pairs=lambda: pairs,
+        one_step=None,
+        record=SimpleNamespace(init=None),
+    )
+    trainer = SimpleNamespace(
+        global_rank=0,
+        world_size=1,
+        datamodule=SimpleNamespace(gradient_batches=lambda *_: []),
+        precision_plugin=SimpleNamespace(forward_context=None),
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LoraOneInit().on_fit_start(trainer, module)
+    messages = [str(w.message) for w in caught if "gradient is zero" in str(w.message)]
+    assert len(messages) == 1
+    assert "in 1 layers" in messages[0]
+    assert pairs[1].name in messages[0]
+    assert pairs[0].name not in messages[0]
+    assert module.record.init.details["layers_without_gradient"] == [pairs[1].name]
+    for number, (pair, (lora_A, lora_B)) in enumerate(zip(pairs, usual, strict=True)):
+        kept = torch.equal(pair.lora_A, lora_A) and torch.equal(pair.lora_B, lora_B)
+        assert kept == (number == 1)
+    # Rank 4 of the 5 triplets was installed, with all of the first.
+    svd = estimates[pairs[0].name].svd
+    wanted = spectral_factors(SVD(svd.U[:, :4], svd.S[:4], svd.V[:, :4]), 128.0)
+    assert torch.equal(pairs[0].lora_B, wanted.lora_B)
+    assert isinstance(pairs[0].lora_A, nn.Parameter)
