@@ -44,7 +44,6 @@ def test_a_layer_without_gradient_keeps_the_usual_start(tiny_llama, monkeypatch)
         model=model,
         base=None,
         lora_pairs=lambda: pairs,
-        one_step=None,
         record=SimpleNamespace(init=None),
     )
     trainer = SimpleNamespace(
@@ -61,7 +60,7 @@ def test_a_layer_without_gradient_keeps_the_usual_start(tiny_llama, monkeypatch)
     assert "in 1 layers" in messages[0]
     assert pairs[1].name in messages[0]
     assert pairs[0].name not in messages[0]
-    assert module.record.init.details["layers_without_gradient"] == [pairs[1].name]
+    assert module.record.init.model_extra["layers_without_gradient"] == [pairs[1].name]
     for number, (pair, (lora_A, lora_B)) in enumerate(zip(pairs, usual, strict=True)):
         kept = torch.equal(pair.lora_A, lora_A) and torch.equal(pair.lora_B, lora_B)
         assert kept == (number == 1)
