@@ -29,8 +29,8 @@ from app.models.source import resolve_model
 from tests.support.compare_runs import compare, refused, started  # noqa: F401 (fixtures)
 from tests.support.report_runs import report, runs  # noqa: F401 (fixtures)
 from tests.support.run_hooks import killed_at, logged, passes, signalled  # noqa: F401 (fixtures)
-from tests.support.watched_fit import watched_fit  # noqa: F401 (fixture)
 from tests.support.tiny_run import write_tiny_run
+from tests.support.watched_fit import watched_fit  # noqa: F401 (fixture)
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0, 1, 2, 3
