@@ -1,42 +1,25 @@
 """Weights & Biases: offline without a key and without a question; the file holds the whole run."""
 
-import csv
-import io
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
 import wandb
 import yaml
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from app.commands.compare.dashboard import workspace
 from app.tracking import plots
-from app.tracking.loggers import OutputSettings, make_loggers
+from app.tracking.loggers import OutputSettings
 from app.tracking.record import InitRecord, RunRecord
 from app.tracking.run_folder import RunFolder
 from app.tracking.wandb_summary import cell_of, log_run_summary, log_test_scores
 from app.utils.files import write_json
 from callbacks.alignment_monitor import _alignment
+from tests.support.run_folders import losses, summary, table
 from tests.support.wandb_file import read
 
 
-@pytest.fixture
-def no_key(monkeypatch, tmp_path):
-    """Take away every key, and whatever could answer a question."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SILENT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", "/dev/null")
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "no_settings"))
-    stdin = io.StringIO()
-    stdin.close()
-    monkeypatch.setattr(sys, "stdin", stdin)
-    wandb.teardown()  # it reads its environment once
-    yield
-    wandb.teardown()
-
-
+@pytest.mark.slow
 def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("callbacks.run_report.write_plots", plots.write_plots)
     options = ("--output.wandb=auto", "--output.wandb_group=g", "--output.wandb_tags=[one, two]")
@@ -47,31 +30,29 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
     curves = (folder / "metrics.csv").read_text()
     assert command("test", "--run", folder) == 0
     wandb.teardown()  # as at the program's end; until then W&B's own process may still write
-    told = capfd.readouterr()
-    assert "wandb: WARNING" not in told.err + told.out
-    assert "did not reach" not in told.err + told.out
+    shown = "".join(capfd.readouterr())
+    assert "wandb: WARNING" not in shown
+    assert "did not reach" not in shown
     assert (folder / "metrics.csv").read_text() == curves
     file, later = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     fitted, tested = read(file), read(later)
-    run, history, summary, config = fitted.run, fitted.history, fitted.summary, fitted.config
+    run, history, config = fitted.run, fitted.history, fitted.config
 
     assert run.display_name == "tiny/version_0"
     assert (run.project, run.run_group) == ("lora-one", "g")
     assert list(run.tags) == ["one", "two", "lora_one", "seed 0"]
 
-    with (folder / "metrics.csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    expected = {int(r["step"]): float(r["train/loss"]) for r in rows if r["train/loss"]}
+    expected = losses(folder)
     curve = {h["trainer/global_step"]: h["train/loss"] for h in history if "train/loss" in h}
     assert len(expected) == 3
     assert curve == pytest.approx(expected, rel=1e-6)
 
-    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    metrics = summary(folder)["metrics"]
     check_test(fitted, tested, metrics.pop("test"))
     assert set(metrics) == {"zero_shot", "after_init", "final"}
     for moment, scores in metrics.items():
         for name, value in scores.items():
-            assert summary[f"{moment}/{name}"] == pytest.approx(value)
+            assert fitted.summary[f"{moment}/{name}"] == pytest.approx(value)
 
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["model"]["adapter"]["r"] == saved["model"]["adapter"]["r"] == 4
@@ -79,10 +60,10 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
     assert config["seed_everything"] == 0
     assert config["cell"] == "g: lora_one, lr 1e-2"
 
-    [table] = file.parent.glob("files/media/table/init/spectrum*.table.json")
-    content = json.loads(table.read_text())
+    [spectrum] = file.parent.glob("files/media/table/init/spectrum*.table.json")
+    content = json.loads(spectrum.read_text())
     assert content["columns"] == ["layer", "index", "singular_value", "captured_energy"]
-    layers = json.loads((folder / "summary.json").read_text())["init"]["layers"]
+    layers = summary(folder)["init"]["layers"]
     assert content["data"] == [
         [name, i + 1, pytest.approx(value), pytest.approx(layer["captured_energy"])]
         for name, layer in layers.items()
@@ -96,7 +77,7 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
 
     [adapter] = [artifact for artifact in fitted.artifacts if artifact.type == "adapter"]
     about = json.loads(adapter.metadata)
-    model = json.loads((folder / "summary.json").read_text())["model"]
+    model = summary(folder)["model"]
     assert about["base"] == {name: model[name] for name in ("name", "fingerprint")}
     assert (about["method"], about["seed"], about["scores"]) == ("lora_one", 0, metrics)
     content = {entry.path for entry in adapter.manifest.contents}
@@ -104,7 +85,7 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
         content = set(adapter.manifest.manifest_file_path)
     assert content
 
-    rows = alignment_rows(folder)
+    rows = table(folder, "alignment.csv")
     steps = sorted({int(row["step"]) for row in rows})
     shown = [h for h in history if "alignment_layers/norm/bins" in h]
     assert [h["trainer/global_step"] for h in shown] == steps == [0, 1, 2, 3]
@@ -114,7 +95,7 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
         bins = h["alignment_layers/norm/bins"]
         assert (bins[0], bins[-1]) == pytest.approx((min(of_step), max(of_step)))
     check_charts(file.parent, rows)
-    check_dashboard(history, {**summary, **tested.summary}, config)
+    check_dashboard(history, {**fitted.summary, **tested.summary}, config)
 
 
 def check_test(fitted, tested, scores):
@@ -135,11 +116,6 @@ def check_test(fitted, tested, scores):
         for part in (fitted, tested)
     ]
     assert configs[0] == configs[1]
-
-
-def alignment_rows(folder):
-    with (folder / "alignment.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def check_charts(wandb_folder, rows):
@@ -166,8 +142,8 @@ def check_dashboard(history, summary, config):
     wanted = {"line": set(), "summary": set(), "config": set(), "media": set()}
     for panel in panels:
         wanted["line"] |= set(panel.y) if type(panel).__name__ == "LinePlot" else set()
-        told = [*getattr(panel, "metrics", []), getattr(panel, "y", None)]
-        wanted["summary"] |= {m.name for m in told if type(m).__name__ == "SummaryMetric"}
+        shown = [*getattr(panel, "metrics", []), getattr(panel, "y", None)]
+        wanted["summary"] |= {m.name for m in shown if type(m).__name__ == "SummaryMetric"}
         wanted["media"] |= set(getattr(panel, "media_keys", []))
         for axis in (getattr(panel, "x", None), getattr(panel, "groupby", None)):
             if hasattr(axis, "name"):
@@ -191,12 +167,12 @@ def check_dashboard(history, summary, config):
 
 
 def charts_of(layers):
-    """Return the names of the charts and tables that a run with these layers tells of."""
-    told = []
-    experiment = SimpleNamespace(summary={}, log=told.extend)
-    logger = SimpleNamespace(experiment=experiment, log_table=lambda key, **_: told.append(key))
+    """Return the names of the charts and tables that a run with these layers logs."""
+    names = []
+    experiment = SimpleNamespace(summary={}, log=names.extend)
+    logger = SimpleNamespace(experiment=experiment, log_table=lambda key, **_: names.append(key))
     log_run_summary(logger, RunRecord(init=InitRecord(layers=layers)), plots=[], adapter=None)
-    return told
+    return names
 
 
 def test_a_gradient_of_zero_has_no_chart():
@@ -229,14 +205,7 @@ def test_a_cell_is_all_but_the_seed():
     assert cell(task=None) == "lora, lr 2e-4"
 
 
-def test_the_group_is_the_task_unless_it_is_named(no_key, tmp_path):
-    settings = {"name": "x", "root": str(tmp_path)}
-    _, default = make_loggers(OutputSettings(**settings), task="glue/sst2")
-    _, named = make_loggers(OutputSettings(**settings, wandb_group="g"), task="glue/sst2")
-    assert [logger._wandb_init["group"] for logger in (default, named)] == ["glue/sst2", "g"]
-
-
-def test_a_test_is_told_where_the_training_was_and_never_fails_by_it(
+def test_a_test_is_logged_where_the_training_was_and_never_fails_by_it(
     no_key, monkeypatch, tmp_path, recwarn
 ):
     asked = []
@@ -258,28 +227,3 @@ def test_a_test_is_told_where_the_training_was_and_never_fails_by_it(
         with pytest.warns(UserWarning, match=r"did not reach the W&B run of .* \(no network\)"):
             log_test_scores(RunFolder(tmp_path), OutputSettings(wandb=mode))
     assert asked == [("abc", "online"), ("abc", "offline"), ("abc", "offline")]
-
-
-def mode_of(settings):
-    table, logger = make_loggers(settings)
-    assert isinstance(table, CSVLogger)
-    assert isinstance(logger, WandbLogger)
-    assert logger._offline is (logger._wandb_init["mode"] == "offline")
-    return logger._wandb_init["mode"]
-
-
-def test_a_key_means_online(no_key, monkeypatch, tmp_path):
-    settings = {"name": "x", "root": str(tmp_path)}
-    assert mode_of(OutputSettings(**settings)) == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    wandb.teardown()
-    assert mode_of(OutputSettings(**settings)) == "online"
-    assert mode_of(OutputSettings(**settings, wandb="offline")) == "offline"
-
-
-def test_the_setting_beats_the_key(no_key, tmp_path):
-    settings = {"name": "x", "root": str(tmp_path)}
-    assert mode_of(OutputSettings(**settings, wandb="online")) == "online"
-    [only] = make_loggers(OutputSettings(**settings, wandb="disabled"))
-    assert isinstance(only, CSVLogger)
-    assert only.log_dir == str(tmp_path / "x" / "version_1")
