@@ -99,7 +99,7 @@ def run(settings: TheorySettings, folder: Path) -> int:
             {
                 "theorem": check.name,
                 "statement": check.statement,
-                "instances": check.instances,
+                "instances": len(check.measured),
                 # JSON has no NaN
                 "worst_measured_over_bound": check.worst if np.isfinite(check.worst) else None,
                 "holds": check.holds,
@@ -152,6 +152,8 @@ def table(checks: Sequence[Check]) -> str:
     width = max(len(check.name) for check in checks)
     lines = [f"{'theorem':<{width}}  instances  measured/bound  holds  inequality"]
     for check in checks:
-        numbers = f"{check.instances:>9}  {check.worst:>14.3g}  {'yes' if check.holds else 'NO':<5}"
+        numbers = (
+            f"{len(check.measured):>9}  {check.worst:>14.3g}  {'yes' if check.holds else 'NO':<5}"
+        )
         lines.append(f"{check.name:<{width}}  {numbers}  {check.statement}")
     return "\n".join(lines)

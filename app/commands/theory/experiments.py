@@ -6,14 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch.linalg import matrix_norm, svdvals
 
-from app.commands.theory.descent import first_step, spectral_init
+from app.commands.theory.descent import descend_core, first_step, spectral_init
 from app.commands.theory.figures import Axis, Curve, Picture
 from app.commands.theory.instances import deviation
 from app.commands.theory.methods import (
     METHODS,
     along,
     lora_ga_updates,
-    lora_sb_updates,
     make_problem,
     squared_errors,
     updates,
@@ -62,7 +61,9 @@ def error_by_rank(settings: TheorySettings) -> list[Picture]:
             for method in METHODS
         }
         paths["LoRA-GA, preconditioned"] = lora_ga_updates(settings, problem, rank, steps)
-        paths["LoRA-SB, gradient descent"] = lora_sb_updates(settings, problem, rank, steps)
+        paths["LoRA-SB, gradient descent"] = descend_core(
+            problem, rank, settings.descent.preconditioned_lr, steps
+        )
         for label, path in paths.items():
             [row] = squared_errors(problem, path)
             curves.append(Curve(panel, label, range(steps + 1), row))
@@ -158,7 +159,7 @@ def convergence_bounds(checks: Sequence[Check]) -> list[Picture]:
         ratio = check.measured / check.bound
         steps = range(1, 1 + ratio.shape[1])
         for label, row in (("largest", ratio.amax(0)), ("median", ratio.median(0).values)):
-            label = f"{label} of {check.instances} instances"
+            label = f"{label} of {len(check.measured)} instances"
             curves.append(Curve(check.name, label, steps, row.tolist()))
         curves.append(Curve(check.name, "the bound", [0, steps[-1]], [1, 1], "bound"))
     y = Axis("|BA - Delta|_F / its bound", "log", 1e-6)

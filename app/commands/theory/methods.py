@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import matrix_norm
 
-from app.commands.theory.descent import (
-    descend,
-    descend_core,
-    lora_ga_init,
-    random_init,
-    spectral_init,
-)
+from app.commands.theory.descent import descend, lora_ga_init, random_init, spectral_init
 from app.commands.theory.problems import (
     LinearProblem,
     Problem,
@@ -103,13 +97,6 @@ def lora_ga_updates(
     offset = -initial.lora_B @ initial.lora_A
     path = descend(problem, initial, given.preconditioned_lr, steps, given.damping, offset)
     return (offset + lora_B @ lora_A for lora_A, lora_B in path)
-
-
-def lora_sb_updates(
-    settings: TheorySettings, problem: Problem, rank: int, steps: int
-) -> Iterator[Tensor]:
-    """Yield what LoRA-SB adds to W, by gradient descent."""
-    return descend_core(problem, rank, settings.descent.preconditioned_lr, steps)
 
 
 def along(path: Iterator[Tensor], value: Callable[[Tensor], Tensor]) -> list[list[float]]:

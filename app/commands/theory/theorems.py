@@ -53,11 +53,6 @@ class Check:
     """Whether the second dimension is steps 1, 2, ... of a descent."""
 
     @property
-    def instances(self) -> int:
-        """Return the number of instances."""
-        return len(self.measured)
-
-    @property
     def worst(self) -> float:
         """Return the largest measured / bound; NaN where something measured is."""
         return float((self.measured / self.bound).max())

@@ -51,6 +51,7 @@ def read(folder):
     return rows[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "relu"])
 def test_a_run(kind, run, command, tmp_path, capsys, monkeypatch):
     assert run(kind) == 0
