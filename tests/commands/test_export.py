@@ -45,6 +45,7 @@ def trained(command, tiny_run, run_models, tmp_path, monkeypatch):
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CLASSES)
 def test_elsewhere_the_model_is_the_trained_one(kind, trained, command, capsys):
     run, base, in_memory = trained(kind)
@@ -78,7 +79,7 @@ def test_the_adapter_alone(trained, command, tmp_path):
     torch.testing.assert_close(logits(model, tokenizer), in_memory, rtol=1e-5, atol=1e-5)
 
 
-def test_refusals(trained, command, capsys, tmp_path):
+def test_wrong_runs_and_folders(trained, command, capsys, tmp_path):
     run, base, _ = trained("llama")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "precious").touch()
@@ -101,6 +102,7 @@ def test_refusals(trained, command, capsys, tmp_path):
     assert "lacks summary.json: expected the folder of a finished run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_model(trained, command, capsys, tiny_run, run_models):
     run, _, _ = trained("llama")
     options = (f"--model.adapter_path={run / 'adapter'}", "--init=null")

@@ -32,7 +32,7 @@ class Word(enum.StrEnum):
 
 VALUES = [
     *(None, True, False, 0, -1, 2**63, -(2**64), 10**5000, -(10**5000)),
-    *(0.0, -0.0, 0.1, 1e308, 5e-324, math.inf, 1 + 2j),
+    *(0.0, -0.0, 0.1, 1e308, 5e-324, math.inf, math.nan, 1 + 2j),
     *("", "a\0\ud800é\U0001f600", b"\x00\xff", bytearray(b"ab")),
     *([], [1, [2, (3, {4})]], (), (1,), [True, 1, 1.0]),
     *({1, 2.5, "x", (1, 2)}, frozenset({1}), range(3, 9, 2), deque([1, [2]])),
@@ -54,16 +54,12 @@ def same(a, b):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict):
         return same(list(a), list(b)) and same(list(a.values()), list(b.values()))
-    return a == b and (not isinstance(a, float) or math.copysign(1, a) == math.copysign(1, b))
+    return repr(a) == repr(b) if isinstance(a, float) else a == b  # nan, and zeros with their signs
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_comes_back(value):
     assert same(over_the_wire(value), value)
-
-
-def test_nan_comes_back():
-    assert math.isnan(over_the_wire(math.nan))
 
 
 SUBCLASSES = [
@@ -93,13 +89,6 @@ def test_views_and_iterators():
         assert list(back) == [1, 2]
 
 
-class Anything:
-    def __eq__(self, other):
-        return True
-
-    __hash__ = object.__hash__
-
-
 class AnyInt(int):
     def __eq__(self, other):
         return True
@@ -109,14 +98,12 @@ class AnyInt(int):
 
 def test_equality_of_its_own_does_not_travel():
     assert over_the_wire(AnyInt(3)) != 4
-    with pytest.raises(NotPlainDataError, match="Anything"):
-        encode([Anything()])
 
 
 @pytest.mark.parametrize(
-    "value", [object(), len, int, NotImplemented, ..., os], ids=lambda v: type(v).__name__
+    "value", [[object()], len, int, NotImplemented, ..., os], ids=lambda v: type(v).__name__
 )
-def test_other_types_are_refused(value):
+def test_other_types_cannot_be_sent(value):
     with pytest.raises(NotPlainDataError, match="a value of type"):
         encode(value)
 
@@ -137,39 +124,41 @@ def test_forged_data(data):
         decode(data)
 
 
-def frame(content, size=None):
-    """Return what `read_frame` makes of bytes that somebody else wrote."""
+@pytest.fixture
+def pipe():
+    """Return both ends of a pipe, as files."""
     reader, writer = os.pipe()
-    try:
-        os.write(writer, (len(content) if size is None else size).to_bytes(4, "big") + content)
-        os.close(writer)
-        return read_frame(reader)
-    finally:
-        os.close(reader)
+    with open(reader, "rb", buffering=0) as end, open(writer, "wb", buffering=0) as beginning:
+        yield end, beginning
 
 
-def test_frames():
-    reader, writer = os.pipe()
-    write_frame(writer, {"value": [1, "é"]})
-    assert read_frame(reader) == {"value": [1, "é"]}
-    os.close(writer)
+def test_frames(pipe):
+    reader, writer = pipe
+    write_frame(writer.fileno(), {"value": [1, "é"]})
+    assert read_frame(reader.fileno()) == {"value": [1, "é"]}
+    writer.close()
     with pytest.raises(EOFError):
-        read_frame(reader)
-    os.close(reader)
+        read_frame(reader.fileno())
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"\xff", b"{", b"[" * 60_000, b"9" * 5000, b"", b"1 2"],
-    ids=["bytes", "half", "deep", "digits", "empty", "two"],
-)
-def test_forged_frames(content):
-    with pytest.raises(NotPlainDataError, match="no JSON"):
-        frame(content)
+NO_JSON = (NotPlainDataError, "no JSON")
+FORGED_FRAMES = {
+    "bytes": (b"\xff", 1, *NO_JSON),
+    "half": (b"{", 1, *NO_JSON),
+    "deep": (b"[" * 60_000, 60_000, *NO_JSON),
+    "digits": (b"9" * 5000, 5000, *NO_JSON),
+    "empty": (b"", 0, *NO_JSON),
+    "two": (b"1 2", 3, *NO_JSON),
+    "ends early": (b"12", 3, EOFError, ""),
+    "too long": (b"", MAX_FRAME_BYTES + 1, NotPlainDataError, "more than"),
+}
 
 
-def test_frames_that_end_early_or_are_too_long():
-    with pytest.raises(EOFError):
-        frame(b"12", size=3)
-    with pytest.raises(NotPlainDataError, match="more than"):
-        frame(b"", size=MAX_FRAME_BYTES + 1)
+@pytest.mark.parametrize("name", FORGED_FRAMES)
+def test_forged_frames(name, pipe):
+    content, size, error, message = FORGED_FRAMES[name]
+    reader, writer = pipe
+    writer.write(size.to_bytes(4, "big") + content)
+    writer.close()
+    with pytest.raises(error, match=message):
+        read_frame(reader.fileno())
