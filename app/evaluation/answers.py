@@ -1,4 +1,4 @@
-"""What a model has answered so far, in a file that an interrupted evaluation goes on with."""
+"""Keep the answers of a benchmark in a file that an interrupted test goes on with."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from app.distributed.collectives import (
     is_first_process,
     world_size,
 )
+from app.evaluation.benchmark import EncodedQuestion
 from app.utils.errors import InputError
 from app.utils.files import atomic_write, digest
 
@@ -27,44 +28,45 @@ class AnswersFile:
     While questions are being asked, every process has a file of its own (`NAME.part0.jsonl`); a line that
     a kill has cut is not an answer. At the end the first process joins them to `NAME.jsonl`, whole or
     not at all. The name holds a hash of all that an answer depends on beside its prompt, so that no
-    answer of another model or of other settings is ever taken for one of this evaluation.
+    answer of another model or of other settings is ever taken for one of this benchmark.
 
     Args:
         folder: Where the files are; shared by the processes, or else some questions are asked again
-            when an interrupted evaluation goes on.
-        name: The evaluation's name.
+            when an interrupted test goes on.
+        name: The benchmark's name.
         identity: All that the answers depend on: JSON data.
     """
 
     def __init__(self, folder: Path, name: str, identity: Mapping[str, Any]) -> None:
-        text = json.dumps(identity, sort_keys=True)
         self.folder = folder
-        self.stem = f"{name}-{digest(text)[:8]}"
+        self.stem = f"{name}-{digest(json.dumps(identity, sort_keys=True))[:8]}"
         self.path = folder / f"{self.stem}.jsonl"
         self._stream: TextIO | None = None
         self._before = from_first_process(
             lambda: {key: (row["prompt_hash"], row["scores"]) for key, row in self._read().items()}
         )
 
-    def _read(self) -> dict[str, Answer]:
-        found: dict[str, Answer] = {}
-        for path in [self.path, *sorted(self.folder.glob(f"{self.stem}.part*.jsonl"))]:
-            if path.is_file():
-                for line in path.read_text(encoding="utf-8").split("\n"):
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError:
-                        continue  # the last line of a process that was killed
-                    found[row["key"]] = row
-        return found
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self.stem}.part*.jsonl"))
 
-    def scores_before(self, key: str, prompt_hash: str) -> dict[str, float] | None:
+    def _read(self) -> dict[str, Answer]:
+        answers: dict[str, Answer] = {}
+        for path in filter(Path.is_file, [self.path, *self._parts()]):
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the last line of a process that was killed
+                answers[row["key"]] = row
+        return answers
+
+    def scores_before(self, encoded: EncodedQuestion) -> dict[str, float] | None:
         """Return the scores of a question that was answered before this process began, or None."""
-        found_hash, scores = self._before.get(key, ("", None))
-        return scores if found_hash == prompt_hash else None
+        prompt_hash, scores = self._before.get(encoded.question.key, ("", None))
+        return scores if prompt_hash == encoded.prompt_hash else None
 
     def add(self, answers: list[Answer]) -> None:
-        """Write answers at the end of this process's file, and see that they are on the disk.
+        """Write answers at the end of this process's file, synced to disk.
 
         Raises:
             InputError: The file cannot be written.
@@ -100,5 +102,5 @@ class AnswersFile:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(self.path) as stream:  # synced before the parts are gone
                 stream.writelines(f"{json.dumps(row)}\n".encode() for row in rows)
-            for part in self.folder.glob(f"{self.stem}.part*.jsonl"):
+            for part in self._parts():
                 part.unlink()

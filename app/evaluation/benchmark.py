@@ -1,4 +1,4 @@
-"""What a benchmark is: questions, how they are asked, and what an output scores."""
+"""Benchmarks: questions, how they are asked, and what an output scores."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

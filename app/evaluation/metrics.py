@@ -12,6 +12,7 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
+from app.distributed.collectives import sum_over_processes
 from app.models.loss import SupervisedLogits, summed_loss
 
 
@@ -20,8 +21,8 @@ class MatthewsCorrelation(MulticlassConfusionMatrix):
 
         (n trace(C) - t . p) / sqrt((n^2 - t . t) (n^2 - p . p)),    t, p row and column sums, n the total
 
-    and 0 where the denominator is 0, that is if only one class occurs or is predicted. torchmetrics' own
-    gives small non-zero values there.
+    and 0 where the denominator is 0, that is if only one class occurs or is predicted, as in scikit-learn.
+    Differs: torchmetrics' own is 1 where one class occurs and is predicted.
     """
 
     def compute(self) -> Tensor:
@@ -61,20 +62,20 @@ class LabelScores(torch.nn.Module):
         # Not MeanMetric, which leaves out batches that are not a number.
         self.loss, self.tokens = (SumMetric(nan_strategy="disable") for _ in range(2))
 
-    def update(self, found: SupervisedLogits, target: Tensor) -> None:
-        """Take one batch.
+    def update(self, output: SupervisedLogits, target: Tensor) -> None:
+        """Add one batch.
 
         Args:
-            found: Logits at the supervised positions.
+            output: Logits at the supervised positions.
             target: (B,) class of each example; -1 in a padding row, which does not count.
         """
         counted = target >= 0
         if self.metrics and counted.any():
-            first = found.first[counted]
-            predicted = found.logits[first][:, self.label_token_ids].argmax(dim=1)  # type: ignore[index]
+            first = output.first[counted]
+            predicted = output.logits[first][:, self.label_token_ids].argmax(dim=1)  # type: ignore[index]
             self.metrics.update(predicted, target[counted])
-        self.loss.update(summed_loss(found))
-        self.tokens.update(found.labels.numel())
+        self.loss.update(summed_loss(output))
+        self.tokens.update(output.labels.numel())
 
     def compute(self) -> dict[str, Tensor]:
         """Return `loss` (token mean) and, of rows with classes, `accuracy`, `f1` and `mcc`."""
@@ -82,36 +83,33 @@ class LabelScores(torch.nn.Module):
         return {"loss": self.loss.compute() / self.tokens.compute(), **scores}
 
 
-class MeanScores(Metric):
-    """Mean of each named score over the questions that have it.
+class MeanScores:
+    """Mean of each named score over the questions that have it, of all processes.
 
     Args:
         names: Every name that may come; the same list on every process.
     """
 
-    full_state_update = False
-    sums: Tensor
-    counts: Tensor
-
     def __init__(self, names: Sequence[str]) -> None:
-        super().__init__()
-        self.names = list(names)
-        for state in ("sums", "counts"):
-            zeros = torch.zeros(len(self.names), dtype=torch.float64)
-            self.add_state(state, zeros, dist_reduce_fx="sum")
+        self.totals = {name: [0.0, 0.0] for name in names}  # sum and number of questions
 
     def update(self, scores: Mapping[str, float]) -> None:
-        """Take the scores of one question.
+        """Add the scores of one question, which does not count for the names that are not in them."""
+        for name, value in scores.items():
+            self.totals[name][0] += value
+            self.totals[name][1] += 1
+
+    def compute(self, device: torch.device | None = None) -> dict[str, float]:
+        """Return the mean of each score that any question has, in the order of the names.
 
         Args:
-            scores: Values by name; names that it leaves out do not count this question.
+            device: Where the processes add their sums up.
         """
-        for name, value in scores.items():
-            place = self.names.index(name)
-            self.sums[place] += value
-            self.counts[place] += 1
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the mean of each score that any question has, in the order of the names."""
-        means = (self.sums / self.counts.clamp(min=1)).float()
-        return {name: means[i] for i, name in enumerate(self.names) if self.counts[i] > 0}
+        totals = torch.tensor(list(self.totals.values()), dtype=torch.float64, device=device)
+        sums, counts = sum_over_processes(totals.reshape(-1, 2)).unbind(dim=1)
+        means = (sums / counts).float().tolist()
+        return {
+            name: mean
+            for name, mean, count in zip(self.totals, means, counts.tolist(), strict=True)
+            if count
+        }

@@ -1,21 +1,25 @@
-"""What one pass over validation or test data measures: loss and label scores, and benchmarks."""
+"""Score one pass over validation or test data: loss and metrics of rows, and benchmarks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from app.evaluation.benchmark import BENCHMARK, PreparedBenchmark
 from app.evaluation.metrics import LabelScores
 from app.evaluation.runner import BenchmarkRunner, trained_weights_digest
+from app.models.batch import Batch
+from app.models.protocols import ScoredModel
 
 
 class Scoring:
-    """Takes batches of rows and batches of questions, and tells all scores at the end.
+    """Accumulate the scores of batches of rows and of batches of questions.
 
     Args:
-        module: The `LoraModule`, whose weights do not change until `compute`.
+        module: Its weights do not change until `compute`.
+        identity: What names the module but its weights: base model, dtype, precision. JSON data.
         label_token_ids: First token of each label word; empty where rows have no classes.
         benchmarks: The benchmarks to ask.
         folder: Where their answers are kept; None keeps none.
@@ -24,33 +28,27 @@ class Scoring:
 
     def __init__(
         self,
-        module: Any,
+        module: ScoredModel,
+        identity: Mapping[str, str | None],
         label_token_ids: Sequence[int],
         benchmarks: Sequence[PreparedBenchmark],
         folder: Path | None,
         together: bool,
     ) -> None:
         self.module = module
-        self.together = together
         self.rows = LabelScores(label_token_ids).to(module.device)
         self.runners: list[BenchmarkRunner] = []
         if benchmarks:
-            identity = {
-                "base": module.record.model.fingerprint,
-                "weights": trained_weights_digest(module.model),
-                "dtype": module.dtype_name,
-                "precision": str(module.trainer.precision),
-            }
+            whole = {**identity, "weights": trained_weights_digest(module.model)}
             self.runners = [
-                BenchmarkRunner(prepared, folder, identity, module.device)
+                BenchmarkRunner(module, prepared, folder, whole, together)
                 for prepared in benchmarks
             ]
 
-    def update(self, batch: Mapping[str, Any]) -> None:
+    def update(self, batch: Batch) -> None:
         """Score a batch of rows, or ask a batch of questions."""
         if BENCHMARK in batch:
-            index = batch["index"].tolist()
-            self.runners[batch[BENCHMARK]].ask(self.module, index, self.together)
+            self.runners[int(batch[BENCHMARK])].ask(batch["index"].tolist())
         else:
             self.rows.update(self.module.supervised_logits(batch), batch["target"])
 
@@ -58,14 +56,22 @@ class Scoring:
         """Return the rows' scores and each benchmark's, the same on every process."""
         scores = self.rows.compute() if self.rows.tokens.update_called else {}
         for runner in self.runners:
-            scores.update(runner.finish())
+            for name, value in runner.finish().items():
+                scores[f"{runner.name}/{name}"] = torch.tensor(value)
         return scores
 
     def results(self) -> dict[str, dict[str, Any]]:
-        """Return what each benchmark found, by the name of its file of answers; after `compute`."""
-        return dict(runner.result() for runner in self.runners)
+        """Return scores and counts of each benchmark by the stem of its file of answers; after `compute`."""
+        return {
+            runner.file.stem if runner.file else runner.name: {
+                **runner.identity,
+                "scores": runner.scores,
+                **runner.counts,
+            }
+            for runner in self.runners
+        }
 
     def speed(self) -> str:
         """Return how fast this process has been asking the benchmark that it asked last, or ""."""
-        asking = [runner for runner in self.runners if runner.seconds]
-        return f"{asking[-1].tokens / asking[-1].seconds:.0f} tokens/s" if asking else ""
+        asked = [runner for runner in self.runners if runner.seconds]
+        return f"{asked[-1].tokens / asked[-1].seconds:.0f} tokens/s" if asked else ""

@@ -2,7 +2,12 @@
 
 from typing import Protocol
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from app.models.batch import Batch
+from app.models.loss import SupervisedLogits
 
 
 class TokenizedModel(Protocol):
@@ -19,3 +24,24 @@ class TokenizedModel(Protocol):
     @property
     def context_length(self) -> int | None:
         """Number of positions that the model knows; None if there is no limit."""
+
+
+class ScoredModel(TokenizedModel, Protocol):
+    """A model as scoring sees it, in evaluation mode.
+
+    Attributes:
+        model: What is called: the PEFT model, or the transformers model without an adapter.
+    """
+
+    model: nn.Module
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model inside."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+
+    def supervised_logits(self, batch: Batch) -> SupervisedLogits:
+        """Run the model on a batch; see `app.models.loss.supervised_logits`."""

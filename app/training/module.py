@@ -206,9 +206,13 @@ class LoraModule(LightningModule):
         """
         data = training_data(self.trainer)
         folder = None if self.answers_folder is None else self.answers_folder / moment
-        return Scoring(
-            self, data.label_token_ids(), data.prepare_benchmarks(split), folder, self.is_sharded
-        )
+        identity = {
+            "base": self.record.model.fingerprint,
+            "dtype": self.dtype_name,
+            "precision": str(self.trainer.precision),
+        }
+        labels, benchmarks = data.label_token_ids(), data.prepare_benchmarks(split)
+        return Scoring(self, identity, labels, benchmarks, folder, self.is_sharded)
 
     def setup(self, stage: str) -> None:
         """Check the length of training and the optimizer, before any weights are loaded."""

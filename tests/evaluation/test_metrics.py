@@ -1,4 +1,4 @@
-"""Accuracy, F1 and Matthews correlation against scikit-learn; the loss against a mean by hand."""
+"""Accuracy, F1 and Matthews correlation against scikit-learn; losses and means of scores by hand."""
 
 import warnings
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from app.evaluation.metrics import LabelScores
+from app.evaluation.metrics import LabelScores, MeanScores
 from app.models.loss import SupervisedLogits
 
 VOCABULARY = 11
@@ -34,11 +34,11 @@ def scores_of(predicted, target, classes, batch_size, seed=0):
     for start in range(0, len(target), batch_size):
         part = slice(start, start + batch_size)
         lengths = torch.randint(1, 4, (len(target[part]),), generator=generator).tolist()
-        found = batch(predicted[part], generator, lengths)
+        output = batch(predicted[part], generator, lengths)
         losses.append(
-            torch.nn.functional.cross_entropy(found.logits, found.labels, reduction="none")
+            torch.nn.functional.cross_entropy(output.logits, output.labels, reduction="none")
         )
-        keeper.update(found, target[part])
+        keeper.update(output, target[part])
     return {name: float(value) for name, value in keeper.compute().items()}, torch.cat(losses)
 
 
@@ -103,23 +103,48 @@ def test_large_counts():
 
 
 def test_a_loss_that_is_not_a_number_shows():
-    found = batch(torch.tensor([0, 1]), torch.Generator().manual_seed(0), [1, 1])
-    found.logits[1] = torch.nan
+    output = batch(torch.tensor([0, 1]), torch.Generator().manual_seed(0), [1, 1])
+    output.logits[1] = torch.nan
     keeper = LabelScores(TOKENS[:2])
     keeper.update(
         batch(torch.tensor([0]), torch.Generator().manual_seed(0), [1]), torch.tensor([0])
     )
-    keeper.update(found, torch.tensor([0, 1]))
+    keeper.update(output, torch.tensor([0, 1]))
     assert torch.isnan(keeper.compute()["loss"])
 
 
 def test_rows_without_classes_have_a_loss_alone():
     keeper = LabelScores([])
     generator = torch.Generator().manual_seed(0)
-    found = batch(torch.tensor([1, 0]), generator, [2, 1])
-    keeper.update(found, torch.tensor([0, 0]))
+    output = batch(torch.tensor([1, 0]), generator, [2, 1])
+    keeper.update(output, torch.tensor([0, 0]))
     scores = keeper.compute()
-    alone = torch.nn.functional.cross_entropy(found.logits, found.labels)
+    alone = torch.nn.functional.cross_entropy(output.logits, output.labels)
     assert {name: float(value) for name, value in scores.items()} == {
         "loss": pytest.approx(float(alone), rel=1e-6)
     }
+
+
+def test_a_score_counts_the_questions_that_have_it():
+    metric = MeanScores(["accuracy", "accuracy/anatomy", "accuracy/law", "accuracy/none"])
+    for subject, values in {"anatomy": (1, 0, 0), "law": (1,)}.items():
+        for value in values:
+            metric.update({"accuracy": value, f"accuracy/{subject}": value})
+    means = metric.compute()
+    assert means == pytest.approx(
+        {"accuracy": 2 / 4, "accuracy/anatomy": 1 / 3, "accuracy/law": 1.0}
+    )
+    assert list(means) == ["accuracy", "accuracy/anatomy", "accuracy/law"]
+
+
+def test_a_mean_of_many_questions_is_exact():
+    metric = MeanScores(["pass@10"])
+    values = torch.rand(20_000, dtype=torch.float64)
+    for value in values.tolist():
+        metric.update({"pass@10": value})
+    assert metric.compute()["pass@10"] == pytest.approx(float(values.mean()), rel=1e-6)
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(KeyError, match="strict"):
+        MeanScores(["flexible"]).update({"strict": 1.0})
