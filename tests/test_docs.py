@@ -1,6 +1,7 @@
 """README and docs/ name files, functions, links and commands that exist."""
 
 import ast
+import importlib
 import re
 import shlex
 
@@ -92,6 +93,21 @@ def test_numbered_walks(page):
         own = re.sub(r"\(by `.*?`: `\w+`\)", "", rest)
         for name in re.findall(r"`(\w+)`", own):
             assert name in defined(ROOT / file), f"{name} in {file}"
+
+
+BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmarks_are_modules(name):
+    assert callable(importlib.import_module(f"benchmarks.{name}").main)
+
+
+@each_page
+def test_benchmarks_exist(page):
+    for name in re.findall(r"python -m benchmarks\.(\w+)", page.read_text()):
+        assert name in ("NAME", *BENCHMARKS)
+    assert "python benchmarks/" not in page.read_text()
 
 
 def commands(page):
