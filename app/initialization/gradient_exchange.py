@@ -108,13 +108,9 @@ def share_estimates(
     tensors = {}
     for name, (m, n, k) in shapes.items():
         if name in own:
-            svd, *numbers = (
-                own[name].svd,
-                own[name].norm,
-                own[name].captured_energy,
-                own[name].rank_error,
-            )
-            tensors[name] = [*svd, torch.tensor(numbers, device=counter.device)]
+            estimate = own[name]
+            numbers = [estimate.norm, estimate.captured_energy, estimate.rank_error]
+            tensors[name] = [*estimate.svd, torch.tensor(numbers, device=counter.device)]
         else:
             tensors[name] = [
                 torch.empty(shape, device=counter.device) for shape in ((m, k), (k,), (n, k), (3,))

@@ -3,8 +3,8 @@
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,15 +122,9 @@ def one_step_gradients(
     device = pairs[0].lora_A.device
     ranks = rank if isinstance(rank, Mapping) else {pair.name: rank for pair in pairs}
     store = make_store(pairs, ranks, estimator, device)
-    supervised = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches)
-    tokens = int(sum_over_processes(torch.tensor(supervised, device=device)))
+    tokens = _supervised_tokens(batches, device)
     began = time.perf_counter()
-    with PeakMemory(device) as memory, ExitStack() as stack:
-        stack.enter_context(frozen(model))
-        stack.enter_context(recomputing(model))
-        stack.enter_context(without_adapters(model))
-        layers = {pair.name: pair.layer for pair in pairs}
-        stack.enter_context(observe(layers, {name: store.listener(name) for name in layers}))
+    with PeakMemory(device) as memory, _observed(model, pairs, store):
         losses = []
         for number in range(1, estimator.passes + 1):
             if number > 1:
@@ -138,12 +132,7 @@ def one_step_gradients(
             label = f"one-step gradient, pass {number}/{estimator.passes}"
             shown = progress(batches, label) if progress else batches
             losses.append(_one_pass(model, base, shown, store, device, forward_context))
-        if missed := store.unreached():
-            raise RuntimeError(
-                f"the backward pass did not reach {len(missed)} of {len(layers)} layers, first {missed[0]}. "
-                "Activation checkpointing must be without re-entry (use_reentrant=False); a layer that "
-                "the loss does not depend on has to leave model.adapter.target_modules"
-            )
+        _check_reached(store)
         estimates = store.estimates(ranks, 1 / tokens)
     return OneStepResult(
         estimates=estimates,
@@ -153,6 +142,34 @@ def one_step_gradients(
         peak_bytes=gather_numbers(memory.peak_bytes, device),
         sent_bytes=gather_numbers(store.sent_bytes, device),
     )
+
+
+def _supervised_tokens(batches: Sequence[Batch], device: torch.device) -> int:
+    tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches)
+    return int(sum_over_processes(torch.tensor(tokens, device=device)))
+
+
+@contextmanager
+def _observed(model: nn.Module, pairs: Sequence[LoraPair], store: GradientStore) -> Iterator[None]:
+    """Run the untouched model, frozen, with the store's listeners on the pairs' layers."""
+    layers = {pair.name: pair.layer for pair in pairs}
+    listeners = {name: store.listener(name) for name in layers}
+    with (
+        frozen(model),
+        recomputing(model),
+        without_adapters(model),
+        observe(layers, listeners),
+    ):
+        yield
+
+
+def _check_reached(store: GradientStore) -> None:
+    if unreached := store.unreached():
+        raise RuntimeError(
+            f"the backward pass did not reach {len(unreached)} of {len(store.layers)} layers, first "
+            f"{unreached[0]}. Activation checkpointing must be without re-entry (use_reentrant=False); a layer "
+            "that the loss does not depend on has to leave model.adapter.target_modules"
+        )
 
 
 def _one_pass(

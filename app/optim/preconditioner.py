@@ -121,14 +121,7 @@ def precondition_pairs(
             grams.append(gram_matrices([factors[kind][i] for i in pairs], kind, cache))
         inverses, singular = damped_inverse(torch.cat(grams), damping)
         if singular is not None and bool(singular.any()):
-            grad_of, pair = [(j.grad_of, i) for j in jobs for i in j.pairs][
-                singular.nonzero()[0, 0]
-            ]
-            product = "lora_B^T lora_B" if grad_of == "lora_A" else "lora_A lora_A^T"
-            raise RuntimeError(
-                f"pair {pair}: {product} is singular, so the gradient of {grad_of} cannot be "
-                "preconditioned with damping 0; set damping > 0 (LoRA usually starts at lora_B = 0)"
-            )
+            raise RuntimeError(_singular_message(jobs, int(singular.nonzero()[0, 0])))
         sizes = [len(job.pairs) for job in jobs]
         first = next(g for i in jobs[0].pairs if (g := grads[jobs[0].grad_of][i]) is not None)
         inverses = inverses.to(torch.promote_types(first.dtype, torch.float32))
@@ -137,12 +130,27 @@ def precondition_pairs(
             done = _apply(inverse, raw, grad_of, (grad_of, pairs[0]), cache)
             for i, grad in zip(pairs, done, strict=True):
                 factor = factors[grad_of][i]
-                # Fused kernels walk parameter and gradient in memory order without looking at
-                # strides, so a transposed factor needs a gradient that is laid out like it.
-                if not factor.is_contiguous():
-                    grad = torch.empty_like(factor, dtype=grad.dtype).copy_(grad)
-                results[grad_of][i] = grad
+                results[grad_of][i] = _laid_out_like(factor, grad)
     return results["lora_A"], results["lora_B"]
+
+
+def _laid_out_like(factor: Tensor, grad: Tensor) -> Tensor:
+    """Return a gradient in the memory layout of its factor.
+
+    Fused kernels walk parameter and gradient in memory order without looking at strides.
+    """
+    if factor.is_contiguous():
+        return grad
+    return torch.empty_like(factor, dtype=grad.dtype).copy_(grad)
+
+
+def _singular_message(jobs: Sequence[_Job], index: int) -> str:
+    grad_of, pair = [(job.grad_of, i) for job in jobs for i in job.pairs][index]
+    product = "lora_B^T lora_B" if grad_of == "lora_A" else "lora_A lora_A^T"
+    return (
+        f"pair {pair}: {product} is singular, so the gradient of {grad_of} cannot be preconditioned with "
+        "damping 0; set damping > 0 (LoRA's initialization has lora_B = 0)"
+    )
 
 
 def _apply(
