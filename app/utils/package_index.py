@@ -151,20 +151,13 @@ def _download(wanted: PackageUrl, folder: Path) -> Path:
     if done.returncode == 0:
         (archive,) = archives.iterdir()
         return archive
-    package = f"{wanted.name} {wanted.version}"
-    if "DO NOT MATCH THE HASHES" in done.stderr:
-        got = re.search(r"Got\s+([0-9a-f]{64})", done.stderr)
-        raise InputError(
-            f"The index's archive of {package} has SHA-256 {got[1] if got else '(unknown)'}, "
-            f"expected {wanted.sha256}. Nothing of it was unpacked or run. Correct '#sha256=' in "
-            "the URL, or distrust the index."
-        )
-    if "No module named pip" in done.stderr:
-        raise InputError(f"Downloading {package} needs pip: run '{sys.executable} -m ensurepip'.")
     lines = [line.strip() for line in (done.stderr.strip() or done.stdout).splitlines()]
     shown = [line for line in lines if line and not line.startswith("WARNING: Location")]
-    last = "\n".join(f"  pip: {line}" for line in shown[-3:])
-    raise InputError(f"pip could not download {package} (exit status {done.returncode}):\n{last}")
+    last = "\n".join(f"  pip: {line}" for line in shown[-4:])
+    raise InputError(
+        f"pip could not download {wanted.name} {wanted.version} with '#sha256={wanted.sha256}' (exit status "
+        f"{done.returncode}):\n{last}"
+    )
 
 
 def _extract(archive: Path, path: str, stream: BinaryIO) -> None:
