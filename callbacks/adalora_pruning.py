@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.models.adalora import (
+    AdaLoraModel,
     allocator_state,
     load_allocator_state,
     prune,
@@ -22,7 +23,7 @@ class AdaLoraPruning(Callback):
     """
 
     def __init__(self) -> None:
-        self._tuner: Any = None
+        self._tuner: AdaLoraModel | None = None
         self._state: dict[str, Any] = {}
         self._last_step = 0
 

@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+from peft import AdaLoraConfig
+from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor
 
 from app.utils.errors import InputError
@@ -24,7 +26,13 @@ def check_schedule(tinit: int, tfinal: int, steps: int) -> None:
         )
 
 
-def set_total_steps(tuner: Any, steps: int) -> None:
+def _config(tuner: AdaLoraModel) -> AdaLoraConfig:
+    config = tuner.peft_config[tuner.trainable_adapter_name]
+    assert isinstance(config, AdaLoraConfig)
+    return config
+
+
+def set_total_steps(tuner: AdaLoraModel, steps: int) -> None:
     """Set the number of optimizer steps that the pruning schedule is laid out for.
 
     Args:
@@ -34,12 +42,12 @@ def set_total_steps(tuner: Any, steps: int) -> None:
     Raises:
         InputError: If the schedule leaves no step for pruning.
     """
-    config = tuner.peft_config[tuner.trainable_adapter_name]
+    config = _config(tuner)
     check_schedule(config.tinit, config.tfinal, steps)
     tuner.rankallocator.set_total_step(steps)
 
 
-def add_orthogonality(tuner: Any) -> Tensor:
+def add_orthogonality(tuner: AdaLoraModel) -> Tensor:
     """Add the gradient of AdaLoRA's regulariser to the factors' gradients; return its value, unweighted.
 
         R = mean over all lora_A and lora_B of |A A^T - I|_F and |B^T B - I|_F,     grad += orth_reg_weight dR
@@ -59,7 +67,7 @@ def add_orthogonality(tuner: Any) -> Tensor:
             norms.append(torch.linalg.norm(gram - torch.eye(len(gram), device=p.device)))
         value = torch.stack(norms).mean()
         grads = torch.autograd.grad(value, [p for _, p in factors])
-    weight = tuner.peft_config[adapter].orth_reg_weight
+    weight = _config(tuner).orth_reg_weight
     for (_, p), grad in zip(factors, grads, strict=True):
         p.grad = weight * grad if p.grad is None else p.grad.add_(grad, alpha=weight)
     return value.detach()
@@ -70,7 +78,7 @@ def finite(gradients: list[Tensor]) -> bool:
     return bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
 
 
-def prune(tuner: Any, step: int) -> None:
+def prune(tuner: AdaLoraModel, step: int) -> None:
     """Weigh the triplets by the step's gradients, and prune to the step's budget.
 
     Nothing is done for a step whose gradients are not finite, which a gradient scaler has skipped: they
@@ -83,8 +91,8 @@ def prune(tuner: Any, step: int) -> None:
     Raises:
         InputError: If there was no step to weigh the triplets by when the last pruning comes.
     """
-    adapter = tuner.trainable_adapter_name
-    config = tuner.peft_config[adapter]
+    config = _config(tuner)
+    assert config.total_step is not None  # by PEFT's own check
     last = config.total_step - config.tfinal
     grads = [p.grad for p in tuner.model.parameters() if p.requires_grad and p.grad is not None]
     if step < last and not finite(grads):
@@ -97,26 +105,25 @@ def prune(tuner: Any, step: int) -> None:
     tuner.update_and_allocate(step)
 
 
-def allocator_state(tuner: Any) -> dict[str, Any]:
+def allocator_state(tuner: AdaLoraModel) -> dict[str, Any]:
     """Return the state of the pruning beside the weights, as plain data and tensors."""
-    config = tuner.peft_config[tuner.trainable_adapter_name]
     averages = {
         name: {key: value.cpu() for key, value in getattr(tuner.rankallocator, name).items()}
         for name in AVERAGES
     }
-    return {**averages, "rank_pattern": config.rank_pattern or {}}
+    return {**averages, "rank_pattern": _config(tuner).rank_pattern or {}}
 
 
-def load_allocator_state(tuner: Any, state: dict[str, Any], device: torch.device) -> None:
+def load_allocator_state(tuner: AdaLoraModel, state: dict[str, Any], device: torch.device) -> None:
     """Restore what `allocator_state` returned."""
     for name in AVERAGES:
         values = {key: value.to(device) for key, value in state[name].items()}
         setattr(tuner.rankallocator, name, values)
-    config = tuner.peft_config[tuner.trainable_adapter_name]
+    config = _config(tuner)
     config.rank_pattern = state["rank_pattern"] or config.rank_pattern
 
 
-def remaining_triplets(tuner: Any) -> int:
+def remaining_triplets(tuner: AdaLoraModel) -> int:
     """Count the triplets whose singular value is not zero, over all layers."""
     adapter = tuner.trainable_adapter_name
     values = [p for n, p in tuner.model.named_parameters() if f"lora_E.{adapter}" in n]
