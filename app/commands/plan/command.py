@@ -28,7 +28,7 @@ from app.commands.plan.protocols import GradientInitialization, Initialization, 
 from app.commands.plan.report import data_text, memory_text, model_text, verdict_text
 from app.models.loading import empty_model
 from app.models.lora import base_model, fsdp_incompatible_settings
-from app.models.source import TOKENIZER_FILES, ModelSource
+from app.models.source import resolve_model
 from app.training.checks import check_sharding
 from app.training.model_building import adapt
 from app.training.module import LoraModule
@@ -114,8 +114,10 @@ def set_up(trainer: PlanTrainer, module: LoraModule, data: PlannedData) -> None:
     Raises:
         InputError: As from `fit`.
     """
-    if (source := _without_weights(module.name)) is not None:
-        module.source = source
+    if (
+        Path(module.name).expanduser().is_dir()
+    ):  # any other source is resolved after the data is read
+        module.source = resolve_model(module.name, weights=False)
     trainer.strategy.connect(module)
     module.trainer = data.trainer = trainer
     trainer.datamodule = data  # type: ignore[attr-defined]
@@ -126,16 +128,6 @@ def set_up(trainer: PlanTrainer, module: LoraModule, data: PlannedData) -> None:
     module.setup("fit")
     if trainer.placement.sharded:
         module.check_sharded()
-
-
-def _without_weights(name: str) -> ModelSource | None:
-    """Return a directory that has all but its weights; None for a name that `fit` can load too."""
-    folder = Path(name).expanduser()
-    has = [(folder / file).is_file() for file in TOKENIZER_FILES]
-    if not (folder / "config.json").is_file() or not any(has) or any(folder.glob("*.safetensors")):
-        return None
-    arguments = {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
-    return ModelSource("directory", name, arguments)
 
 
 def build(trainer: PlanTrainer, module: LoraModule) -> nn.Module:

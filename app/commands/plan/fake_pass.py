@@ -12,8 +12,7 @@ mask selects.
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +28,13 @@ from app.models.lora import LoraPair, without_adapters
 from app.models.loss import summed_loss, supervised_logits
 
 
-@dataclass(frozen=True)
-class PassMemory:
-    """Memory of one pass over one batch beside parameters and their gradients.
-
-    Attributes:
-        kept: Bytes alive between the forward and the backward pass; 0 for a pass without one.
-        peak: Most bytes alive at once.
-    """
+class PassMemory(NamedTuple):
+    """Bytes of one pass over one batch beside parameters and their gradients."""
 
     kept: int
+    """Alive between the forward and the backward pass; 0 for a pass without one."""
     peak: int
+    """Most alive at once."""
 
 
 class FakeModel:
