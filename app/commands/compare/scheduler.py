@@ -10,9 +10,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from app.commands.compare.cells import (
     CELLS_FOLDER,
@@ -48,12 +48,15 @@ def start_process(command: Sequence[str], log: IO[bytes], lock: int) -> Process:
 @dataclass
 class _Job:
     cell: Cell
-    lock: IO[Any]
+    lock: IO[str]
     log: IO[bytes]
-    begin: float
-    process: Process
-    log_start: int
-    """Where the process began to write."""
+    begin: float = field(default_factory=time.perf_counter)
+    process: Process = field(init=False)
+    log_start: int = field(init=False)  # where the process began to write
+
+    def close(self) -> None:
+        self.log.close()
+        self.lock.close()
 
 
 class GridRun:
@@ -128,8 +131,7 @@ class GridRun:
             self._stop(stopped)
         finally:
             for job in self._running:
-                job.log.close()
-                job.lock.close()
+                job.close()
 
     def _begin(self, cell: Cell) -> bool:
         """Begin with a cell; False if another process works on it."""
@@ -150,21 +152,19 @@ class GridRun:
             self._set_state(cell, state, "was trained by another process")
             return True
         (folder / FAILURE_FILE).unlink(missing_ok=True)
-        log = (folder / LOG_FILE).open("ab")
-        begin = time.perf_counter()
-        process, log_start = self._launch(cell, self._state(cell), log, lock)
-        self._running.append(_Job(cell, lock, log, begin, process, log_start))
+        job = _Job(cell, lock, (folder / LOG_FILE).open("ab"))
+        self._launch(job, self._state(cell))
+        self._running.append(job)
         print(f"{cell.name}: {'tests' if state.run else 'trains'}; {folder / LOG_FILE}", flush=True)
         return True
 
-    def _launch(
-        self, cell: Cell, state: CellState, log: IO[bytes], lock: IO[Any]
-    ) -> tuple[Process, int]:
-        command = self.next_command(cell, state)
-        log.write(f"$ {shlex.join(command)}\n".encode())
-        log.flush()
-        log_start = log.tell()  # before the start: the process moves this position
-        return self.start(command, log, lock.fileno()), log_start
+    def _launch(self, job: _Job, state: CellState) -> None:
+        """Start the next command of a cell."""
+        command = self.next_command(job.cell, state)
+        job.log.write(f"$ {shlex.join(command)}\n".encode())
+        job.log.flush()
+        job.log_start = job.log.tell()  # before the start: the process moves this position
+        job.process = self.start(command, job.log, job.lock.fileno())
 
     def _advance(self, job: _Job) -> None:
         """Start the test of a cell whose training has ended; close a cell whose test has ended."""
@@ -174,7 +174,7 @@ class GridRun:
         state = self._state(job.cell)
         if status == 0 and state.state == "trained" and self.states[job.cell].state != "trained":
             self.states[job.cell] = state
-            job.process, job.log_start = self._launch(job.cell, state, job.log, job.lock)
+            self._launch(job, state)
             return
         self._running.remove(job)
         if state.state == "finished":
@@ -182,8 +182,7 @@ class GridRun:
         else:
             self._write_failure(job, status)
             state = self._state(job.cell)
-        job.log.close()
-        job.lock.close()
+        job.close()
         self._set_state(job.cell, state, state.state)
 
     def _write_failure(self, job: _Job, status: int) -> None:
