@@ -17,10 +17,9 @@ from app.commands.compare.cells import (
 from app.commands.compare.collect import collect
 from app.commands.compare.launch import check_array, write_launch_file
 from app.commands.compare.manifest import GridManifest, update_manifest
+from app.commands.compare.protocols import ResolvedRun, Resolver
 from app.commands.compare.report import write_report
 from app.commands.compare.resolve import (
-    ResolvedRun,
-    Resolver,
     RunOptions,
     asked_benchmarks,
     check_methods,

@@ -1,12 +1,13 @@
 """Resolve the run of each method with the command line's own parser, and check it before anything runs."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
+from app.commands.compare.protocols import ResolvedRun, Resolver
 from app.commands.compare.settings import (
     METHOD,
     Settings,
@@ -21,30 +22,6 @@ from app.utils.errors import InputError, causes
 
 MOST_ASIDE = 1000
 """Training rows that choose the learning rate, where the configuration says nothing."""
-
-
-class ResolvedRun(Protocol):
-    """A `fit` that is parsed and not run.
-
-    Attributes:
-        resolved: The configuration, as a run would write it.
-    """
-
-    resolved: dict[str, Any]
-
-    @property
-    def data(self) -> Any:
-        """The data module."""
-
-    def class_named(self, path: str) -> Any:
-        """Return the class that a `class_path` names."""
-
-    def check(self) -> None:
-        """Raise an error if a part cannot be made, or training is too short for the adapter."""
-
-
-Resolver = Callable[[Sequence[str]], ResolvedRun]
-"""Resolves the options of a `fit`; the command line hands it over, which knows the parser."""
 
 
 class RunOptions:
