@@ -25,17 +25,17 @@ def valley(bottom, floor=1.0, untouched=8.0):
 
 @pytest.mark.parametrize("bottom", [2.0, 4.3, 6.0, 7.0, 7.4, 9.9, 13.0])
 def test_the_bottom_of_a_valley_is_found_within_half_a_factor_of_two(bottom):
-    asked = []
+    gammas = []
 
     def loss_at(gamma):
-        asked.append(gamma)
+        gammas.append(gamma)
         return valley(bottom)(gamma)
 
     gamma, tried = search_gamma(loss_at, 8.0)
     assert abs(math.log2(gamma) - bottom) <= 0.6
-    assert asked == list(tried)
-    assert asked[0] == 128
-    assert len(asked) == len(set(asked)) <= MAX_TRIALS
+    assert gammas == list(tried)
+    assert gammas[0] == 128
+    assert len(gammas) == len(set(gammas)) <= MAX_TRIALS
     assert tried[gamma] == min(tried.values())
 
 
@@ -61,7 +61,7 @@ def test_the_mean_loss_is_that_of_plain_torch(build, request):
             pair.lora_B.normal_(std=0.1)
     base = base_model(model)
     batches = make_batches(base.config.is_encoder_decoder, rows=12, size=5)  # 5, 5 and 2
-    found = mean_loss(model, base, batches, torch.device("cpu"))
+    mean = mean_loss(model, base, batches, torch.device("cpu"))
     assert all(module.training for module in model.modules())
     assert all(pair.lora_A.requires_grad for pair in lora_pairs(model))
     model.eval()
@@ -76,7 +76,7 @@ def test_the_mean_loss_is_that_of_plain_torch(build, request):
         flat = logits.flatten(0, 1), labels.flatten()
         total += float(nn.functional.cross_entropy(*flat, reduction="sum"))
         tokens += int((labels != -100).sum())
-    assert found == pytest.approx(total / tokens, rel=1e-6)
+    assert mean == pytest.approx(total / tokens, rel=1e-6)
 
 
 @pytest.mark.slow

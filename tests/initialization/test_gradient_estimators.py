@@ -25,12 +25,12 @@ def test_exact_is_the_sum_over_tokens():
         exact.update(x, delta)
     G = gradient(pairs)
     assert relative(exact.total.double(), G) < 1e-6
-    found = exact.estimate(RANK, 0.5)
-    assert relative(product(found.svd), 0.5 * best(G, RANK)) < 1e-5
-    assert found.norm == pytest.approx(0.5 * float(G.norm()), rel=1e-5)
+    estimate = exact.estimate(RANK, 0.5)
+    assert relative(product(estimate.svd), 0.5 * best(G, RANK)) < 1e-5
+    assert estimate.norm == pytest.approx(0.5 * float(G.norm()), rel=1e-5)
     kept = float((best(G, RANK).norm() / G.norm()) ** 2)
-    assert found.captured_energy == pytest.approx(kept, rel=1e-5)
-    assert found.rank_error == 0
+    assert estimate.captured_energy == pytest.approx(kept, rel=1e-5)
+    assert estimate.rank_error == 0
 
 
 def test_exact_sums_low_precision_streams_in_float32():
@@ -46,12 +46,12 @@ def test_exact_sums_low_precision_streams_in_float32():
 @pytest.mark.parametrize(("tokens", "sparse"), [(1, False), (1, True), (5, False), (50, True)])
 def test_a_sketch_as_wide_as_the_rank_is_exact(tokens, sparse, passes):
     pairs = stream(60, 90, decaying(6), batches=12, tokens=tokens, sparse=sparse)
-    found = sketched(pairs, width=6, passes=passes).estimate(RANK, 1.0)
+    estimate = sketched(pairs, width=6, passes=passes).estimate(RANK, 1.0)
     G = gradient(pairs)
-    assert relative(product(found.svd), G) < 2e-5
-    assert relative(product(found.svd, RANK), best(G, RANK)) < 2e-5
-    assert found.rank_error < 1e-4
-    assert found.norm == pytest.approx(float(G.norm()), rel=1e-4)
+    assert relative(product(estimate.svd), G) < 2e-5
+    assert relative(product(estimate.svd, RANK), best(G, RANK)) < 2e-5
+    assert estimate.rank_error < 1e-4
+    assert estimate.norm == pytest.approx(float(G.norm()), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_sketch_against_the_float64_svd_of_the_exact_gradient(base, tokens, limi
         pairs = stream(80, 120, decaying(80, base), batches=160 // tokens, tokens=tokens, seed=seed)
         wanted = best(gradient(pairs), RANK)
         for passes in range(1, 5):
-            found = sketched(pairs, width=12, passes=passes, seed=seed).estimate(RANK, 1.0)
-            errors[passes - 1, seed] = relative(product(found.svd, RANK), wanted)
+            estimate = sketched(pairs, width=12, passes=passes, seed=seed).estimate(RANK, 1.0)
+            errors[passes - 1, seed] = relative(product(estimate.svd, RANK), wanted)
     mean = errors.mean(dim=1)
     assert all(float(error) < limit for error, limit in zip(mean, limits, strict=True))
     for before, after in itertools.pairwise(mean):
@@ -83,14 +83,14 @@ def test_error_estimates_are_within_a_factor_of_two(passes):
     ratios, estimated, true = [], 0.0, 0.0
     for seed in range(20):
         pairs = stream(80, 120, decaying(80, 0.85), batches=10, tokens=20, seed=seed)
-        found = sketched(pairs, width=RANK + 8, passes=passes, seed=seed).estimate(RANK, 0.1)
+        estimate = sketched(pairs, width=RANK + 8, passes=passes, seed=seed).estimate(RANK, 0.1)
         G = 0.1 * gradient(pairs)
-        error = relative(product(found.svd, RANK), best(G, RANK))
-        ratios.append(found.rank_error / error)
-        estimated, true = estimated + found.rank_error, true + error
-        cut = relative(product(found.svd, RANK), G)
-        assert 0.5 < (1 - found.captured_energy) ** 0.5 / cut < 2
-        assert found.norm == pytest.approx(float(G.norm()), rel=0.05)
+        error = relative(product(estimate.svd, RANK), best(G, RANK))
+        ratios.append(estimate.rank_error / error)
+        estimated, true = estimated + estimate.rank_error, true + error
+        cut = relative(product(estimate.svd, RANK), G)
+        assert 0.5 < (1 - estimate.captured_energy) ** 0.5 / cut < 2
+        assert estimate.norm == pytest.approx(float(G.norm()), rel=0.05)
     print(f"\nestimated / true error of G_r: {sorted(round(r, 2) for r in ratios)}")
     assert 0.5 < estimated / true < 2
     assert sum(0.5 < ratio < 2 for ratio in ratios) >= 18
@@ -110,27 +110,27 @@ def test_inputs_that_touch_one_feature_at_a_time_are_not_missed():
     """The columns that earlier micro-batches left empty must not be coordinate axes."""
     pairs = [(torch.eye(90)[80 + b : 81 + b], torch.randn(1, 60)) for b in range(6)]
     for passes in (1, 2):
-        found = sketched(pairs, width=6, passes=passes).estimate(6, 1.0)
-        assert relative(product(found.svd), gradient(pairs)) < 1e-4
+        estimate = sketched(pairs, width=6, passes=passes).estimate(6, 1.0)
+        assert relative(product(estimate.svd), gradient(pairs)) < 1e-4
 
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_first_micro_batch_of_zeros_is_harmless(passes):
     pairs = stream(40, 50, decaying(6), batches=6, tokens=9, sparse=True)
     pairs.insert(0, (pairs[0][0], torch.zeros_like(pairs[0][1])))
-    found = sketched(pairs, width=8, passes=passes).estimate(RANK, 1.0)
-    assert relative(product(found.svd, RANK), best(gradient(pairs), RANK)) < 1e-4
+    estimate = sketched(pairs, width=8, passes=passes).estimate(RANK, 1.0)
+    assert relative(product(estimate.svd, RANK), best(gradient(pairs), RANK)) < 1e-4
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
 def test_a_zero_gradient_is_exactly_zero(passes):
     pairs = [(x, torch.zeros_like(delta)) for x, delta in stream(12, 20, decaying(9), 3, 5)]
-    for found in (
+    for estimate in (
         sketched(pairs, width=10, passes=passes).estimate(RANK, 1.0),
         sketched([], width=10, m=12, n=20).estimate(RANK, 1.0),
     ):
-        assert float(found.svd.S.abs().max()) == 0
-        assert (found.norm, found.captured_energy, found.rank_error) == (0, 0, 0)
+        assert float(estimate.svd.S.abs().max()) == 0
+        assert (estimate.norm, estimate.captured_energy, estimate.rank_error) == (0, 0, 0)
 
 
 def test_width_beyond_the_smaller_side_is_cut_and_exact():
@@ -144,8 +144,8 @@ def test_width_beyond_the_smaller_side_is_cut_and_exact():
 def test_very_small_and_large_gradients(exponent):
     pairs = stream(30, 40, decaying(5), batches=4, tokens=6)
     scaled = [(x, delta * 2.0**exponent) for x, delta in pairs]
-    found = sketched(scaled, width=6).estimate(RANK, 2.0**-exponent)
-    assert relative(product(found.svd), gradient(pairs)) < 2e-5
+    estimate = sketched(scaled, width=6).estimate(RANK, 2.0**-exponent)
+    assert relative(product(estimate.svd), gradient(pairs)) < 2e-5
 
 
 def test_sketch_is_determined_by_its_seed():
@@ -208,8 +208,8 @@ def test_rank_error_is_that_of_the_perturbed_matrix(gap, inside):
     wanted = relative(best(H, RANK), best(G, RANK))
     probes = hadamard(64)
     svd = SVD(U.float(), S.float(), V.float())
-    found = _rank_error(svd, RANK, E.float() @ probes, E.float().T @ probes, probes, probes)
-    assert found == pytest.approx(wanted, rel=0.1)
+    error = _rank_error(svd, RANK, E.float() @ probes, E.float().T @ probes, probes, probes)
+    assert error == pytest.approx(wanted, rel=0.1)
 
 
 def test_norm_and_energy_where_most_is_missed():
@@ -219,9 +219,9 @@ def test_norm_and_energy_where_most_is_missed():
     G = gradient(pairs)
     energies, norms = [], []
     for seed in range(10):
-        found = sketched(pairs, width=RANK + 2, seed=seed).estimate(RANK, 1.0)
-        norms.append(found.norm / float(G.norm()))
-        left = relative(product(found.svd, RANK), G) ** 2
-        energies.append((1 - found.captured_energy) / left)
+        estimate = sketched(pairs, width=RANK + 2, seed=seed).estimate(RANK, 1.0)
+        norms.append(estimate.norm / float(G.norm()))
+        left = relative(product(estimate.svd, RANK), G) ** 2
+        energies.append((1 - estimate.captured_energy) / left)
     assert sum(norms) / 10 == pytest.approx(1, rel=0.03)
     assert sum(energies) / 10 == pytest.approx(1, rel=0.05)

@@ -44,11 +44,11 @@ def test_merged_sketches_are_as_near_as_one(processes, passes):
             kept[i % processes].update(x, delta)
         # The first process owns the layer.
         kept[0].merge([sketch.partial() for sketch in kept])
-    found, wanted = kept[0].estimate(RANK, 1.0), best(gradient(pairs), RANK)
-    error = relative(product(found.svd, RANK), wanted)
+    estimate, wanted = kept[0].estimate(RANK, 1.0), best(gradient(pairs), RANK)
+    error = relative(product(estimate.svd, RANK), wanted)
     assert error < (0.02, 0.01, 1e-3, 1e-4)[passes - 1]
-    assert 0.4 < found.rank_error / error < 3
-    assert found.norm == pytest.approx(float(gradient(pairs).norm()), rel=0.02)
+    assert 0.4 < estimate.rank_error / error < 3
+    assert estimate.norm == pytest.approx(float(gradient(pairs).norm()), rel=0.02)
 
 
 def test_a_process_without_rows_changes_nothing():

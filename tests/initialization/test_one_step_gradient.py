@@ -55,9 +55,9 @@ def test_sketch_of_a_model_is_near_the_best_approximation(tiny_llama):
     batches = make_batches(False, rows=12, size=3)
     exact = run_whole(wrapped, batches)
     for passes, limit in ((1, 0.05), (2, 0.05), (3, 0.005), (4, 0.001)):
-        found = run(wrapped, batches, Estimator(passes=passes, oversampling=6), rank=2)
-        assert found.loss == pytest.approx(exact.loss)
-        for name, estimate in found.estimates.items():
+        sketch = run(wrapped, batches, Estimator(passes=passes, oversampling=6), rank=2)
+        assert sketch.loss == pytest.approx(exact.loss)
+        for name, estimate in sketch.estimates.items():
             U, S, V = estimate.svd
             G = matrix(exact.estimates[name])
             left = (G - U[:, :2] * S[:2] @ V[:, :2].T).norm()
@@ -193,10 +193,10 @@ def test_the_default_sketch_is_near_the_exact_start_however_the_set_is_cut(
     is_encoder_decoder = wrapped.config.is_encoder_decoder
     G = run_whole(wrapped, make_batches(is_encoder_decoder, rows=12, size=12)).estimates
     batches = make_batches(is_encoder_decoder, rows=12, size=size)
-    found = run(wrapped, batches, Estimator(), rank=rank)
-    assert found.estimates.keys() == G.keys()
+    sketch = run(wrapped, batches, Estimator(), rank=rank)
+    assert sketch.estimates.keys() == G.keys()
     errors, excess = {}, {}
-    for name, estimate in found.estimates.items():
+    for name, estimate in sketch.estimates.items():
         wanted = best(G[name], rank)
         start = best(estimate, rank)
         errors[name] = float((start - wanted).norm() / wanted.norm())

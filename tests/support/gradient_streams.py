@@ -50,8 +50,8 @@ def sketched(pairs, width, passes=1, seed=0, m=None, n=None):
     return accumulator
 
 
-def relative(found, wanted):
-    return float((found - wanted).norm() / wanted.norm())
+def relative(matrix, wanted):
+    return float((matrix - wanted).norm() / wanted.norm())
 
 
 def decaying(count, base=0.7):
