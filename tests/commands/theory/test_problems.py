@@ -26,7 +26,7 @@ def test_loss_and_gradient_are_those_of_the_samples(kind):
     torch.testing.assert_close(problem.gradient(update.detach()), update.grad)
 
 
-def test_gradient_is_what_the_initialisation_of_a_real_run_accumulates():
+def test_gradient_is_what_the_initialization_of_a_real_run_accumulates():
     inputs, base, change, linear, _ = linear_and_relu()
     x = inputs[0]
     delta = (x @ base[0].T - x @ (base + change)[0].T) / len(x)
