@@ -13,6 +13,7 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM
 
+from app.distributed.fsdp import Fsdp2Strategy
 from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora, install, lora_pairs
 from app.training.module import LoraModule
@@ -246,7 +247,7 @@ def test_nor_does_it_train_an_adapter_without_pairs(fit, command, tiny_run, capf
 def test_an_adapter_from_a_folder_is_asked_what_it_is(fit, command, tiny_run, capfd, monkeypatch):
     """DoRA's norms need whole weights, whatever model.adapter says beside the folder."""
     folder = fit("--config=methods/dora.yaml") / "adapter"
-    monkeypatch.setattr(LoraModule, "is_sharded", property(lambda _: True))
+    monkeypatch.setattr(LoraModule, "_sharding", lambda _: Fsdp2Strategy())
     options = (f"--model.adapter_path={folder}", "--init=null")
     assert command("fit", "--config", tiny_run, *options) == 2
     assert (

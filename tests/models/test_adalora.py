@@ -9,6 +9,7 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from app.distributed.fsdp import Fsdp2Strategy
 from app.models.adalora import AVERAGES
 from app.training.module import LoraModule
 from callbacks.adalora_pruning import AdaLoraPruning
@@ -196,7 +197,7 @@ def test_what_cannot_work(command, tiny_run, capfd, monkeypatch):
     )
     assert "exclude each other" in told("--model.adapter.use_dora=true")
     with monkeypatch.context() as patched:
-        patched.setattr(LoraModule, "is_sharded", property(lambda _: True))
+        patched.setattr(LoraModule, "_sharding", lambda _: Fsdp2Strategy())
         assert "the adapter has adalora, which does not work with the sharded" in told(
             f"{own}init_r=6"
         )
