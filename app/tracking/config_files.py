@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from app.tracking.run_folder import RunFolder
-from app.utils.class_paths import exists, shorten_class_paths
+from app.utils.class_paths import exists, shorten_class_paths, without_dropped_settings
 from app.utils.errors import InputError
 from app.utils.text import did_you_mean
 
@@ -60,9 +60,10 @@ def expand(arguments: Sequence[str]) -> list[str]:
 
 
 def _current(path: Path) -> str:
-    """Return a file, or its content with the bare names of classes that have moved since it was written."""
+    """Return a file, or its content in today's names if its classes or their settings have changed since."""
     text = path.read_text(encoding="utf-8")
     current = shorten_class_paths(text, lambda name: not exists(name))
+    current = without_dropped_settings(current)
     return str(path) if current == text else current
 
 

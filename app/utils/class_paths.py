@@ -7,6 +7,9 @@ from collections.abc import Callable
 RENAMED = {"InsideTraining": "AlignmentMonitor"}
 """Classes of earlier versions and what they are called now."""
 
+DROPPED = {"CommonsenseDataModule": ("hub_id", "drop_refusals")}
+"""Settings that classes had in earlier versions, which changed nothing of them."""
+
 _OWN = re.compile(r"(?:app|callbacks|data_modules)\.[\w.]+")
 _SETTING = re.compile(rf"""(\bclass_path["']?:\s*["']?)({_OWN.pattern})""")
 
@@ -34,3 +37,11 @@ def shorten_class_paths(text: str, wanted: Callable[[str], bool]) -> str:
         wanted: Whether to shorten this full path; other ones stay.
     """
     return _SETTING.sub(lambda m: m[1] + (bare_name(m[2]) if wanted(m[2]) else m[2]), text)
+
+
+def without_dropped_settings(text: str) -> str:
+    """Return a YAML text without the settings in `DROPPED`, as a saved config.yaml writes them: one a line."""
+    for name, settings in DROPPED.items():
+        if name in text:
+            text = re.sub(rf"^ +(?:{'|'.join(settings)}): .*\n", "", text, flags=re.MULTILINE)
+    return text

@@ -21,10 +21,10 @@ def test_code_feedback_ends_with_the_first_block(tiny_tokenizer, tmp_path):
     data = attached(
         CodeFeedbackDataModule, tiny_tokenizer, path=write_jsonl(tmp_path / "rows.jsonl", *rows)
     )
-    found = dict(texts(data, "train", "validation"))
-    assert len(found) == 4
-    assert found[instruction_prompt("open")] == "```python\nprint(1)```"
-    assert found[instruction_prompt("two")] == "Say ```a```"
-    assert found[instruction_prompt("one")] == "```python\nprint(1)\n```"
-    assert found[instruction_prompt(real["query"])].endswith("Age >= 18;\n```")
+    answers = dict(texts(data, "train", "validation"))
+    assert len(answers) == 4
+    assert answers[instruction_prompt("open")] == "```python\nprint(1)```"
+    assert answers[instruction_prompt("two")] == "Say ```a```"
+    assert answers[instruction_prompt("one")] == "```python\nprint(1)\n```"
+    assert answers[instruction_prompt(real["query"])].endswith("Age >= 18;\n```")
     assert data.describe()["dropped_rows"]["without_code"] == 1

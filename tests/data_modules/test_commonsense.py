@@ -13,20 +13,20 @@ from tests.support.paths import DATA, needs_data
 
 @needs_data("commonsense")
 def test_commonsense_rows_have_the_prompt_of_their_benchmark(tmp_path):
-    found = list(
+    examples = list(
         CommonsenseDataModule(str(DATA / "commonsense" / "commonsense_train_2k.json")).examples()
     )
     raw = json.loads((DATA / "commonsense" / "commonsense_train_2k.json").read_bytes())
-    assert [answer for _, answer in found] == [row["output"] for row in raw]
+    assert [answer for _, answer in examples] == [row["output"] for row in raw]
     names = collections.Counter(
         first_option(("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")[i % 4], answer)
-        for i, (_, answer) in enumerate(found)
+        for i, (_, answer) in enumerate(examples)
     )
     assert names == collections.Counter(row["answer"] for row in raw)
     (tmp_path / "boolq").mkdir()
     (tmp_path / "boolq" / "test.json").write_text(json.dumps(raw[::4]))
     asked = [question.prompt for question in Commonsense(str(tmp_path), "boolq").load()]
-    assert asked == [prompt for prompt, _ in found[::4]]
+    assert asked == [prompt for prompt, _ in examples[::4]]
 
 
 def test_commonsense_has_no_other_source_than_its_file():

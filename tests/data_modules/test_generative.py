@@ -96,14 +96,14 @@ def test_rows_below_a_length_on_the_real_tokenizer(smollm2_dir):
 def test_where_no_rows_follow_some_are_set_aside(tiny_tokenizer, tmp_path):
     rows = [{"query": str(i), "response": "a", "type": "GSM"} for i in range(10)]
     path = write_jsonl(tmp_path / "rows.jsonl", *rows)
-    found = [
+    modules = [
         attached(MetaMathQADataModule, tiny_tokenizer, path=path, validation_size=4, seed=seed)
         for seed in (0, 1)
     ]
-    held = [texts(data, "validation") for data in found]
+    held = [texts(data, "validation") for data in modules]
     assert held[0] == held[1], "whatever the seed"
     assert len(held[0]) == 4
-    assert not set(held[0]) & set(texts(found[0]))
+    assert not set(held[0]) & set(texts(modules[0]))
 
 
 WRONG = {

@@ -17,13 +17,13 @@ from tests.support.rows import attached, texts, write_jsonl
 )
 def test_code_alpaca(file, rows, empty, without_input):
     data = InstructionDataModule(str(DATA / "code" / file))
-    found = list(data.examples())
-    paired = [prompt for prompt, _ in found if prompt.startswith("### Instruction:\n")]
-    single = [prompt for prompt, _ in found if prompt.startswith("Below is an instruction")]
-    assert (len(found), len(single), len(paired)) == (rows, without_input, rows - without_input)
+    examples = list(data.examples())
+    paired = [prompt for prompt, _ in examples if prompt.startswith("### Instruction:\n")]
+    single = [prompt for prompt, _ in examples if prompt.startswith("Below is an instruction")]
+    assert (len(examples), len(single), len(paired)) == (rows, without_input, rows - without_input)
     assert all("\n\n### Input:\n" in prompt for prompt in paired)
-    assert all(prompt.endswith("\n\n### Response:\n") for prompt, _ in found)
-    assert sum(not answer.strip() for _, answer in found) == empty
+    assert all(prompt.endswith("\n\n### Response:\n") for prompt, _ in examples)
+    assert sum(not answer.strip() for _, answer in examples) == empty
 
 
 @needs_data("code")

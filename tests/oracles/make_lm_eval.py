@@ -140,8 +140,8 @@ def mmlu(data, folder, model):
             for sample in sorted(samples, key=lambda sample: sample["doc_id"])
         ]
         print(subject, accuracies[subject], len(samples), flush=True)
-    told = {"lm_eval": lm_eval.__version__, "model": "SmolLM2-135M-Instruct.Q4_1"}
-    return told | {"accuracies": accuracies, "subjects": subjects}
+    versions = {"lm_eval": lm_eval.__version__, "model": "SmolLM2-135M-Instruct.Q4_1"}
+    return versions | {"accuracies": accuracies, "subjects": subjects}
 
 
 def gsm8k_tasks(data, folder):
@@ -192,12 +192,12 @@ def gsm8k_verdicts(data, folder):
         instance.resps = [case.output]
         task._instances = [instance]
         task.apply_filters()
-        found = {}
+        read_by = {}
         for way in ("strict-match", "flexible-extract"):
             read = instance.filtered_resps[way]
             verdict = task.process_results(doc, [read])["exact_match"]
-            found[way] = [read, int(verdict)]
-        verdicts.append({"gold": case.gold, **found})
+            read_by[way] = [read, int(verdict)]
+        verdicts.append({"gold": case.gold, **read_by})
     return {"lm_eval": lm_eval.__version__, "verdicts": verdicts}
 
 
@@ -207,7 +207,7 @@ def main():
         made = globals()[what](pathlib.Path(data), pathlib.Path(folder), *model)
     text = json.dumps(made, indent=1)
     # Numbers of one question on one line.
-    text = re.sub(r"\[([-0-9.,\s]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    text = re.sub(r"\[([-0-9.,\s]+)\]", lambda match: f"[{' '.join(match[1].split())}]", text)
     pathlib.Path(target).write_text(text + "\n")
 
 

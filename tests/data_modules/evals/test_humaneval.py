@@ -73,11 +73,11 @@ def test_all_solutions_pass_and_no_empty_function_does(problems):
         ]
         for row in problems
     ]
-    found = scores(whole, outputs)
+    scored = scores(whole, outputs)
     assert [
-        row["task_id"] for row, f in zip(problems, found, strict=True) if f["pass@2"] == 0
+        row["task_id"] for row, f in zip(problems, scored, strict=True) if f["pass@2"] == 0
     ] == []
-    assert found == [{"pass@1": 0.5, "pass@2": 1.0}] * 164
+    assert scored == [{"pass@1": 0.5, "pass@2": 1.0}] * 164
 
 
 @pytest.mark.sandbox
@@ -110,8 +110,8 @@ def test_real_outputs():
         asked = {q.key: q for q in benchmark.load()}
         questions = [asked[row["task_id"]] for row in rows]
         with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(benchmark.score, questions, [[row["output"]] for row in rows]))
-        assert [f["pass@1"] for f in found] == [float(row["passes"]) for row in rows]
+            scored = list(pool.map(benchmark.score, questions, [[row["output"]] for row in rows]))
+        assert [f["pass@1"] for f in scored] == [float(row["passes"]) for row in rows]
 
 
 # what a model writes behind "```python\n", and the code in it

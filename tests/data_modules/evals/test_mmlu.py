@@ -177,8 +177,8 @@ def test_scores_of_a_real_model_are_those_of_lm_eval(smollm2_dir):
     assert ours.shape == theirs.shape == (60, 4)
     torch.testing.assert_close(ours.float(), theirs, atol=2e-4, rtol=0)
 
-    def accuracy(found):
-        outputs = [benchmark.choices[place] for place in found.argmax(1)]
+    def accuracy(log_likelihoods):
+        outputs = [benchmark.choices[place] for place in log_likelihoods.argmax(1)]
         scores = [benchmark.score(q, [output]) for q, output in zip(asked, outputs, strict=True)]
         return sum(score["accuracy"] for score in scores)
 
