@@ -73,7 +73,7 @@ def test_functions_stand_in_the_files_named_before_them(page):
     """A reference is `file.py`: `name` and further names to the end of the item or sentence."""
     text = page.read_text()
     references = re.findall(
-        r"`([\w/]+\.py)`: (`\w+`.*?)(?=`[\w/]+\.py`|\n\d|\n\n|\Z)", text, re.DOTALL
+        r"`([\w/]+\.py)`:\s+(`\w+`.*?)(?=`[\w/]+\.py`|\n\d|\n\n|\Z)", text, re.DOTALL
     )
     assert references or page.name not in ("README.md", "architecture.md")
     for file, rest in references:
@@ -86,11 +86,11 @@ def test_numbered_walks(page):
     """Every name in backquotes of a walk's item is defined in the file of its step."""
     text = (ROOT / page).read_text()
     items = re.findall(
-        r"^\d+\. `([\w/]+\.py)`: (.*?)(?=^\d+\. |\n\n|\Z)", text, re.MULTILINE | re.DOTALL
+        r"^\d+\. `([\w/]+\.py)`:\s+(.*?)(?=^\d+\. |\n\n|\Z)", text, re.MULTILINE | re.DOTALL
     )
     assert len(items) >= 6
     for file, rest in items:
-        own = re.sub(r"\(by `.*?`: `\w+`\)", "", rest)
+        own = re.sub(r"\(by `.*?`:\s+`\w+`\)", "", rest)
         for name in re.findall(r"`(\w+)`", own):
             assert name in defined(ROOT / file), f"{name} in {file}"
 
