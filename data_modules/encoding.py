@@ -52,6 +52,7 @@ class PaddedRows(Dataset[EncodedRow]):
 
     def __init__(self, rows: Sequence[EncodedRow]) -> None:
         self.rows = rows
+        self.lengths = [len(row) for row in rows]
         self.padding = replace(min(rows, key=len), index=-1, target=-1)
 
     def __len__(self) -> int:

@@ -25,19 +25,18 @@ SETTINGS = "--data.task or --data.path"
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One task: its prompt, its label words, and what its columns are called where."""
+    """One task: its prompt, its label words, and the names of its columns."""
 
     folder: str
     prefix: str
     label_words: tuple[str, ...]
     columns: tuple[str, ...]  # sentences and label on the Hub and in JSON lines
-    tsv_columns: tuple[str, ...]  # the same in GLUE's own files
+    tsv_columns: tuple[str, ...] = ()  # what GLUE's own files call them, where that differs
     tsv_header: tuple[str, ...] | None = None  # for labelled files without a header line
     matched: str = ""  # what tells MNLI's matched sets from its mismatched ones
 
 
 MISSING_DEV_ROWS = 1043  # CoLA's, the set that some copies of GLUE lack
-
 SIMILARITY = "classify the semantic similarity of the text: "
 TASKS = {
     "mnli": GlueTask(
@@ -53,13 +52,11 @@ TASKS = {
         "classify the sentiment of the text: ",
         ("negative", "positive"),
         ("sentence", "label"),
-        ("sentence", "label"),
     ),
     "cola": GlueTask(
         "CoLA",
         "classify the grammaticality of the text: ",
         ("unacceptable", "acceptable"),
-        ("sentence", "label"),
         ("sentence", "label"),
         tsv_header=("source", "label", "mark", "sentence"),
     ),
@@ -67,7 +64,6 @@ TASKS = {
         "QNLI",
         "classify the semantic similarity of the question and the sentence: ",
         ("entailment", "not_entailment"),
-        ("question", "sentence", "label"),
         ("question", "sentence", "label"),
     ),
     "mrpc": GlueTask(
@@ -184,7 +180,7 @@ class GlueDataModule(TextDataModule):
     def _rows_of(self, split: str, file: pathlib.Path | None) -> list[TextRow]:
         """Make prompts of a set's rows; those without a gold label are dropped and counted."""
         is_tsv = file is not None and ".tsv" in file.suffixes
-        *columns, label_column = self.task.tsv_columns if is_tsv else self.task.columns
+        *columns, label_column = (is_tsv and self.task.tsv_columns) or self.task.columns
         fields = columns if split == "test" else [*columns, label_column]
         if file is None:
             where_else = f"--data.path (a GLUE folder, which holds {self.task.folder}/train.tsv)"

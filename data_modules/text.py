@@ -124,8 +124,7 @@ class TextDataModule(LightningDataModule):
     @property
     def encoder(self) -> TextEncoder:
         """How the attached model reads text."""
-        if self._encoder is None:
-            raise RuntimeError("no tokenizer: call attach() or setup() first")
+        assert self._encoder is not None, "call attach() or setup() first"
         return self._encoder
 
     def prepare_data(self) -> None:
@@ -218,9 +217,8 @@ class TextDataModule(LightningDataModule):
         group_size: int | None = None,
     ) -> DataLoader[EncodedRow]:
         rows, place = PaddedRows(self.encoded(split)), self._rank_and_world_size()
-        lengths = [len(row) for row in rows.rows]
         sampler = LengthGroupedSampler(
-            lengths, batch_size, shuffle, self.seed, *place, group_size, done
+            rows.lengths, batch_size, shuffle, self.seed, *place, group_size, done
         )
         # Worker processes ask for the first rows before Lightning sets the sampler's epoch.
         sampler.set_epoch(epoch)
@@ -276,8 +274,7 @@ class TextDataModule(LightningDataModule):
             InputError: `num_samples` is not between 1 and the number of training rows.
         """
         rows = PaddedRows(self.encoded("train"))
-        lengths = [len(row) for row in rows.rows]
-        share = initialization_share(lengths, num_samples, self.seed, rank, world_size)
+        share = initialization_share(rows.lengths, num_samples, self.seed, rank, world_size)
         return [
             self.encoder.collate([rows[i] for i in share[start : start + micro_batch_size]])
             for start in range(0, len(share), micro_batch_size)
