@@ -163,11 +163,7 @@ def remove_unused_folder(loggers: Sequence[Logger]) -> None:
 def wandb_mode(settings: OutputSettings) -> Literal["online", "offline"]:
     """Return W&B's mode for a run that uses it."""
     if settings.wandb == "auto":
-        return "online" if _has_key() else "offline"
+        import wandb  # slow, and of no use to a run with `output.wandb: disabled`
+
+        return "online" if wandb.login(prompt=False, verify=False) else "offline"
     return "offline" if settings.wandb == "offline" else "online"
-
-
-def _has_key() -> bool:
-    import wandb  # slow, and of no use to a run with `output.wandb: disabled`
-
-    return wandb.login(prompt=False, verify=False)

@@ -164,7 +164,7 @@ def _log_adapter(logger: WandbLogger, record: RunRecord, folder: Path) -> None:
     about = {"base": base, "method": record.method, "seed": record.seed, "scores": record.metrics}
     adapter = wandb.Artifact(f"adapter-{run.id}", type="adapter", metadata=about)
     adapter.add_dir(str(folder))
-    if not run.offline:  # W&B knows no inputs of a run that it has not heard of
+    if not run.offline:  # an offline run cannot name its inputs
         name = f"base-{str(record.model.fingerprint)[:16]}"
         run.use_artifact(wandb.Artifact(name, type="model", metadata=base))
     run.log_artifact(adapter)
