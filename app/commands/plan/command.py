@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from app.commands.plan.fake_pass import FakeModel
@@ -24,7 +24,7 @@ from app.commands.plan.memory import (
     tensor_bytes,
 )
 from app.commands.plan.placement import Placement, device_memory, read_placement
-from app.commands.plan.protocols import GradientInitialization, Initialization, PlannedData
+from app.commands.plan.protocols import GradientInitialization, PlannedData
 from app.commands.plan.report import data_text, memory_text, model_text, verdict_text
 from app.models.loading import empty_model
 from app.models.lora import base_model, fsdp_incompatible_settings
@@ -43,7 +43,7 @@ class PlanTrainer(Trainer):
 
     placement: Placement
     accelerator_name: str
-    init: Initialization | None = None
+    init: Callback | None = None
     fits = True
 
     def plan(
@@ -78,7 +78,7 @@ class PlanTrainer(Trainer):
         print(verdict_text(needed.peak, memory, given=memory_gib is not None), flush=True)
 
 
-def plan_trainer(settings: Mapping[str, Any], init: Initialization | None) -> PlanTrainer:
+def plan_trainer(settings: Mapping[str, Any], init: Callback | None) -> PlanTrainer:
     """Make a trainer without what needs the run's machine or leaves something behind.
 
     Args:
@@ -164,7 +164,7 @@ def run_memory(
         data: The longest training, validation and initialization rows make the batches.
         model: From `build`; its passes are measured, after which it is of no use.
     """
-    placement, init = trainer.placement, trainer.init
+    placement = trainer.placement
     trained = tensor_bytes(p for p in model.parameters() if p.requires_grad)
     frozen, gathered = frozen_bytes(model, placement), gathered_bytes(model, placement)
     loading = frozen_bytes(model, replace(placement, sharded=False))
@@ -180,8 +180,8 @@ def run_memory(
     if data.encoded("validation"):
         validation = fake.evaluation(next(iter(data.val_dataloader()[0]))).peak
     initialization = None
-    if hasattr(init, "estimator"):
-        init = cast(GradientInitialization, init)
+    if hasattr(trainer.init, "estimator"):
+        init = cast(GradientInitialization, trainer.init)
         pairs, world = module.lora_pairs(), placement.world_size
         batches = data.gradient_batches(init.num_samples, init.micro_batch_size, 0, world)
         initialization = InitializationMemory(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence, Sized
 from typing import Any, Protocol
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from app.initialization.one_step_gradient import Estimator
@@ -41,15 +41,8 @@ class PlannedData(TrainingDataModule, Protocol):
         """Return batches of the training rows."""
 
 
-class Initialization(Protocol):
-    """A callback that initializes the adapter."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work before the model's weights are loaded."""
-
-
-class GradientInitialization(Initialization, Protocol):
-    """One that is made of the one-step gradient."""
+class GradientInitialization(Protocol):
+    """An initialization of the adapter that is made of the one-step gradient."""
 
     num_samples: int
     micro_batch_size: int
