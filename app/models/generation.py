@@ -69,9 +69,7 @@ def generate(
     if not prompts and not together:
         return []
     stop = StopStrings(tokenizer, decoding.stop, _end_token_ids(base, tokenizer, decoding))
-    outputs = [
-        _new_outputs(base, prompt, key, decoding) for prompt, key in zip(prompts, keys, strict=True)
-    ]
+    outputs = _new_outputs(base, prompts, keys, decoding)
     rows = [output for samples in outputs for output in samples]
     with evaluation_mode(model):
         cached = CachedModel(model, base)
@@ -115,12 +113,18 @@ def _decode(
 
 
 def _new_outputs(
-    base: PreTrainedModel, prompt: Sequence[int], key: str, decoding: Decoding
-) -> list[Output]:
-    remaining = remaining_context(base, prompt)
-    limit = min(remaining or decoding.max_new_tokens, decoding.max_new_tokens)
-    before = None if base.config.is_encoder_decoder else prompt[-1]
-    return [Output(key, before, limit) for _ in range(decoding.num_samples)]
+    base: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    keys: Sequence[str],
+    decoding: Decoding,
+) -> list[list[Output]]:
+    outputs = []
+    for prompt, key in zip(prompts, keys, strict=True):
+        remaining = remaining_context(base, prompt)
+        limit = min(remaining or decoding.max_new_tokens, decoding.max_new_tokens)
+        before = None if base.config.is_encoder_decoder else prompt[-1]
+        outputs.append([Output(key, before, limit) for _ in range(decoding.num_samples)])
+    return outputs
 
 
 def _end_token_ids(

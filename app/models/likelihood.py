@@ -1,7 +1,7 @@
 """Compute how likely a model finds each of a few continuations of a prompt."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -23,6 +23,8 @@ from app.utils.errors import InputError
 
 SHORTEST_PREFIX = 64
 """Tokens from which on a pass of its own over what several prompts begin with is worth it."""
+LogitsAfter = Callable[[Sequence[int]], Tensor]
+"""From the L first tokens of a choice to the logits (B, L + 1, vocabulary) that predict them and the next."""
 
 
 @torch.no_grad()
@@ -64,15 +66,17 @@ def choice_log_likelihoods(
         return likelihoods
     _check_lengths(base, prompts, choices)
     encodes = base.config.is_encoder_decoder
-    kind = _Decoder if encodes else _Causal
     families = [list(range(len(prompts)))] if encodes or together else _families(prompts)
     with evaluation_mode(model):
         for rows in families:
             family = [prompts[row] for row in rows] or [[PAD]]
-            scorer = kind(model, base, family, device, together)
+            if encodes:
+                logits_after = _decoder_logits(model, base, family, device)
+            else:
+                logits_after = _causal_logits(model, base, family, device, together)
             for fed in dict.fromkeys(tuple(choice[:-1]) for choice in choices):
                 own = [number for number, choice in enumerate(choices) if tuple(choice[:-1]) == fed]
-                logs = scorer.logits(fed).float().log_softmax(dim=-1)[: len(rows)]
+                logs = logits_after(fed).float().log_softmax(dim=-1)[: len(rows)]
                 tokens = torch.tensor([list(choices[number]) for number in own], device=device)
                 places = torch.arange(len(fed) + 1, device=device)
                 sums = logs[:, places, tokens].sum(dim=-1)
@@ -99,74 +103,63 @@ def _check_lengths(
             )
 
 
-class _Causal:
-    """Runs what all prompts begin with once, and the rest of them with each beginning of a choice."""
+def _causal_logits(
+    model: nn.Module,
+    base: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    device: torch.device,
+    together: bool,
+) -> LogitsAfter:
+    """Run what all prompts begin with once; return what runs the rest of them with a beginning of a choice."""
+    head: Any = base.get_output_embeddings()
+    shared = _shared_length(prompts)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        base: PreTrainedModel,
-        prompts: Sequence[Sequence[int]],
-        device: torch.device,
-        together: bool,
-    ) -> None:
-        self.model, self.base, self.device = model, base, device
-        shared = _shared_length(prompts)
-        self.rests = [list(prompt[shared:]) for prompt in prompts]
-        self.cache: Any = None
-        # Processes that run in step take the same number of passes.
-        if any_rank(shared > 0, device) if together else shared > 0:
-            out = self._run([prompts[0][: shared or 1]], 1, use_cache=True)
-            self.cache = out.past_key_values if shared else None
-
-    def _run(self, rows: Sequence[Sequence[int]], scored: int, **options: Any) -> Any:
-        """Run rows of which the LM head sees the last few tokens."""
+    def run(rows: Sequence[Sequence[int]], scored: int, **options: Any) -> Any:
         # Padded on the right, where no token sees it, so that neither mask nor positions need to know.
-        ids, _ = padded(rows, left=False, device=self.device)
-        last = torch.tensor([[len(row)] for row in rows], device=self.device)
-        places = torch.arange(ids.shape[1], device=self.device)
+        ids, _ = padded(rows, left=False, device=device)
+        last = torch.tensor([[len(row)] for row in rows], device=device)
+        places = torch.arange(ids.shape[1], device=device)
         chosen = (places < last) & (places >= last - scored)
-        head: Any = self.base.get_output_embeddings()
         with select_positions_for_lm_head(head, chosen):
-            return self.model(input_ids=ids, **options)
+            return model(input_ids=ids, **options)
 
-    def logits(self, fed: Sequence[int]) -> Tensor:
-        """Return the logits (B, L + 1, vocabulary) that predict `fed`, of L tokens, and the token after it."""
-        rows = [[*rest, *fed] for rest in self.rests]
-        cache = copy.deepcopy(self.cache)
+    beginning: Any = None
+    # Processes that run in step take the same number of passes.
+    if any_rank(shared > 0, device) if together else shared > 0:
+        out = run([prompts[0][: shared or 1]], 1, use_cache=True)
+        beginning = out.past_key_values if shared else None
+
+    def logits_after(fed: Sequence[int]) -> Tensor:
+        rows = [[*prompt[shared:], *fed] for prompt in prompts]
+        cache = copy.deepcopy(beginning)
         if cache is not None:
-            cache.reorder_cache(torch.zeros(len(rows), dtype=torch.int64, device=self.device))
+            cache.reorder_cache(torch.zeros(len(rows), dtype=torch.int64, device=device))
         scored = len(fed) + 1
-        out = self._run(rows, scored, past_key_values=cache, use_cache=cache is not None)
+        out = run(rows, scored, past_key_values=cache, use_cache=cache is not None)
         return out.logits[0].unflatten(0, (len(rows), scored))
 
+    return logits_after
 
-class _Decoder:
-    """Encodes the prompts once, and runs the decoder on each beginning of a choice."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        base: PreTrainedModel,
-        prompts: Sequence[Sequence[int]],
-        device: torch.device,
-        together: bool,
-    ) -> None:
-        self.model, self.base, self.device = model, base, device
-        ids, self.mask = padded(prompts, left=False, device=device)
-        self.prompts: dict[str, Any] = {"input_ids": ids}
+def _decoder_logits(
+    model: nn.Module,
+    base: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    device: torch.device,
+) -> LogitsAfter:
+    """Return what runs the decoder on a beginning of a choice; the first time encodes the prompts."""
+    ids, mask = padded(prompts, left=False, device=device)
+    inputs: dict[str, Any] = {"input_ids": ids}
 
-    def logits(self, fed: Sequence[int]) -> Tensor:
-        """Return the logits (B, L + 1, vocabulary) that predict `fed`, of L tokens, and the token after it."""
-        row = torch.tensor([decoder_start(self.base), *fed], device=self.device)
-        out = self.model(
-            **self.prompts,
-            attention_mask=self.mask,
-            decoder_input_ids=row.expand(len(self.mask), -1),
-            use_cache=False,
-        )
-        self.prompts = {"encoder_outputs": (out.encoder_last_hidden_state,)}
+    def logits_after(fed: Sequence[int]) -> Tensor:
+        nonlocal inputs
+        row = torch.tensor([decoder_start(base), *fed], device=device)
+        decoded = row.expand(len(mask), -1)
+        out = model(**inputs, attention_mask=mask, decoder_input_ids=decoded, use_cache=False)
+        inputs = {"encoder_outputs": (out.encoder_last_hidden_state,)}
         return out.logits
+
+    return logits_after
 
 
 def _families(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
