@@ -195,7 +195,7 @@ def _plan(
 
 
 def _buffer(key: Any, shape: torch.Size, dtype: torch.dtype, like: Tensor, cache: Cache) -> Tensor:
-    """Return uninitialised memory, on CPU the same at every step: fresh pages are slow there."""
+    """Return uninitialized memory, on CPU the same at every step: fresh pages are slow there."""
     if like.device.type != "cpu":  # a GPU's allocator keeps its memory by itself
         return like.new_empty(shape, dtype=dtype)
     key = (key, shape, dtype)

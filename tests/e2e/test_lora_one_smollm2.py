@@ -123,7 +123,7 @@ def loss_of(observed):
 
 
 def test_a_small_initial_step_lowers_the_loss(observed, monkeypatch):
-    """On prompts of the initialisation set."""
+    """On prompts of the initialization set."""
     monkeypatch.setattr(
         "callbacks.initialization.one_step_gradients", lambda *_, **__: observed.sketch
     )
@@ -135,7 +135,7 @@ def test_a_small_initial_step_lowers_the_loss(observed, monkeypatch):
             delta = pair.scaling * (pair.lora_B @ pair.lora_A).detach().double()
             top = float(torch.linalg.svdvals(delta)[0])
             assert top == pytest.approx(pair.scaling / gamma, rel=1e-4)
-    print(f"\nloss on the initialisation set by gamma: {losses}")
+    print(f"\nloss on the initialization set by gamma: {losses}")
     assert losses[1024.0] < losses["before"]
     assert losses[256.0] < losses[1024.0]
     assert init.model_extra["loss"] == observed.sketch.loss
