@@ -89,7 +89,7 @@ def one_step_gradients(
     rank: int | Mapping[str, int],
     estimator: Estimator,
     forward_context: ForwardContext = nullcontext,
-    progress: Progress | None = None,
+    progress: Progress = lambda batches, label: batches,
 ) -> OneStepResult:
     """Observe G = dL/dW of every pair's layer at the untouched base model.
 
@@ -129,8 +129,7 @@ def one_step_gradients(
         for number in range(1, estimator.passes + 1):
             if number > 1:
                 store.next_pass()
-            label = f"one-step gradient, pass {number}/{estimator.passes}"
-            shown = progress(batches, label) if progress else batches
+            shown = progress(batches, f"one-step gradient, pass {number}/{estimator.passes}")
             losses.append(_one_pass(model, base, shown, store, device, forward_context))
         _check_reached(store)
         estimates = store.estimates(ranks, 1 / tokens)
