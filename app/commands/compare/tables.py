@@ -56,8 +56,12 @@ class Table:
 
     def text(self) -> str:
         """Return the table with aligned columns, and its notes."""
-        rows = self.frame.rename_axis(index=None, columns=self.frame.index.name)
-        return "\n".join([rows.to_string(), *(note.replace("**", "") for note in self.notes)])
+        first, *others = (max(map(len, column)) for column in zip(*self.lines, strict=True))
+        rows = []
+        for name, *cells in self.lines:
+            numbers = (cell.rjust(width) for cell, width in zip(cells, others, strict=True))
+            rows.append("  ".join([name.ljust(first), *numbers]).rstrip())
+        return "\n".join([*rows, *(note.replace("**", "") for note in self.notes)])
 
 
 def score_text(values: pd.Series, score: str) -> str:

@@ -90,6 +90,7 @@ def workers(tmp_path):
         process.join()
 
 
+@pytest.mark.slow
 def test_killed_and_started_twice_at_once(workers):
     first = workers.start()
     # The first cell is finished and the second one trains.
@@ -109,6 +110,7 @@ def test_killed_and_started_twice_at_once(workers):
         assert workers.count("end", stage) == once
 
 
+@pytest.mark.slow
 def test_killed_with_the_training(workers):
     first = workers.start(seconds=0.5)
     workers.until(lambda: len(workers.lines("begin", "fit")) == 2)
@@ -150,7 +152,7 @@ def test_jobs_at_once(workers):
     assert workers.states() == ["finished"] * 4
 
 
-def test_each_failure_is_told_and_tried_again(workers):
+def test_each_failure_is_kept_and_tried_again(workers):
     cells = CELLS[:2]
     (workers.folder / "cells" / cells[0].name / "busy").mkdir(parents=True)  # lets the program fail
     process = workers.start(cells, seconds=0)
@@ -164,8 +166,9 @@ def test_each_failure_is_told_and_tried_again(workers):
     assert workers.states(cells) == ["finished", "finished"]
 
 
+@pytest.mark.slow
 def test_a_failure_is_tried_once_by_several_at_once(workers):
-    """Who finds a cell that another has tried in the meantime leaves it."""
+    """A cell that another command has tried in the meantime is left."""
     cell = CELLS[0]
     (workers.folder / "cells" / cell.name / "busy").mkdir(parents=True)  # lets the program fail
     both = [workers.start([*CELLS[1:2], cell], seconds=1), workers.start([cell], seconds=1)]
