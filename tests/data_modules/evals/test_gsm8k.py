@@ -1,4 +1,4 @@
-"""GSM8K: what is read in outputs, against a table by hand, all gold answers and lm-benchmark-harness."""
+"""GSM8K: what is read in outputs, against a table by hand, all gold answers and lm-evaluation-harness."""
 
 import gzip
 import hashlib
@@ -43,7 +43,7 @@ def test_the_table_is_large():
 
 @pytest.mark.parametrize("place", range(len(CASES)))
 def test_reading(place):
-    """Ours is what a person reads; lm-benchmark-harness agrees but where the table says why not."""
+    """Ours is what a person reads; lm-evaluation-harness agrees but where the table says why not."""
     case, theirs = CASES[place], VERDICTS[place]
     assert theirs["gold"] == case.gold
     assert number_behind(case.output, MARKERS[case.form]) == number(case.strict)
@@ -61,7 +61,7 @@ def test_reading(place):
     [("1 080", "80"), ("1.080.000", "0"), ("1.8e4", "4"), ("3 1/2", "1/2"), ("18 m2", "2")],
 )
 def test_what_is_not_read_as_a_person_does(output, read):
-    """The limits that docs/benchmark.md admits."""
+    """The limits that docs/evaluation.md admits."""
     assert last_number(output) == Fraction(read)
 
 

@@ -1,4 +1,4 @@
-"""MMLU: every prompt and the scores of a real model against lm-benchmark-harness; bad input."""
+"""MMLU: every prompt and the scores of a real model against lm-evaluation-harness; bad input."""
 
 import csv
 import hashlib
