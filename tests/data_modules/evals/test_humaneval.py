@@ -114,50 +114,39 @@ def test_real_outputs():
         assert [f["pass@1"] for f in scored] == [float(row["passes"]) for row in rows]
 
 
-# what a model writes behind "```python\n", and the code in it
-FENCED = {
-    "f()": "f()",
-    "f()\n```": "f()\n",
-    "f()\n```\nHere is why.\n```python\ng()\n```": "f()\n",
-    "```python\nf()\n```\nwhy": "f()\n",
-    "\n```\nf()\n```\nwhy": "f()\n",
-    "Sure:\n\n```python\nf()\n```": "f()\n",
-    "  ```py\nf()": "f()",
+# What a model writes behind "```python\n" and the code in it; code without docstrings; and indented anew.
+CODE = {
+    fenced_code: {
+        "f()": "f()",
+        "f()\n```": "f()\n",
+        "f()\n```\nHere is why.\n```python\ng()\n```": "f()\n",
+        "```python\nf()\n```\nwhy": "f()\n",
+        "\n```\nf()\n```\nwhy": "f()\n",
+        "Sure:\n\n```python\nf()\n```": "f()\n",
+        "  ```py\nf()": "f()",
+    },
+    without_docstrings: {
+        'def f():\n    """Say.\n\n    More."""\n    return 1': "def f():\n    \n    return 1",
+        "def f():\n    '''Say.'''\n    return 1": "def f():\n    \n    return 1",
+        't = """a"""': 't = """a"""',
+        't = """a\n"""\ny = 1\nz = """b\n"""\n': 't = """a\n"""\ny = 1\nz = """b\n"""\n',
+        'def f():\n    """never closed': 'def f():\n    """never closed',
+    },
+    reindented: {
+        "def f(x):\n  if x:\n     return 1\n  return 2": "def f(x):\n    if x:\n        return 1\n    return 2",
+        "def f(x):\n\treturn x": "def f(x):\n    return x",
+        "    def f(x):\n\n        return x  ": "def f(x):\n    return x",
+        "   return x": "    return x",
+        "import re\ndef f(x):\n    return re": "import re\ndef f(x):\n    return re",
+        "": "",
+    },
 }
+CASES = [(read, *case) for read, cases in CODE.items() for case in cases.items()]
 
 
-@pytest.mark.parametrize("text", FENCED)
-def test_fences(text):
-    assert fenced_code(text) == FENCED[text]
-
-
-DOCSTRINGS = {
-    'def f():\n    """Say.\n\n    More."""\n    return 1': "def f():\n    \n    return 1",
-    "def f():\n    '''Say.'''\n    return 1": "def f():\n    \n    return 1",
-    't = """a"""': 't = """a"""',
-    't = """a\n"""\ny = 1\nz = """b\n"""\n': 't = """a\n"""\ny = 1\nz = """b\n"""\n',
-    'def f():\n    """never closed': 'def f():\n    """never closed',
-}
-
-
-@pytest.mark.parametrize("code", DOCSTRINGS)
-def test_docstrings(code):
-    assert without_docstrings(code) == DOCSTRINGS[code]
-
-
-INDENTED = {
-    "def f(x):\n  if x:\n     return 1\n  return 2": "def f(x):\n    if x:\n        return 1\n    return 2",
-    "def f(x):\n\treturn x": "def f(x):\n    return x",
-    "    def f(x):\n\n        return x  ": "def f(x):\n    return x",
-    "   return x": "    return x",
-    "import re\ndef f(x):\n    return re": "import re\ndef f(x):\n    return re",
-    "": "",
-}
-
-
-@pytest.mark.parametrize("code", INDENTED)
-def test_indentation(code):
-    assert reindented(code) == INDENTED[code]
+@pytest.mark.parametrize(("read", "text", "code"), CASES)
+def test_code_of_an_answer(read, text, code):
+    assert read(text) == code
 
 
 # n, c, k, by hand: 1 - C(n - c, k) / C(n, k)
