@@ -1,4 +1,4 @@
-"""The numbers of the tables, against numpy, and the notes below them."""
+"""The numbers of the tables, against numpy."""
 
 import io
 from csv import DictReader
@@ -9,8 +9,7 @@ import pytest
 from app.commands.compare.collect import collect
 from app.commands.compare.selection import comparisons
 from app.commands.compare.tables import before_training_table, rate_table, runs_csv, seed_table
-from tests.support.report_runs import RATES, SCORES, change, fail, grid_run, main_rows, manifest
-from tests.support.report_runs import write_run as write
+from tests.support.report_runs import RATES, SCORES, fail, main_rows, manifest, write_run
 
 
 @pytest.fixture
@@ -74,7 +73,7 @@ def test_before_training_and_seed_by_seed(comparison, tmp_path):
         "lora_one": {"seed 0": "84.00", "seed 1": "86.00", "seed 2": "89.00"},
         "lora": {"seed 0": "81.00", "seed 1": "79.00", "seed 2": "83.00"},
     }
-    write(tmp_path / "one")
+    write_run(tmp_path / "one")
     assert seed_table(comparisons(collect([tmp_path / "one"]))[0]) is None
 
 
@@ -99,21 +98,3 @@ def test_a_row_for_each_run(runs):
     known = {"method": "pissa", "learning_rate": "0.001", "seed": "0", "state": "failed"}
     known |= {"reason": "no memory", "folder": str(runs / "cells" / "pissa-lr1e-3-seed0")}
     assert failed == {**dict.fromkeys(failed, ""), **known}
-
-
-def test_runs_at_the_same_time_are_named(tmp_path):
-    times = (("a", 0, 100), ("a", 90, 200), ("a", 95, 99), ("b", 0, 300), ("a", 200, 210))
-    for seed, (host, began, ended) in enumerate(times):
-        run = grid_run(tmp_path, "lora", 1e-3, seed)
-        change(run, train={"host": host, "began": 1e9 + began, "ended": 1e9 + ended})
-    assert any("Up to 3 of these runs trained at once" in note for note in main_rows(tmp_path)[1])
-    alone = main_rows(tmp_path / "cells" / "lora-lr1e-3-seed0", run)[1]
-    assert not any("at once" in note for note in alone)
-
-
-def test_validation_on_the_reported_rows_is_said(tmp_path):
-    data = {"validation_size": None, "max_length": 128, "batch_size": 8}
-    write(tmp_path / "version_0", data=data, test=None)
-    rows, notes = main_rows(tmp_path / "version_0")
-    assert any("The validation rows are the reported rows" in note for note in notes)
-    assert rows["lora"]["test accuracy, %"] == "not tested"

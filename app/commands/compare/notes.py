@@ -1,0 +1,134 @@
+"""The notes below the table of a report's methods, and how scores are written."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import pandas as pd
+
+from app.commands.compare.collect import Run
+from app.commands.compare.selection import FAILED, Comparison, is_loss
+
+PENDING = ("missing", "unfinished")
+"""States of runs that may still come."""
+
+EDGES = {"lowest": "the lowest rate tried", "highest": "the highest rate tried"}
+
+
+def score_text(values: pd.Series, score: str) -> str:
+    """Write the mean and the sample standard deviation of scores.
+
+    Args:
+        values: The scores, NaN where there is none.
+        score: Their name.
+
+    Returns:
+        `85.12 ± 0.31`, in percent unless it is a loss; without ± for one score, empty for none.
+    """
+    factor, places = (1, 4) if is_loss(score) else (100, 2)
+    parts = [f"{factor * x:.{places}f}" for x in (values.mean(), values.std()) if not math.isnan(x)]
+    return " ± ".join(parts)
+
+
+def main_notes(comparison: Comparison) -> list[str]:
+    """Return the sentences below the table of methods at their best rates."""
+    states, choices = Counter(comparison.rows.state), comparison.choices
+    pending = sum(states[state] for state in PENDING)
+    notes = []
+    if pending:
+        notes.append(
+            f"**Preliminary**: {states['finished']} of {states.total()} runs are finished, {pending} are not."
+        )
+    notes.append(
+        f"Mean ± standard deviation (n - 1) over seeds at the learning rate with the best mean validation "
+        f"{comparison.selected_by}; test scores play no part in the choice."
+    )
+    if not comparison.has_separate_validation:
+        notes.append(
+            "**The validation rows are the reported rows** (data.validation_size is null): the learning rates "
+            "were chosen on what is reported, and the scores flatter every method."
+        )
+    passed_over = _passed_over(comparison)
+    if passed_over:
+        notes.append(
+            "Better on the validation rows, but not chosen, since a run failed or diverged there: "
+            f"{passed_over}."
+        )
+    notes += _unequal_seeds(comparison)
+    at_edge = [f"{label} ({EDGES[c.edge]})" for label, c in choices.items() if c.edge in EDGES]
+    if at_edge:
+        notes.append(
+            f"† At the edge of the rates tried, so that a better one may lie beyond: {', '.join(at_edge)}."
+        )
+    only = [label for label, choice in choices.items() if choice.edge == "only"]
+    if only:
+        notes.append(f"‡ No other learning rate was tried: {', '.join(only)}.")
+    if (comparison.chosen.groupby("method", observed=True).selection_score.count() < 2).all():
+        notes.append("One seed says nothing about the spread between seeds.")
+    return [*notes, *_measurement_notes(list(comparison.finished.run))]
+
+
+def _measurement_notes(runs: Sequence[Run]) -> list[str]:
+    """Say where times and memory were measured, and what disturbs them."""
+    devices = sorted({run.device for run in runs})
+    memory = (
+        "peak memory is what the process held (resident), libraries included."
+        if devices == ["cpu"]
+        else "peak memory is what the allocator of the device gave out; on the CPU, what the process held."
+    )
+    several = " Different devices: compare no times across them." if len(devices) > 1 else ""
+    notes = [f"Times and memory were measured on {', '.join(devices)}; {memory}{several}"]
+    together = _most_at_once(runs)
+    if together > 1:
+        notes.append(
+            f"Up to {together} of these runs trained at once on one machine, so that their times measure each "
+            "other, too."
+        )
+    return notes
+
+
+def _most_at_once(runs: Sequence[Run]) -> int:
+    """Return how many runs at most were training at the same time on one machine, as far as is known."""
+    changes: dict[str | None, list[tuple[float, int]]] = {}
+    for train in (run.record.train for run in runs):
+        if train.began and train.ended:
+            changes.setdefault(train.host, []).extend([(train.began, 1), (train.ended, -1)])
+    running = [accumulate(change for _, change in sorted(on_host)) for on_host in changes.values()]
+    return max(map(max, running), default=1)
+
+
+def _passed_over(comparison: Comparison) -> str:
+    """Name the rates that a failed or diverged run kept from being chosen."""
+    by_rate = comparison.rows.groupby(["method", "rate"], observed=True)
+    merits = by_rate.selection_score.mean() * (-1 if is_loss(comparison.selected_by) else 1)
+    parts = []
+    for (label, rate), rows in by_rate:
+        best = comparison.choices[label].rate
+        least = -math.inf if best is None else merits[label, best]
+        if rows.state.isin(FAILED).any() and merits[label, rate] > least:
+            parts.append(
+                f"{label} at {rate} ({score_text(rows.selection_score, comparison.selected_by)})"
+            )
+    return ", ".join(parts)
+
+
+def _unequal_seeds(comparison: Comparison) -> list[str]:
+    """Say where seeds are not the same: between the rates of a method, or between methods."""
+    by_rate = comparison.finished.groupby(["method", "rate"], observed=True).seed.agg(set)
+    shared, used, notes = {}, {}, []
+    for label, choice in comparison.choices.items():
+        if any(seeds != choice.seeds for (own, _), seeds in by_rate.items() if own == label):
+            shared[label] = choice.seeds
+        if choice.rate is not None:
+            used[label] = by_rate[label, choice.rate]
+    if shared:
+        notes.append(f"Rates were chosen on the seeds that they share: {_seeds_text(shared)}.")
+    if len(set(map(frozenset, used.values()))) > 1:
+        notes.append(f"The means are not over the same seeds: {_seeds_text(used)}.")
+    return notes
+
+
+def _seeds_text(seeds: Mapping[str, set[int]]) -> str:
+    numbers = {label: ", ".join(map(str, sorted(own))) or "none" for label, own in seeds.items()}
+    return ", ".join(f"{label} ({text})" for label, text in numbers.items())
