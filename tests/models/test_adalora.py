@@ -74,13 +74,13 @@ def test_ten_steps_are_pefts_and_the_budget_is_kept(fit, watched_fit, run_models
         left.append(sum(int((p != 0).sum()) for n, p in named.items() if "lora_E" in n))
     for name, value in watched_fit["last"].items():
         assert torch.allclose(named[name], value, rtol=1e-3, atol=1e-5), name
-    told = values(folder, "adalora/triplets")
-    assert told == left
+    triplets = values(folder, "adalora/triplets")
+    assert triplets == left
     # A mask keeps the budget: ties aside, what is left is the schedule.
-    assert [int(value) for value in told[2:]] == [budget(step) for step in range(3, 9)] + [
+    assert [int(value) for value in triplets[2:]] == [budget(step) for step in range(3, 9)] + [
         LAYERS * TARGET
     ] * 2
-    assert told[-1] == LAYERS * TARGET < LAYERS * INIT
+    assert triplets[-1] == LAYERS * TARGET < LAYERS * INIT
     assert len(values(folder, "train/orthogonality")) == STEPS
 
 
@@ -142,10 +142,12 @@ def test_a_skipped_step_is_not_weighed(fit, monkeypatch):
 
     monkeypatch.setattr(AdaLoraPruning, "on_train_batch_end", overflowed)
     monkeypatch.setattr(LoraModule, "on_train_start", choose)
-    told = values(fit(*ADALORA), "adalora/triplets")
-    assert told[3] == LAYERS * INIT  # which that optimizer step had moved, and nothing pruned again
-    assert [int(value) for value in told[4:7]] == [budget(step) for step in (5, 6, 7)]
-    assert told[-1] == LAYERS * TARGET
+    triplets = values(fit(*ADALORA), "adalora/triplets")
+    assert (
+        triplets[3] == LAYERS * INIT
+    )  # which that optimizer step had moved, and nothing pruned again
+    assert [int(value) for value in triplets[4:7]] == [budget(step) for step in (5, 6, 7)]
+    assert triplets[-1] == LAYERS * TARGET
     for average in AVERAGES:
         assert all(value.isfinite().all() for value in kept[1][average].values()), average
 
@@ -153,8 +155,8 @@ def test_a_skipped_step_is_not_weighed(fit, monkeypatch):
 def test_no_step_to_weigh_by(fit, command, tiny_run, capfd, monkeypatch):
     monkeypatch.setattr("app.models.adalora.finite", lambda gradients: False)
     assert command("fit", "--config", tiny_run, *ADALORA) == 2
-    told = capfd.readouterr().err
-    assert "none of the 8 steps before AdaLoRA's last pruning had finite gradients" in told
+    error = capfd.readouterr().err
+    assert "none of the 8 steps before AdaLoRA's last pruning had finite gradients" in error
 
 
 @pytest.mark.parametrize(("steps", "tinit", "tfinal"), [(2, 0, 0), (3, 1, 1), (4, 2, 1)])
@@ -168,7 +170,7 @@ def test_the_shortest_schedules(steps, tinit, tfinal, fit):
 
 @pytest.mark.slow
 def test_what_cannot_work(command, tiny_run, capfd, monkeypatch):
-    def told(*options):
+    def error_of(*options):
         assert command("fit", "--config", tiny_run, "--config=methods/adalora.yaml", *options) == 2
         return capfd.readouterr().err
 
@@ -182,26 +184,26 @@ def test_what_cannot_work(command, tiny_run, capfd, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(
                 "app.training.model_building.load_model", None
-            )  # told before any weights are loaded
-            assert "lower tinit and tfinal, or train longer" in told(*options)
+            )  # said before any weights are loaded
+            assert "lower tinit and tfinal, or train longer" in error_of(*options)
     # An epoch of 40 rows is 5 steps, which is known once there is a loader.
     epoch = ("--trainer.max_steps=-1", "--trainer.max_epochs=1", f"{own}init_r=6")
-    assert "but training has 5 steps" in told(*epoch, f"{own}tfinal=4")
+    assert "but training has 5 steps" in error_of(*epoch, f"{own}tfinal=4")
     endless = ("--trainer.max_steps=-1", "--trainer.max_epochs=-1")
-    assert "trainer.max_steps and trainer.max_epochs are both -1" in told(*endless)
-    assert "init_r is 9, but model.layers.0.self_attn.k_proj has shape (8, 16)" in told(
+    assert "trainer.max_steps and trainer.max_epochs are both -1" in error_of(*endless)
+    assert "init_r is 9, but model.layers.0.self_attn.k_proj has shape (8, 16)" in error_of(
         f"{own}init_r=9"
     )
-    assert "init_r is 3, below the budget model.adapter.r 4" in told(
+    assert "init_r is 3, below the budget model.adapter.r 4" in error_of(
         "--model.adapter.adalora.init_r=3"
     )
-    assert "exclude each other" in told("--model.adapter.use_dora=true")
+    assert "exclude each other" in error_of("--model.adapter.use_dora=true")
     with monkeypatch.context() as patched:
         patched.setattr(LoraModule, "_sharding", lambda _: Fsdp2Strategy())
-        assert "the adapter has adalora, which does not work with the sharded" in told(
+        assert "the adapter has adalora, which does not work with the sharded" in error_of(
             f"{own}init_r=6"
         )
     start = "--init=callbacks.lora_one_init.LoraOneInit"
-    assert "init is LoraOneInit, which fills lora_A and lora_B" in told(
+    assert "init is LoraOneInit, which fills lora_A and lora_B" in error_of(
         start, "--init.num_samples=16"
     )

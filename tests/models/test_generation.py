@@ -185,12 +185,12 @@ def test_a_diverged_model_is_named(decoding, build, tiny_tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "told"),
+    ("prompt", "message"),
     [([], "a prompt has no tokens"), ([5] * 20, "20 tokens, but the model's context 20")],
 )
-def test_prompts_that_do_not_fit(prompt, told, build, tiny_tokenizer):
+def test_prompts_that_do_not_fit(prompt, message, build, tiny_tokenizer):
     model = build("llama", max_position_embeddings=20)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         in_batches(model, tiny_tokenizer, [[5], prompt], 2)
 
 

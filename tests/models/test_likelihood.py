@@ -160,14 +160,14 @@ def test_nobody_to_ask(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "choices", "told"),
+    ("prompts", "choices", "message"),
     [
         ([[5]], [[5], []], r"choices=\[\[5\], \[\]\]: expected at least one token in each"),
         ([[5] * 9], [[5], [6, 7]], "9 tokens and a choice 2, .* --data.long_prompts=cut"),
         ([[5], []], SINGLE, "a prompt has no tokens"),
     ],
 )
-def test_what_cannot_be_scored(prompts, choices, told, tiny_llama):
+def test_what_cannot_be_scored(prompts, choices, message, tiny_llama):
     model = tiny_llama(max_position_embeddings=10)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         choice_log_likelihoods(model, model, prompts, choices)

@@ -27,16 +27,16 @@ def test_a_log_file_holds_plain_lines(tiny_run, tmp_path):
             timeout=300,
             check=False,
         ).returncode
-    told = log.read_bytes().decode()
-    assert status == 0, told
-    assert not re.search(r"[\r\x1b\x08█▏▎▍▌▋▊▉┃━]|it/s", told)
+    message = log.read_bytes().decode()
+    assert status == 0, message
+    assert not re.search(r"[\r\x1b\x08█▏▎▍▌▋▊▉┃━]|it/s", message)
     for line in ("Warning", "warn(", "Traceback", "💡", "Total FLOPs", "Writing model shards"):
-        assert line not in told
+        assert line not in message
     expected = (
         r"8,784 parameters in float32; 2,048 are trained",
         r"score, zero shot: 3/3 batches, \d+ s",
         r"one-step gradient, pass 1/1: 4/4 batches, \d+ s",
-        r"LoRA-One start: 14 layers, 16 samples, loss \d",
+        r"LoRA-One initialization: 14 layers, 16 samples, loss \d",
         r"score, after init: 3/3 batches, \d+ s",
         r"epoch 0, step 3/3, train/loss \d\.\d{4}, \d+ s, 0 s left",
         r"score, final: 3/3 batches, \d+ s",
@@ -45,7 +45,7 @@ def test_a_log_file_holds_plain_lines(tiny_run, tmp_path):
         r"final( +-?\d\.\d{4}){4}",
         rf"run folder: {tmp_path}/runs/tiny/version_0",
     )
-    places = [re.search(line, told) for line in expected]
+    places = [re.search(line, message) for line in expected]
     assert all(places), [line for line, place in zip(expected, places, strict=True) if not place]
     starts = [place.start() for place in places]
     assert starts == sorted(starts)
@@ -63,24 +63,24 @@ def test_track_speaks_every_few_seconds(monkeypatch, capsys):
     monkeypatch.setattr(progress, "on_terminal", lambda: False)
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
     list(progress.track(range(7), "counting"))
-    told = capsys.readouterr().out.splitlines()
-    assert told == [f"counting: {n}/7 batches, {2 * n} s" for n in (3, 6, 7)]
+    message = capsys.readouterr().out.splitlines()
+    assert message == [f"counting: {n}/7 batches, {2 * n} s" for n in (3, 6, 7)]
 
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(progress, "on_terminal", lambda: True)
     assert list(progress.track([3, 1, 2], "counting")) == [3, 1, 2]
-    told = capsys.readouterr()
-    assert "counting" in told.err
-    assert "\r" in told.err
-    assert told.out == ""
+    message = capsys.readouterr()
+    assert "counting" in message.err
+    assert "\r" in message.err
+    assert message.out == ""
 
 
 @pytest.mark.parametrize("bar", ["true", "false"])
 def test_a_terminal_run(bar, monkeypatch, command, tiny_run, capsys):
-    monkeypatch.setattr("app.cli.lora_cli.on_terminal", lambda: True)
+    monkeypatch.setattr("app.cli.callback_order.on_terminal", lambda: True)
     monkeypatch.setattr(progress, "on_terminal", lambda: True)
     assert command("fit", "--config", tiny_run, f"--trainer.enable_progress_bar={bar}") == 0
-    told = capsys.readouterr()
-    assert ("Epoch 0:" in told.out + told.err) is (bar == "true")
-    assert "epoch 0, step" not in told.out
+    message = capsys.readouterr()
+    assert ("Epoch 0:" in message.out + message.err) is (bar == "true")
+    assert "epoch 0, step" not in message.out
