@@ -220,15 +220,15 @@ def measure(pairs: list[LoraPair], reference: dict[str, SVD]) -> list[dict[str, 
     rows: dict[str, dict[str, Any]] = {}
     for group in alike.values():
         device = group[0].lora_A.device
-        found = measure_alignment(
+        metrics = measure_alignment(
             [pair.lora_A for pair in group],
             [pair.lora_B for pair in group],
             group[0].scaling,
             [SVD(*(part.to(device) for part in reference[pair.name])) for pair in group],
         )
         for i, pair in enumerate(group):
-            spectrum = {f"sv_{j + 1}": float(v) for j, v in enumerate(found.singular_values[i])}
-            values = {name: float(getattr(found, name)[i]) for name in MEASURES}
+            spectrum = {f"sv_{j + 1}": float(v) for j, v in enumerate(metrics.singular_values[i])}
+            values = {name: float(getattr(metrics, name)[i]) for name in MEASURES}
             rows[pair.name] = {"layer": pair.name, **values, **spectrum}
     return [rows[pair.name] for pair in pairs]
 

@@ -1,4 +1,4 @@
-"""How a command ends: its exit status, what is said, and who waits for whom."""
+"""How a command ends: its exit status, its last line, and whether it waits for other processes."""
 
 import os
 import sys
@@ -11,15 +11,15 @@ from app.utils.signals import Stopped, StopSignals
 
 
 def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
-    """Run a command and end in order, with the other processes if they still are there.
+    """Run a command and shut down, together with the other processes where these still run.
 
     Args:
         command: Returns the exit status.
-        signals: Told that the run is ending.
+        signals: Marked as ending when the command has ended.
 
     Returns:
-        The command's status; after an InputError, which is told in one line, its own; that of the signal after
-        `Stopped`.
+        The command's status; after an InputError, which is printed in one line, its own; after `Stopped` that
+        of the signal.
     """
     status = 1
     lost: RuntimeError | None = None
@@ -33,11 +33,11 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
         status = ended
     except ValueError as error:
         # The parser wraps what a class says of its arguments.
-        told = next((e for e in causes(error) if isinstance(e, InputError)), None)
-        if told is None:
+        wrong = next((e for e in causes(error) if isinstance(e, InputError)), None)
+        if wrong is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
-        status = told.exit_status
+        print(f"error: {wrong}", file=sys.stderr)
+        status = wrong.exit_status
     except RuntimeError as error:
         if not is_peer_failure(error):
             raise
@@ -67,7 +67,7 @@ def _or_stopped_together(command: Callable[[], int]) -> int:
 
 
 def _finish_wandb(status: int) -> None:
-    """Write what W&B still holds, and tell it how the run ended."""
+    """Write what W&B still holds, with the exit status."""
     wandb = sys.modules.get("wandb")  # importing it is slow, and of no use to a run without it
     if wandb is not None and wandb.run is not None:
         wandb.finish(exit_code=status)

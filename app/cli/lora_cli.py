@@ -160,7 +160,7 @@ class LoraCLI(LightningCLI):
         settings.ckpt_path = None  # LightningCLI would read the file again, for hyperparameters
 
     def before_instantiate_classes(self) -> None:
-        """Give the trainer the checkpoint that was found."""
+        """Give the trainer the checkpoint to go on from."""
         if self.resume_point is not None:
             self.settings.ckpt_path = str(self.resume_point.checkpoint)
 

@@ -177,10 +177,8 @@ class LoraModule(LightningModule):
         return lora_pairs(self.model)
 
     def install_and_subtract(self, factors: Factors) -> None:
-        """Install factors and subtract them from the base, so that the model computes what it did.
-
-        Decompositions may differ between processes in their last digits: all take the first one's.
-        """
+        """Install factors and subtract them from the base, so that the model computes what it did."""
+        # Decompositions may differ between processes in their last digits.
         factors = {name: (broadcast(A), broadcast(B)) for name, (A, B) in factors.items()}
         self._subtract(factors)
         for pair in self.lora_pairs():

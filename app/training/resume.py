@@ -1,4 +1,4 @@
-"""Which checkpoint a command goes on from, and which run folder it goes on in."""
+"""Find the checkpoint to resume from, and the run folder to resume in."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ class ResumePoint:
 
 
 def find_resume_point(ckpt_path: str, runs: Path, method: str) -> ResumePoint | None:
-    """Find what `ckpt_path` names, and read it once, so that damage is found before any work.
+    """Find what `ckpt_path` names, and read it once, so that damage is noticed before any work.
 
     Args:
         ckpt_path: A file, or `last` for the newest complete one of the newest run below `runs`.
@@ -43,10 +43,10 @@ def find_resume_point(ckpt_path: str, runs: Path, method: str) -> ResumePoint | 
         InputError: There is no such file, it is damaged, or it belongs to another method.
     """
     if ckpt_path == LAST:
-        found = _newest(runs)
-        if found is None:
+        newest = _newest(runs)
+        if newest is None:
             return None
-        path, checkpoint = found
+        path, checkpoint = newest
     else:
         path = Path(ckpt_path)
         if not path.is_file():

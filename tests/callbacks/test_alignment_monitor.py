@@ -21,6 +21,7 @@ def rows(folder):
     return table(folder, "alignment.csv")
 
 
+@pytest.mark.slow
 def test_the_start_lies_in_the_gradients_spans_and_the_end_is_that_of_the_adapter(fit, passes):
     folder = fit(*MORE, *WATCH)
     assert passes == ["callbacks.initialization"]
@@ -47,6 +48,7 @@ def test_the_start_lies_in_the_gradients_spans_and_the_end_is_that_of_the_adapte
     assert maps == sorted(MEASURES)
 
 
+@pytest.mark.slow
 def test_plain_lora_is_watched_by_a_pass_of_the_callbacks_own(fit, passes):
     folder = fit(*LORA, *WATCH)
     assert passes == ["callbacks.alignment_monitor"]
@@ -59,6 +61,7 @@ def test_plain_lora_is_watched_by_a_pass_of_the_callbacks_own(fit, passes):
     assert all(float(row["norm"]) > 0 for row in found[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [(), LORA])
 def test_watching_changes_nothing_of_the_training_and_a_resumed_run_has_the_same_table(
     method, fit, passes, killed_at
@@ -99,6 +102,7 @@ def test_a_model_without_pairs_is_left_alone(method, fit, passes, caplog):
     assert not list(folder.glob("alignment*"))
 
 
+@pytest.mark.slow
 def test_the_reference_has_the_rank_of_the_adapter(fit):
     """Of one that comes from a folder, which model.adapter says nothing of."""
     adapter = fit(*LORA) / "adapter"

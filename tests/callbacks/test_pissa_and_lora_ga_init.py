@@ -267,6 +267,7 @@ def test_lora_ga_needs_two_r_singular_vectors(command, tiny_run, capfd):
     assert "set model.adapter.r to at most 4" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "name"), [("pissa", "PissaInit"), ("lora_ga", "LoraGaInit")])
 def test_what_cannot_be_subtracted_from(
     method, name, command, tiny_run, run_models, tied, tmp_path, capfd, monkeypatch
@@ -343,6 +344,7 @@ def tied(tmp_path, tiny_llama, run_models):
     return f"--model.name={folder}", "--model.adapter.target_modules=[q_proj,lm_head]"
 
 
+@pytest.mark.slow
 def test_a_weight_of_two_modules_is_not_merged(fit, command, tied, capfd):
     folder = fit("--config=methods/lora.yaml", *tied)
     assert command("export", "--run", folder, "--merge") == 2

@@ -143,6 +143,7 @@ SWITCHED = (  # what other methods leave, each switch in both positions
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_does_not_depend_on_what_came_before(method, parsed, tiny_run, tmp_path):
     """Another method's overlay, or its switches in a file of the user's own."""

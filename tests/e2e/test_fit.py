@@ -45,6 +45,7 @@ def test_every_architecture_learns_and_keeps_its_base_bitwise(model, fit, run_mo
     assert len(moved) == len([key for key in kept if "lora_B" in key]) >= 8
 
 
+@pytest.mark.slow
 def test_the_same_seed_twice_another_seed_and_the_saved_config(fit, command, tmp_path):
     first, again = fit(), fit()
     assert [first.name, again.name] == ["version_0", "version_1"]
@@ -90,6 +91,7 @@ def test_lora_has_no_gradient_pass(fit, passes):
     assert passes == []
 
 
+@pytest.mark.slow
 def test_lora_one_with_plain_adamw(fit, passes):
     plain = fit("--config", "methods/lora_one_adamw.yaml", "--model.optimizer.lr=0.01")
     ours = fit()
@@ -101,6 +103,7 @@ def test_lora_one_with_plain_adamw(fit, passes):
     assert losses(plain)[2] != losses(ours)[2]
 
 
+@pytest.mark.slow
 def test_validate_and_test_reproduce_the_final_scores(fit, command, logged):
     # The published set validates, so that the test meets the same rows.
     folder = fit("--data.validation_size=null", "--model.optimizer.lr=0.05")
@@ -115,6 +118,7 @@ def test_validate_and_test_reproduce_the_final_scores(fit, command, logged):
     assert final != summary(folder)["metrics"]["zero_shot"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
 def test_accumulated_batches_of_different_sizes_make_one_token_mean(clip, fit):
     """Twelve rows as 5 + 5 + 2 and as one batch: the same loss, and the same step of plain SGD."""
@@ -139,6 +143,7 @@ def test_accumulated_batches_of_different_sizes_make_one_token_mean(clip, fit):
         assert float((moved - wanted).norm() / wanted.norm()) < 1e-3
 
 
+@pytest.mark.slow
 def test_clipping_reaches_the_optimizer(fit):
     # With an epsilon of 1 a step is as long as the gradient: clipped to nothing, it moves nothing.
     options = ("--data.batch_size=40", "--model.optimizer.eps=1", "--model.optimizer.damping=1")
@@ -149,6 +154,7 @@ def test_clipping_reaches_the_optimizer(fit):
     assert clipped[2] == pytest.approx(clipped[0], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_recomputing_activations_changes_nothing(fit):
     plain = losses(fit())
     recomputed = losses(fit("--model.gradient_checkpointing=true"))

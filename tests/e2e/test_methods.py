@@ -67,6 +67,7 @@ def trained(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINED)
 def test_what_a_run_leaves_computes_what_was_trained_and_a_resumed_run_leaves_the_same(
     method, fit, command, trained, run_models, tmp_path, killed_at
@@ -139,6 +140,7 @@ def plain_loop(model, batches):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -167,6 +169,7 @@ def test_ten_steps_of_an_adapter_are_pefts(method, options, fit, seen, run_model
         assert torch.allclose(found[name], wanted, rtol=1e-4, atol=1e-5), name
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_plain_torch(fit, seen, run_models):
     """The same batches in a loop of a few lines."""
     folder = fit("--config=methods/full.yaml", *PLAIN)
@@ -207,6 +210,7 @@ def test_doras_magnitudes_belong_to_the_installed_factors(build, request):
     assert torch.allclose(plain, dora, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_peft_loads_an_adapter_by_its_folder_alone(fit, trained):
     folder = fit(*options("dora_one"))
     model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
@@ -236,6 +240,7 @@ def test_an_optimizer_of_pairs_wants_pairs(optimizer, command, tiny_run, capfd, 
         assert "set model.optimizer to torch.optim.AdamW" in told
 
 
+@pytest.mark.slow
 def test_nor_does_it_train_an_adapter_without_pairs(fit, command, tiny_run, capfd):
     adalora = ("--config=methods/adalora.yaml", "--model.adapter.adalora.init_r=6")
     folder = fit(*adalora) / "adapter"
@@ -244,6 +249,7 @@ def test_nor_does_it_train_an_adapter_without_pairs(fit, command, tiny_run, capf
     assert "PreconditionedAdamW, which works on LoRA pairs" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_adapter_from_a_folder_is_asked_what_it_is(fit, command, tiny_run, capfd, monkeypatch):
     """DoRA's norms need whole weights, whatever model.adapter says beside the folder."""
     folder = fit("--config=methods/dora.yaml") / "adapter"

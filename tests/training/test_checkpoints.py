@@ -134,6 +134,7 @@ def test_a_kill_at_any_point_of_writing_leaves_the_last_checkpoint(point, tmp_pa
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["open", "write", "fsync", "replace"])
 def test_a_full_disk_is_told_and_training_goes_on(point, fit, monkeypatch):
     whole = fit(*OFTEN)
@@ -226,6 +227,7 @@ def test_other_files_are_refused(tmp_path):
         find_resume_point(str(tmp_path), tmp_path, "m")
 
 
+@pytest.mark.slow
 def test_another_method_base_or_adapter_is_refused_before_the_gradient_pass(
     finished, command, tiny_run, run_models, tmp_path, capfd, passes
 ):
@@ -264,6 +266,7 @@ def test_last_goes_back_behind_a_damaged_file(finished, command, tiny_run):
     assert found.folder.path == finished
 
 
+@pytest.mark.slow
 def test_last_without_a_checkpoint_starts_anew(fit, caplog):
     with caplog.at_level("INFO"):
         folder = fit("--ckpt_path=last", "--trainer.enable_checkpointing=false")
@@ -312,6 +315,7 @@ def test_a_checkpoint_elsewhere_starts_a_folder_of_its_own(finished, fit, tmp_pa
     assert newest(folder).name == "step=7.ckpt"
 
 
+@pytest.mark.slow
 def test_the_users_own_checkpoints_are_kept_too(fit, tmp_path):
     """One that is saved when a validation ends resumes as well; one between two steps is told."""
     own = tmp_path / "own.yaml"
@@ -338,6 +342,7 @@ def test_the_interval_must_be_positive():
         OutputSettings(checkpoint_every_n_steps=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora_one", "pissa"])
 def test_a_checkpoint_is_validated(method, fit, command, tiny_run, logged):
     """That of a run whose base was changed stands on a base that is changed again."""

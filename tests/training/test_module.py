@@ -18,6 +18,7 @@ def modes(module):
     return {name: part.training for name, part in module.named_modules()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_dropout_acts_in_every_training_step(model, fit, run_models, monkeypatch):
     """Before and after the start, the scores and a validation, which all evaluate."""
@@ -66,6 +67,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "warmup", "batches"),
     [("linear", 4, 1), ("linear", 0.4, 1), ("cosine", 4, 2), ("constant_with_warmup", 0.4, 2)],
@@ -112,6 +114,7 @@ def scored(fit, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 # Scoring the 20 validation rows takes 3 batches: zero_shot and after_init make 6.
 def test_final_scores_are_the_last_validations_if_that_saw_the_final_model(scored):
     batches, final, validated = scored("--trainer.max_steps=4")
@@ -122,6 +125,7 @@ def test_final_scores_are_the_last_validations_if_that_saw_the_final_model(score
     assert final["loss"] != pytest.approx(validated["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["0.5", "1"])
 def test_final_scores_are_measured_anew_if_the_last_validation_saw_a_part(part, scored):
     _, wanted, _ = scored("--trainer.max_steps=4")
