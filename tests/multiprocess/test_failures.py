@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support.paths import ROOT, WORKER
+from tests.support.paths import ROOT
 from tests.support.processes import environment
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
@@ -33,7 +33,7 @@ def run_worker(folder, jobs, *launcher):
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
     done = subprocess.run(
-        [sys.executable, *launcher, str(WORKER), str(file)],
+        [sys.executable, *launcher, "-m", "tests.support.worker", str(file)],
         env=environment(PYTHONPATH=str(ROOT)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).with_name("worker.py")
 DATA = ROOT.parent / "shared" / "data"
 """Published data sets, as their authors distribute them; see `needs_data`."""
 

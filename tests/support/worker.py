@@ -1,6 +1,6 @@
 """Run commands of the project on the processes that torchrun starts, and keep what tests compare.
 
-    torchrun --nproc_per_node 2 worker.py JOBS.json
+    torchrun --nproc_per_node 2 -m tests.support.worker JOBS.json
 
 JOBS.json is a list of {"argv": [...], "keep": FOLDER}; all jobs run in one start of the processes, since
 importing Lightning takes longer than a tiny run. FOLDER gets `gradients_RANK.pt` (this process's sums, as the
