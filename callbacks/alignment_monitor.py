@@ -20,7 +20,7 @@ from app.tracking.alignment_plots import write_heat_maps
 from app.tracking.loggers import run_folder_of
 from app.tracking.metrics_table import append_rows, read_table, write_table
 from app.tracking.wandb_summary import line_chart
-from app.training.protocols import AdaptedModule, adapted, training_data
+from app.training.protocols import AdaptedModule, adapted, data_of
 from app.utils.console import track
 from app.utils.errors import InputError
 from callbacks.initialization import GradientInit
@@ -109,7 +109,7 @@ class AlignmentMonitor(Callback):
             module.model,
             module.base,
             pairs,
-            training_data(trainer).gradient_batches(
+            data_of(trainer).gradient_batches(
                 self.num_samples, self.micro_batch_size, trainer.global_rank, trainer.world_size
             ),
             {pair.name: pair.rank for pair in pairs},

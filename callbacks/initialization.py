@@ -11,7 +11,7 @@ from app.initialization.one_step_gradient import Estimator, OneStepResult, one_s
 from app.models.batch import Batch
 from app.tracking.record import InitRecord
 from app.training.checks import check_new_adapter, check_subtraction, check_untied
-from app.training.protocols import AdaptedModule, adapted, training_data
+from app.training.protocols import AdaptedModule, adapted, data_of
 from app.utils.console import track
 from app.utils.errors import InputError
 
@@ -91,7 +91,7 @@ class GradientInit(AdapterInit):
 
     def batches(self, trainer: Trainer) -> Sequence[Batch]:
         """Return this process's share of the initialization rows."""
-        return training_data(trainer).gradient_batches(
+        return data_of(trainer).gradient_batches(
             self.num_samples, self.micro_batch_size, trainer.global_rank, trainer.world_size
         )
 

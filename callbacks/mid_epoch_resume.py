@@ -12,7 +12,7 @@ from app.tracking.loggers import run_folder_of
 from app.tracking.metrics_table import has_value, rewind_table
 from app.training import lightning_internals as loops
 from app.training.checkpoint_state import gather_states, random_state, seed_anew, set_random_state
-from app.training.protocols import training_data
+from app.training.protocols import data_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class MidEpochResume(Callback):
             self._random = random_state()
         rows = checkpoint.get(_data_key(trainer), {}).get("done", 0)
         if rows:
-            batch_rows = training_data(trainer).batch_size * trainer.world_size
+            batch_rows = data_of(trainer).batch_size * trainer.world_size
             loops.set_batches(checkpoint["loops"], rows // batch_rows)
         self._stepped = True
         self._pending = Pending(step, checkpoint["validation_due"], checkpoint["logged"])
@@ -144,4 +144,4 @@ class MidEpochResume(Callback):
 
 def _data_key(trainer: Trainer) -> str:
     """Return the key of the data module's state in a checkpoint."""
-    return type(training_data(trainer)).__qualname__
+    return type(data_of(trainer)).__qualname__

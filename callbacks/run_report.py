@@ -18,7 +18,7 @@ from app.tracking.metrics_table import read_metrics
 from app.tracking.plots import write_plots
 from app.tracking.record import DataRecord, TrainRecord
 from app.tracking.wandb_summary import keep_wandb_run, log_run_summary
-from app.training.protocols import AdaptedModule, adapted, training_data
+from app.training.protocols import AdaptedModule, adapted, data_of
 from app.utils.errors import InputError
 from app.utils.memory import PeakMemory, device_name
 from app.utils.signals import Stopped
@@ -139,7 +139,7 @@ class RunReport(Callback):
             ended=self._ended,
         )
         record.seed = self.seed
-        record.data = DataRecord(**training_data(trainer).describe())
+        record.data = DataRecord(**data_of(trainer).describe())
         for logger in trainer.loggers:
             logger.save()
         adapter = None

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from app.tracking.loggers import run_folder_of
 from app.tracking.wandb_summary import cell_of
-from app.training.protocols import training_data
+from app.training.protocols import data_of
 from app.utils.arguments import class_named
 from app.utils.class_paths import bare_name, shorten_class_paths
 
@@ -26,7 +26,7 @@ class SaveConfig(SaveConfigCallback):
         if not folder.config.exists():  # a resumed run keeps its own
             folder.config.write_text(config_text(self.parser, self.config), encoding="utf-8")
         settings = self.config.as_dict()
-        task = getattr(training_data(trainer), "task_name", None)
+        task = data_of(trainer).task_name
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # would write the same again as hparams.yaml
                 logger.log_hyperparams({**settings, "cell": cell_of(settings, task)})

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from app.training.protocols import adapted, logged_scores, training_data
+from app.training.protocols import adapted, data_of, logged_scores
 from app.utils.console import track
 
 Moment = Literal["zero_shot", "after_init", "final"]
@@ -58,7 +58,7 @@ class ScoreAt(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember when the whole set was validated last: that may be the final model already."""
-        loaders = training_data(trainer).val_dataloader()
+        loaders = data_of(trainer).val_dataloader()
         if trainer.num_val_batches == [len(loader) for loader in loaders]:
             self._validated_at = trainer.global_step
 
@@ -88,7 +88,7 @@ class ScoreAt(Callback):
         training = [module for module in pl_module.modules() if module.training]
         pl_module.eval()
         try:
-            for loader in training_data(trainer).val_dataloader():
+            for loader in data_of(trainer).val_dataloader():
                 label = f"score, {self.moment.replace('_', ' ')}"
                 for batch in track(loader, label, scoring.speed):
                     moved = trainer.strategy.batch_to_device(batch, pl_module.device)

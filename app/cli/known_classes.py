@@ -2,12 +2,14 @@
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
 
 import callbacks
 import data_modules
 import data_modules.evals
 from app.evaluation.benchmark import Benchmark
 from app.models.adapter_config import unsupported_settings
+from app.training.protocols import DataModule
 from app.utils.arguments import Parser
 from data_modules.text import TextDataModule
 
@@ -24,3 +26,7 @@ def import_known_classes() -> None:
         message = f"PEFT's {name} is not supported: {instead}"
         Parser.unsupported[f"model.adapter.{name}"] = message
         Parser.unsupported[f"model.adapter.adalora.{name}"] = message
+
+
+if TYPE_CHECKING:  # what the module and callbacks use of a data module is there
+    _data: type[DataModule] = TextDataModule

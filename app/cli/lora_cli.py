@@ -202,9 +202,7 @@ class LoraCLI(LightningCLI):
         point = self.resume_point
         folder, wandb_id = (None, None) if point is None else (point.folder, point.wandb_id)
         tags = (self.settings.model.method, f"seed {self.settings.seed_everything}")
-        return make_loggers(
-            self.made.output, folder, wandb_id, getattr(self.datamodule, "task_name", None), tags
-        )
+        return make_loggers(self.made.output, folder, wandb_id, self.made.data.task_name, tags)
 
     def _callbacks(self) -> list[Callback]:
         given, output = self.made.trainer, self.made.output

@@ -42,7 +42,7 @@ from app.training.optimization import (
     pair_optimizer_name,
     parameter_groups,
 )
-from app.training.protocols import AdaptedModule, Factors, training_data
+from app.training.protocols import AdaptedModule, Factors, data_of
 from app.training.token_mean import TokenMean
 from app.utils.errors import InputError
 
@@ -202,7 +202,7 @@ class LoraModule(LightningModule):
             moment: Names the folder of the answers, such as "final".
             split: "validation" or "test".
         """
-        data = training_data(self.trainer)
+        data = data_of(self.trainer)
         folder = None if self.answers_folder is None else self.answers_folder / moment
         identity = {
             "base": self.record.model.fingerprint,

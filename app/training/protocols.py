@@ -95,7 +95,15 @@ class AdaptedModule(Protocol):
 
 
 class DataModule(Protocol):
-    """The data module as the module and callbacks know it."""
+    """The data module as the module and callbacks know it.
+
+    Attributes:
+        task_name: Groups the runs of one task, such as `glue/sst2`.
+        batch_size: Training rows of a batch, on each process.
+    """
+
+    task_name: str
+    batch_size: int
 
     def prepare_benchmarks(self, split: str) -> list[PreparedBenchmark]:
         """Return the benchmarks of "validation" or "test" with their questions encoded."""
@@ -109,12 +117,6 @@ class DataModule(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return where the rows come from and how many there are."""
 
-
-class TrainingDataModule(DataModule, Protocol):
-    """A data module with rows to train on."""
-
-    batch_size: int
-
     def gradient_batches(
         self, num_samples: int, micro_batch_size: int, rank: int, world_size: int
     ) -> list[Batch]:
@@ -126,9 +128,9 @@ def adapted(pl_module: LightningModule) -> AdaptedModule:
     return cast(AdaptedModule, pl_module)
 
 
-def training_data(trainer: Trainer) -> TrainingDataModule:
-    """Return the data module of a trainer that fits."""
-    return cast(TrainingDataModule, trainer.datamodule)  # type: ignore[attr-defined]  # set by `fit`
+def data_of(trainer: Trainer) -> DataModule:
+    """Return a trainer's data module."""
+    return cast(DataModule, trainer.datamodule)  # type: ignore[attr-defined]  # set by `fit`
 
 
 def logged_scores(trainer: Trainer, prefix: str) -> dict[str, float]:

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from app.initialization.one_step_gradient import Estimator
-from app.training.protocols import TrainingDataModule
+from app.training.protocols import DataModule
 
 
 class EncodedRow(Sized, Protocol):
@@ -18,7 +18,7 @@ class EncodedRow(Sized, Protocol):
         """The supervised tokens."""
 
 
-class PlannedData(TrainingDataModule, Protocol):
+class PlannedData(DataModule, Protocol):
     """A data module whose rows are described; the attributes are its settings, and what it has read."""
 
     task_name: str
