@@ -36,12 +36,7 @@ from app.tracking.record import RunRecord
 from app.training.checkpoint_state import check_trained, keep_trained, saved_factors
 from app.training.checks import check_length, check_optimizer, check_sharded
 from app.training.model_building import build_model
-from app.training.optimization import (
-    check_gradients,
-    check_loss,
-    pair_optimizer_name,
-    parameter_groups,
-)
+from app.training.optimization import check_gradients, check_loss, pair_optimizer, parameter_groups
 from app.training.protocols import AdaptedModule, Factors, data_of
 from app.training.token_mean import TokenMean
 from app.utils.errors import InputError
@@ -89,7 +84,7 @@ class LoraModule(LightningModule):
         self.adapter = adapter
         self.adapter_path = adapter_path
         self.make_optimizer = optimizer
-        self._pair_optimizer = pair_optimizer_name(optimizer)
+        self._pair_optimizer = pair_optimizer(optimizer)
         self.lr_scheduler_type = lr_scheduler_type
         self.warmup_steps = warmup_steps
         self.dtype_name: str = dtype

@@ -22,7 +22,7 @@ ADVICE = (
 )
 
 
-def pair_optimizer_name(make: Callable[[list[nn.Parameter]], Optimizer]) -> str | None:
+def pair_optimizer(make: Callable[[list[nn.Parameter]], Optimizer]) -> str | None:
     """Return the name of an optimizer of LoRA pairs; None for any other.
 
     Raises:
