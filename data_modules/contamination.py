@@ -17,12 +17,8 @@ _FORMS = (
 def question_text(prompt: str) -> str:
     """Return the words of a prompt's question, so that only other words make another question.
 
-    Args:
-        prompt: A prompt of a training row or of a benchmark, or a question by itself.
-
-    Returns:
-        The words in one case, with one space between; without the prompt's form, worked examples before it,
-        and punctuation.
+    They are in one case, with one space between, without the prompt's form, worked examples before it, and
+    punctuation.
     """
     question = next((match for form in _FORMS if (match := form.fullmatch(prompt))), None)
     text = unicodedata.normalize("NFKC", question[1] if question else prompt)
@@ -32,14 +28,7 @@ def question_text(prompt: str) -> str:
 def shared_questions(train_prompts: Iterable[str], eval_questions: Iterable[str]) -> int:
     """Count the training rows whose question is one of a benchmark's, word for word.
 
-    A question in other words, or inside a longer text, is not found.
-
-    Args:
-        train_prompts: Prompts of the training rows.
-        eval_questions: Prompts or questions of the benchmark.
-
-    Returns:
-        The number of training rows; a question that is trained on twice counts twice.
+    A question in other words, or inside a longer text, is not found; one that is trained on twice counts twice.
     """
     asked = {text for question in eval_questions if (text := question_text(question))}
     return sum(question_text(prompt) in asked for prompt in train_prompts)
@@ -48,13 +37,7 @@ def shared_questions(train_prompts: Iterable[str], eval_questions: Iterable[str]
 def count_shared(
     train_prompts: Sequence[str], benchmarks: Mapping[str, Sequence[str]], task_name: str
 ) -> dict[str, int]:
-    """Count the training rows that are questions of each benchmark, with a warning where there are any.
-
-    Args:
-        train_prompts: Prompts of the training rows.
-        benchmarks: All prompts of each benchmark, by its name.
-        task_name: The training data's name, for messages.
-    """
+    """Count the training rows that are questions of each benchmark, with a warning where there are any."""
     counts = {name: shared_questions(train_prompts, asked) for name, asked in benchmarks.items()}
     for name, count in counts.items():
         if count:

@@ -29,8 +29,8 @@ class TextRow:
 class EncodedRow:
     """One example as token ids; those of the answer with its end are the supervised ones.
 
-    A padding row evens out the processes' numbers of rows: its `index` and `target` are -1, and none of
-    its tokens is supervised.
+    A padding row evens out the processes' numbers of rows: its `index` and `target` are -1, and none of its
+    tokens is supervised.
     """
 
     prompt_ids: "array[int]"
@@ -40,11 +40,6 @@ class EncodedRow:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
-
-    @property
-    def is_padding(self) -> bool:
-        """Whether the row stands for none."""
-        return self.index < 0
 
 
 class PaddedRows(Dataset[EncodedRow]):
@@ -60,10 +55,6 @@ class PaddedRows(Dataset[EncodedRow]):
 
     def __getitem__(self, number: int) -> EncodedRow:
         return self.rows[number] if number >= 0 else self.padding
-
-
-TooLong = Literal["cut", "drop"]
-"""What happens to a training row of more than `max_length` tokens."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +77,8 @@ class TextEncoder:
     def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Tokenize prompts as the model reads them before it answers; the same in training and benchmarks.
 
-        Args:
-            prompts: Spaces at the end are dropped: an answer begins with its own.
-
-        Returns:
-            Token ids, with BOS only where the tokenizer adds it unasked; an encoder's have the tokenizer's own
-            special tokens.
+        Spaces at the end are dropped: an answer begins with its own. BOS is there only where the tokenizer adds
+        it unasked; an encoder's tokens have the tokenizer's own special ones.
 
         Raises:
             InputError: `chat_template` with a tokenizer that has none.
@@ -171,7 +158,7 @@ class TextEncoder:
         rows: Sequence[TextRow],
         max_length: int,
         name: str = "data",
-        too_long: TooLong = "cut",
+        too_long: Literal["cut", "drop"] = "cut",
     ) -> tuple[list[EncodedRow], int]:
         """Tokenize prompts and answers apart, and cut the prompts that are too long or drop their rows.
 
@@ -267,9 +254,6 @@ class TextEncoder:
     def collate(self, rows: Sequence[EncodedRow]) -> Batch:
         """Pad encoded rows to one batch.
 
-        Args:
-            rows: The rows of the batch.
-
         Returns:
             `input_ids` and `attention_mask` (B, T), `labels` (B, L) with `IGNORED_LABEL` where nothing is
             learnt (causal: L == T, unshifted), `index` and `target` (B,), -1 in a padding row; all int64,
@@ -278,7 +262,7 @@ class TextEncoder:
         inputs, labels = [], []
         for row in rows:
             prompt, answer = row.prompt_ids.tolist(), row.answer_ids.tolist()
-            wanted = [IGNORED_LABEL] * len(answer) if row.is_padding else answer
+            wanted = [IGNORED_LABEL] * len(answer) if row.index < 0 else answer
             inputs.append(prompt if self.is_encoder_decoder else prompt + answer)
             before = [] if self.is_encoder_decoder else [IGNORED_LABEL] * len(prompt)
             labels.append(before + wanted)

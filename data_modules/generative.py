@@ -92,7 +92,11 @@ class GenerativeDataModule(TextDataModule):
         while num_read < len(rows) and len(kept) < needed:
             part = rows[num_read : num_read + CHUNK_ROWS]
             num_read += len(part)
-            part = self._below(part)
+            if self.keep_below is not None:
+                texts = [f"{row.prompt} {row.answer}" for row in part]
+                lengths = map(len, self.encoder.tokenizer(texts)["input_ids"])
+                below = zip(part, lengths, strict=True)
+                part = [row for row, length in below if length < self.keep_below]
             for tokens in self.encoder.rows(part, self.max_length, self.task_name, "drop")[0]:
                 row = part[tokens.index]
                 kept.append(row)
@@ -110,14 +114,6 @@ class GenerativeDataModule(TextDataModule):
             )
         return kept
 
-    def _below(self, rows: list[TextRow]) -> list[TextRow]:
-        """Return the rows whose text has fewer tokens than `keep_below`."""
-        if self.keep_below is None:
-            return rows
-        texts = [f"{row.prompt} {row.answer}" for row in rows]
-        lengths = map(len, self.encoder.tokenizer(texts)["input_ids"])
-        return [row for row, length in zip(rows, lengths, strict=True) if length < self.keep_below]
-
     def encoded(self, split: str) -> list[EncodedRow]:
         """Return the rows of a split as token ids; none is cut."""
         if split not in self._encoded:
@@ -130,5 +126,4 @@ class GenerativeDataModule(TextDataModule):
 
     def describe(self) -> dict[str, Any]:
         """Return what the base does, and which rows are taken."""
-        taken = {"max_rows": self.max_rows, "keep_below": self.keep_below}
-        return {**super().describe(), **taken}
+        return {**super().describe(), "max_rows": self.max_rows, "keep_below": self.keep_below}

@@ -137,13 +137,9 @@ def _last(ids: list[int], room: int, bos: int | None) -> list[int]:
 def question_loaders(
     benchmarks: Sequence[PreparedBenchmark], batch_size: int, rank: int, world_size: int
 ) -> list[DataLoader[int]]:
-    """Return a loader for each benchmark, whose batches are places in its questions.
+    """Return a loader for each benchmark, of batches with its number as `BENCHMARK` and places of questions.
 
-    Args:
-        benchmarks: Their numbers are the batches' `BENCHMARK`.
-        batch_size: Questions of a batch, on each process.
-        rank: This process.
-        world_size: Number of processes.
+    `batch_size` counts the questions of a batch on each process.
     """
     loaders = []
     for number, prepared in enumerate(benchmarks):
@@ -159,7 +155,7 @@ def question_loaders(
 
 
 class _Places(Dataset[int]):
-    """Places of questions, as themselves: the questions stay where they are."""
+    """Places of questions, as themselves, padding too: the questions stay where they are."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -141,11 +141,7 @@ def tsv_rows(
 ) -> Iterator[LocatedRow]:
     """Split lines at tabs and nothing else, since quotes and number signs are text.
 
-    Args:
-        content: The file's bytes.
-        name: The file's name, for messages.
-        setting: The setting that names it, for messages.
-        header: Names of the columns; None takes them from the first line.
+    Without a `header` the first line names the columns; `name` and `setting` are for messages.
     """
     for where, line in _lines(content, name, setting):
         cells = line.split("\t")

@@ -141,10 +141,7 @@ def split_off(
 ) -> tuple[list[TextRow], list[TextRow]]:
     """Set `size` rows aside; rows with the same prompt stay on the same side.
 
-    Args:
-        rows: The rows to split.
-        size: Rows to set aside.
-        setting: The setting that asks for it, for messages; it also keys the draw.
+    The `setting` that asks for it also keys the draw.
 
     Returns:
         The remaining rows and those set aside, each in the order of `rows`.

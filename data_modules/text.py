@@ -53,9 +53,7 @@ class TextDataModule(LightningDataModule):
     """
 
     task_name = "text"
-    label_words: tuple[
-        str, ...
-    ] = ()  # the answers of rows with classes, in the order of the classes
+    label_words: tuple[str, ...] = ()  # of rows with classes, in the order of the classes
     splits: ClassVar[tuple[str, ...]] = SPLITS  # what the source has rows for
 
     def __init__(
@@ -264,11 +262,7 @@ class TextDataModule(LightningDataModule):
         the number of processes changes which. Padding rows make all shares equally large, so that all
         processes run as many batches.
 
-        Args:
-            num_samples: Rows of all processes together.
-            micro_batch_size: Rows of a batch.
-            rank: This process.
-            world_size: Number of processes.
+        `num_samples` counts the rows of all processes together, `micro_batch_size` those of a batch.
 
         Raises:
             InputError: `num_samples` is not between 1 and the number of training rows.

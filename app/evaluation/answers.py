@@ -87,10 +87,9 @@ class AnswersFile:
             ) from error
 
     def join(self, order: Mapping[str, int]) -> None:
-        """Join all processes' answers to one file, in the order of the questions.
+        """Join all processes' answers to one file, by the place of each question's key.
 
-        Args:
-            order: Place of each question's key; answers to questions that are not asked now stay, behind.
+        Answers to questions that are not asked now stay, behind.
         """
         if self._stream is not None:
             self._stream.close()

@@ -93,17 +93,13 @@ class EncodedQuestion:
 
 @dataclass(frozen=True)
 class PreparedBenchmark:
-    """A benchmark made ready for a model.
-
-    Attributes:
-        benchmark: The benchmark.
-        questions: Those to ask, encoded.
-        choice_ids: Token ids of the benchmark's `choices`; empty where the model writes.
-    """
+    """A benchmark made ready for a model."""
 
     benchmark: Benchmark
-    questions: Sequence[EncodedQuestion]
-    choice_ids: Sequence[Sequence[int]]
+    questions: Sequence[EncodedQuestion]  # those to ask
+    choice_ids: Sequence[
+        Sequence[int]
+    ]  # of the benchmark's `choices`; empty where the model writes
 
 
 BENCHMARK = "benchmark"  # key of a batch of questions: the number of their benchmark

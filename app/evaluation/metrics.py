@@ -100,11 +100,7 @@ class MeanScores:
             self.totals[name][1] += 1
 
     def compute(self, device: torch.device | None = None) -> dict[str, float]:
-        """Return the mean of each score that any question has, in the order of the names.
-
-        Args:
-            device: Where the processes add their sums up.
-        """
+        """Return the mean of each score that any question has, in the order of the names."""
         totals = torch.tensor(list(self.totals.values()), dtype=torch.float64, device=device)
         sums, counts = sum_over_processes(totals.reshape(-1, 2)).unbind(dim=1)
         means = (sums / counts).float().tolist()

@@ -20,11 +20,9 @@ from app.models.generation import generate
 from app.models.likelihood import choice_log_likelihoods
 from app.models.protocols import ScoredModel
 
-HASHED = 2**18
-"""Values of a weight that its digest reads."""
-
+HASHED = 2**18  # values of a weight that its digest reads
+# Settings of a benchmark that say which questions are asked, and change no answer.
 NOT_IN_IDENTITY = ("path", "limit", "validation_size")
-"""Settings of a benchmark that say which questions are asked, and change no answer."""
 
 
 def trained_weights_digest(model: nn.Module) -> str:
@@ -91,8 +89,7 @@ class BenchmarkRunner:
     def ask(self, index: Sequence[int]) -> None:
         """Ask the questions of one batch that have no answer yet, judge and keep the answers.
 
-        Args:
-            index: (B,) places in the benchmark's questions; -1 is a padding row, which is not asked.
+        `index` (B,) holds places in the benchmark's questions; -1 is a padding row, which is not asked.
         """
         unanswered = []
         for encoded in (self.prepared.questions[i] for i in index if i >= 0):
@@ -159,17 +156,11 @@ class BenchmarkRunner:
         for scores in judged:
             self.means.update(scores)
         if self.file is not None and asked:
-            self.file.add(
-                [
-                    {
-                        "key": e.question.key,
-                        "prompt_hash": e.prompt_hash,
-                        **answer,
-                        "scores": scores,
-                    }
-                    for e, answer, scores in zip(asked, answers, judged, strict=True)
-                ]
-            )
+            rows = []
+            for e, answer, scores in zip(asked, answers, judged, strict=True):
+                named = {"key": e.question.key, "prompt_hash": e.prompt_hash}
+                rows.append({**named, **answer, "scores": scores})
+            self.file.add(rows)
 
     def finish(self) -> dict[str, float]:
         """Join the answers of all processes and return the scores, the same on every process."""

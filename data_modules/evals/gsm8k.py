@@ -77,11 +77,7 @@ class Gsm8k(Benchmark):
 
 
 def gsm8k_rows(path: str | None, name: str) -> Iterator[tuple[str, Row, Fraction]]:
-    """Read the test set of GSM8K.
-
-    Args:
-        path: Plain or gzipped JSON lines; None takes the Hub's.
-        name: The benchmark's, for messages.
+    """Read the test set of GSM8K, from JSON lines or, without a path, from the Hub, for a named benchmark.
 
     Yields:
         A key such as gsm8k/17; question and answer; the number behind the answer's last "####".

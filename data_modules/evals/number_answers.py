@@ -20,14 +20,9 @@ _ANYWHERE = re.compile(
 
 
 def number_behind(text: str, marker: str) -> Fraction | None:
-    """Return the number of the first `marker` that one space and a number follow.
+    """Return the number of the first `marker`, such as "####", that one space and a number follow.
 
-    Args:
-        text: An output or a solution.
-        marker: Such as "####".
-
-    Returns:
-        Its value, exact; a fraction a/b is one number; None where no marker has a number.
+    The value is exact; a fraction a/b is one number; None where no marker has a number.
     """
     for match in re.finditer(rf"{re.escape(marker)} (?P<number>[-−]?{_UNSIGNED})", text):
         if (value := _value(match["number"])) is not None:
@@ -51,16 +46,7 @@ def last_number(text: str) -> Fraction | None:
 
 
 def number_scores(outputs: Sequence[str], marker: str, gold: Fraction) -> dict[str, float]:
-    """Read every output in two ways, and return the share that is right.
-
-    Args:
-        outputs: At least one.
-        marker: What stands before an answer.
-        gold: The right number.
-
-    Returns:
-        `strict`, by `number_behind` the marker, and `flexible`, by `last_number`.
-    """
+    """Return the share of outputs that is right: `strict` by `number_behind`, `flexible` by `last_number`."""
     strict = sum(number_behind(text, marker) == gold for text in outputs)
     flexible = sum(last_number(text) == gold for text in outputs)
     return {"strict": strict / len(outputs), "flexible": flexible / len(outputs)}
