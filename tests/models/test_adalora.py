@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -13,7 +13,7 @@ from app.distributed.fsdp import Fsdp2Strategy
 from app.models.adalora import AVERAGES
 from app.training.module import LoraModule
 from callbacks.adalora_pruning import AdaLoraPruning
-from tests.support.watched_fit import logits
+from tests.support.watched_fit import logits, train_pefts_own
 
 STEPS = 10
 LAYERS = 14
@@ -57,21 +57,15 @@ def test_ten_steps_are_pefts_and_the_budget_is_kept(fit, watched_fit, run_models
         total_step=STEPS,
         task_type="CAUSAL_LM",
     )
-    theirs = get_peft_model(base, config).train()
-    named = dict(theirs.named_parameters())
-    with torch.no_grad():
-        for name, value in watched_fit["first"].items():
-            named[name].copy_(value)
-    trained = [p for p in theirs.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.0)
     left = []
-    for step, batch in enumerate(watched_fit["batches"], 1):
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
-        theirs(**inputs).loss.backward()  # with PEFT's own regulariser in it
-        optimizer.step()
-        theirs.base_model.update_and_allocate(step)
-        optimizer.zero_grad()
-        left.append(sum(int((p != 0).sum()) for n, p in named.items() if "lora_E" in n))
+
+    def prune(model, step):  # PEFT's own regulariser is in its loss
+        model.base_model.update_and_allocate(step)
+        values = [p for name, p in model.named_parameters() if "lora_E" in name]
+        left.append(sum(int((p != 0).sum()) for p in values))
+
+    theirs = train_pefts_own(watched_fit, base, config, 0.01, prune)
+    named = dict(theirs.named_parameters())
     for name, value in watched_fit["last"].items():
         assert torch.allclose(named[name], value, rtol=1e-3, atol=1e-5), name
     triplets = values(folder, "adalora/triplets")
@@ -143,9 +137,8 @@ def test_a_skipped_step_is_not_weighed(fit, monkeypatch):
     monkeypatch.setattr(AdaLoraPruning, "on_train_batch_end", overflowed)
     monkeypatch.setattr(LoraModule, "on_train_start", choose)
     triplets = values(fit(*ADALORA), "adalora/triplets")
-    assert (
-        triplets[3] == LAYERS * INIT
-    )  # which that optimizer step had moved, and nothing pruned again
+    # That optimizer step had moved what was pruned, and nothing was pruned again.
+    assert triplets[3] == LAYERS * INIT
     assert [int(value) for value in triplets[4:7]] == [budget(step) for step in (5, 6, 7)]
     assert triplets[-1] == LAYERS * TARGET
     for average in AVERAGES:
@@ -168,42 +161,35 @@ def test_the_shortest_schedules(steps, tinit, tfinal, fit):
     assert values(folder, "adalora/triplets")[-1] == LAYERS * TARGET
 
 
-@pytest.mark.slow
-def test_what_cannot_work(command, tiny_run, capfd, monkeypatch):
-    def error_of(*options):
-        assert command("fit", "--config", tiny_run, "--config=methods/adalora.yaml", *options) == 2
-        return capfd.readouterr().err
+OWN = "--model.adapter.adalora"
+TOO_SHORT = "lower tinit and tfinal, or train longer"
+EPOCH = ("--trainer.max_steps=-1", "--trainer.max_epochs=1")
 
-    own = "--model.adapter.adalora."
-    for options in (
-        ("--trainer.max_steps=1",),
-        (f"{own}tfinal=2",),
-        (f"{own}tfinal=3",),
-        (f"{own}tinit=2", f"{own}tfinal=1"),
-    ):
-        with monkeypatch.context() as patched:
-            patched.setattr(
-                "app.training.model_building.load_model", None
-            )  # said before any weights are loaded
-            assert "lower tinit and tfinal, or train longer" in error_of(*options)
-    # An epoch of 40 rows is 5 steps, which is known once there is a loader.
-    epoch = ("--trainer.max_steps=-1", "--trainer.max_epochs=1", f"{own}init_r=6")
-    assert "but training has 5 steps" in error_of(*epoch, f"{own}tfinal=4")
-    endless = ("--trainer.max_steps=-1", "--trainer.max_epochs=-1")
-    assert "trainer.max_steps and trainer.max_epochs are both -1" in error_of(*endless)
-    assert "init_r is 9, but model.layers.0.self_attn.k_proj has shape (8, 16)" in error_of(
-        f"{own}init_r=9"
-    )
-    assert "init_r is 3, below the budget model.adapter.r 4" in error_of(
-        "--model.adapter.adalora.init_r=3"
-    )
-    assert "exclude each other" in error_of("--model.adapter.use_dora=true")
-    with monkeypatch.context() as patched:
-        patched.setattr(LoraModule, "_sharding", lambda _: Fsdp2Strategy())
-        assert "the adapter has adalora, which does not work with the sharded" in error_of(
-            f"{own}init_r=6"
-        )
-    start = "--init=callbacks.lora_one_init.LoraOneInit"
-    assert "init is LoraOneInit, which fills lora_A and lora_B" in error_of(
-        start, "--init.num_samples=16"
-    )
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.max_steps=1"], TOO_SHORT),
+        ([f"{OWN}.tfinal=2"], TOO_SHORT),
+        ([f"{OWN}.tfinal=3"], TOO_SHORT),
+        ([f"{OWN}.tinit=2", f"{OWN}.tfinal=1"], TOO_SHORT),
+        # An epoch of 40 rows is 5 steps, which is known once there is a loader.
+        ([*EPOCH, f"{OWN}.tfinal=4"], "but training has 5 steps"),
+        ([f"{OWN}.init_r=9"], "init_r is 9, but model.layers.0.self_attn.k_proj has shape (8, 16)"),
+        ([f"{OWN}.init_r=3"], "init_r is 3, below the budget model.adapter.r 4"),
+        (["--model.adapter.use_dora=true"], "exclude each other"),
+        (
+            ["--init=LoraOneInit", "--init.num_samples=16"],
+            "init is LoraOneInit, which fills lora_A",
+        ),
+        ([], "the adapter has adalora, which does not work with the sharded"),
+    ],
+)
+def test_what_cannot_work(options, message, command, tiny_run, capfd, monkeypatch):
+    if message == TOO_SHORT:  # said before any weights are loaded
+        monkeypatch.setattr("app.training.model_building.load_model", None)
+    if "sharded" in message:
+        monkeypatch.setattr(LoraModule, "_sharding", lambda _: Fsdp2Strategy())
+    method = ("--config=methods/adalora.yaml", f"{OWN}.init_r=6")
+    assert command("fit", "--config", tiny_run, *method, *options) == 2
+    assert message in capfd.readouterr().err

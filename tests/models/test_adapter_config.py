@@ -10,7 +10,6 @@ from peft import (
     AdaLoraConfig,
     AutoPeftModelForCausalLM,
     LoraConfig,
-    get_peft_model,
     get_peft_model_state_dict,
 )
 from safetensors.torch import load_file
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from app.models.adapter_config import AdaLoraBudget, LoraSettings, unsupported_settings
 from app.models.lora import add_lora, lora_pairs
 from app.utils.errors import InputError
-from tests.support.watched_fit import logits
+from tests.support.watched_fit import logits, train_pefts_own
 
 SETTINGS = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"],
@@ -56,18 +55,8 @@ def test_ten_steps_of_every_setting_are_pefts(use_rslora, fit, watched_fit, run_
         for name, (r, alpha) in LAYERS.items()
     }
     config = LoraConfig(r=4, lora_alpha=16, use_rslora=use_rslora, **SETTINGS)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(run_models / "llama"), config)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert trained.keys() == watched_fit["first"].keys()
-    with torch.no_grad():
-        for name, value in watched_fit["first"].items():
-            trained[name].copy_(value)
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.0)
-    for batch in watched_fit["batches"]:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-        model.train()(**inputs).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    base = AutoModelForCausalLM.from_pretrained(run_models / "llama")
+    model = train_pefts_own(watched_fit, base, config, 1e-3)
     written = load_file(folder / "adapter" / "adapter_model.safetensors")
     for name, wanted in get_peft_model_state_dict(model).items():
         assert torch.allclose(written[name], wanted, rtol=1e-4, atol=1e-5), name

@@ -12,10 +12,9 @@ from app.models.loading import load_model, load_tokenizer
 from app.models.lora import base_model
 from app.models.source import resolve_model
 from app.utils.errors import InputError
-from tests.support.generation import ENDS, batch_sizes, in_training, mistral, modes
-from tests.support.paths import ROOT
+from tests.support.generation import ENDS, batch_sizes, in_training, mistral, modes, one_at_a_time
+from tests.support.paths import DATA, ROOT, needs_data
 
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
 NEW = 16
 
 
@@ -39,21 +38,6 @@ def build(tiny_llama, tiny_gpt2, tiny_t5):
     return make
 
 
-def one_at_a_time(model, tokenizer, prompts, new=NEW, before=True):
-    """Return text, number of tokens and whether EOS came, of transformers' own greedy outputs."""
-    base = base_model(model)
-    ends = base.generation_config.eos_token_id
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(input_ids=ids, max_new_tokens=new, do_sample=False)[0].tolist()
-        tokens = out[1 if base.config.is_encoder_decoder else len(prompt) :]
-        ended = tokens[-1] in (ends if isinstance(ends, list) else [ends])
-        text = tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
-        found.append((text, len(tokens), ended))
-    return found
-
-
 def in_batches(model, tokenizer, prompts, size, decoding=None):
     found = []
     for start in range(0, len(prompts), size):
@@ -74,7 +58,7 @@ def greedy(*arguments):
 def test_every_output_is_that_of_its_prompt_alone(kind, attention, build, tiny_tokenizer):
     model = build(kind, attn_implementation=attention)
     prompts = draw_prompts(16, longest=20)
-    expected = one_at_a_time(model, tiny_tokenizer, prompts)
+    expected = one_at_a_time(model, tiny_tokenizer, prompts, NEW)
     lengths = [length for _, length, _ in expected]
     assert len(set(lengths)) > 3
     for size in (1, 7, 16):
@@ -82,14 +66,14 @@ def test_every_output_is_that_of_its_prompt_alone(kind, attention, build, tiny_t
 
 
 @pytest.mark.smollm2
-@pytest.mark.skipif(not GSM8K.is_file(), reason="GSM8K is not beside the project")
+@needs_data("gsm8k")
 def test_fifty_questions_of_gsm8k(smollm2_dir):
     """The oracle, by benchmarks/generation.py, holds what `generate` writes to each question alone."""
     new = 20
     oracle = json.loads((ROOT / "tests" / "oracles" / "gsm8k_greedy.json").read_text())
     source = resolve_model(str(smollm2_dir))
     model, tokenizer = load_model(source), load_tokenizer(source)
-    lines = GSM8K.read_text().splitlines()
+    lines = (DATA / "gsm8k" / "test.jsonl").read_text().splitlines()
     pairs = []
     for row in oracle:
         question = json.loads(lines[row["row"]])["question"]
@@ -110,7 +94,7 @@ def test_fifty_questions_of_gsm8k(smollm2_dir):
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_a_row_leaves_the_batch_when_it_ends(kind, build, tiny_tokenizer):
     model, prompts = build(kind), draw_prompts(9)
-    lengths = [n for _, n, _ in one_at_a_time(model, tiny_tokenizer, prompts)]
+    lengths = [n for _, n, _ in one_at_a_time(model, tiny_tokenizer, prompts, NEW)]
     sizes = batch_sizes(model)
     greedy(model, tiny_tokenizer, prompts, 9)
     first = (9, 1 if kind == "t5" else max(map(len, prompts)))
@@ -122,7 +106,7 @@ def test_a_row_leaves_the_batch_when_it_ends(kind, build, tiny_tokenizer):
 def test_an_adapted_model_in_the_middle_of_training(kind, build, tiny_tokenizer):
     """Dropout is off meanwhile, checkpointing leaves the cache alone, and every mode comes back."""
     plain, prompts = build(kind), draw_prompts(6)
-    before = one_at_a_time(plain, tiny_tokenizer, prompts)
+    before = one_at_a_time(plain, tiny_tokenizer, prompts, NEW)
     model = in_training(plain, std=0.5)
     before_modes = modes(model)
     sizes = batch_sizes(plain)
@@ -132,14 +116,14 @@ def test_an_adapted_model_in_the_middle_of_training(kind, build, tiny_tokenizer)
     assert len(read_at_once) == (0 if kind == "t5" else 2), "one for each batch, with a cache"
     assert all(p.grad is None for p in model.parameters())
     model.eval()
-    assert found == one_at_a_time(model, tiny_tokenizer, prompts)
+    assert found == one_at_a_time(model, tiny_tokenizer, prompts, NEW)
     assert found != before
 
 
 @torch.inference_mode()
 def test_under_inference_mode_and_autocast(build, tiny_tokenizer):
     model, prompts = build("llama"), draw_prompts(6)
-    expected = one_at_a_time(model, tiny_tokenizer, prompts)
+    expected = one_at_a_time(model, tiny_tokenizer, prompts, NEW)
     assert greedy(model, tiny_tokenizer, prompts, 3) == expected
     with torch.autocast("cpu", torch.bfloat16):
         assert len(greedy(model, tiny_tokenizer, prompts, 3)) == 6
@@ -151,7 +135,7 @@ def test_bfloat16_alone(kind, build, tiny_tokenizer):
     model = build(kind).bfloat16()
     prompts = [row[:5] for row in draw_prompts(20) if len(row) >= 5]
     assert len(prompts) > 5
-    expected = one_at_a_time(model, tiny_tokenizer, prompts)
+    expected = one_at_a_time(model, tiny_tokenizer, prompts, NEW)
     assert greedy(model, tiny_tokenizer, prompts, 1) == expected
     assert len(greedy(model, tiny_tokenizer, prompts, 8)) == len(prompts)
 
@@ -171,17 +155,13 @@ def test_an_output_stops_where_the_context_is_full(kind, build, tiny_tokenizer):
     assert [o.text for (o,) in found] == texts
 
 
-def broken(model):
-    model.get_output_embeddings().weight.data[7] = float("nan")
-    return model
-
-
 @pytest.mark.parametrize("decoding", [Decoding(4), Decoding(4, temperature=1.0, top_p=0.9)])
 def test_a_diverged_model_is_named(decoding, build, tiny_tokenizer):
-    with pytest.raises(
-        InputError, match=r"not finite 0 tokens into its answer to 'row 0'.*diverged"
-    ):
-        in_batches(broken(build("llama")), tiny_tokenizer, [[5, 6]], 1, decoding)
+    model = build("llama")
+    model.get_output_embeddings().weight.data[7] = float("nan")
+    message = r"not finite 0 tokens into its answer to 'row 0'.*diverged"
+    with pytest.raises(InputError, match=message):
+        in_batches(model, tiny_tokenizer, [[5, 6]], 1, decoding)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +181,7 @@ def test_a_model_without_an_end(build, tiny_tokenizer):
         in_batches(model, tiny_tokenizer, [[5]], 1)
     ((found,),) = in_batches(model, tiny_tokenizer, [[5]], 1, Decoding(NEW, stop=["no such"]))
     assert (found.num_tokens, found.finished) == (NEW, False)
+    assert generate(model, model, tiny_tokenizer, [], [], Decoding(4)) == []
 
 
 def test_the_tokenizer_ends_outputs_too(build, tiny_tokenizer):
@@ -223,8 +204,3 @@ def test_a_model_whose_state_is_no_cache_of_keys(tiny_tokenizer):
         InputError, match=r"model\.name names a MambaForCausalLM, which keeps no cache"
     ):
         in_batches(model, tiny_tokenizer, [[5], [6]], 2)
-
-
-def test_nothing_to_write(build, tiny_tokenizer):
-    model = build("llama")
-    assert generate(model, model, tiny_tokenizer, [], [], Decoding(4)) == []

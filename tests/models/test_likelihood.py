@@ -1,12 +1,14 @@
 """Likelihoods of choices against one full forward pass for each prompt and choice, in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from app.models.likelihood import SHORTEST_PREFIX, choice_log_likelihoods
 from app.models.lora import base_model
 from app.utils.errors import InputError
-from tests.support.generation import in_training, mistral, modes
+from tests.support.generation import in_training, likelihoods_by_hand, mistral, modes
 
 SINGLE = [[5], [17], [99], [6]]
 SEVERAL = [[5], [40, 41, 42], [40, 41, 43], [40, 7], [6, 7], [6, 8]]
@@ -30,50 +32,21 @@ PROMPTS = {
 
 @pytest.fixture
 def build(tiny_llama, tiny_gpt2, tiny_t5):
-    return {"llama": tiny_llama, "gpt2": tiny_gpt2, "t5": tiny_t5, "mistral": mistral}
-
-
-def expected(model, prompts, choices):
-    """Sum the log-probabilities of each choice by hand, one prompt and one choice at a time."""
-    model = model.double()
-    found = []
-    for prompt in prompts:
-        row = []
-        for choice in choices:
-            if model.config.is_encoder_decoder:
-                decoder = torch.tensor([[model.config.decoder_start_token_id, *choice[:-1]]])
-                logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder).logits
-            else:
-                logits = model(input_ids=torch.tensor([[*prompt, *choice]])).logits
-                logits = logits[:, len(prompt) - 1 : -1]
-            logs = logits[0] - logits[0].exp().sum(dim=-1, keepdim=True).log()
-            row.append(sum(logs[t, token] for t, token in enumerate(choice)).item())
-        found.append(row)
-    model.float()
-    return torch.tensor(found)
+    eager = partial(tiny_llama, attn_implementation="eager")
+    kinds = {"llama": tiny_llama, "gpt2": tiny_gpt2, "t5": tiny_t5, "mistral": mistral}
+    return {**kinds, "eager llama": eager}
 
 
 @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
 @pytest.mark.parametrize("choices", [SINGLE, SEVERAL], ids=["single tokens", "several tokens"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "mistral"])
-@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "mistral", "eager llama"])
 def test_sums_are_those_of_full_passes(kind, choices, prompts, build):
     wide = {"initializer_factor": 3.0} if kind == "t5" else {"initializer_range": 0.3}
     model = build[kind](**wide)
-    by_hand = expected(model, prompts, choices)
+    by_hand = likelihoods_by_hand(model, prompts, choices)
     assert by_hand.std() > 0.1
     found = choice_log_likelihoods(model, model, prompts, choices)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, by_hand, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@torch.no_grad()
-def test_either_attention_gives_them(attention, tiny_llama):
-    model = tiny_llama(attn_implementation=attention, initializer_range=0.3)
-    prompts = PROMPTS["with a long beginning in common"]
-    by_hand = expected(model, prompts, SEVERAL)
-    found = choice_log_likelihoods(model, model, prompts, SEVERAL)
     torch.testing.assert_close(found, by_hand, rtol=1e-5, atol=1e-5)
 
 
@@ -86,20 +59,26 @@ def watched(model):
     return passes
 
 
+SHORT = LONG[: SHORTEST_PREFIX - 1]
+# The last token of the beginning is left to the rests where one prompt is no more than the beginning.
+BEGINNING = [(1, len(LONG) - 1), (1, 1, 128), (4, 4), (1, 4, 128)]
+STARTS = [(4, 6), (1, 12, 128), (4, 5), (1, 8, 128), (4, 5), (1, 8, 128)]
+
+
 @pytest.mark.parametrize(
-    ("choices", "fed", "scored"), [(SINGLE, [0], [1]), (SEVERAL, [0, 2, 1, 1], [1, 3, 2, 2])]
+    ("prompts", "choices", "expected_passes"),
+    [
+        (PROMPTS["with a long beginning in common"], SINGLE, BEGINNING),
+        (PROMPTS["with a long beginning in common"], SEVERAL, BEGINNING + STARTS),
+        ([[*SHORT, 5], [*SHORT, 6, 7]], SINGLE, [(2, len(SHORT) + 2), (1, 2, 128)]),
+    ],
 )
-def test_what_is_shared_runs_once(choices, fed, scored, tiny_llama):
-    """Beginning once, the rests once for each start of a choice, and the head where a choice is."""
+def test_what_is_shared_runs_once(prompts, choices, expected_passes, tiny_llama):
+    """Beginning once if worth it, the rests once for each start of a choice, and the head where a choice is."""
     model = tiny_llama()
     passes = watched(model)
-    prompts = PROMPTS["with a long beginning in common"]
     choice_log_likelihoods(model, model, prompts, choices)
-    # One prompt is no more than the beginning, whose last token is left to the rests.
-    assert passes[:2] == [(1, len(LONG) - 1), (1, 1, 128)]
-    rests = [shape for length in fed for shape in [(4, 4 + length)]]
-    logits = [(1, 4 * length, 128) for length in scored]
-    assert passes[2:] == [shape for pair in zip(rests, logits, strict=True) for shape in pair]
+    assert passes == expected_passes
 
 
 def test_each_family_of_prompts_runs_its_beginning_once(tiny_llama):
@@ -112,51 +91,37 @@ def test_each_family_of_prompts_runs_its_beginning_once(tiny_llama):
     assert sorted(rests) == [(2, 2), (2, 3), (3, 3)]
 
 
-def test_a_short_beginning_is_not_worth_a_pass(tiny_llama):
-    model = tiny_llama()
-    passes = watched(model)
-    short = LONG[: SHORTEST_PREFIX - 1]
-    choice_log_likelihoods(model, model, [[*short, 5], [*short, 6, 7]], SINGLE)
-    assert passes == [(2, len(short) + 2), (1, 2, 128)]
-
-
 def test_an_encoder_reads_its_prompts_once(tiny_t5):
     model = tiny_t5()
     read = []
     model.encoder.register_forward_hook(lambda *_: read.append(1))
     choice_log_likelihoods(model, model, PROMPTS["of all lengths"], SEVERAL)
     assert read == [1]
+    assert choice_log_likelihoods(model, model, [], SINGLE).shape == (0, 4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_an_adapted_model_in_training_mode(kind, build):
     wide = {"initializer_factor": 3.0} if kind == "t5" else {"initializer_range": 0.3}
     plain, prompts = build[kind](**wide), PROMPTS["with a long beginning in common"]
-    with torch.no_grad():
-        before = expected(plain, prompts, SEVERAL)
+    before = likelihoods_by_hand(plain, prompts, SEVERAL)
     model = in_training(plain, std=0.3)
     before_modes = modes(model)
     found = choice_log_likelihoods(model, base_model(model), prompts, SEVERAL)
     assert not found.requires_grad
     assert modes(model) == before_modes
     model.eval()
-    with torch.no_grad():
-        by_hand = expected(base_model(model), prompts, SEVERAL)
+    by_hand = likelihoods_by_hand(base_model(model), prompts, SEVERAL)
     torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-4)
     assert (by_hand - before).abs().max() > 0.1
 
 
 def test_bfloat16_is_near(tiny_llama):
     model = tiny_llama(initializer_range=0.3)
-    with torch.no_grad():
-        by_hand = expected(model, PROMPTS["of all lengths"], SEVERAL)
+    by_hand = likelihoods_by_hand(model, PROMPTS["of all lengths"], SEVERAL)
     found = choice_log_likelihoods(model.bfloat16(), model, PROMPTS["of all lengths"], SEVERAL)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, by_hand, rtol=0.05, atol=0.2)
-
-
-def test_nobody_to_ask(tiny_llama):
-    assert choice_log_likelihoods(tiny_llama(), tiny_llama(), [], SINGLE).shape == (0, 4)
 
 
 @pytest.mark.parametrize(

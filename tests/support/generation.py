@@ -4,7 +4,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from app.models.adapter_config import LoraSettings
-from app.models.lora import add_lora, lora_pairs
+from app.models.lora import add_lora, base_model, lora_pairs
 
 ENDS = [1, *range(5, 128, 7)]
 """EOS of the tiny models: so many that outputs end at many different steps."""
@@ -39,3 +39,37 @@ def batch_sizes(model):
     embeddings = getattr(model, "decoder", model).get_input_embeddings()
     embeddings.register_forward_hook(lambda _, args, out: sizes.append(tuple(args[0].shape)))
     return sizes
+
+
+def one_at_a_time(model, tokenizer, prompts, new):
+    """Return text, number of tokens and whether EOS came, of transformers' own greedy outputs."""
+    base = base_model(model)
+    ends = base.generation_config.eos_token_id
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(input_ids=ids, max_new_tokens=new, do_sample=False)[0].tolist()
+        tokens = out[1 if base.config.is_encoder_decoder else len(prompt) :]
+        ended = tokens[-1] in (ends if isinstance(ends, list) else [ends])
+        text = tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
+        outputs.append((text, len(tokens), ended))
+    return outputs
+
+
+@torch.no_grad()
+def likelihoods_by_hand(model, prompts, choices):
+    """Sum the log-probabilities of each choice in float64, one prompt and one choice at a time."""
+    model = model.double()
+    sums = torch.zeros(len(prompts), len(choices))
+    for i, prompt in enumerate(prompts):
+        for j, choice in enumerate(choices):
+            if model.config.is_encoder_decoder:
+                decoder = torch.tensor([[model.config.decoder_start_token_id, *choice[:-1]]])
+                logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder).logits
+            else:
+                logits = model(input_ids=torch.tensor([[*prompt, *choice]])).logits
+                logits = logits[:, len(prompt) - 1 : -1]
+            logs = logits[0] - logits[0].exp().sum(dim=-1, keepdim=True).log()
+            sums[i, j] = sum(logs[t, token] for t, token in enumerate(choice))
+    model.float()
+    return sums

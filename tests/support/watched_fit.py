@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 
 
 @torch.no_grad()
@@ -37,3 +38,21 @@ def watched_fit(monkeypatch):
     monkeypatch.setattr(LoraModule, "training_step", watched_step)
     monkeypatch.setattr(LoraModule, "on_fit_end", on_fit_end, raising=False)
     return seen
+
+
+def train_pefts_own(watched, base, config, lr, after_step=lambda model, step: None):
+    """Train PEFT's own model from the fit's first weights on its batches, in a plain loop; return it."""
+    model = get_peft_model(base, config).train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == watched["first"].keys()
+    with torch.no_grad():
+        for name, value in watched["first"].items():
+            trained[name].copy_(value)
+    optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
+    for step, batch in enumerate(watched["batches"], 1):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+        model(**inputs).loss.backward()
+        optimizer.step()
+        after_step(model, step)
+        optimizer.zero_grad()
+    return model
