@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from app.models.adapter_io import load_adapter, save_merged
+from app.models.adapter_io import load_adapter, merge_adapter, save_model
 from app.models.loading import load_model, load_tokenizer, model_fingerprint
 from app.models.source import resolve_model
 from app.tracking.run_folder import RunFolder
@@ -78,5 +78,5 @@ def export(run: Path, merge: bool, output: Path | None = None) -> Path:
     base = load_model(source, getattr(torch, settings["dtype"]))
     trained = load_adapter(base, folder.adapter, trainable=False)
     with atomic_folder(target) as part:
-        save_merged(trained, load_tokenizer(source), part)
+        save_model(merge_adapter(trained), load_tokenizer(source), part)
     return target

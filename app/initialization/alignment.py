@@ -54,9 +54,6 @@ def measure_alignment(
         scaling: Factor of lora_B @ lora_A.
         reference: P decompositions with r triplets: U (m, r), S (r,), V (n, r).
 
-    Returns:
-        AlignmentMetrics.
-
     Source: principal angles after Bjoerck and Golub (1973), with the sine for small angles; effective
     rank after Roy and Vetterli (2007). The angles are those of the alignment theorems of
     arXiv:2502.01235 (Theorems 3.1 and 3.2): its B is lora_B^T, so `angle_B` is the one that is exactly zero

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_DIRECT_SVD_BELOW = 192
-"""A matrix whose smaller side is below this is decomposed directly; it costs milliseconds."""
+_DIRECT_SVD_BELOW = 192  # a matrix whose smaller side is below this takes milliseconds
 
 
 class SVD(NamedTuple):

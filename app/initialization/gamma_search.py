@@ -13,12 +13,9 @@ from app.initialization.gradient_hooks import frozen
 from app.models.batch import Batch
 from app.models.loss import summed_loss, supervised_logits
 
-FIRST_GAMMA = 128.0
-"""The authors' gamma for language models."""
-MAX_TRIALS = 8
-"""Gammas that a search may try."""
-FIRST_FACTOR = 4.0
-"""Factor between the first gammas tried."""
+FIRST_GAMMA = 128.0  # the authors' for language models
+MAX_TRIALS = 8  # gammas that a search may try
+FIRST_FACTOR = 4.0  # between the first gammas tried
 
 
 def mean_loss(
@@ -30,12 +27,7 @@ def mean_loss(
 ) -> float:
     """Return the token mean of the loss over all processes' batches, in evaluation mode.
 
-    Args:
-        model: The model that is called, with its adapter.
-        base: The transformers model inside it.
-        batches: This process's share; all processes have as many.
-        device: The model's.
-        forward_context: The trainer's precision context.
+    See `one_step_gradients` for the arguments.
     """
     total = torch.zeros(2, dtype=torch.float64, device=device)
     with frozen(model), torch.no_grad():

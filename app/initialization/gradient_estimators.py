@@ -29,13 +29,7 @@ class GradientEstimate:
 
 
 class ExactGradient:
-    """Sum the whole gradient, G = sum_t delta_t x_t^T, in float32: m * n numbers.
-
-    Args:
-        m: Output features.
-        n: Input features.
-        device: Where the sum lives.
-    """
+    """Sum the whole gradient, G = sum_t delta_t x_t^T (m, n), in float32: m * n numbers."""
 
     def __init__(self, m: int, n: int, device: torch.device) -> None:
         self.total = torch.zeros(m, n, device=device, dtype=torch.float32)
@@ -88,10 +82,7 @@ class SketchedGradient:
     kept singular directions says how far these would turn if E were known (`_rank_error`).
 
     Args:
-        m: Output features.
-        n: Input features.
         width: Columns kept, the rank wanted plus oversampling; cut to min(m, n).
-        device: Where the sketch lives.
         generator: Source of the noise and of the probes, on `device`.
 
     Source: the randomised range finder of Halko, Martinsson and Tropp (arXiv:0909.4061, section 4.5; the

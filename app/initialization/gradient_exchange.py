@@ -11,8 +11,8 @@ from app.distributed.collectives import global_rank, world_size
 from app.initialization.factors import SVD
 from app.initialization.gradient_estimators import GradientEstimate
 
+# Float32 numbers that are summed over processes together: 64 MiB, or one layer if that is larger.
 BUCKET_NUMBERS = 2**24
-"""Float32 numbers that are summed over processes together: 64 MiB, or one layer if that is larger."""
 
 
 class Layer(NamedTuple):
@@ -72,10 +72,7 @@ def broadcast_from_owners(
 ) -> None:
     """Overwrite each layer's float32 tensors by its owner's, with one flat broadcast for each owner.
 
-    Args:
-        tensors: Each layer's tensors, in the same order and of the same shapes on every process.
-        owners: The process that has a layer's values.
-        counter: Its bytes are counted.
+    All processes give tensors of the same shapes in the same order.
     """
     for owner in range(world_size()):
         group = [t for name, parts in tensors.items() if owners[name] == owner for t in parts]
@@ -97,11 +94,7 @@ def share_estimates(
 ) -> dict[str, GradientEstimate]:
     """Return all layers' estimates on every process.
 
-    Args:
-        own: Those of the layers that this process owns.
-        shapes: m, n and the number of triplets k of every layer.
-        owners: The process that owns a layer.
-        counter: Its bytes are counted.
+    `own` are those of the layers that this process owns; `shapes` has m, n and the number of triplets k of all.
     """
     if world_size() == 1:
         return dict(own)

@@ -44,9 +44,6 @@ def observe(layers: Mapping[str, nn.Module], listeners: Mapping[str, Listener]) 
     Args:
         layers: Modules that map x (..., n) to (..., m), by name. Not modified.
         listeners: One callable for each name.
-
-    Yields:
-        Nothing; the hooks live as long as the context.
     """
     # A tap's output requires a gradient only if one of its tensor inputs does: this one always does.
     anchor = torch.zeros((), requires_grad=True)
@@ -69,14 +66,7 @@ def observe(layers: Mapping[str, nn.Module], listeners: Mapping[str, Listener]) 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Hold the model in evaluation mode with no parameter requiring a gradient, then restore both.
-
-    Args:
-        model: Any module; every submodule's mode and every parameter's flag is restored exactly.
-
-    Yields:
-        Nothing.
-    """
+    """Hold the model in evaluation mode with no parameter requiring a gradient, then restore both exactly."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()

@@ -141,10 +141,6 @@ class ExactStore(GradientStore):
     Processes may reach different layers (a mixture of experts), in another order, or more than once. So in
     every micro-batch each process sends every bucket once, in the order of the buckets, empty ones too;
     what enters a bucket afterwards waits for the next micro-batch.
-
-    Args:
-        layers: The layers in module order, the same on every process.
-        device: Where sums live.
     """
 
     def __init__(self, layers: Sequence[Layer], device: torch.device) -> None:
@@ -217,9 +213,7 @@ class SketchStore(GradientStore):
     """Keep a sketch of each layer on every process, of its own samples; the layer's owner merges them.
 
     Args:
-        layers: The layers in module order, the same on every process.
         widths: Columns of each layer's sketch.
-        device: Where sketches live.
         generator: Makes a layer's generator from its name, the same on every process: the probes have to
             be equal.
     """

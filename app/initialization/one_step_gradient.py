@@ -25,9 +25,7 @@ from app.utils.errors import InputError
 from app.utils.memory import PeakMemory
 
 ForwardContext = Callable[[], AbstractContextManager[None]]
-"""Makes the trainer's precision context, such as autocast."""
 Progress = Callable[[Sequence[Batch], str], Iterable[Batch]]
-"""Shows how far the iteration over a sequence is, under a label."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,8 @@ def one_step_gradients(
             micro-batches; all processes have as many.
         rank: LoRA rank r, the triplets wanted of each gradient; by layer where they differ.
         estimator: How G is kept.
-        forward_context: The trainer's precision context.
-        progress: Shown while a pass runs.
+        forward_context: Makes the trainer's precision context, such as autocast.
+        progress: Shows, under a label, how far the iteration over the batches is.
 
     Returns:
         OneStepResult; its gradients are those of the token mean.
@@ -153,12 +151,7 @@ def _observed(model: nn.Module, pairs: Sequence[LoraPair], store: GradientStore)
     """Run the untouched model, frozen, with the store's listeners on the pairs' layers."""
     layers = {pair.name: pair.layer for pair in pairs}
     listeners = {name: store.listener(name) for name in layers}
-    with (
-        frozen(model),
-        recomputing(model),
-        without_adapters(model),
-        observe(layers, listeners),
-    ):
+    with frozen(model), recomputing(model), without_adapters(model), observe(layers, listeners):
         yield
 
 

@@ -17,14 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def recomputing(model: nn.Module) -> Iterator[None]:
     """Let blocks whose activation checkpointing is switched on recompute in evaluation mode too.
 
-    transformers checkpoints in training mode alone, and would keep all activations here. Only the
-    checkpoint's own wrapper sees training mode; what the block computes stays in evaluation mode.
-
-    Args:
-        model: In evaluation mode; restored on exit.
-
-    Yields:
-        Nothing.
+    Only the checkpoint's own wrapper sees training mode; what the block computes stays in evaluation mode, and
+    the model is restored on exit.
     """
 
     def evaluated(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -33,15 +33,7 @@ def _config(tuner: AdaLoraModel) -> AdaLoraConfig:
 
 
 def set_total_steps(tuner: AdaLoraModel, steps: int) -> None:
-    """Set the number of optimizer steps that the pruning schedule is laid out for.
-
-    Args:
-        tuner: From `app.models.lora.adalora_tuner`.
-        steps: Optimizer steps of the whole training.
-
-    Raises:
-        InputError: If the schedule leaves no step for pruning.
-    """
+    """Set the number of optimizer steps that the pruning schedule is laid out for; see `check_schedule`."""
     config = _config(tuner)
     check_schedule(config.tinit, config.tfinal, steps)
     tuner.rankallocator.set_total_step(steps)
@@ -82,11 +74,7 @@ def prune(tuner: AdaLoraModel, step: int) -> None:
     """Weigh the triplets by the step's gradients, and prune to the step's budget.
 
     Nothing is done for a step whose gradients are not finite, which a gradient scaler has skipped: they
-    would stay in the averages for ever.
-
-    Args:
-        tuner: From `app.models.lora.adalora_tuner`.
-        step: Optimizer steps done.
+    would stay in the averages for ever. `step` counts the optimizer steps done.
 
     Raises:
         InputError: If there was no step to weigh the triplets by when the last pruning comes.

@@ -111,15 +111,6 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     return model.merge_and_unload(safe_merge=True)
 
 
-def save_merged(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> PreTrainedModel:
-    """Merge the adapter and write safetensors that plain transformers loads; return the merged model."""
-    merged = merge_adapter(model)
-    save_model(merged, tokenizer, folder)
-    return merged
-
-
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a whole model as safetensors, with its tokenizer, as transformers loads them."""
     model.save_pretrained(str(folder), safe_serialization=True)

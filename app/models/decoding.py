@@ -10,8 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from app.utils.errors import InputError
 
-NOT_FINITE = -1
-"""In the place of a token: the model gave no probabilities."""
+NOT_FINITE = -1  # in the place of a token: the model gave no probabilities
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,9 @@ class Decoding:
 
 
 class Sampler:
-    """Chooses the next token of each row: the likeliest, or one drawn by the sample's own random numbers.
+    """Choose the next token of each row: the likeliest, or one drawn by the sample's own random numbers.
 
-    Args:
-        keys: Name of each prompt.
-        decoding: Temperature (0 is greedy), top_p, samples and seed.
-        device: Where the logits are.
+    `keys` are the names of the prompts, which seed their samples.
     """
 
     def __init__(self, keys: Sequence[str], decoding: Decoding, device: torch.device) -> None:

@@ -41,10 +41,7 @@ class CachedModel:
         self._cache: Cache
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts.
-
-        Args:
-            prompts: Token ids of each row; at least one row, and one token in each.
+        """Read the prompts, at least one and one token in each.
 
         Returns:
             Logits (B, vocabulary) of the first token after each prompt.
@@ -77,14 +74,7 @@ class CachedModel:
         return out.logits[:, -1]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Take the next token of each row.
-
-        Args:
-            tokens: (B,) token ids.
-
-        Returns:
-            Logits (B, vocabulary) of the token after it.
-        """
+        """Take the next token (B,) of each row; return the logits (B, vocabulary) of the token after it."""
         inputs: dict[str, Any] = {"past_key_values": self._cache}
         if self.base.config.is_encoder_decoder:
             inputs |= {"decoder_input_ids": tokens[:, None], "encoder_outputs": (self._encoded,)}
@@ -98,11 +88,7 @@ class CachedModel:
         return self._run(inputs).logits[:, -1]
 
     def select_rows(self, rows: Tensor) -> None:
-        """Go on with these rows alone.
-
-        Args:
-            rows: Their numbers in the batch so far, in any order and any number of times.
-        """
+        """Go on with these rows of the batch so far alone, in any order and any number of times."""
         self._cache.reorder_cache(rows)  # type: ignore[arg-type]
         if self._mask is not None:
             self._mask = self._mask[rows]
@@ -153,9 +139,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def compute_device(model: nn.Module) -> torch.device:
     """Return where the model computes, which is not where its shards lie if the host keeps them."""
     first = next(model.parameters())
-    return (
-        torch.device(first.device_mesh.device_type) if isinstance(first, DTensor) else first.device
-    )
+    if isinstance(first, DTensor):
+        return torch.device(first.device_mesh.device_type)
+    return first.device
 
 
 def decoder_start(base: PreTrainedModel) -> int:

@@ -21,8 +21,7 @@ from app.models.kv_cache import (
 from app.models.loss import select_positions_for_lm_head
 from app.utils.errors import InputError
 
-SHORTEST_PREFIX = 64
-"""Tokens from which on a pass of its own over what several prompts begin with is worth it."""
+SHORTEST_PREFIX = 64  # tokens from which on a pass of its own over a common beginning is worth it
 LogitsAfter = Callable[[Sequence[int]], Tensor]
 """From the L first tokens of a choice to the logits (B, L + 1, vocabulary) that predict them and the next."""
 
@@ -80,9 +79,8 @@ def choice_log_likelihoods(
                 tokens = torch.tensor([list(choices[number]) for number in own], device=device)
                 places = torch.arange(len(fed) + 1, device=device)
                 sums = logs[:, places, tokens].sum(dim=-1)
-                likelihoods[torch.tensor(rows, dtype=torch.int64)[:, None], torch.tensor(own)] = (
-                    sums
-                )
+                places_of_rows = torch.tensor(rows, dtype=torch.int64)[:, None]
+                likelihoods[places_of_rows, torch.tensor(own)] = sums
     return likelihoods
 
 

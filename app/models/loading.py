@@ -31,6 +31,8 @@ from app.utils.console import say
 from app.utils.errors import InputError
 from app.utils.files import atomic_folder, cache_root, file_sha256, locked
 
+_say_once = functools.cache(say)
+
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
     """Load the model's configuration."""
@@ -59,10 +61,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the language model: encoder-decoder or decoder-only, as its configuration says.
 
-    Args:
-        source: From `resolve_model`.
-        dtype: Type of all floating-point weights, whatever the checkpoint's.
-        attn_implementation: transformers' name of an attention, such as 'sdpa'; None = its default.
+    All floating-point weights get the `dtype`, whatever the checkpoint's.
 
     Returns:
         The model on the CPU, in evaluation mode, every weight of it read from the checkpoint.
@@ -159,11 +158,6 @@ def _convert_gguf(source: ModelSource, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source.load_args)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    say(message)
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:

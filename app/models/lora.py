@@ -55,11 +55,7 @@ class LoraPair:
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """Freeze a model and wrap its target layers with LoRA (lora_B = 0, lora_A random).
-
-    Args:
-        model: A causal or sequence-to-sequence language model.
-        settings: The adapter.
+    """Freeze a language model and wrap its target layers with LoRA (lora_B = 0, lora_A random).
 
     Returns:
         The PEFT model; adapters are float32 even where the base is not.
@@ -196,9 +192,6 @@ def install(pair: LoraPair, lora_A: Tensor, lora_B: Tensor) -> None:
 
 def tied_target_layers(model: nn.Module) -> dict[str, str]:
     """Name the adapted layers whose frozen weight is another module's too, such as a tied LM head.
-
-    Args:
-        model: A PEFT model.
 
     Returns:
         The other module's name by the layer's, both as in the base model.

@@ -50,9 +50,6 @@ def supervised_logits(model: nn.Module, base: PreTrainedModel, batch: Batch) -> 
         base: The transformers model inside, for its head and its kind.
         batch: See `Batch`. A causal model predicts labels[:, t + 1] at t; a sequence-to-sequence
             model's decoder predicts labels[:, t] at t.
-
-    Returns:
-        SupervisedLogits.
     """
     labels = batch["labels"]
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -74,6 +71,5 @@ def summed_loss(supervised: SupervisedLogits) -> Tensor:
 
     Divide by the number of supervised tokens (of the batch, or of a whole set) for the token mean.
     """
-    return nn.functional.cross_entropy(
-        supervised.logits.float(), supervised.labels, reduction="sum"
-    )
+    logits = supervised.logits.float()
+    return nn.functional.cross_entropy(logits, supervised.labels, reduction="sum")

@@ -25,12 +25,9 @@ class Generated:
 
 
 class Output:
-    """One output as it grows.
+    """One output to the question `key` as it grows, of at most `limit` tokens.
 
-    Args:
-        key: The question's name.
-        before: The prompt's last token; None where the output is a text of its own.
-        limit: Most tokens.
+    `before` is the prompt's last token, None where the output is a text of its own.
     """
 
     def __init__(self, key: str, before: int | None, limit: int) -> None:
@@ -58,13 +55,7 @@ class Output:
 
 
 class StopStrings:
-    """Find what ends outputs that grow by a token, in time that does not depend on their length.
-
-    Args:
-        tokenizer: The model's.
-        strings: Strings that end an output.
-        ends: Tokens that do.
-    """
+    """Find the strings or tokens (`ends`) that end outputs, in time that does not depend on their length."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], ends: set[int]
