@@ -1,5 +1,9 @@
 """What holds for every optimizer of LoRA pairs."""
 
+import copy
+import pickle
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +11,7 @@ from torch import nn
 from app.optim.lora_plus import LoraPlusAdamW
 from app.optim.lora_pro import LoraProAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW
-from tests.support.lora_pairs import make_pairs, pair_group
+from tests.support.lora_pairs import make_pairs, pair_group, set_grads
 
 OPTIMIZERS = [PreconditionedAdamW, LoraProAdamW, LoraPlusAdamW]
 
@@ -41,3 +45,29 @@ def test_groups_that_are_not_pairs_are_an_error(optimizer_class, shapes, message
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group(pair_group(params))
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("kind", [*OPTIMIZERS, partial(LoraProAdamW, mode="efficient")])
+def test_a_state_dict_goes_on_bit_for_bit(kind):
+    """It brings the settings of each group, and the moments of pairs and of other parameters."""
+
+    def build(params, lr, **own):
+        pairs = pair_group(params[:-1], scaling=[1.0] * 4, **own)
+        return kind([pairs, {"params": params[-1:]}], lr=lr)
+
+    def train(params, optimizer, seeds):
+        for seed in seeds:
+            set_grads(params, seed)
+            optimizer.step()
+
+    params = [*make_pairs(), nn.Parameter(torch.randn(5))]
+    optimizer = build(params, 0.01, damping=0.05, weight_decay=0.1)
+    train(params, optimizer, range(3))
+    twins = copy.deepcopy(params)
+    resumed = build(twins, 1.0)
+    resumed.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
+    for ours, theirs in zip(resumed.param_groups, optimizer.param_groups, strict=True):
+        assert {**ours, "params": None} == {**theirs, "params": None}
+    for pair in ((params, optimizer), (twins, resumed)):
+        train(*pair, range(3, 6))
+    assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
