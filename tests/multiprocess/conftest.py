@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.parity import parity_arguments
+from tests.support.parity import parity_job
 from tests.support.paths import ROOT
 from tests.support.processes import environment
 from tests.support.tiny_run import write_tiny_run
@@ -92,21 +92,21 @@ def models_without_dropout(tmp_path_factory, run_models, tiny_t5, tiny_gpt2):
 
 @pytest.fixture(scope="session")
 def parity_config(tmp_path_factory, run_models, sst2_folder):
-    """Return the configuration file of `parity_arguments`."""
+    """Return the configuration file of `parity_job`."""
     folder = tmp_path_factory.mktemp("parity_config")
     return write_tiny_run(folder / "tiny.yaml", run_models / "llama", sst2_folder, folder / "runs")
 
 
 @pytest.fixture(scope="session")
 def reference(finished, parity_config, models_without_dropout, tmp_path_factory):
-    """Return `reference(model)`, the root of the run of `parity_arguments` on one process."""
+    """Return `reference(model)`, the root of the run of `parity_job` on one process."""
     roots = {}
 
     def run(model):
         if model not in roots:
             root = roots[model] = tmp_path_factory.mktemp(f"reference_{model}")
-            argv = parity_arguments(parity_config, models_without_dropout / model, root, 8)
-            finished([{"argv": argv, "keep": str(root / "kept")}], processes=1)
+            job = parity_job(parity_config, models_without_dropout / model, root, 8)
+            finished([job], processes=1)
         return roots[model]
 
     return run

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support.parity import losses, parity_arguments
+from tests.support.parity import losses, parity_job
 from tests.support.paths import ROOT
 from tests.support.processes import environment
 from tests.support.two_nodes import two_nodes
@@ -17,7 +17,6 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 LAUNCH = ROOT / "launch"
 STRATEGIES = ("ddp", "fsdp")
 STEPS = 4  # of those of the reference, whose learning rate is constant
-
 
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
@@ -35,10 +34,8 @@ def run_argv(parity_config, models_without_dropout, tmp_path):
     def argv(strategy):
         overlay = f"--config={ROOT}/configs/strategies/{strategy}.yaml"
         model = models_without_dropout / "llama"
-        return [
-            *parity_arguments(parity_config, model, tmp_path / strategy, 4, overlay),
-            f"--trainer.max_steps={STEPS}",
-        ]
+        steps = f"--trainer.max_steps={STEPS}"
+        return parity_job(parity_config, model, tmp_path / strategy, 4, overlay, steps)["argv"]
 
     return argv
 

@@ -3,12 +3,11 @@
 import pytest
 
 from tests.support.parity import (
-    STEPS,
     assert_alike,
     assert_equal_on_all,
     init_errors,
     losses,
-    parity_arguments,
+    parity_job,
     two_processes,
 )
 
@@ -22,8 +21,7 @@ def test_tiny_models(model, parity_config, models_without_dropout, finished, ref
     for strategy in STRATEGIES:
         root = tmp_path / strategy
         name, options = models_without_dropout / model, two_processes(strategy)
-        argv = parity_arguments(parity_config, name, root, 4, *options)
-        jobs.append({"argv": argv, "keep": str(root / "kept")})
+        jobs.append(parity_job(parity_config, name, root, 4, *options))
     finished(jobs)
     for strategy in STRATEGIES:
         assert_alike(tmp_path / strategy, reference(model), 2)
@@ -31,8 +29,8 @@ def test_tiny_models(model, parity_config, models_without_dropout, finished, ref
 
 def test_four_processes(parity_config, models_without_dropout, finished, reference, tmp_path):
     options = ("--config=strategies/fsdp.yaml", "--trainer.devices=4")
-    argv = parity_arguments(parity_config, models_without_dropout / "llama", tmp_path, 2, *options)
-    finished([{"argv": argv, "keep": str(tmp_path / "kept")}], processes=4)
+    job = parity_job(parity_config, models_without_dropout / "llama", tmp_path, 2, *options)
+    finished([job], processes=4)
     assert_alike(tmp_path, reference("llama"), 4)
 
 
@@ -84,8 +82,8 @@ def test_options_of_fsdp(parity_config, models_without_dropout, finished, refere
     jobs = []
     for name, options in variants.items():
         root, model = tmp_path / name, models_without_dropout / "llama"
-        argv = parity_arguments(parity_config, model, root, 4, *two_processes("fsdp"), *options)
-        jobs.append({"argv": argv, "keep": str(root / "kept"), "first_reads": True})
+        more = (*two_processes("fsdp"), *options)
+        jobs.append(parity_job(parity_config, model, root, 4, *more, first_reads=True))
     finished(jobs)
     alone = reference("llama")
     for name in EXACT_VARIANTS:
@@ -99,27 +97,14 @@ def test_options_of_fsdp(parity_config, models_without_dropout, finished, refere
 @pytest.mark.smollm2
 def test_smollm2(smollm2_dir, finished, tmp_path):
     def job(where, batch_size, *more):
-        argv = [
-            "fit",
-            "--config=quickstart.yaml",
-            f"--model.name={smollm2_dir}",
-            f"--trainer.max_steps={STEPS}",
-            "--trainer.accumulate_grad_batches=2",
-            "--trainer.gradient_clip_val=0.5",
-            "--trainer.accelerator=cpu",
-            f"--data.batch_size={batch_size}",
+        own = (
             "--model.optimizer.lr=1e-4",  # higher ones amplify the rounding of sums beyond the tolerance
-            "--data.validation_size=11",
-            "--data.max_length=48",
-            "--init.num_samples=5",
-            "--init.micro_batch_size=2",
-            "--init.estimator.kind=exact",
-            "--output.wandb=disabled",
-            "--output.name=tiny",
-            f"--output.root={tmp_path / where}",
-            *more,
-        ]
-        return {"argv": argv, "keep": str(tmp_path / where / "kept")}
+            *("--data.validation_size=11", "--data.max_length=48", "--init.num_samples=5"),
+            *("--init.micro_batch_size=2", "--init.gamma=128"),
+            *("--output.wandb=disabled", "--output.name=tiny"),
+        )
+        root = tmp_path / where
+        return parity_job("quickstart.yaml", smollm2_dir, root, batch_size, *own, *more)
 
     finished([job("alone", 2)], processes=1, timeout=900)
     finished([job(name, 1, *two_processes(name)) for name in STRATEGIES], timeout=900)

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.support.parity import losses, parity_arguments, two_processes
+from tests.support.parity import losses, parity_job, two_processes
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 STEPS = 14
@@ -25,8 +25,7 @@ def test_a_killed_run_goes_on(
         batch_size, options = (8, ()) if strategy == "alone" else (4, two_processes(strategy))
         own = (f"--trainer.max_steps={STEPS}", f"--output.checkpoint_every_n_steps={EVERY}")
         model, root = models_without_dropout / "llama", tmp_path / where
-        argv = parity_arguments(parity_config, model, root, batch_size, *own, *options, *more)
-        return {"argv": argv, "keep": str(tmp_path / "kept"), **ends}
+        return parity_job(parity_config, model, root, batch_size, *own, *options, *more, **ends)
 
     done = random.SystemRandom().randrange(EVERY, STEPS)  # steps that the killed run completes
     print(f"killed in step {done}")

@@ -1,53 +1,38 @@
 """Runs whose results are compared between one process and several, and how these are compared."""
 
-import csv
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support import run_folders
+
 STEPS = 20
 
 
-def parity_arguments(config, model, root, batch_size: int, *more: str) -> list[str]:
-    """Return the command line of a run whose sizes nothing divides."""
-    return [
-        "fit",
-        f"--config={config}",
-        f"--model.name={model}",
-        f"--trainer.max_steps={STEPS}",
-        "--trainer.accumulate_grad_batches=2",
-        "--trainer.gradient_clip_val=0.5",
-        "--trainer.accelerator=cpu",
-        f"--data.batch_size={batch_size}",
-        "--data.validation_size=17",
-        "--init.num_samples=13",
-        "--init.estimator.kind=exact",
-        "--init.gamma=32",
-        f"--output.root={root}",
-        *more,
+def parity_job(config, model, root: Path, batch_size: int, *more: str, **ends) -> dict:
+    """Return a worker's job of a run whose sizes nothing divides; what is kept of it is in root / "kept"."""
+    argv = [
+        *("fit", f"--config={config}", f"--model.name={model}", f"--trainer.max_steps={STEPS}"),
+        *("--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=0.5"),
+        *("--trainer.accelerator=cpu", f"--data.batch_size={batch_size}"),
+        *("--data.validation_size=17", "--init.num_samples=13", "--init.estimator.kind=exact"),
+        *("--init.gamma=32", f"--output.root={root}"),
     ]
-
-
-def two_processes(strategy: str) -> tuple[str, str]:
-    """Return the options of a run on two processes."""
-    return f"--config=strategies/{strategy}.yaml", "--trainer.devices=2"
+    return {"argv": [*argv, *more], "keep": str(root / "kept"), **ends}
 
 
 def losses(root: Path) -> list[float]:
     """Return the training losses of the only run below a folder, in which each step is there once."""
     (folder,) = (root / "tiny").iterdir()
-    with (folder / "metrics.csv").open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row.get("train/loss")]
-    assert [int(row["step"]) for row in rows] == list(range(len(rows)))
-    return [float(row["train/loss"]) for row in rows]
+    by_step = run_folders.losses(folder)
+    assert list(by_step) == list(range(len(by_step)))
+    return list(by_step.values())
 
 
-def summary(root: Path) -> dict:
-    """Return summary.json of the only run below a folder."""
-    (folder,) = (root / "tiny").iterdir()
-    return json.loads((folder / "summary.json").read_text())
+def two_processes(strategy: str) -> tuple[str, str]:
+    """Return the options of a run on two processes."""
+    return f"--config=strategies/{strategy}.yaml", "--trainer.devices=2"
 
 
 def relative_error(values: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -90,7 +75,7 @@ def assert_alike(root: Path, reference: Path, processes: int) -> None:
     assert_equal_on_all(kept, "trained", processes)
     assert losses(root) == pytest.approx(losses(reference), rel=1e-4)
     assert len(losses(root)) == STEPS
-    ours, theirs = summary(root), summary(reference)
+    ours, theirs = (run_folders.summary(at / "tiny" / "version_0") for at in (root, reference))
     for moment, scores in theirs["metrics"].items():
         assert ours["metrics"][moment] == pytest.approx(scores, rel=1e-4), moment
     assert ours["train"]["samples"] == theirs["train"]["samples"]

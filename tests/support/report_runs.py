@@ -74,11 +74,6 @@ def write_run(folder, method="lora", rate=1e-3, seed=0, validation=0.8, test=0.7
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
-def rows_of(path):
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def change(folder, **sections):
     """Change sections of a run's summary."""
     file = folder / "summary.json"

@@ -40,9 +40,11 @@ def test_damaged_runs_are_named(tmp_path):
 
 def test_other_files_of_the_same_names(tmp_path):
     write_run(tmp_path / "good")
-    for number, content in enumerate(('{"cells": ["a"]}', "[]", '{"cells": 3, "methods": []}')):
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "compare.json").write_text(content)
+    damaged = [[["lora", rate, 0]] for rate in (float("inf"), 0, -1e-3)]
+    for number, cells in enumerate((3, ["a"], *damaged)):
+        manifest(tmp_path / str(number), cells)
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "compare.json").write_text("[]")
     (tmp_path / "wandb" / "files").mkdir(parents=True)
     (tmp_path / "wandb" / "files" / "config.yaml").write_text("model: {value: {name: x}}")
     bare = tmp_path / "bare"
@@ -52,13 +54,6 @@ def test_other_files_of_the_same_names(tmp_path):
     del summary["metrics"]["after_init"]
     (bare / "summary.json").write_text(json.dumps(summary))
     assert [run.state for run in collect([tmp_path])] == ["finished"] * 2
-
-
-@pytest.mark.parametrize("cell", [["lora", float("inf"), 0], ["lora", 0, 0], ["lora", -1e-3, 0]])
-def test_a_damaged_manifest_names_no_cell(cell, tmp_path):
-    grid_run(tmp_path, "lora", 1e-3, 0)
-    manifest(tmp_path, [cell])
-    assert [run.state for run in collect([tmp_path])] == ["finished"]
 
 
 def test_folders_that_hold_no_run(runs, tmp_path):

@@ -12,7 +12,7 @@ from app.commands.compare.cells import Cell, grid, parse_rate
 from app.utils.command_parser import CommandParser
 from tests.support.compare_runs import OPTIONS
 from tests.support.paths import ROOT
-from tests.support.report_runs import rows_of
+from tests.support.run_folders import table
 
 GRID = ("--methods=lora,lora_one", "--learning_rates=1e-2,3e-2", "--seeds=0,7")
 
@@ -70,7 +70,7 @@ def test_a_task_of_the_array_trains_its_cell(compare, command, started, tmp_path
     argv = run_task(folder / "array.sbatch", tmp_path, 1)
     assert command(*argv[1:]) == 0
     assert [argv[0] for argv in started] == ["fit", "test"]
-    states = [(row["method"], row["state"]) for row in rows_of(folder / "runs.csv")]
+    states = [(row["method"], row["state"]) for row in table(folder, "runs.csv")]
     assert states == [("lora_one", "finished"), ("lora", "missing")]
 
 
