@@ -1,10 +1,10 @@
 """Watch the factors while they train: angles to the one-step gradient, spectra, condition."""
 
-import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -16,10 +16,11 @@ from app.initialization.alignment import measure_alignment
 from app.initialization.factors import SVD
 from app.initialization.one_step_gradient import Estimator, one_step_gradients
 from app.models.lora import LoraPair
-from app.tracking.alignment_plots import write_heat_maps
+from app.tracking.alignment_plots import MAPS, write_heat_maps
 from app.tracking.loggers import run_folder_of
 from app.tracking.metrics_table import append_rows, read_table, write_table
-from app.tracking.wandb_summary import line_chart
+from app.tracking.run_folder import RunFolder
+from app.tracking.wandb_summary import line_chart, log_plots
 from app.training.protocols import AdaptedModule, adapted, data_of
 from app.utils.console import track
 from app.utils.errors import InputError
@@ -28,19 +29,13 @@ from callbacks.initialization import GradientInit
 ALIGNMENT_FILE = "alignment.csv"
 EARLIER_FILE = "inside.csv"
 """What earlier versions called it."""
-ALIGNMENT_CHART = "alignment/angles"
-MEASURES = (
-    *("angle_A", "angle_B", "captured", "norm"),
-    *("effective_rank", "condition_A", "condition_B"),
-)
 
 
 class AlignmentMonitor(Callback):
     """Measure every LoRA pair before training, every few optimizer steps, and at the end.
 
-    A model without LoRA pairs (AdaLoRA, full fine-tuning) is left alone, so that one comparison can watch all
-    methods. `alignment.csv` in the run folder has a row for each layer and moment, `alignment_*.png` draw it,
-    and the loggers get the median over layers as `alignment/...` (W&B the histograms, too). The measures are
+    A model without LoRA pairs (AdaLoRA, full fine-tuning) is left alone. `alignment.csv` in the run folder
+    has a row for each layer and moment, `alignment_*.png` draw it, and the loggers get the median over layers as `alignment/...` (W&B the histograms, too). The measures are
     those of `app.initialization.alignment`; the reference is the one-step gradient of the untouched base model.
     Where the initialization observes that gradient, it is taken from there; else this callback makes a pass of
     its own before training.
@@ -54,17 +49,12 @@ class AlignmentMonitor(Callback):
     def __init__(
         self, every_n_steps: int = 10, num_samples: int = 64, micro_batch_size: int = 8
     ) -> None:
-        given = {
-            "every_n_steps": every_n_steps,
-            "num_samples": num_samples,
-            "micro_batch_size": micro_batch_size,
-        }
-        for name, value in given.items():
-            if value < 1:
-                raise InputError(f"AlignmentMonitor.{name} must be at least 1, got {value}")
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
         self.micro_batch_size = micro_batch_size
+        for name, value in vars(self).items():
+            if value < 1:
+                raise InputError(f"AlignmentMonitor.{name} must be at least 1, got {value}")
         self._reference: dict[str, SVD] = {}
         self._measured = -1  # the step that was measured last
 
@@ -101,23 +91,19 @@ class AlignmentMonitor(Callback):
                 "resumed run has changed that: leave the callback out of trainer.callbacks, or start anew"
             )
         elif all(init.report for init in _gradient_inits(trainer)):
-            self._set_reference(module, self._observe(trainer, module))
-
-    def _observe(self, trainer: Trainer, module: AdaptedModule) -> dict[str, SVD]:
-        pairs = module.lora_pairs()
-        result = one_step_gradients(
-            module.model,
-            module.base,
-            pairs,
-            data_of(trainer).gradient_batches(
-                self.num_samples, self.micro_batch_size, trainer.global_rank, trainer.world_size
-            ),
-            {pair.name: pair.rank for pair in pairs},
-            Estimator(),
-            trainer.precision_plugin.forward_context,
-            track,
-        )
-        return {name: estimate.svd for name, estimate in result.estimates.items()}
+            result = one_step_gradients(
+                module.model,
+                module.base,
+                module.lora_pairs(),
+                data_of(trainer).gradient_batches(
+                    self.num_samples, self.micro_batch_size, trainer.global_rank, trainer.world_size
+                ),
+                {pair.name: pair.rank for pair in module.lora_pairs()},
+                Estimator(),
+                trainer.precision_plugin.forward_context,
+                track,
+            )
+            self._set_reference(module, {name: e.svd for name, e in result.estimates.items()})
 
     def _set_reference(self, module: AdaptedModule, gradients: dict[str, SVD]) -> None:
         # The gradient points uphill; the spans do not know the sign.
@@ -128,8 +114,8 @@ class AlignmentMonitor(Callback):
 
     def _rewind(self, trainer: Trainer) -> None:
         """Drop what the interrupted run measured after its checkpoint."""
-        folder = run_folder_of(trainer.loggers)
-        if folder is None or not is_first_process():
+        folder = _folder(trainer)
+        if folder is None:
             return
         path = folder.path / ALIGNMENT_FILE
         if not path.is_file() and (folder.path / EARLIER_FILE).is_file():
@@ -155,8 +141,8 @@ class AlignmentMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the end and draw."""
         self._measure(trainer, adapted(pl_module))
-        folder = run_folder_of(trainer.loggers)
-        if folder is None or not is_first_process() or not self._reference:
+        folder = _folder(trainer)
+        if folder is None or not self._reference:
             return
         table = folder.path / ALIGNMENT_FILE
         for logger in trainer.loggers:
@@ -164,9 +150,8 @@ class AlignmentMonitor(Callback):
         plots = write_heat_maps(table, folder.path)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                for plot in plots:
-                    logger.log_image(f"plots/{plot.stem}", [str(plot)])
-                logger.experiment.log({ALIGNMENT_CHART: _alignment(table)})
+                log_plots(logger, plots)
+                logger.experiment.log({"alignment/angles": _alignment(table)})
         rank_zero_info(f"alignment metrics: {table} and {len(plots)} heat maps")
 
     @torch.no_grad()
@@ -176,8 +161,8 @@ class AlignmentMonitor(Callback):
         if step == self._measured or not self._reference:
             return
         self._measured = step
-        folder = run_folder_of(trainer.loggers)
-        if folder is None or not is_first_process():
+        folder = _folder(trainer)
+        if folder is None:
             return
         rows = measure(module.lora_pairs(), self._reference)
         path = folder.path / ALIGNMENT_FILE
@@ -185,7 +170,7 @@ class AlignmentMonitor(Callback):
         if not path.is_file():
             write_table(path, names, [])
         append_rows(path, names, [{"step": step, **row} for row in rows])
-        columns = {name: torch.tensor([row[name] for row in rows]) for name in MEASURES}
+        columns = {name: torch.tensor([row[name] for row in rows]) for name in MAPS}
         # Medians: a layer that is singular or has no span has no say.
         medians = {
             f"alignment/{name}": float(values.nanmedian())
@@ -196,6 +181,11 @@ class AlignmentMonitor(Callback):
             logger.log_metrics(medians, step=max(step - 1, 0))
             if isinstance(logger, WandbLogger):
                 _log_histograms(logger, columns, step)
+
+
+def _folder(trainer: Trainer) -> RunFolder | None:
+    """Return the run folder on the process that writes to it."""
+    return run_folder_of(trainer.loggers) if is_first_process() else None
 
 
 def _gradient_inits(trainer: Trainer) -> list[GradientInit]:
@@ -228,7 +218,7 @@ def measure(pairs: list[LoraPair], reference: dict[str, SVD]) -> list[dict[str, 
         )
         for i, pair in enumerate(group):
             spectrum = {f"sv_{j + 1}": float(v) for j, v in enumerate(metrics.singular_values[i])}
-            values = {name: float(getattr(metrics, name)[i]) for name in MEASURES}
+            values = {name: float(getattr(metrics, name)[i]) for name in MAPS}
             rows[pair.name] = {"layer": pair.name, **values, **spectrum}
     return [rows[pair.name] for pair in pairs]
 
@@ -238,13 +228,11 @@ def _alignment(table: Path) -> Any:
 
     A step at which no layer has an angle is left out: the chart's JSON has no word for it.
     """
-    lines: dict[str, dict[int, float]] = {}
-    for key, name in (("A", "lora_A, input side"), ("B", "lora_B, output side")):
-        angles: dict[int, list[float]] = defaultdict(list)
-        for row in read_table(table)[1]:
-            angles[int(row["step"])].append(float(row[f"angle_{key}"]))
-        medians = {step: float(torch.tensor(values).nanmedian()) for step, values in angles.items()}
-        lines[name] = {step: value for step, value in medians.items() if math.isfinite(value)}
+    angles = pd.read_csv(table).groupby("step")[["angle_A", "angle_B"]]
+    # As torch.nanmedian: of two in the middle the lower one.
+    medians = angles.quantile(0.5, interpolation="lower")
+    names = {"angle_A": "lora_A, input side", "angle_B": "lora_B, output side"}
+    lines = {name: medians[key].dropna().to_dict() for key, name in names.items()}
     return line_chart(lines, "Angle to the one-step gradient (degrees)", "optimizer step")
 
 

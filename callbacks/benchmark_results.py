@@ -37,17 +37,15 @@ class BenchmarkResults(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        """Show the speed beside the bar."""
-        self._show_speed(trainer, pl_module, "val_progress_bar")
+        """Show the speed beside the bar of a validation or test."""
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, TQDMProgressBar):
+            shown = bar.test_progress_bar if trainer.testing else bar.val_progress_bar
+            shown.set_postfix_str(adapted(pl_module).scoring.speed())
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Show the speed beside the bar."""
-        self._show_speed(trainer, pl_module, "test_progress_bar")
-
-    def _show_speed(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
-        bar = trainer.progress_bar_callback
-        if isinstance(bar, TQDMProgressBar):
-            getattr(bar, name).set_postfix_str(adapted(pl_module).scoring.speed())
+        self.on_validation_batch_end(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the scores to the run's summary and W&B run, those of benchmarks to earlier tests'."""

@@ -66,7 +66,7 @@ class Checkpoints(Checkpoint):
         """Write a checkpoint of this step unless that has been tried; all processes call it.
 
         Args:
-            trainer: The trainer.
+            trainer: Its step.
             again: Replace one that there is.
 
         Returns:
@@ -78,7 +78,8 @@ class Checkpoints(Checkpoint):
         path = self.folder / checkpoint_name(step)
         # A plugin of the user's raises what goes wrong.
         own = files if isinstance(files, CheckpointFiles) else None
-        known = step == self._tried_step or (own is not None and _same(own.complete, path))
+        last = None if own is None else own.complete
+        known = step == self._tried_step or (last is not None and last.resolve() == path.resolve())
         if step > 0 and (again or not known):
             self._tried_step = step
             for logger in trainer.loggers:
@@ -90,7 +91,3 @@ class Checkpoints(Checkpoint):
                         with suppress(OSError):
                             other.unlink()
         return path if own is None else own.complete
-
-
-def _same(left: Path | None, right: Path) -> bool:
-    return left is not None and left.resolve() == right.resolve()

@@ -107,7 +107,7 @@ class GradientInit(AdapterInit):
 
         Args:
             trainer: Its precision is that of the pass.
-            module: The module.
+            module: Its model is observed.
             batches: From `batches`.
             ranks: Triplets that the initialization uses, by layer.
             title: The method's name.
@@ -136,10 +136,8 @@ class GradientInit(AdapterInit):
                 f"initialization: {', '.join(without)}"
             )
         rank = "/".join(map(str, sorted(set(ranks.values()))))
-        report = {
-            **self._report(result, f"{title} initialization", rank),
-            "layers_without_gradient": without,
-        }
+        report = self._report(result, title, rank)
+        report["layers_without_gradient"] = without
         return {name: svd for name, svd in svds.items() if name not in without}, report
 
     def _report(self, result: OneStepResult, title: str, rank: str) -> dict[str, Any]:
@@ -150,8 +148,8 @@ class GradientInit(AdapterInit):
         mean_energy = sum(energy.values()) / len(energy)
         mean_error = sum(errors.values()) / len(errors)
         rank_zero_info(
-            f"{title}: {len(energy)} layers, {self.num_samples} samples, loss {result.loss:.4f}; captured "
-            f"energy {mean_energy:.1%} on average, {energy[least]:.1%} at least ({least}); estimated error of "
+            f"{title} initialization: {len(energy)} layers, {self.num_samples} samples, "
+            f"loss {result.loss:.4f}; captured energy {mean_energy:.1%} on average, {energy[least]:.1%} at least ({least}); estimated error of "
             f"the rank-{rank} part {mean_error:.2%} on average, {errors[worst]:.2%} at most ({worst}); "
             f"{result.seconds:.1f} s"
         )

@@ -18,7 +18,7 @@ from app.tracking.metrics_table import read_metrics
 from app.tracking.plots import write_plots
 from app.tracking.record import DataRecord, TrainRecord
 from app.tracking.wandb_summary import keep_wandb_run, log_run_summary
-from app.training.protocols import AdaptedModule, adapted, data_of
+from app.training.protocols import adapted, data_of
 from app.utils.errors import InputError
 from app.utils.memory import PeakMemory, device_name
 from app.utils.signals import Stopped
@@ -104,10 +104,6 @@ class RunReport(Callback):
             peak = largest_over_processes(self._memory.peak_bytes, pl_module.device)
             self._peak_bytes = max(self._peak_bytes, peak)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the folder."""
-        self._write(trainer, adapted(pl_module))
-
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
@@ -116,7 +112,9 @@ class RunReport(Callback):
             remove_unused_folder(trainer.loggers)
 
     @rank_zero_only
-    def _write(self, trainer: Trainer, module: AdaptedModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the folder."""
+        module = adapted(pl_module)
         record, folder = module.record, run_folder_of(trainer.loggers)
         if folder is None:  # trainer.fast_dev_run logs nowhere
             rank_zero_info(f"\n{record.score_table()}")

@@ -37,13 +37,13 @@ def cell_of(settings: Mapping[str, Any], task: str | None) -> str:
 def log_run_summary(
     logger: WandbLogger, record: RunRecord, plots: Sequence[Path], adapter: Path | None
 ) -> None:
-    """Log all that the run folder has.
+    """Log all that the folder of a finished run has.
 
     Args:
         logger: The run's.
-        record: The finished run.
+        record: The run's.
         plots: PNG files.
-        adapter: Folder of the exported adapter, which becomes an artifact; None without one.
+        adapter: Folder of the adapter, which becomes an artifact; None without one.
     """
     logger.experiment.summary.update(summary_of(record))
     layers = record.init.layers
@@ -59,20 +59,19 @@ def log_run_summary(
         title = "Singular values of the one-step gradient over the first"
         spectra = {kind: dict(enumerate(median, 1)) for kind, median in medians.items()}
         logger.experiment.log({"init/spectra": line_chart(spectra, title, "i")})
-    for plot in plots:
-        logger.log_image(f"plots/{plot.stem}", [str(plot)])
+    log_plots(logger, plots)
     if adapter is not None:
         _log_adapter(logger, record, adapter)
 
 
-def line_chart(lines: Mapping[str, Mapping[int, float]], title: str, xname: str) -> Any:
-    """Return W&B's own line chart.
+def log_plots(logger: WandbLogger, plots: Sequence[Path]) -> None:
+    """Log PNG files as images of their name."""
+    for plot in plots:
+        logger.log_image(f"plots/{plot.stem}", [str(plot)])
 
-    Args:
-        lines: Values over x, by label.
-        title: Title of the chart.
-        xname: Name of x.
-    """
+
+def line_chart(lines: Mapping[str, Mapping[int, float]], title: str, xname: str) -> Any:
+    """Return W&B's own line chart of values over x, by label."""
     import wandb  # slow, and of no use to a run without it
 
     xs = [list(line) for line in lines.values()]
@@ -84,15 +83,9 @@ def keep_wandb_run(logger: WandbLogger, folder: RunFolder) -> None:
     """Write into the run folder which W&B run it is, with what W&B was given of its settings."""
     run = logger.experiment
     about = {
-        "entity": run.entity or None,
-        "project": run.project,
-        "id": run.id,
-        "name": run.name,
-        "group": run.group or None,
-        "tags": list(run.tags or ()),
-        "config": dict(run.config),
+        name: getattr(run, name) or None for name in ("entity", "project", "id", "name", "group")
     }
-    write_json(folder.wandb, about)
+    write_json(folder.wandb, {**about, "tags": list(run.tags or ()), "config": dict(run.config)})
 
 
 def log_test_scores(folder: RunFolder, settings: OutputSettings) -> None:

@@ -31,13 +31,7 @@ class CheckpointFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint; if that fails, warn and leave the last one as it is.
-
-        Args:
-            checkpoint: Plain data and tensors.
-            path: The file, which is replaced if it exists.
-            storage_options: Not used.
-        """
+        """Write a checkpoint of plain data and tensors; if that fails, warn and leave the last one as it is."""
         path = Path(path)
         content = io.BytesIO()
         torch.save(checkpoint, content)
@@ -49,11 +43,8 @@ class CheckpointFiles(TorchCheckpointIO):
                 stream.write(content.getbuffer())
         except OSError as error:
             self._failed = True
-            kept = (
-                f"the last complete one is {self.complete}"
-                if self.complete
-                else "there is none yet"
-            )
+            last = self.complete
+            kept = f"the last complete one is {last}" if last else "there is none yet"
             rank_zero_warn(
                 f"the checkpoint of step {checkpoint.get('global_step')} could not be written to {path} "
                 f"({error.strerror or error}): training goes on, and {kept}. Make room, or allow writing there"
@@ -97,10 +88,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"ckpt_path is {str(path)!r}, which {state}: it is damaged, or it is none of this program's. "
             "Give another file, or `last`"
         ) from error
-    missing = [
-        name for name in NEEDED if not isinstance(checkpoint, dict) or name not in checkpoint
-    ]
-    if missing:
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    if missing := [name for name in NEEDED if name not in content]:
         raise InputError(
             f"ckpt_path is {str(path)!r}, which lacks {', '.join(missing)}: expected a checkpoint of this "
             "program with its optimizer (not save_weights_only), such as "

@@ -69,7 +69,7 @@ def keep_trained(
 
     Args:
         checkpoint: Has the module's "state_dict".
-        module: Whose weights they are; the frozen ones come from the base model's name.
+        module: Its frozen weights come from the base model's name.
         record: Names the base model and the method.
         factors: What an initialization has subtracted from the base.
     """
@@ -88,13 +88,7 @@ def saved_factors(checkpoint: Mapping[str, Any]) -> Factors:
 
 
 def check_trained(checkpoint: Mapping[str, Any], module: nn.Module, model: ModelRecord) -> None:
-    """Raise InputError for the checkpoint of another base model or of another adapter.
-
-    Args:
-        checkpoint: Has "base" and "state_dict".
-        module: Whose trainable weights the checkpoint is to fill.
-        model: Its base model.
-    """
+    """Raise InputError unless a checkpoint fits the base model and the trainable weights of a module."""
     theirs = checkpoint["base"]
     if theirs["fingerprint"] != model.fingerprint:
         raise InputError(

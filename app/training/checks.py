@@ -15,11 +15,7 @@ from app.utils.errors import InputError
 
 
 def check_sharding(settings: Sequence[str]) -> None:
-    """Raise InputError if an adapter has settings that do not work where the base weights are sharded.
-
-    Args:
-        settings: Those that need whole weights.
-    """
+    """Raise InputError if an adapter has any settings that need whole weights, where these are sharded."""
     if settings:
         raise InputError(
             f"the adapter has {settings[0]}, which does not work with the sharded weights of this "
@@ -60,8 +56,8 @@ def check_length(
 
     Args:
         adapter: The adapter that is made; None where none is, or a saved one is loaded.
-        max_steps: The trainer's setting, which may leave the length to the epochs.
-        max_epochs: The trainer's setting.
+        max_steps: Of the trainer, which may leave the length to the epochs.
+        max_epochs: Of the trainer.
     """
     if max_steps == -1 and max_epochs == -1:
         raise InputError(
@@ -93,14 +89,7 @@ def check_new_adapter(init: str, adapter: LoraSettings | None, adapter_path: str
 
 
 def check_subtraction(init: str, name: str, config: PreTrainedConfig, sharded: bool) -> None:
-    """Raise InputError if an initialization cannot subtract its factors from the base weights.
-
-    Args:
-        init: Its class.
-        name: The model's name.
-        config: The model's configuration.
-        sharded: Whether the strategy shards the base weights.
-    """
+    """Raise InputError if an initialization of that class cannot subtract its factors from the base weights."""
     if sharded:
         raise InputError(
             f"init is {init}, which changes the base weights that this strategy shards: use "
@@ -138,26 +127,6 @@ def check_precision(trainer: Trainer) -> None:
         )
 
 
-def check_device(trainer: Trainer) -> None:
-    """Raise InputError on Apple's GPU: scores and decompositions are in float64, which it has not."""
-    if trainer.strategy.root_device.type == "mps":
-        raise InputError(
-            "trainer.accelerator is mps (Apple's GPU), which has no float64: set trainer.accelerator cpu"
-        )
-
-
-def check_offload(trainer: Trainer) -> None:
-    """Raise InputError if what stays in host memory would be sent by NCCL."""
-    strategy = trainer.strategy
-    if not isinstance(strategy, Fsdp2Strategy) or not strategy.cpu_offload:
-        return
-    if strategy.process_group_backend == "nccl":
-        raise InputError(
-            "trainer.strategy.process_group_backend is nccl, which sends nothing that cpu_offload keeps in "
-            "host memory: leave process_group_backend null, or set it to cpu:gloo,cuda:nccl"
-        )
-
-
 def check_trainer(trainer: Trainer) -> None:
     """Raise InputError for settings that cannot work.
 
@@ -166,8 +135,18 @@ def check_trainer(trainer: Trainer) -> None:
     """
     check_precision(trainer)
     check_number_of_processes(trainer.num_nodes, trainer.num_devices)
-    environment = getattr(trainer.strategy, "cluster_environment", None)
+    strategy = trainer.strategy
+    environment = getattr(strategy, "cluster_environment", None)
     if environment is not None:  # Slurm's tasks
         environment.validate_settings(trainer.num_devices, trainer.num_nodes)
-    check_device(trainer)
-    check_offload(trainer)
+    if strategy.root_device.type == "mps":
+        # Scores and decompositions are in float64.
+        raise InputError(
+            "trainer.accelerator is mps (Apple's GPU), which has no float64: set trainer.accelerator cpu"
+        )
+    fsdp = strategy if isinstance(strategy, Fsdp2Strategy) else None
+    if fsdp and fsdp.cpu_offload and fsdp.process_group_backend == "nccl":
+        raise InputError(
+            "trainer.strategy.process_group_backend is nccl, which sends nothing that cpu_offload keeps in "
+            "host memory: leave process_group_backend null, or set it to cpu:gloo,cuda:nccl"
+        )

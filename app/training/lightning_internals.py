@@ -18,11 +18,9 @@ Loops = dict[str, Any]
 def set_batch_end(loops: Loops, global_step: int, stepped: bool) -> None:
     """Set the counters of a checkpoint to what they are when a batch has just ended, in place.
 
-    Saved during or after the validation that follows a batch, or when an epoch or the training ends, the
-    counters of the same moment differ.
-
     Args:
-        loops: The counters.
+        loops: The counters, which differ where they are saved during or after the validation that follows a
+            batch, or when an epoch or the training ends.
         global_step: Optimizer steps so far.
         stepped: Whether the last batch ended an optimizer step.
     """
@@ -74,10 +72,8 @@ def leave_ended_epoch(trainer: Trainer) -> None:
 
 def run_validation(trainer: Trainer) -> None:
     """Run the validation that was due behind the last batch, in the epoch of that batch."""
-    count, validation = (
-        trainer.fit_loop.epoch_progress.current,
-        trainer.fit_loop.epoch_loop.val_loop,
-    )
+    count = trainer.fit_loop.epoch_progress.current
+    validation = trainer.fit_loop.epoch_loop.val_loop
     epochs = int(epoch_has_ended(trainer))
     count.completed -= epochs
     validation.restarting = False

@@ -22,7 +22,7 @@ def build_model(
     """Load the base model, add the adapter and shard the frozen weights.
 
     Args:
-        settings: Of the model and the adapter.
+        settings: What to build.
         sharding: Shards frozen weights; None leaves them whole.
         trainable: Whether the weights require gradients where there is no adapter.
 

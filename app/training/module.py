@@ -248,8 +248,10 @@ class LoraModule(LightningModule):
         self.scoring = self.new_scoring(f"step_{self.global_step}", "validation")
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Take one batch of rows or of questions into the validation scores."""
+        """Take one batch of rows or of questions into the scores."""
         self.scoring.update(batch)
+
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation scores as `val/...`."""
@@ -259,10 +261,6 @@ class LoraModule(LightningModule):
         """Make ready to score."""
         self.scoring = self.new_scoring("test", "test")
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Take one batch of rows or of questions into the test scores."""
-        self.scoring.update(batch)
-
     def on_test_epoch_end(self) -> None:
         """Log the test scores as `test/...`."""
         self.log_dict({f"test/{k}": v for k, v in self.scoring.compute().items()}, prog_bar=True)
@@ -270,7 +268,7 @@ class LoraModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""
         check_optimizer(self._pair_optimizer, bool(self.lora_pairs()))
-        optimizer = self.make_optimizer(self.parameter_groups())
+        optimizer = self.make_optimizer(parameter_groups(self.lora_pairs(), self.parameters()))
         total = int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
         scheduler = get_scheduler(self.lr_scheduler_type, optimizer, round(warmup), total)
@@ -278,10 +276,6 @@ class LoraModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return what the optimizer is given: the LoRA pairs, and whatever else is trained."""
-        return parameter_groups(self.lora_pairs(), self.parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only trainable weights in the checkpoint, and what they belong to."""

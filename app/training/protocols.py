@@ -20,14 +20,10 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 class ModelSettings(Protocol):
-    """What a model is built from.
+    """What a model is built from: settings of the section `model`.
 
     Attributes:
-        dtype_name: torch's name of the type of its weights.
-        attn_implementation: transformers' name of an attention; None = its default.
-        adapter: Settings of a new adapter; None without.
-        adapter_path: Folder of a saved adapter; None without.
-        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        dtype_name: `model.dtype`.
     """
 
     dtype_name: str
@@ -41,13 +37,11 @@ class ModelSettings(Protocol):
         """Where the base model comes from."""
 
 
-class AdaptedModule(Protocol):
+class AdaptedModule(ModelSettings, Protocol):
     """The LightningModule as callbacks know it.
 
     Attributes:
         name: `model.name`.
-        adapter: `model.adapter`.
-        adapter_path: `model.adapter_path`.
         model: What is called: the PEFT model, or the transformers model without an adapter.
         record: What the run reports, filled by the part that knows it.
         answers_folder: Where answers to benchmarks are kept; None keeps none.
@@ -56,8 +50,6 @@ class AdaptedModule(Protocol):
     """
 
     name: str
-    adapter: LoraSettings | None
-    adapter_path: str | None
     model: nn.Module
     record: RunRecord
     answers_folder: Path | None
@@ -67,10 +59,6 @@ class AdaptedModule(Protocol):
     @property
     def base(self) -> PreTrainedModel:
         """The transformers model inside."""
-
-    @property
-    def source(self) -> ModelSource:
-        """What `name` names."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from callbacks.alignment_monitor import MEASURES
+from app.tracking.alignment_plots import MAPS
 from tests.support.run_folders import same_weights, table, weights
 
 WATCH = ("--config", "callbacks/alignment.yaml", "--trainer.callbacks.every_n_steps=2")
@@ -45,7 +45,7 @@ def test_the_start_lies_in_the_gradients_spans_and_the_end_is_that_of_the_adapte
         assert told == pytest.approx(values, rel=1e-5, abs=1e-9)
         assert float(row["norm"]) == pytest.approx(np.linalg.norm(values), rel=1e-5)
     maps = sorted(path.stem.removeprefix("alignment_") for path in folder.glob("alignment_*.png"))
-    assert maps == sorted(MEASURES)
+    assert maps == sorted(MAPS)
 
 
 @pytest.mark.slow

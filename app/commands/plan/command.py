@@ -32,6 +32,7 @@ from app.models.source import resolve_model
 from app.training.checks import check_sharding
 from app.training.model_building import adapt
 from app.training.module import LoraModule
+from app.training.optimization import parameter_groups
 
 
 class PlanTrainer(Trainer):
@@ -190,13 +191,14 @@ def run_memory(
             exact=exact_bytes(pairs, world),
             estimator=init.estimator.kind,
         )
+    groups = parameter_groups(module.lora_pairs(), module.parameters())
     return RunMemory(
         frozen=frozen,
         loading=loading,
         gathered=gathered,
         trained=trained,
         exchange=trained if placement.world_size > 1 else 0,
-        optimizer=optimizer_bytes(module.make_optimizer, module.parameter_groups()),
+        optimizer=optimizer_bytes(module.make_optimizer, groups),
         training=training,
         validation=validation,
         generation=generation_bytes(module, data),

@@ -28,6 +28,7 @@ from app.optim.lora_plus import LoraPlusAdamW
 from app.optim.lora_pro import LoraProAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW
 from app.training.module import LoraModule
+from app.training.optimization import parameter_groups
 
 KINDS = ("llama", "t5", "gpt2")
 CPU = torch.device("cpu")
@@ -112,13 +113,14 @@ def check_activations(name, rel, **settings):
 def check_after_a_step(name, optimizer, **settings):
     """Compare weights, adapter and states with what torch holds after one optimizer step."""
     real = loaded(name, optimizer=optimizer, **settings)
-    made = real.make_optimizer(real.parameter_groups())
+    made = real.make_optimizer(parameter_groups(real.lora_pairs(), real.parameters()))
     summed_loss(real.supervised_logits(batch_for(real))).backward()
     made.step()
     states = [s for state in made.state.values() for s in state.values() if torch.is_tensor(s)]
     plan = planned(name, optimizer=optimizer, **settings)
     trained = [p for p in plan.model.parameters() if p.requires_grad]
-    assert optimizer_bytes(plan.make_optimizer, plan.parameter_groups()) == tensor_bytes(states)
+    groups = parameter_groups(plan.lora_pairs(), plan.parameters())
+    assert optimizer_bytes(plan.make_optimizer, groups) == tensor_bytes(states)
     whole = frozen_bytes(plan.model, Placement("auto")) + tensor_bytes(trained)
     assert whole == tensor_bytes([*real.model.parameters(), *real.model.buffers()])
     gradients = [p.grad for p in real.model.parameters() if p.grad is not None]
