@@ -5,7 +5,7 @@ import json
 from data_modules.code_feedback import CodeFeedbackDataModule
 from data_modules.instructions import instruction_prompt
 from tests.support.paths import DATA, needs_data
-from tests.support.rows import attached, texts, write_jsonl
+from tests.support.rows import from_file, texts
 
 
 @needs_data("code")
@@ -18,9 +18,7 @@ def test_code_feedback_ends_with_the_first_block(tiny_tokenizer, tmp_path):
         {"query": "open", "answer": "```python\nprint(1)"},
         {"query": "one", "answer": "```python\nprint(1)\n```\nThat is all."},
     ]
-    data = attached(
-        CodeFeedbackDataModule, tiny_tokenizer, path=write_jsonl(tmp_path / "rows.jsonl", *rows)
-    )
+    data = from_file(CodeFeedbackDataModule, tiny_tokenizer, tmp_path, rows)
     answers = dict(texts(data, "train", "validation"))
     assert len(answers) == 4
     assert answers[instruction_prompt("open")] == "```python\nprint(1)```"

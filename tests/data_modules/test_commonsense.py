@@ -13,10 +13,9 @@ from tests.support.paths import DATA, needs_data
 
 @needs_data("commonsense")
 def test_commonsense_rows_have_the_prompt_of_their_benchmark(tmp_path):
-    examples = list(
-        CommonsenseDataModule(str(DATA / "commonsense" / "commonsense_train_2k.json")).examples()
-    )
-    raw = json.loads((DATA / "commonsense" / "commonsense_train_2k.json").read_bytes())
+    path = DATA / "commonsense" / "commonsense_train_2k.json"
+    examples = list(CommonsenseDataModule(str(path)).examples())
+    raw = json.loads(path.read_bytes())
     assert [answer for _, answer in examples] == [row["output"] for row in raw]
     names = collections.Counter(
         first_option(("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")[i % 4], answer)

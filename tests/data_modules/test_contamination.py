@@ -15,6 +15,7 @@ from data_modules.gsm8k import Gsm8kDataModule
 from data_modules.instructions import InstructionDataModule, instruction_prompt
 from data_modules.metamath import MetaMathQADataModule
 from tests.support.paths import DATA, needs_data
+from tests.support.rows import attached
 
 GSM8K_TEST = str(DATA / "gsm8k" / "test.jsonl")
 ADAPTERS = DATA / "math" / "llm_adapters_math_data.json"
@@ -54,10 +55,7 @@ def test_gsm8k_in_the_arithmetic_of_llm_adapters(kind, contaminated):
 def test_fitting_warns_of_them(contaminated, tiny_tokenizer):
     """All of the benchmark's questions count, though few of them are asked while training."""
     benchmark = Gsm8k(GSM8K_TEST, validation_size=2)
-    data = InstructionDataModule(
-        contaminated, evals=[benchmark], max_length=100_000, validation_size=1
-    )
-    data.attach(tiny_tokenizer, False)
+    data = attached(InstructionDataModule, tiny_tokenizer, path=contaminated, evals=[benchmark])
     with pytest.warns(UserWarning, match=r"training rows of .* are questions of gsm8k, word for"):
         data.setup("fit")
     shared = shared_questions((row.prompt for row in data.rows("train")), asked(benchmark))

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from app.utils.errors import InputError
 from data_modules.encoding import PaddedRows, TextEncoder, TextRow
-from tests.support.tokenizers import WORDS, byte_level, word_pieces
+from tests.support.tokenizers import WORDS
 
 TURNS = (
     "{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}\n"
@@ -15,16 +15,6 @@ TURNS = (
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 ROW = TextRow("Q: 1+1?\nA: ", "2\n#### 2")
-
-
-@pytest.fixture
-def causal():
-    return byte_level()
-
-
-@pytest.fixture
-def seq2seq():
-    return word_pieces()
 
 
 def row(text, target=1):

@@ -13,7 +13,7 @@ from data_modules.gsm8k import Gsm8kDataModule
 from data_modules.instructions import InstructionDataModule
 from data_modules.metamath import MetaMathQADataModule
 from tests.support.paths import DATA, needs_data
-from tests.support.rows import attached, texts, unplug_hub, write_jsonl
+from tests.support.rows import from_file, texts, unplug_hub, write_jsonl
 
 
 def test_the_first_rows_train_and_those_behind_validate(tiny_tokenizer, tmp_path):
@@ -22,15 +22,12 @@ def test_the_first_rows_train_and_those_behind_validate(tiny_tokenizer, tmp_path
         {"query": f"{i}" + "x" * (100 if i == 1 else 0), "response": "#### 1", "type": "GSM_SV"}
         for i in range(6)
     ]
-    path = write_jsonl(tmp_path / "rows.jsonl", *rows)
-    data = attached(MetaMathQADataModule, tiny_tokenizer, path=path, max_rows=3, max_length=30)
+    sizes = {"max_rows": 3, "max_length": 30}
+    data = from_file(MetaMathQADataModule, tiny_tokenizer, tmp_path, rows, **sizes)
     assert [prompt[3] for prompt, _ in texts(data)] == ["0", "2", "3"]
     assert [prompt[3] for prompt, _ in texts(data, "validation")] == ["4"]
-    assert data.describe()["dropped_rows"] == {
-        "not_gsm": 0,
-        "empty_answer": 0,
-        "too_long": 1,
-    }
+    dropped = {"not_gsm": 0, "empty_answer": 0, "too_long": 1}
+    assert data.describe()["dropped_rows"] == dropped
     assert [row.index for row in data.encoded("train")] == [0, 1, 2]
 
 
@@ -42,15 +39,8 @@ def test_reading_ends_where_enough_rows_are_found(chunk, tiny_tokenizer, tmp_pat
         for i in range(40)
     ]
     monkeypatch.setattr("data_modules.generative.CHUNK_ROWS", chunk)
-    path = write_jsonl(tmp_path / "rows.jsonl", *rows)
-    data = attached(
-        MetaMathQADataModule,
-        tiny_tokenizer,
-        path=path,
-        max_rows=4,
-        validation_size=3,
-        keep_below=50,
-    )
+    sizes = {"max_rows": 4, "validation_size": 3, "keep_below": 50}
+    data = from_file(MetaMathQADataModule, tiny_tokenizer, tmp_path, rows, **sizes)
     assert [prompt[3:5] for prompt, _ in texts(data)] == ["00", "02", "03", "05"]
     assert [prompt[3:5] for prompt, _ in texts(data, "validation")] == ["06", "08", "09"]
     assert data.dropped_rows["too_long"] == {1: 3, 2: 3, 3: 4, 1024: 13}[chunk]
@@ -65,8 +55,7 @@ def test_rows_are_kept_below_a_length_as_the_authors_count_it(tiny_tokenizer, tm
     rows = [
         {"query": "q" * i, "response": "abc\nThe answer is: 1", "type": "GSM"} for i in range(30)
     ]
-    path = write_jsonl(tmp_path / "rows.jsonl", *rows)
-    data = attached(MetaMathQADataModule, tiny_tokenizer, path=path, keep_below=20)
+    data = from_file(MetaMathQADataModule, tiny_tokenizer, tmp_path, rows, keep_below=20)
     lengths = [len(f"Q: {'q' * i}\nA:  abc") for i in range(30)]
     kept = texts(data, "train", "validation")
     assert len(kept) == sum(length < 20 for length in lengths) == 9
@@ -95,19 +84,17 @@ def test_rows_below_a_length_on_the_real_tokenizer(smollm2_dir):
 
 def test_where_no_rows_follow_some_are_set_aside(tiny_tokenizer, tmp_path):
     rows = [{"query": str(i), "response": "a", "type": "GSM"} for i in range(10)]
-    path = write_jsonl(tmp_path / "rows.jsonl", *rows)
-    modules = [
-        attached(MetaMathQADataModule, tiny_tokenizer, path=path, validation_size=4, seed=seed)
-        for seed in (0, 1)
-    ]
-    held = [texts(data, "validation") for data in modules]
+    held = []
+    for seed in (0, 1):
+        sizes = {"validation_size": 4, "seed": seed}
+        data = from_file(MetaMathQADataModule, tiny_tokenizer, tmp_path, rows, **sizes)
+        held.append(texts(data, "validation"))
+        assert not set(held[seed]) & set(texts(data))
     assert held[0] == held[1], "whatever the seed"
     assert len(held[0]) == 4
-    assert not set(held[0]) & set(texts(modules[0]))
 
 
 WRONG = {
-    "missing": (InstructionDataModule, None, "--data.path"),
     "field": (InstructionDataModule, [{"instruction": "a"}], "instruction, output"),
     "foreign": (MetaMathQADataModule, [{"question": "a"}], "query, response, type"),
     "empty": (InstructionDataModule, [], "no row"),
@@ -123,11 +110,8 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_what_cannot_be_read(case, tiny_tokenizer, tmp_path):
     kind, rows, message = WRONG[case]
-    path = tmp_path / "rows.jsonl"
-    if rows is not None:
-        write_jsonl(path, *rows)
     with pytest.raises(InputError, match=message):
-        attached(kind, tiny_tokenizer, path=str(path), max_length=300).rows("train")
+        from_file(kind, tiny_tokenizer, tmp_path, rows, max_length=300).rows("train")
 
 
 @pytest.mark.parametrize(

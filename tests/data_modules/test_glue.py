@@ -9,7 +9,7 @@ import pytest
 from app.utils.errors import InputError
 from data_modules.glue import TASKS, GlueDataModule
 from tests.support.paths import DATA, needs_data
-from tests.support.rows import Hub, unplug_hub
+from tests.support.rows import Hub, unplug_hub, write_jsonl
 
 REAL = DATA / "glue"
 SMALL = {
@@ -50,6 +50,7 @@ def texts(data, split="train"):
     return [(row.prompt, row.answer, row.target) for row in data.rows(split)]
 
 
+QNLI = "classify the semantic similarity of the question and the sentence"
 PROMPTS = {
     "sst2": [
         ("classify the sentiment of the text: unflinchingly bleak", "negative", 0),
@@ -60,16 +61,8 @@ PROMPTS = {
         ('classify the semantic similarity of the text: "one\n"two', "different", 0),
     ],
     "qnli": [
-        (
-            'classify the semantic similarity of the question and the sentence: "Who?\nHe.',
-            "entailment",
-            0,
-        ),
-        (
-            "classify the semantic similarity of the question and the sentence: Why?\nNo.",
-            "not_entailment",
-            1,
-        ),
+        (f'{QNLI}: "Who?\nHe.', "entailment", 0),
+        (f"{QNLI}: Why?\nNo.", "not_entailment", 1),
     ],
     "mnli": [  # the gold label; a row has none
         ("classify the semantic similarity of the text: One.\nn/a", "contradiction", 2)
@@ -125,9 +118,9 @@ def test_equal_sentences_stay_on_one_side(folder):
 
 
 def test_first_file_that_exists_or_the_named_one(folder):
-    rows = [{"premise": "P", "hypothesis": "n/a", "label": "neutral"}]
+    row = {"premise": "P", "hypothesis": "n/a", "label": "neutral"}
     packed = folder / "MNLI" / "train_more.jsonl.gz"
-    packed.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    packed.write_bytes(gzip.compress(json.dumps(row).encode()))
     assert texts(load("mnli", folder))[0][1] == "contradiction"
     data = load("mnli", folder, train_file="train_more.jsonl.gz")
     assert texts(data)[0][1:] == ("neutral", 1)
@@ -139,38 +132,28 @@ def test_first_file_that_exists_or_the_named_one(folder):
 
 def test_labels_by_number_are_the_hubs(folder):
     rows = [{"premise": "P", "hypothesis": "H", "label": label} for label in (0, 1, 2)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "MNLI" / "numbers.jsonl").write_text(text)
+    write_jsonl(folder / "MNLI" / "numbers.jsonl", *rows)
     answers = [row[1:] for row in texts(load("mnli", folder, train_file="numbers.jsonl"))]
     assert answers == [("entailment", 0), ("neutral", 1), ("contradiction", 2)]
 
 
-@pytest.mark.parametrize("task", ["sst2", "cola"])
-def test_a_test_set_without_labels(folder, task):
-    with pytest.raises(InputError, match=r"test.tsv has no labels.*data.test_split=validation"):
-        load(task, folder, test_split="test", validation_size=1).rows("test")
-
-
-def test_a_test_set_with_labels(folder):
+def test_a_test_set_needs_labels(folder):
+    for task in ("sst2", "cola"):
+        with pytest.raises(InputError, match=r"test.tsv has no labels.*data.test_split=validation"):
+            load(task, folder, test_split="test", validation_size=1).rows("test")
+    with pytest.raises(InputError, match=r"MRPC has no test set.*found dev.tsv, train.tsv"):
+        load("mrpc", folder, test_split="test").rows("test")
     shutil.copy(folder / "SST-2" / "dev.tsv", folder / "SST-2" / "test.tsv")
     assert len(load("sst2", folder, test_split="test").rows("test")) == 1
 
 
-def test_a_missing_test_set(folder):
-    with pytest.raises(InputError, match=r"MRPC has no test set.*found dev.tsv, train.tsv"):
-        load("mrpc", folder, test_split="test").rows("test")
-
-
-def test_an_unknown_label(folder):
+def test_an_unknown_label_and_a_set_without_rows(folder):
+    (folder / "SST-2" / "dev.tsv").write_text("sentence\tlabel\n")
+    with pytest.raises(InputError, match="has no validation rows"):
+        load("sst2", folder).rows("train")
     with (folder / "SST-2" / "train.tsv").open("a") as file:
         file.write("so so\tmixed\n")
     with pytest.raises(InputError, match=r"line 4 of .*train.tsv has the label 'mixed': expected"):
-        load("sst2", folder).rows("train")
-
-
-def test_a_set_without_rows(folder):
-    (folder / "SST-2" / "dev.tsv").write_text("sentence\tlabel\n")
-    with pytest.raises(InputError, match="has no validation rows"):
         load("sst2", folder).rows("train")
 
 
@@ -206,15 +189,10 @@ def test_the_hub(monkeypatch, tmp_path):
         GlueDataModule("sst2").rows("train")
 
 
-@pytest.mark.parametrize(
-    ("name", "meant"), [("sst-2", "sst2"), ("MNLI", "mnli"), ("colla", "cola")]
-)
-def test_an_unknown_task_with_the_closest(name, meant):
-    with pytest.raises(InputError, match=rf"data.task={name}: expected .*did you mean {meant}\?"):
-        GlueDataModule(name)
-
-
-def test_a_training_file_without_a_folder():
+def test_wrong_settings():
+    for name, meant in (("sst-2", "sst2"), ("MNLI", "mnli"), ("colla", "cola")):
+        with pytest.raises(InputError, match=rf"data.task={name}: .*did you mean {meant}\?"):
+            GlueDataModule(name)
     with pytest.raises(InputError, match=r"data.train_file=train_10k.jsonl.gz.*data.path"):
         GlueDataModule("mnli", train_file="train_10k.jsonl.gz")
 
@@ -245,15 +223,11 @@ def test_real_files(task, num_train, num_dev, options):
 
 
 @needs_data("glue")
-def test_real_cola_labels_and_duplicates():
+def test_real_labels_duplicates_and_hypotheses_that_look_missing():
     data = load("cola", REAL, validation_size=500)
     sides = [data.rows(split) for split in ("train", "validation")]
     assert sum(row.target for side in sides for row in side) == 6023
     assert not {row.prompt for row in sides[0]} & {row.prompt for row in sides[1]}
-
-
-@needs_data("glue")
-def test_real_mnli_hypotheses_that_look_missing():
     rows = load("mnli", REAL, train_file="train_10k.jsonl.gz").rows("train")
     assert sum(row.prompt.endswith("\nn/a\nresult: ") for row in rows) == 2
 
@@ -264,6 +238,5 @@ def test_real_files_again_by_the_words_of_their_lines():
     last = [line.split("\t")[-1] for line in lines]
     assert [row.answer for row in load("mnli", REAL).rows("train")] == last
     lines = (REAL / "MRPC" / "dev.tsv").read_bytes().decode("utf-8-sig").split("\n")[1:-1]
-    assert [str(row.target) for row in load("mrpc", REAL).rows("validation")] == [
-        line[0] for line in lines
-    ]
+    targets = [str(row.target) for row in load("mrpc", REAL).rows("validation")]
+    assert targets == [line[0] for line in lines]

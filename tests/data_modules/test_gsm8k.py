@@ -3,7 +3,6 @@
 import gzip
 import json
 
-from data_modules.evals.gsm8k import Gsm8k
 from data_modules.gsm8k import Gsm8kDataModule
 from tests.support.paths import DATA, needs_data
 
@@ -24,11 +23,3 @@ def test_every_row_of_gsm8k():
     assert not any("<<" in answer or ">>" in answer for _, answer in bare)
     assert [answer.rpartition("#### ")[2] for _, answer in bare] == numbers
     assert bare[0][1].startswith("Natalia sold 48/2 = 24 clips in May.\n")
-
-
-@needs_data("gsm8k")
-def test_training_and_benchmark_of_gsm8k_have_one_prompt():
-    path = str(DATA / "gsm8k" / "test.jsonl")
-    asked = [question.prompt for question in Gsm8k(path).load()]
-    assert [prompt for prompt, _ in Gsm8kDataModule(path).examples()] == asked
-    assert len(asked) == 923

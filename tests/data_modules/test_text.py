@@ -3,20 +3,13 @@
 import math
 from itertools import chain
 
-import lightning.pytorch as pl
 import pytest
-import torch
 
 from app.utils.errors import InputError
 from data_modules.encoding import TextRow
 from data_modules.sampling import LengthGroupedSampler
 from data_modules.text import TextDataModule
-from tests.support.tokenizers import TEXTS, WORDS, byte_level
-
-
-@pytest.fixture
-def causal():
-    return byte_level()
+from tests.support.tokenizers import TEXTS, WORDS
 
 
 class Rows(TextDataModule):
@@ -26,16 +19,14 @@ class Rows(TextDataModule):
     label_words = WORDS
 
     def load(self):
-        rows = [
-            TextRow(f"classify: {i} {TEXTS[i % 4]}\nresult: ", WORDS[i % 2], i % 2)
-            for i in range(40)
-        ]
+        prompts = [f"classify: {i} {TEXTS[i % 4]}\nresult: " for i in range(40)]
+        rows = [TextRow(prompt, WORDS[i % 2], i % 2) for i, prompt in enumerate(prompts)]
         return {"train": rows[:30], "validation": rows[30:35], "test": rows[35:]}
 
 
-def attached(tokenizer, is_encoder_decoder=False, **options):
+def attached(tokenizer, **options):
     data = Rows(batch_size=4, eval_batch_size=2, **options)
-    data.attach(tokenizer, is_encoder_decoder)
+    data.attach(tokenizer, is_encoder_decoder=False)
     return data
 
 
@@ -49,7 +40,6 @@ def flat(lists):
 
 def test_position_in_the_order_is_kept_and_checked(causal):
     data = attached(causal)
-    data.batch_size = 4
     assert data.state_dict() == {}
     data.load_state_dict({"epoch": 2, "done": 8, "group_size": 8})
     sampler = data.train_dataloader().sampler
@@ -63,54 +53,25 @@ def test_position_in_the_order_is_kept_and_checked(causal):
 
 def test_evaluation_keeps_every_row_in_a_fixed_order(causal):
     data = attached(causal)
-    for loader, num_rows in ((data.val_dataloader()[0], 5), (data.test_dataloader()[0], 5)):
+    for loader in (data.val_dataloader()[0], data.test_dataloader()[0]):
         seen = indices(loader)
         assert [len(part) for part in seen] == [2, 2, 1]
-        assert sorted(flat(seen)) == list(range(num_rows))
+        assert sorted(flat(seen)) == list(range(5))
         assert seen == indices(loader)
     lengths = [int(n) for batch in data.val_dataloader()[0] for n in batch["attention_mask"].sum(1)]
     assert lengths == sorted(lengths, reverse=True)
 
 
 def test_worker_processes_give_the_same_batches(causal):
-    assert indices(attached(causal, num_workers=1).val_dataloader()[0]) == indices(
-        attached(causal).val_dataloader()[0]
-    )
+    loaders = [attached(causal, num_workers=n).val_dataloader()[0] for n in (0, 1)]
+    assert indices(loaders[0]) == indices(loaders[1])
 
 
-class Recorder(pl.LightningModule):
-    """Offers what a data module asks of a model and notes the rows it meets."""
-
-    is_encoder_decoder = False
-    context_length = None
-
-    def __init__(self, tokenizer):
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.seen = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append((self.current_epoch, batch["index"].tolist()))
-        return self.weight.sum()
-
-    def validation_step(self, batch, batch_idx):
-        pass
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def test_under_a_trainer_each_epoch_has_its_own_order(causal, tmp_path):
-    module = Recorder(causal)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(
-        max_epochs=2, accelerator="cpu", devices=1, default_root_dir=tmp_path, **quiet
-    )
-    trainer.fit(module, datamodule=Rows(batch_size=4))
-    first, second = (flat(rows for at, rows in module.seen if at == epoch) for epoch in (0, 1))
-    assert sorted(first) == sorted(second) == list(range(30))
-    assert first != second
+def test_each_epoch_of_a_fit_has_its_own_order(fit, watched_fit):
+    fit("--trainer.max_steps=-1", "--trainer.max_epochs=2")
+    seen = flat(indices(watched_fit["batches"]))
+    assert sorted(seen[:40]) == sorted(seen[40:]) == list(range(40))
+    assert seen[:40] != seen[40:]
 
 
 def test_gradient_rows_do_not_depend_on_batches_or_processes(causal):

@@ -22,6 +22,12 @@ def attached(kind: type, tokenizer: Any, **options: Any) -> Any:
     return data
 
 
+def from_file(kind: type, tokenizer: Any, folder: Path, rows: list[Any], **options: Any) -> Any:
+    """Return an attached data module that reads these rows from a file in a folder."""
+    path = write_jsonl(folder / "rows.jsonl", *rows)
+    return attached(kind, tokenizer, path=path, **options)
+
+
 def texts(data: Any, *splits: str) -> list[tuple[str, str]]:
     """Return prompt and answer of the rows of some splits, of the training rows if none is named."""
     return [(row.prompt, row.answer) for split in splits or ("train",) for row in data.rows(split)]

@@ -1,7 +1,6 @@
 """Small trained tokenizers of the two kinds that differ at the start of a word."""
 
-from functools import cache
-
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,8 +14,8 @@ TEXTS = (
 CORPUS = [f"classify the text: {text}\nresult: {word}" for text in TEXTS for word in WORDS] * 20
 
 
-@cache
-def byte_level() -> PreTrainedTokenizerFast:
+@pytest.fixture(scope="session")
+def causal() -> PreTrainedTokenizerFast:
     """Return byte-level BPE as GPT-2 and SmolLM2 have it; pad is eos; nothing is added unasked."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -29,8 +28,8 @@ def byte_level() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
 
 
-@cache
-def word_pieces() -> PreTrainedTokenizerFast:
+@pytest.fixture(scope="session")
+def seq2seq() -> PreTrainedTokenizerFast:
     """Return pieces that mark the start of a word, and an EOS that the tokenizer adds, as T5 has it."""
     core = Tokenizer(models.WordLevel(unk_token="<unk>"))
     split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]

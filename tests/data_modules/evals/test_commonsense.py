@@ -10,14 +10,15 @@ from tests.support.paths import DATA, needs_data
 
 REAL = DATA / "commonsense"
 
-SIZES = {
-    "boolq": 3270,
-    "piqa": 1838,
-    "social_i_qa": 1954,
-    "winogrande": 1267,
-    "ARC-Easy": 2376,
-    "ARC-Challenge": 1172,
-    "openbookqa": 500,
+FIVE = tuple(f"answer{i}" for i in range(1, 6))
+SETS = {
+    "boolq": (3270, ("true", "false")),
+    "piqa": (1838, ("solution1", "solution2")),
+    "social_i_qa": (1954, FIVE),
+    "winogrande": (1267, ("option1", "option2")),
+    "ARC-Easy": (2376, FIVE),
+    "ARC-Challenge": (1172, FIVE),
+    "openbookqa": (500, FIVE),
 }
 ROW = {
     "instruction": "Is it?\n\nAnswer format: true/false",
@@ -39,38 +40,25 @@ def test_the_real_files():
     benchmark = Commonsense(str(REAL))
     questions = benchmark.load()
     number = 0
-    for name, size in SIZES.items():
+    for name, (size, words) in SETS.items():
         rows = json.loads((REAL / name / "test.json").read_text())
         assert len(rows) == size
         for place, row in enumerate(rows):
             asked, number = questions[number], number + 1
             assert asked.key == f"{name}/{place}"
-            assert benchmark.score(asked, [row["output"]]) == {
-                "accuracy": 1,
-                f"accuracy/{name}": 1,
-            }
-            wrong = next(word for word in WORDS[name] if word != row["answer"])
+            right = {"accuracy": 1, f"accuracy/{name}": 1}
+            assert benchmark.score(asked, [row["output"]]) == right
+            wrong = next(word for word in words if word != row["answer"])
             assert benchmark.score(asked, [wrong])["accuracy"] == 0
             assert row["instruction"] in asked.prompt
     assert number == len(questions) == 12377
-    assert benchmark.score_names(questions) == ["accuracy", *(f"accuracy/{s}" for s in SIZES)]
+    assert benchmark.score_names(questions) == ["accuracy", *(f"accuracy/{s}" for s in SETS)]
 
 
-WORDS = {
-    "boolq": ("true", "false"),
-    "piqa": ("solution1", "solution2"),
-    "winogrande": ("option1", "option2"),
-    **dict.fromkeys(
-        ("social_i_qa", "ARC-Easy", "ARC-Challenge", "openbookqa"),
-        tuple(f"answer{i}" for i in range(1, 6)),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_each_option_is_read(name):
-    assert list(OPTIONS) == list(SIZES)
-    assert [first_option(name, f"It is {word}.") for word in WORDS[name]] == list(WORDS[name])
+def test_each_option_is_read():
+    assert list(OPTIONS) == list(SETS)
+    for name, (_, words) in SETS.items():
+        assert [first_option(name, f"It is {word}.") for word in words] == list(words)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +123,5 @@ def test_bad_rows(tmp_path, content, message):
     with pytest.raises(InputError, match=message) as caught:
         Commonsense(write(tmp_path, "boolq", content), "boolq").load()
     assert "path of the benchmark commonsense" in str(caught.value)
-
-
-def test_a_missing_set(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*test.json"):
         Commonsense(str(tmp_path), "piqa").load()
