@@ -35,10 +35,10 @@ class AlignmentMonitor(Callback):
     """Measure every LoRA pair before training, every few optimizer steps, and at the end.
 
     A model without LoRA pairs (AdaLoRA, full fine-tuning) is left alone. `alignment.csv` in the run folder
-    has a row for each layer and moment, `alignment_*.png` draw it, and the loggers get the median over layers as `alignment/...` (W&B the histograms, too). The measures are
-    those of `app.initialization.alignment`; the reference is the one-step gradient of the untouched base model.
-    Where the initialization observes that gradient, it is taken from there; else this callback makes a pass of
-    its own before training.
+    has a row for each layer and moment, `alignment_*.png` draw it, and the loggers get the median over layers
+    as `alignment/...` (W&B the histograms, too). The measures are those of `app.initialization.alignment`; the
+    reference is the one-step gradient of the untouched base model. Where the initialization observes that
+    gradient, it is taken from there; else this callback makes a pass of its own before training.
 
     Args:
         every_n_steps: Optimizer steps between two measurements.

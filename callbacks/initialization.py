@@ -149,9 +149,9 @@ class GradientInit(AdapterInit):
         mean_error = sum(errors.values()) / len(errors)
         rank_zero_info(
             f"{title} initialization: {len(energy)} layers, {self.num_samples} samples, "
-            f"loss {result.loss:.4f}; captured energy {mean_energy:.1%} on average, {energy[least]:.1%} at least ({least}); estimated error of "
-            f"the rank-{rank} part {mean_error:.2%} on average, {errors[worst]:.2%} at most ({worst}); "
-            f"{result.seconds:.1f} s"
+            f"loss {result.loss:.4f}; captured energy {mean_energy:.1%} on average, {energy[least]:.1%} at "
+            f"least ({least}); estimated error of the rank-{rank} part {mean_error:.2%} on average, "
+            f"{errors[worst]:.2%} at most ({worst}); {result.seconds:.1f} s"
         )
         return {
             "estimator": self.estimator.kind,

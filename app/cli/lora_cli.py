@@ -3,10 +3,11 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
@@ -14,7 +15,6 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from app.cli.callback_order import fit_callbacks, progress_bar
 from app.cli.known_classes import import_known_classes
 from app.commands.plan.command import PlanTrainer, plan_trainer
 from app.tracking.config_files import expand
@@ -25,11 +25,19 @@ from app.training.checks import check_precision, check_trainer
 from app.training.module import LoraModule
 from app.training.resume import ResumePoint, find_resume_point
 from app.utils.arguments import Parser, PlainHelp
+from app.utils.console import on_terminal
 from app.utils.errors import InputError
 from app.utils.signals import StopSignals
+from callbacks.adalora_pruning import AdaLoraPruning
 from callbacks.benchmark_results import BenchmarkResults
+from callbacks.checkpoints import Checkpoints
 from callbacks.initialization import AdapterInit
+from callbacks.mid_epoch_resume import MidEpochResume
+from callbacks.plain_progress import PlainProgress
+from callbacks.preemption import Preemption
+from callbacks.run_report import RunReport
 from callbacks.save_config import SaveConfig
+from callbacks.score_at import ScoreAt
 from callbacks.settings_check import SettingsCheck
 from data_modules.text import TextDataModule
 
@@ -46,60 +54,47 @@ DESCRIPTION = """Fine-tune a language model with LoRA-One.
   python train.py report runs/quickstart                  tables and pictures of any runs
 """
 
-CLI = TypeVar("CLI", bound="LoraCLI")
-
 import_known_classes()
 # Interpolations are resolved after overrides, so that `${model.adapter.r}` is never stale.
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 
-def make_cli(
-    kind: type[CLI], arguments: Sequence[str], signals: StopSignals, run: bool = True
-) -> CLI:
-    """Make a command line, which parses the arguments and runs the command that comes first in them.
-
-    Args:
-        kind: Its class.
-        arguments: A command and its options.
-        signals: Note a request to stop.
-        run: Whether to run; else the arguments are options of `fit`, without the command.
-    """
-    return kind(
-        LoraModule,
-        TextDataModule,
-        trainer_class=PlanTrainer,
-        subclass_mode_data=True,
-        parser_class=Parser,
-        parser_kwargs={"parser_mode": "omegaconf+"},
-        save_config_callback=SaveConfig,
-        save_config_kwargs={"save_to_log_dir": False},
-        seed_everything_default=0,
-        trainer_defaults={
-            "num_sanity_val_steps": 0,
-            "use_distributed_sampler": False,
-            "enable_model_summary": False,
-        },
-        auto_configure_optimizers=False,
-        args=expand(arguments),
-        run=run,
-        signals=signals,
-    )
-
-
 class LoraCLI(LightningCLI):
     """`fit`, `plan`, `validate` and `test` of a LoraModule on a data module.
 
-    Attributes:
+    Args:
+        arguments: A command, which runs at once, and its options.
         signals: Note a request to stop.
+        run: Whether to run; else the arguments are options of `fit`, without the command.
+
+    Attributes:
         resume_point: Where the run goes on; None for a new run.
         status: Exit status of the command.
     """
 
-    def __init__(self, *args: Any, signals: StopSignals, **kwargs: Any) -> None:
+    def __init__(self, arguments: Sequence[str], signals: StopSignals, run: bool = True) -> None:
         self.signals = signals
         self.resume_point: ResumePoint | None = None
         self.status = 0
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            LoraModule,
+            TextDataModule,
+            trainer_class=PlanTrainer,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            trainer_defaults={
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,
+                "enable_model_summary": False,
+            },
+            auto_configure_optimizers=False,
+            args=expand(arguments),
+            run=run,
+        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -205,21 +200,31 @@ class LoraCLI(LightningCLI):
         return make_loggers(self.made.output, folder, wandb_id, self.made.data.task_name, tags)
 
     def _callbacks(self) -> list[Callback]:
+        """List the project's callbacks in the order in which Lightning calls them, behind the user's."""
         given, output = self.made.trainer, self.made.output
-        callbacks: list[Callback] = [
-            SettingsCheck(self.parser.dump(self.config, skip_unset=False)),
-            *([] if given.enable_progress_bar is False else [progress_bar()]),
-        ]
+        callbacks: list[Callback] = [SettingsCheck(self.parser.dump(self.config, skip_unset=False))]
+        if given.enable_progress_bar is not False:
+            callbacks.append(TQDMProgressBar() if on_terminal() else PlainProgress())
         if self.subcommand != "fit":
             return [*callbacks, BenchmarkResults(self._test_folder(), output)]
+        init, seed, point = self.made.init, self.settings.seed_everything, self.resume_point
         saves = given.enable_checkpointing is not False
-        return callbacks + fit_callbacks(
-            self.made.init,
-            self.settings.seed_everything,
-            self.signals,
-            self.resume_point is not None and self.resume_point.folder is not None,
-            output.checkpoint_every_n_steps if saves else None,
-        )
+        checkpoints = Checkpoints(output.checkpoint_every_n_steps) if saves else None
+        preemption = Preemption(self.signals, checkpoints.save if checkpoints else None)
+        return [
+            *callbacks,
+            AdaLoraPruning(),  # before all that measure or save the adapter
+            # Notes the place that the callbacks below save.
+            MidEpochResume(seed, continues=point is not None and point.folder is not None),
+            ScoreAt("zero_shot"),  # the untouched model
+            *([init] if init else []),
+            ScoreAt("after_init", same_as=None if init else "zero_shot"),
+            ScoreAt("final", between_batches=preemption.stop_if_asked),
+            BenchmarkResults(),
+            RunReport(seed),  # when all scores are there
+            preemption,
+            *([checkpoints] if checkpoints else []),  # Lightning puts these behind the user's, too
+        ]
 
     def _test_folder(self) -> Path:
         """Return where a test keeps answers: the run's folder, or that of the experiment's name."""

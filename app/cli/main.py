@@ -55,6 +55,6 @@ def _command(arguments: list[str], signals: StopSignals) -> int:
         from app.commands.compare.command import compare
 
         return compare(arguments[1:], resolve_run)
-    from app.cli.lora_cli import LoraCLI, make_cli
+    from app.cli.lora_cli import LoraCLI
 
-    return make_cli(LoraCLI, arguments, signals).status
+    return LoraCLI(arguments, signals).status

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from app.cli.lora_cli import LoraCLI, make_cli
+from app.cli.lora_cli import LoraCLI
 from app.training.checks import check_length
 from app.utils.arguments import class_named
 from app.utils.signals import StopSignals
@@ -54,4 +54,4 @@ def resolve_run(options: Sequence[str]) -> ResolvedFit:
     Raises:
         InputError: A setting is unknown or wrong, or a file is missing.
     """
-    return make_cli(ResolvedFit, options, StopSignals(), run=False)
+    return ResolvedFit(options, StopSignals(), run=False)

@@ -78,7 +78,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
 
 @pytest.mark.parametrize("bar", ["true", "false"])
 def test_a_terminal_run(bar, monkeypatch, command, tiny_run, capsys):
-    monkeypatch.setattr("app.cli.callback_order.on_terminal", lambda: True)
+    monkeypatch.setattr("app.cli.lora_cli.on_terminal", lambda: True)
     monkeypatch.setattr(progress, "on_terminal", lambda: True)
     assert command("fit", "--config", tiny_run, f"--trainer.enable_progress_bar={bar}") == 0
     message = capsys.readouterr()
