@@ -7,7 +7,6 @@ import torch
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
-    PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
 )
@@ -18,6 +17,7 @@ from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora, install, lora_pairs
 from app.training.module import LoraModule
 from tests.support.run_folders import same_weights, summary, weights
+from tests.support.watched_fit import logits, plain_loop
 
 # Of the tiny Llama (d 16, 2 heads of 8, 1 for keys, inner 32, 2 layers) with r = 4, by hand:
 # q, o: 4 (16 + 16); k, v: 4 (16 + 8); gate, up: 4 (16 + 32); down: 4 (32 + 16); twice
@@ -49,48 +49,29 @@ def options(method):
     return chosen if method == "full" else (*chosen, DROPOUT)
 
 
-def ids():
-    return torch.arange(3, 60).reshape(3, 19)
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    """Return a list that holds each fit's logits after training, from the model in memory."""
-    found = []
-
-    def on_fit_end(module):
-        module.model.eval()
-        with torch.no_grad():
-            found.append(module.model(ids()).logits)
-
-    monkeypatch.setattr(LoraModule, "on_fit_end", on_fit_end, raising=False)
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINED)
 def test_what_a_run_leaves_computes_what_was_trained_and_a_resumed_run_leaves_the_same(
-    method, fit, command, trained, run_models, tmp_path, killed_at
+    method, fit, command, watched_fit, run_models, tmp_path, killed_at
 ):
     whole = fit(*options(method))
     record = summary(whole)
     assert record["method"] == method
     assert record["model"]["trainable_parameters"] == TRAINED[method]
-    base = AutoModelForCausalLM.from_pretrained(run_models / "llama").eval()
+    base = AutoModelForCausalLM.from_pretrained(run_models / "llama")
     if method == "full":
         assert not (whole / "adapter").exists()
-        model = AutoModelForCausalLM.from_pretrained(whole / "model").eval()
+        model = AutoModelForCausalLM.from_pretrained(whole / "model")
     else:
-        model = PeftModel.from_pretrained(copy.deepcopy(base), whole / "adapter").eval()
-    with torch.no_grad():
-        assert torch.allclose(model(ids()).logits, trained[0], atol=1e-6)
-        assert not torch.allclose(base(ids()).logits, trained[0], atol=1e-3)
+        model = AutoPeftModelForCausalLM.from_pretrained(whole / "adapter")
+    trained = watched_fit["logits"]
+    assert torch.allclose(logits(model), trained, atol=1e-6)
+    assert not torch.allclose(logits(base), trained, atol=1e-3)
     # The same by the project's own commands.
     assert command("test", "--run", whole) == 0
     assert command("export", "--run", whole, "--merge", "--output", tmp_path / "merged") == 0
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    with torch.no_grad():
-        assert torch.allclose(merged(ids()).logits, trained[0], atol=1e-5)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), trained, atol=1e-5)
     with killed_at(4):
         fit(*options(method))
     parts = fit(*options(method), "--ckpt_path=last")
@@ -106,40 +87,6 @@ PLAIN = (
 )
 
 
-@pytest.fixture
-def seen(monkeypatch):
-    """Return what training steps see: the adapter before the first, then each batch and its loss."""
-    found = {"batches": [], "losses": [], "start": {}}
-    original = LoraModule.training_step
-
-    def training_step(module, batch, batch_idx):
-        if not found["batches"]:
-            trained = ((n, p) for n, p in module.model.named_parameters() if p.requires_grad)
-            found["start"] = {name: p.detach().clone() for name, p in trained}
-        found["batches"].append(batch)
-        loss = original(module, batch, batch_idx)
-        found["losses"].append(float(loss.detach()))
-        return loss
-
-    monkeypatch.setattr(LoraModule, "training_step", training_step)
-    return found
-
-
-def plain_loop(model, batches):
-    """Train in a few lines of torch; return each step's loss."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-    losses = []
-    for batch in batches:
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
-        optimizer.zero_grad()
-        loss = model.train()(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
-    return losses
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
@@ -149,37 +96,32 @@ def plain_loop(model, batches):
         ("dora", {"use_rslora": True, "use_dora": True}),
         ("dora_one", {"use_rslora": True, "use_dora": True}),
         ("lora_one_adamw", {"use_rslora": True}),
+        ("full", {}),
     ],
 )
-def test_ten_steps_of_an_adapter_are_pefts(method, options, fit, seen, run_models):
-    """PEFT's own model with the same start, in a plain loop over the same batches."""
+def test_ten_steps_are_pefts_or_plain_torchs(method, options, fit, watched_fit, run_models):
+    """The same model with the same start, in a plain loop over the same batches."""
     folder = fit(f"--config=methods/{method}.yaml", *PLAIN)
-    base = AutoModelForCausalLM.from_pretrained(run_models / "llama")
-    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", **options)
-    model = get_peft_model(base, config)
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert own.keys() == seen["start"].keys()
-    with torch.no_grad():
-        for name, start in seen["start"].items():
-            own[name].copy_(start)
-    assert len(seen["losses"]) == 10
-    assert seen["losses"] == pytest.approx(plain_loop(model, seen["batches"]), rel=1e-5)
-    found = weights(folder)
-    for name, wanted in get_peft_model_state_dict(model).items():
-        assert torch.allclose(found[name], wanted, rtol=1e-4, atol=1e-5), name
-
-
-@pytest.mark.slow
-def test_full_fine_tuning_is_plain_torch(fit, seen, run_models):
-    """The same batches in a loop of a few lines."""
-    folder = fit("--config=methods/full.yaml", *PLAIN)
     model = AutoModelForCausalLM.from_pretrained(run_models / "llama")
-    assert seen["losses"] == pytest.approx(plain_loop(model, seen["batches"]), rel=1e-5)
+    atol = 1e-6
+    if method != "full":
+        atol = 1e-5
+        config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", **options)
+        model = get_peft_model(model, config)
+        own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert own.keys() == watched_fit["first"].keys()
+        with torch.no_grad():
+            for name, start in watched_fit["first"].items():
+                own[name].copy_(start)
+    assert len(watched_fit["losses"]) == 10
+    expected = plain_loop(model, watched_fit["batches"])
+    assert watched_fit["losses"] == pytest.approx(expected, rel=1e-5)
+    wanted = model.state_dict() if method == "full" else get_peft_model_state_dict(model)
     found = weights(folder)
-    for name, wanted in model.state_dict().items():
-        if name in found:
-            assert torch.allclose(found[name], wanted, rtol=1e-4, atol=1e-6), name
     assert len(found) >= 20
+    assert method == "full" or found.keys() == wanted.keys()
+    for name, value in found.items():
+        assert torch.allclose(value, wanted[name], rtol=1e-4, atol=atol), name
 
 
 @pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2", "tiny_t5"])
@@ -187,8 +129,7 @@ def test_doras_magnitudes_belong_to_the_installed_factors(build, request):
     """DoRA computes what LoRA with the same factors does; the magnitudes are torch's norms."""
     base = request.getfixturevalue(build)()
     models = [
-        add_lora(copy.deepcopy(base), LoraSettings(r=4, use_dora=dora)).eval()
-        for dora in (False, True)
+        add_lora(copy.deepcopy(base), LoraSettings(r=4, use_dora=dora)) for dora in (False, True)
     ]
     generator = torch.Generator().manual_seed(0)
     for pairs in zip(*(lora_pairs(model) for model in models), strict=True):
@@ -202,20 +143,8 @@ def test_doras_magnitudes_belong_to_the_installed_factors(build, request):
         weight = weight.T if build == "tiny_gpt2" else weight
         norms = (weight + pairs[1].scaling * B @ A).norm(dim=1)
         assert torch.allclose(layer.lora_magnitude_vector["default"].weight, norms, rtol=1e-5)
-    inputs = {"input_ids": ids()}
-    if build == "tiny_t5":
-        inputs["decoder_input_ids"] = ids()
-    with torch.no_grad():
-        plain, dora = (model(**inputs).logits for model in models)
+    plain, dora = (logits(model) for model in models)
     assert torch.allclose(plain, dora, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_peft_loads_an_adapter_by_its_folder_alone(fit, trained):
-    folder = fit(*options("dora_one"))
-    model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
-    with torch.no_grad():
-        assert torch.allclose(model(ids()).logits, trained[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -228,9 +157,8 @@ def test_peft_loads_an_adapter_by_its_folder_alone(fit, trained):
 )
 def test_an_optimizer_of_pairs_wants_pairs(optimizer, command, tiny_run, capfd, monkeypatch):
     """Else it would be plain AdamW under another name."""
-    monkeypatch.setattr(
-        "app.training.model_building.load_model", None
-    )  # told before any weights are loaded
+    # Told before any weights are loaded.
+    monkeypatch.setattr("app.training.model_building.load_model", None)
     for method in ("full", "adalora"):
         options = (f"--config=methods/{method}.yaml", f"--model.optimizer={optimizer}")
         assert command("fit", "--config", tiny_run, *options) == 2

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from app.initialization.factors import SVD, fix_signs, low_rank_svd, spectral_factors, truncated_svd
+from app.initialization.factors import (
+    SVD,
+    fix_signs,
+    lora_ga_factors,
+    low_rank_svd,
+    pissa_factors,
+    spectral_factors,
+    truncated_svd,
+)
 from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora, install, lora_pairs
 
@@ -175,3 +183,28 @@ def test_the_first_step_has_spectral_norm_scaling_over_gamma(build, use_rslora, 
         assert float(torch.linalg.svdvals(delta)[0]) == pytest.approx(scaling / GAMMA, rel=1e-5)
         lora_A, lora_B, _ = formula(G, 4, GAMMA)
         assert torch.allclose(delta, scaling * lora_B @ lora_A, atol=1e-6 * scaling / GAMMA)
+
+
+def test_the_randomised_pissa_is_nearly_the_best_of_its_rank():
+    W = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    best = torch.linalg.svdvals(W)[4:].norm()
+    A, B = pissa_factors(W, 4, 2.0, niter=16)
+    again = pissa_factors(W, 4, 2.0, niter=16)
+    assert torch.equal(A, again[0])
+    assert torch.equal(B, again[1])
+    assert float((W - 2 * B @ A).norm()) == pytest.approx(float(best), rel=1e-3)
+
+
+def test_lora_ga_takes_the_papers_vectors_and_scale():
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(24, 17, generator=generator, dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(gradient)
+    A, B = lora_ga_factors(SVD(U[:, :8], S[:8], Vh[:8].T), 4, 64.0)
+    scale = 24**0.25 / 8
+    for i in range(4):
+        assert torch.allclose(A[i], scale * Vh[i])
+        assert torch.allclose(B[:, i], scale * U[:, 4 + i])
+    # Its first step is the best one of rank 2r, up to a factor: s (dB A + B dA) with the raw gradients.
+    step = gradient @ A.T @ A + B @ B.T @ gradient
+    best = (U[:, :8] * S[:8]) @ Vh[:8]
+    assert torch.allclose(step / scale**2, best, atol=1e-10)

@@ -10,8 +10,10 @@ from app.models.adapter_io import load_adapter, merge_adapter, save_adapter
 from app.models.lora import (
     add_lora,
     base_model,
+    base_weight,
     install,
     lora_pairs,
+    subtract_from_base,
     without_adapters,
 )
 from app.utils.errors import InputError
@@ -132,3 +134,29 @@ def test_a_saved_adapter_on_a_model_without_numbers_warns_of_nothing(tiny_llama,
         loaded = load_adapter(tiny_llama().to("meta"), tmp_path, trainable=True)
     assert len(lora_pairs(loaded)) == 14
     assert not [w for w in caught if "meta" in str(w.message)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2"])
+def test_the_base_is_rounded_once(build, dtype, request):
+    """From float64, so that it is the same wherever it is computed: bit for bit that of numpy."""
+    base = request.getfixturevalue(build)().to(dtype)
+    model = add_lora(base, LoraSettings(r=4))
+    for pair in lora_pairs(model):
+        A, B = torch.randn_like(pair.lora_A), torch.randn_like(pair.lora_B)
+        W = base_weight(pair).double().numpy()
+        subtract_from_base(pair, A, B)
+        wanted = W - pair.scaling * B.double().numpy() @ A.double().numpy()
+        assert torch.equal(base_weight(pair), torch.from_numpy(wanted).to(dtype)), pair.name
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_codes_are_not_subtracted_from(dtype, tiny_llama):
+    [pair, *_] = lora_pairs(add_lora(tiny_llama(), LoraSettings(r=4)))
+    layer = pair.layer.get_base_layer()
+    codes = torch.full(layer.weight.shape, 3.0).to(dtype)
+    layer.weight = torch.nn.Parameter(codes.clone(), requires_grad=False)
+    told = rf"weight of {pair.name}, but that is quantised \({dtype}\)"
+    with pytest.raises(InputError, match=told):
+        subtract_from_base(pair, torch.ones_like(pair.lora_A), torch.ones_like(pair.lora_B))
+    assert torch.equal(layer.weight.float(), codes.float())

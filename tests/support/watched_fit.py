@@ -8,7 +8,25 @@ from peft import get_peft_model
 @torch.no_grad()
 def logits(model):
     """Return a model's logits of three rows of all kinds of tokens."""
-    return model.eval()(torch.arange(3, 60).reshape(3, 19)).logits
+    ids = torch.arange(3, 60).reshape(3, 19)
+    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return model.eval()(input_ids=ids, **decoder).logits
+
+
+def plain_loop(model, batches):
+    """Train with AdamW in a few lines of torch; return each step's loss."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    losses = []
+    torch.manual_seed(1)  # of dropout
+    for batch in batches:
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+        optimizer.zero_grad()
+        loss = model.train()(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
 
 
 def trained_weights(model):
@@ -18,10 +36,10 @@ def trained_weights(model):
 
 @pytest.fixture
 def watched_fit(monkeypatch):
-    """Return a dict that the next fit fills: its batches, its trained weights before and after, its logits."""
+    """Return a dict that the next fit fills: batches, losses, trained weights before and after, logits."""
     from app.training.module import LoraModule  # slow to import, which most tests do without
 
-    seen = {"batches": []}
+    seen = {"batches": [], "losses": []}
     training_step = LoraModule.training_step
 
     def watched_step(module, batch, batch_idx):
@@ -29,7 +47,9 @@ def watched_fit(monkeypatch):
             seen["first"] = trained_weights(module.model)
             seen["pairs"] = {pair.name: (pair.rank, pair.scaling) for pair in module.lora_pairs()}
         seen["batches"].append(batch)
-        return training_step(module, batch, batch_idx)
+        loss = training_step(module, batch, batch_idx)
+        seen["losses"].append(float(loss.detach()))
+        return loss
 
     def on_fit_end(module):
         seen["logits"] = logits(module.model)

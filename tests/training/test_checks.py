@@ -1,0 +1,64 @@
+"""What cannot be trained, or merged, is refused with what to change."""
+
+import json
+import shutil
+
+import pytest
+from transformers import AutoConfig
+
+from app.training.module import LoraModule
+
+
+@pytest.fixture
+def tied(tmp_path, tiny_llama, run_models):
+    """Return options for a model whose LM head is its embedding, with the head adapted."""
+    folder = tmp_path / "tied"
+    shutil.copytree(run_models / "llama", folder)
+    config = AutoConfig.from_pretrained(folder)
+    tiny_llama(tie_word_embeddings=True, vocab_size=config.vocab_size).save_pretrained(folder)
+    return f"--model.name={folder}", "--model.adapter.target_modules=[q_proj,lm_head]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "name"), [("pissa", "PissaInit"), ("lora_ga", "LoraGaInit")])
+def test_what_cannot_be_subtracted_from(
+    method, name, command, tiny_run, run_models, tied, tmp_path, capfd, monkeypatch
+):
+    """Told from the configuration, before the weights, but for tied weights."""
+
+    def refused(*options):
+        config = f"--config=methods/{method}.yaml"
+        assert command("fit", "--config", tiny_run, config, *options) == 2
+        return capfd.readouterr().err
+
+    told = refused(*tied)
+    assert f"init is {name}, which changes the weight of lm_head" in told
+    assert "the weight of model.embed_tokens too (tie_word_embeddings)" in told
+    assert "leave lm_head out of model.adapter.target_modules" in told
+    monkeypatch.setattr("app.training.model_building.load_model", None)
+    assert f"init is {name}, but the model has no LoRA adapter" in refused("--model.adapter=null")
+    folder = tmp_path / "codes"
+    shutil.copytree(run_models / "llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    told = refused(f"--model.name={folder}")
+    assert f"init is {name}, which subtracts its factors from the base weights" in told
+    assert "are quantised" in told
+    assert "methods/lora_one.yaml" in told
+    monkeypatch.setattr(LoraModule, "is_sharded", property(lambda _: True))
+    assert f"init is {name}, which changes the base weights that this strategy shards" in refused()
+
+
+@pytest.mark.slow
+def test_a_weight_of_two_modules_is_not_merged(fit, command, tied, capfd):
+    folder = fit("--config=methods/lora.yaml", *tied)
+    assert command("export", "--run", folder, "--merge") == 2
+    told = capfd.readouterr().err
+    assert "merging would change the weight of lm_head, which is that of model.embed_tokens" in told
+    assert not (folder / "merged").exists()
+    # The same model with its head left out.
+    folder = fit(
+        "--config=methods/pissa.yaml", tied[0], "--model.adapter.target_modules=[q_proj,v_proj]"
+    )
+    assert command("export", "--run", folder, "--merge") == 0
