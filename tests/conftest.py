@@ -70,70 +70,47 @@ def _settled_environment(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
-def _build(model_class, config, seed):
-    """Build a model in evaluation mode without touching the global generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return model_class(config).eval()
+def _builder(model_class, config_class, **defaults):
+    """Return `build(seed=0, **config)`, which makes a model and leaves the global generator alone."""
+
+    def build(seed=0, **config):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return model_class(config_class(**{**defaults, **config})).eval()
+
+    return build
 
 
 @pytest.fixture(scope="session")
 def tiny_llama():
     """Return `build(seed=0, **config)`, which makes a Llama of 2 layers, queries grouped."""
-
-    def build(seed=0, **config):
-        defaults = {
-            "vocab_size": VOCAB_SIZE,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 1024,
-            **SPECIAL_IDS,
-        }
-        return _build(LlamaForCausalLM, LlamaConfig(**{**defaults, **config}), seed)
-
-    return build
+    return _builder(
+        LlamaForCausalLM,
+        LlamaConfig,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        **SPECIAL_IDS,
+    )
 
 
 @pytest.fixture(scope="session")
 def tiny_gpt2():
     """Return `build(seed=0, **config)`, which makes a GPT-2 of 2 layers (of Conv1D)."""
-
-    def build(seed=0, **config):
-        defaults = {
-            "vocab_size": VOCAB_SIZE,
-            "n_embd": 16,
-            "n_layer": 2,
-            "n_head": 2,
-            "n_positions": 1024,
-            **SPECIAL_IDS,
-        }
-        return _build(GPT2LMHeadModel, GPT2Config(**{**defaults, **config}), seed)
-
-    return build
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 1024}
+    return _builder(GPT2LMHeadModel, GPT2Config, vocab_size=VOCAB_SIZE, **sizes, **SPECIAL_IDS)
 
 
 @pytest.fixture(scope="session")
 def tiny_t5():
     """Return `build(seed=0, **config)`, which makes a T5 of 2 + 2 layers."""
-
-    def build(seed=0, **config):
-        defaults = {
-            "vocab_size": VOCAB_SIZE,
-            "d_model": 16,
-            "d_kv": 8,
-            "d_ff": 32,
-            "num_layers": 2,
-            "num_heads": 2,
-            "decoder_start_token_id": 0,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-        }
-        return _build(T5ForConditionalGeneration, T5Config(**{**defaults, **config}), seed)
-
-    return build
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    return _builder(T5ForConditionalGeneration, T5Config, vocab_size=VOCAB_SIZE, **sizes, **special)
 
 
 def _tokenizer():
@@ -164,15 +141,6 @@ def tiny_model_dir(tmp_path, tiny_llama, tiny_tokenizer):
     """Return a directory with the tiny Llama and the tokenizer."""
     folder = tmp_path / "tiny_llama"
     tiny_llama().save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def tiny_t5_dir(tmp_path, tiny_t5, tiny_tokenizer):
-    """Return a directory with the tiny T5 and the tokenizer."""
-    folder = tmp_path / "tiny_t5"
-    tiny_t5().save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
 
@@ -243,6 +211,27 @@ def command(monkeypatch):
     # Pictures take most of the time of a tiny run.
     monkeypatch.setattr("callbacks.run_report.write_plots", lambda *_: [])
     return run
+
+
+@pytest.fixture
+def parsed(monkeypatch, command):
+    """Return `parsed(*argv, subcommand="fit")`: the configuration of a command line, which runs nothing."""
+    from app.cli.lora_cli import LoraCLI
+
+    class Parsed(Exception):
+        pass
+
+    def stop(cli):
+        raise Parsed(cli.settings)
+
+    monkeypatch.setattr(LoraCLI, "instantiate_classes", stop)
+
+    def parse(*argv, subcommand="fit"):
+        with pytest.raises(Parsed) as parsed:
+            command(subcommand, *argv)
+        return parsed.value.args[0]
+
+    return parse
 
 
 @pytest.fixture

@@ -1,30 +1,20 @@
 """Configurations outlive a move of the project's classes: what a run writes, and what earlier ones wrote."""
 
+import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.support.run_folders import losses, summary
 
 EARLIER = Path(__file__).with_name("earlier_config.yaml")
 
 
-def class_paths(value):
-    """Return all values of `class_path` in a configuration."""
-    if isinstance(value, dict):
-        own = [value["class_path"]] if "class_path" in value else []
-        return own + [path for inner in value.values() for path in class_paths(inner)]
-    return (
-        [path for inner in value for path in class_paths(inner)] if isinstance(value, list) else []
-    )
-
-
 def test_the_saved_config_names_own_classes_bare_and_others_by_their_path(fit):
     own = ("--config=methods/lora_ga.yaml", "--init.num_samples=16")
     user = "--trainer.callbacks=lightning.pytorch.callbacks.LearningRateMonitor"
-    config = yaml.safe_load((fit(*own, user) / "config.yaml").read_text())
-    assert sorted(class_paths(config)) == [
+    config = (fit(*own, user) / "config.yaml").read_text()
+    assert sorted(re.findall(r"class_path: (\S+)", config)) == [
         *("GlueDataModule", "LoraGaInit"),
         *("lightning.pytorch.callbacks.LearningRateMonitor", "torch.optim.AdamW"),
     ]

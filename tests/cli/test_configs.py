@@ -3,40 +3,17 @@
 import pytest
 import yaml
 
-import app.cli.lora_cli
-import app.tracking.config_files
+from app.tracking.config_files import CONFIGS
 
-THEORY = (
-    app.tracking.config_files.CONFIGS / "theory"
-)  # another command's, see test_theory_command.py
-FILES = sorted(f for f in app.tracking.config_files.CONFIGS.rglob("*.yaml") if f.parent != THEORY)
-COMPLETE = [file for file in FILES if file.parent == app.tracking.config_files.CONFIGS]
+THEORY = CONFIGS / "theory"  # another command's, see tests/commands/theory/test_command.py
+FILES = sorted(f for f in CONFIGS.rglob("*.yaml") if f.parent != THEORY)
+COMPLETE = [file for file in FILES if file.parent == CONFIGS]
 BENCHMARKS = [file for file in FILES if file.parent.name == "eval"]
 OVERLAYS = [file for file in FILES if file not in COMPLETE + BENCHMARKS]
 
 
 def name_of(file):
-    return str(file.relative_to(app.tracking.config_files.CONFIGS))
-
-
-@pytest.fixture
-def parsed(monkeypatch, command):
-    """Return the configuration that a command line comes to, without running anything."""
-
-    class Parsed(Exception):
-        pass
-
-    def stop(cli):
-        raise Parsed(cli.settings)
-
-    monkeypatch.setattr(app.cli.lora_cli.LoraCLI, "instantiate_classes", stop)
-
-    def parse(*argv, subcommand="fit"):
-        with pytest.raises(Parsed) as parsed:
-            command(subcommand, *argv)
-        return parsed.value.args[0]
-
-    return parse
+    return str(file.relative_to(CONFIGS))
 
 
 def test_all_are_here():
@@ -87,16 +64,14 @@ def test_hyperparameters_of_the_paper(file, parsed):
     assert (asked.class_path.split(".")[-1], config.trainer.max_epochs, *found) == rules[file.stem]
 
 
-def test_rows_come_from_a_file_or_the_hub(parsed):
+@pytest.mark.parametrize("name", ["gsm8k_smollm2", "code_alpaca_smollm2"])
+def test_rows_come_from_a_file_or_the_hub(name, parsed):
     """Both paths of a small run are options of the command line."""
-    small = [file for file in COMPLETE if file.stem in ("gsm8k_smollm2", "code_alpaca_smollm2")]
-    assert len(small) == 2
-    for file in small:
-        config = parsed("--config", file, "--data.path", "a.json", "--data.evals.path", "b.jsonl")
-        assert config.data.init_args.path == "a.json"
-        (asked,) = config.data.init_args.evals
-        assert asked.init_args.path == "b.jsonl"
-        assert asked.init_args.validation_size <= 16
+    config = parsed("--config", name, "--data.path", "a.json", "--data.evals.path", "b.jsonl")
+    assert config.data.init_args.path == "a.json"
+    (asked,) = config.data.init_args.evals
+    assert asked.init_args.path == "b.jsonl"
+    assert asked.init_args.validation_size <= 16
 
 
 @pytest.mark.parametrize("file", BENCHMARKS, ids=name_of)

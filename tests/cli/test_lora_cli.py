@@ -12,47 +12,19 @@ from safetensors.torch import load_file, save_file
 import app.cli.lora_cli
 import app.tracking.config_files
 from app.utils.errors import DivergedError
-from app.utils.files import file_sha256
 
 
 @pytest.fixture
-def parsed(monkeypatch, command):
-    """Return the configuration that a command line comes to, without running anything."""
-
-    class Parsed(Exception):
-        pass
-
-    def stop(cli):
-        raise Parsed(cli.settings)
-
-    monkeypatch.setattr(app.cli.lora_cli.LoraCLI, "instantiate_classes", stop)
-
-    def parse(*argv):
-        with pytest.raises(Parsed) as parsed:
-            command(*argv)
-        return parsed.value.args[0]
-
-    return parse
-
-
-@pytest.fixture
-def refused(monkeypatch, command, capsys):
+def refused(monkeypatch, refused_late):
     """Return the one error of a command line, which must end before any weights are loaded."""
-
-    def no_weights(*args, **kwargs):
-        raise AssertionError("the weights were loaded")
-
-    monkeypatch.setattr("app.training.model_building.load_model", no_weights)
-    return _refusal(command, capsys)
+    monkeypatch.setattr("app.training.model_building.load_model", None)
+    return refused_late
 
 
 @pytest.fixture
 def refused_late(command, capsys):
     """Return the one error of a command line, which may need the weights to be noticed."""
-    return _refusal(command, capsys)
 
-
-def _refusal(command, capsys):
     def run(*argv, status=2):
         capsys.readouterr()
         assert command(*argv) == status
@@ -75,7 +47,7 @@ def edited(tiny_run, old, new):
 @pytest.mark.parametrize("name", ["quickstart.yaml", "quickstart", "configs/quickstart.yaml"])
 def test_configs_are_found_by_name(name, parsed, monkeypatch):
     monkeypatch.chdir(app.tracking.config_files.PROJECT)
-    config = parsed("fit", "--config", name)
+    config = parsed("--config", name)
     assert config.output.name == "quickstart"
     assert config.data.class_path == "data_modules.movie_reviews.MovieReviewsDataModule"
 
@@ -83,12 +55,12 @@ def test_configs_are_found_by_name(name, parsed, monkeypatch):
 def test_a_file_as_given_comes_before_configs(parsed, tiny_run, monkeypatch):
     monkeypatch.chdir(tiny_run.parent)
     shutil.copy(tiny_run, "quickstart.yaml")
-    assert parsed("fit", "--config=quickstart.yaml").output.name == "tiny"
+    assert parsed("--config=quickstart.yaml").output.name == "tiny"
 
 
 def test_overlays_compose_in_order(parsed):
     config = parsed(
-        *("fit", "--config", "glue_sst2.yaml", "--config", "methods/lora.yaml"),
+        *("--config", "glue_sst2.yaml", "--config", "methods/lora.yaml"),
         *("--config", "models/smollm2.yaml", "--model.adapter.r", "3", "--data.batch_size", "5"),
     )
     assert config.model.method == "lora"
@@ -98,20 +70,6 @@ def test_overlays_compose_in_order(parsed):
     assert config.model.adapter.r == 3
     assert config.data.init_args.task == "sst2"
     assert config.data.init_args.batch_size == 5
-
-
-def test_a_method_overlay_replaces_another_method(parsed, tiny_run):
-    lora = parsed("fit", "--config", tiny_run, "--config", "methods/lora")
-    assert lora.init is None
-    back = parsed(
-        *("fit", "--config", tiny_run, "--config", "methods/lora"),
-        *("--config", "methods/lora_one_adamw"),
-    )
-    assert back.init.class_path == "callbacks.lora_one_init.LoraOneInit"
-    assert back.model.optimizer.class_path == "torch.optim.AdamW"
-    assert back.model.method == "lora_one_adamw"
-    again = parsed("fit", "--config", tiny_run, "--config", "methods/lora_one")
-    assert again.model.optimizer.class_path == "app.optim.preconditioned_adamw.PreconditionedAdamW"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +92,7 @@ def test_an_option_brings_nothing_back_that_a_file_has_switched_off(
 
 
 def test_what_is_switched_off_can_be_set_again(parsed, tiny_run):
-    lora = ("fit", "--config", tiny_run, "--config", "methods/lora")
+    lora = ("--config", tiny_run, "--config", "methods/lora")
     for again in (
         ("--init=LoraGaInit", "--init.gamma=32"),
         ("--init.class_path=LoraGaInit", "--init.init_args.gamma=32"),
@@ -147,11 +105,11 @@ def test_what_is_switched_off_can_be_set_again(parsed, tiny_run):
 
 def test_interpolation_follows_an_override(parsed, tiny_run):
     file = edited(tiny_run, "name: tiny,", "name: 'r${model.adapter.r}_${data.init_args.task}',")
-    assert parsed("fit", "--config", file).output.name == "r4_sst2"
-    assert parsed("fit", "--config", file, "--model.adapter.r", "2").output.name == "r2_sst2"
+    assert parsed("--config", file).output.name == "r4_sst2"
+    assert parsed("--config", file, "--model.adapter.r", "2").output.name == "r2_sst2"
     overlay = tiny_run.with_name("overlay.yaml")
     overlay.write_text("model: {adapter: {r: 3}}\n")
-    assert parsed("fit", "--config", file, "--config", overlay).output.name == "r3_sst2"
+    assert parsed("--config", file, "--config", overlay).output.name == "r3_sst2"
 
 
 def test_print_config_is_resolved(command, tiny_run, capsys):
@@ -170,13 +128,8 @@ def test_help_names_all_commands(argv, command, capsys):
         command(*argv)
     assert end.value.code == 0
     told = capsys.readouterr().out
-    for name in (
-        "train.py fit --config quickstart.yaml",
-        "validate",
-        "train.py test --run",
-        "export",
-    ):
-        assert name in told
+    fit = "train.py fit --config quickstart.yaml"
+    assert all(name in told for name in (fit, "validate", "train.py test --run", "export"))
 
 
 @pytest.mark.parametrize(
@@ -202,42 +155,31 @@ def test_every_option_of_ours_is_documented(argv, command, capsys):
         assert described.endswith("."), described
 
 
-UNKNOWN = [
-    ("--trainer.max_stesp", "trainer.max_stesp; did you mean trainer.max_steps?"),
-    ("--trianer.max_steps", "trianer.max_steps; did you mean trainer.max_steps?"),
-    ("--model.nmae", "model.nmae; did you mean model.name?"),
-    ("--model.adapter.rr", "model.adapter.rr; did you mean model.adapter.r?"),
-    ("--model.optimizer.lrr", "model.optimizer.lrr; did you mean model.optimizer.lr?"),
-    ("--data.bath_size", "data.bath_size; did you mean data.batch_size?"),
-    ("--data.init_args.bath_size", "data.bath_size; did you mean data.batch_size?"),
-    ("--init.gama", "init.gama; did you mean init.gamma?"),
-    ("--init.estimator.kinds", "init.estimator.kinds; did you mean init.estimator.kind?"),
-    ("--output.nam", "output.nam; did you mean output.name?"),
-]
-
-
-@pytest.mark.parametrize(("option", "told"), UNKNOWN)
-def test_misspelt_on_the_command_line(option, told, refused, tiny_run):
-    assert refused("fit", "--config", tiny_run, option, "2") == f"there is no setting {told}"
-
-
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("wrong", "meant", "old", "new"),
     [
-        ("max_steps", "max_stesp", UNKNOWN[0][1]),
-        ("trainer:", "trianer:", UNKNOWN[1][1]),
-        ("  name: /", "  nmae: /", UNKNOWN[2][1]),
-        ("r: 4", "rr: 4", UNKNOWN[3][1]),
-        ("lr: 1", "lrr: 1", UNKNOWN[4][1]),
-        (" batch_size", " bath_size", UNKNOWN[5][1]),
-        ("{num_samples", "{gama: 2, num_samples", UNKNOWN[7][1]),
-        ("{num_samples", "{estimator: {kinds: 2}, num_samples", UNKNOWN[8][1]),
-        ("name: tiny", "nam: tiny", UNKNOWN[9][1]),
+        ("trainer.max_stesp", "trainer.max_steps", "max_steps", "max_stesp"),
+        ("trianer.max_steps", "trainer.max_steps", "trainer:", "trianer:"),
+        ("model.nmae", "model.name", "  name: /", "  nmae: /"),
+        ("model.adapter.rr", "model.adapter.r", "r: 4", "rr: 4"),
+        ("model.optimizer.lrr", "model.optimizer.lr", "lr: 1", "lrr: 1"),
+        ("data.bath_size", "data.batch_size", " batch_size", " bath_size"),
+        ("init.gama", "init.gamma", "{num_samples", "{gama: 2, num_samples"),
+        (
+            *("init.estimator.kinds", "init.estimator.kind"),
+            *("{num_samples", "{estimator: {kinds: 2}, num_samples"),
+        ),
+        ("output.nam", "output.name", "name: tiny", "nam: tiny"),
     ],
 )
-def test_misspelt_in_a_file(old, new, told, refused, tiny_run):
-    file = edited(tiny_run, old, new)
-    assert refused("fit", "--config", file) == f"there is no setting {told}"
+def test_misspelt_settings(wrong, meant, old, new, refused, tiny_run):
+    """On the command line and in a file, where `old` is written as `new`."""
+    told = f"there is no setting {wrong}; did you mean {meant}?"
+    assert refused("fit", "--config", tiny_run, f"--{wrong}", "2") == told
+    if wrong.startswith("data."):
+        inner = f"--{wrong.replace('data.', 'data.init_args.')}"
+        assert refused("fit", "--config", tiny_run, inner, "2") == told
+    assert refused("fit", "--config", edited(tiny_run, old, new)) == told
 
 
 @pytest.mark.parametrize(
@@ -259,31 +201,20 @@ def test_misspelt_in_a_file(old, new, told, refused, tiny_run):
         ("model.optimizer.damping", "-1", "damping must be >= 0, got -1"),
         ("model.warmup_steps", "-1", "model.warmup_steps must be >= 0, got -1"),
         ("init.gamma", "0", "init.gamma must lie between 1e-06 and 1e+12, got 0"),
-        ("init.gamma", "-3", "init.gamma must lie between 1e-06 and 1e+12, got -3"),
-        ("init.gamma", "1e60", "init.gamma must lie between 1e-06 and 1e+12, got 1e+60"),
-        ("init.gamma", ".inf", "init.gamma must lie between 1e-06 and 1e+12, got inf"),
         ("model.adapter.lora_alpha", "0", "model.adapter.lora_alpha must be > 0, got 0"),
         ("init.num_samples", "0", "init.num_samples must be > 0, got 0"),
         ("init.num_samples", "41", "41 initialization samples from 40 training rows"),
         ("data.batch_size", "0", "data.batch_size=0: expected at least 1"),
         ("data.task", "sst3", "did you mean sst2?"),
-        (
-            "data.path",
-            "/no/such/folder",
-            "/no/such/folder: expected a GLUE folder; change --data.path",
-        ),
+        ("data.path", "/none", "/none: expected a GLUE folder; change --data.path"),
         ("trainer.accelerator", "qpu", "accelerator='qpu'"),
-        (
-            "model.name",
-            "/no/such/model",
-            "Got model.name='/no/such/model', which is no existing path",
-        ),
-        (
-            "model.adapter_path",
-            "/no/such/adapter",
-            "/no/such/adapter', which holds no adapter_config",
-        ),
+        ("model.name", "/none", "Got model.name='/none', which is no existing path"),
+        ("model.adapter_path", "/none", "/none', which holds no adapter_config"),
         ("model.adapter", "null", "init is LoraOneInit, but the model has no LoRA adapter"),
+        (
+            *("output.checkpoint_every_n_steps", "0"),
+            "output.checkpoint_every_n_steps must be >= 1, got 0",
+        ),
         ("output.root", "/proc/x", "'/proc/x/tiny/version_0' cannot be written"),
         ("ckpt_path", "/no/such.ckpt", "ckpt_path is '/no/such.ckpt', which does not exist"),
     ],
@@ -335,24 +266,6 @@ def test_interpolation_of_nothing(refused, tiny_run):
     assert told == "output.name refers to model.nmae, which is no setting"
 
 
-def test_data_and_models_that_cannot_be_used(refused, tiny_run, sst2_folder, tmp_path):
-    """One of each; what else is refused is tested with the data module and the model's source."""
-    folder = tmp_path / "data"
-    shutil.copytree(sst2_folder, folder)
-    run = ("--config", tiny_run, f"--data.path={folder}")
-    (folder / "SST-2" / "test.tsv").write_text("index\tsentence\n0\tfine\n")
-    told = refused("test", *run, "--data.test_split=test")
-    assert "has no labels, which GLUE withholds" in told
-    file = folder / "SST-2" / "train.tsv"
-    file.write_text("sentence\tlabel\nfine\t2\n")
-    told = refused("fit", *run)
-    assert re.search("line 2 of .*train.tsv has the label '2': expected one of", told)
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF and more")
-    told = refused("fit", "--config", tiny_run, f"--model.name={file}#sha256={'0' * 64}")
-    assert f"has SHA-256 {file_sha256(file)}, but model.name expects '{'0' * 64}'" in told
-
-
 @pytest.mark.parametrize("argv", [("test", "--run"), ("validate", "--run"), ("export", "--run")])
 def test_folders_that_are_no_run(argv, refused, tmp_path):
     told = refused(*argv, tmp_path)
@@ -361,23 +274,15 @@ def test_folders_that_are_no_run(argv, refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"),
+    ("option", "told"),
     [
-        (
-            "r",
-            "17",
-            "model.adapter.r is 17, but model.layers.0.self_attn.q_proj has shape (16, 16)",
-        ),
-        (
-            "target_modules",
-            "[q_prj]",
-            "did you mean q_proj? Its linear layers end in: down_",
-        ),
-        ("target_modules", "encoder.*", "target_modules is 'encoder.*', which fits no layer"),
+        ("r=17", "model.adapter.r is 17, but model.layers.0.self_attn.q_proj has shape (16, 16)"),
+        ("target_modules=[q_prj]", "did you mean q_proj? Its linear layers end in: down_"),
+        ("target_modules=encoder.*", "target_modules is 'encoder.*', which fits no layer"),
     ],
 )
-def test_adapters_that_do_not_fit(option, value, told, refused_late, tiny_run):
-    assert told in refused_late("fit", "--config", tiny_run, f"--model.adapter.{option}={value}")
+def test_adapters_that_do_not_fit(option, told, refused_late, tiny_run):
+    assert told in refused_late("fit", "--config", tiny_run, f"--model.adapter.{option}")
     assert not list(tiny_run.parent.glob("runs/tiny/*"))
 
 

@@ -37,8 +37,8 @@ def test_directory(tiny_model_dir, tiny_llama, tiny_tokenizer, capfd, monkeypatc
     assert capfd.readouterr() == ("", "")
 
 
-def test_encoder_decoder(tiny_t5_dir, tiny_t5):
-    model = load_model(resolve_model(str(tiny_t5_dir)))
+def test_encoder_decoder(run_models, tiny_t5):
+    model = load_model(resolve_model(str(run_models / "t5")))
     ids = torch.arange(8)[None]
     expected = tiny_t5()(input_ids=ids, decoder_input_ids=ids).logits
     assert torch.equal(model(input_ids=ids, decoder_input_ids=ids).logits, expected)
