@@ -17,15 +17,11 @@ LORA = ("--config", "methods/lora.yaml")
 MORE = ("--trainer.max_steps=5", "--output.checkpoint_every_n_steps=1")
 
 
-def rows(folder):
-    return table(folder, "alignment.csv")
-
-
 @pytest.mark.slow
 def test_the_start_lies_in_the_gradients_spans_and_the_end_is_that_of_the_adapter(fit, passes):
     folder = fit(*MORE, *WATCH)
     assert passes == ["callbacks.initialization"]
-    found = rows(folder)
+    found = table(folder, "alignment.csv")
     assert sorted({int(row["step"]) for row in found}) == [0, 2, 4, 5]
     layers = {row["layer"] for row in found}
     assert len(found) == 4 * len(layers) == 4 * 14
@@ -53,7 +49,7 @@ def test_plain_lora_is_watched_by_a_pass_of_the_callbacks_own(fit, passes):
     folder = fit(*LORA, *WATCH)
     assert passes == ["callbacks.alignment_monitor"]
     found = defaultdict(list)
-    for row in rows(folder):
+    for row in table(folder, "alignment.csv"):
         found[int(row["step"])].append(row)
     # lora_B = 0 has no span, and lora_A is random.
     assert all(math.isnan(float(row["angle_B"])) and float(row["norm"]) == 0 for row in found[0])
@@ -88,7 +84,8 @@ def test_scalars_reach_the_table(fit):
     folder = fit(*WATCH)
     logged = [row for row in table(folder) if row.get("alignment/norm")]
     assert [int(row["step"]) for row in logged] == [0, 1, 2]
-    norms = [float(row["norm"]) for row in rows(folder) if row["step"] == "2"]
+    rows = table(folder, "alignment.csv")
+    norms = [float(row["norm"]) for row in rows if row["step"] == "2"]
     assert float(logged[1]["alignment/norm"]) == pytest.approx(float(torch.tensor(norms).median()))
 
 

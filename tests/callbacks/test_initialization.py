@@ -1,5 +1,6 @@
 """What an initialization from gradients checks, and what it does with a layer that has none."""
 
+import math
 import warnings
 from types import SimpleNamespace
 
@@ -13,9 +14,10 @@ from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora, lora_pairs
 from app.utils.errors import InputError
 from callbacks.lora_one_init import LoraOneInit
+from tests.support.initialize import initialize
 
 
-@pytest.mark.parametrize("gamma", [0.0, -128.0, 1e13])
+@pytest.mark.parametrize("gamma", [0.0, -128.0, 1e13, math.inf])
 def test_gamma_has_a_range(gamma):
     with pytest.raises(InputError, match=r"init\.gamma must lie between"):
         LoraOneInit(gamma=gamma)
@@ -40,27 +42,15 @@ def test_a_layer_without_gradient_keeps_the_usual_start(tiny_llama, monkeypatch)
         estimates=estimates, loss=1.0, tokens=2, seconds=0.0, peak_bytes=[0], sent_bytes=[0]
     )
     monkeypatch.setattr("callbacks.initialization.one_step_gradients", lambda *_, **__: result)
-    module = SimpleNamespace(
-        model=model,
-        base=None,
-        lora_pairs=lambda: pairs,
-        record=SimpleNamespace(init=None),
-    )
-    trainer = SimpleNamespace(
-        global_rank=0,
-        world_size=1,
-        datamodule=SimpleNamespace(gradient_batches=lambda *_: []),
-        precision_plugin=SimpleNamespace(forward_context=None),
-    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        LoraOneInit().on_fit_start(trainer, module)
+        record = initialize(LoraOneInit(), model, [])
     messages = [str(w.message) for w in caught if "gradient is zero" in str(w.message)]
     assert len(messages) == 1
     assert "in 1 layers" in messages[0]
     assert pairs[1].name in messages[0]
     assert pairs[0].name not in messages[0]
-    assert module.record.init.model_extra["layers_without_gradient"] == [pairs[1].name]
+    assert record.model_extra["layers_without_gradient"] == [pairs[1].name]
     for number, (pair, (lora_A, lora_B)) in enumerate(zip(pairs, usual, strict=True)):
         kept = torch.equal(pair.lora_A, lora_A) and torch.equal(pair.lora_B, lora_B)
         assert kept == (number == 1)

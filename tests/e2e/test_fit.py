@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from app.training.module import LoraModule
-from tests.support.paths import ROOT
+from tests.support.paths import DATA, needs_data
 from tests.support.run_folders import losses, same_weights, summary, weights
 
-GLUE = ROOT.parent / "shared" / "data" / "glue"
 MOMENTS = ("zero_shot", "after_init", "final")
 
 
@@ -182,12 +181,10 @@ def test_a_dry_run_writes_nothing(command, tiny_run, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-@pytest.mark.skipif(
-    not GLUE.is_dir(), reason=f"needs the GLUE files of gluebenchmark.com in {GLUE}"
-)
+@needs_data("glue")
 def test_the_real_sst2(fit):
     folder = fit(
-        *(f"--data.path={GLUE}", "--data.train_size=200", "--data.validation_size=100"),
+        *(f"--data.path={DATA / 'glue'}", "--data.train_size=200", "--data.validation_size=100"),
         *("--data.max_length=80", "--trainer.limit_val_batches=0"),
     )
     told = summary(folder)

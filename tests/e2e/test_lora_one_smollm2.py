@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from app.initialization.gradient_store import ExactStore
-from app.initialization.one_step_gradient import Estimator, one_step_gradients
+from app.initialization.one_step_gradient import Estimator
 from app.models.adapter_config import LoraSettings
 from app.models.loading import load_model, load_tokenizer
-from app.models.lora import add_lora, lora_pairs
+from app.models.lora import add_lora, base_model, lora_pairs
 from app.models.loss import summed_loss, supervised_logits
 from app.models.source import resolve_model
 from callbacks.lora_one_init import LoraOneInit
 from data_modules.movie_reviews import MovieReviewsDataModule
+from tests.support.gradient_streams import best, product, relative
 from tests.support.initialize import initialize
+from tests.support.one_step_oracle import run
 
 pytestmark = pytest.mark.smollm2
 RANK = 8
@@ -27,9 +29,7 @@ def observed(smollm2_dir):
     data = MovieReviewsDataModule()
     data.attach(load_tokenizer(source), False)
     batches = data.gradient_batches(64, 8)
-    base = load_model(source)
-    model = add_lora(base, LoraSettings(r=RANK)).train()
-    pairs = lora_pairs(model)
+    model = add_lora(load_model(source), LoraSettings(r=RANK)).train()
     gradients = {}
     estimates = ExactStore.estimates
 
@@ -39,30 +39,18 @@ def observed(smollm2_dir):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ExactStore, "estimates", keeping)
-        exact = one_step_gradients(model, base, pairs, batches, RANK, Estimator("exact"))
-    sketch = one_step_gradients(model, base, pairs, batches, RANK, Estimator())
-    return SimpleNamespace(
-        base=base,
-        model=model,
-        pairs=pairs,
-        batches=batches,
-        gradients=gradients,
-        exact=exact,
-        sketch=sketch,
-    )
-
-
-def leading(estimate):
-    U, S, V = estimate.svd
-    return U[:, :RANK] * S[:RANK] @ V[:, :RANK].T
+        exact = run(model, batches, rank=RANK)
+    sketch = run(model, batches, Estimator(), RANK)
+    results = {"gradients": gradients, "exact": exact, "sketch": sketch}
+    return SimpleNamespace(model=model, batches=batches, **results)
 
 
 def test_default_estimator_is_within_one_percent_of_the_exact_start(observed):
-    errors = {}
-    for name, estimate in observed.exact.estimates.items():
-        wanted = leading(estimate)
-        found = leading(observed.sketch.estimates[name])
-        errors[name] = float((found - wanted).norm() / wanted.norm())
+    exact, sketch = observed.exact.estimates, observed.sketch.estimates
+    errors = {
+        name: relative(product(sketch[name].svd, RANK), product(estimate.svd, RANK))
+        for name, estimate in exact.items()
+    }
     mean, worst = sum(errors.values()) / len(errors), max(errors, key=errors.__getitem__)
     print(f"\nrelative error: mean {mean:.3%}, worst {errors[worst]:.3%} ({worst})")
     assert len(errors) == 210
@@ -72,15 +60,13 @@ def test_default_estimator_is_within_one_percent_of_the_exact_start(observed):
 
 
 def test_exact_start_equals_the_float64_svd(observed):
-    for pair in observed.pairs[::70]:
+    for pair in lora_pairs(observed.model)[::70]:
         G = observed.gradients[pair.name].double()
-        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-        wanted = U[:, :RANK] * S[:RANK] @ Vh[:RANK]
-        found = leading(observed.exact.estimates[pair.name]).double()
-        assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+        estimate = observed.exact.estimates[pair.name]
+        assert relative(product(estimate.svd, RANK), best(G, RANK)) < 1e-4
+        S = torch.linalg.svdvals(G)
         left = float(S[RANK:].norm() / S.norm())
-        energy = observed.exact.estimates[pair.name].captured_energy
-        assert (1 - energy) ** 0.5 == pytest.approx(left, rel=1e-3)
+        assert (1 - estimate.captured_energy) ** 0.5 == pytest.approx(left, rel=1e-3)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -88,15 +74,13 @@ def test_printed_error_estimates_are_within_a_factor_of_two(observed, seed):
     """What the run prints (mean and worst layer); and 19 of 20 layers each for itself."""
     sketch = observed.sketch
     if seed:
-        estimator = Estimator(seed=seed)
-        arguments = observed.model, observed.base, observed.pairs, observed.batches
-        sketch = one_step_gradients(*arguments, RANK, estimator)
+        sketch = run(observed.model, observed.batches, Estimator(seed=seed), RANK)
     estimated, true = [], []
     for name, estimate in sketch.estimates.items():
-        G, wanted = observed.gradients[name], leading(observed.exact.estimates[name])
-        true.append(float((leading(estimate) - wanted).norm() / wanted.norm()))
+        G, found = observed.gradients[name].double(), product(estimate.svd, RANK)
+        true.append(relative(found, product(observed.exact.estimates[name].svd, RANK)))
         estimated.append(estimate.rank_error)
-        cut = float((G - leading(estimate)).norm() / G.norm())
+        cut = relative(found, G)
         assert 0.5 < (1 - estimate.captured_energy) ** 0.5 / cut < 2
         assert estimate.norm == pytest.approx(float(G.norm()), rel=0.02)
     ratios = sorted(e / t for e, t in zip(estimated, true, strict=True))
@@ -116,7 +100,7 @@ def loss_of(observed):
     total, tokens = 0.0, 0
     with torch.no_grad():
         for batch in observed.batches[:2]:
-            found = supervised_logits(observed.model, observed.base, batch)
+            found = supervised_logits(observed.model, base_model(observed.model), batch)
             total += float(summed_loss(found))
             tokens += found.labels.numel()
     return total / tokens
@@ -131,7 +115,7 @@ def test_a_small_initial_step_lowers_the_loss(observed, monkeypatch):
     for gamma in (1024.0, 256.0):
         init = initialize(LoraOneInit(gamma=gamma), observed.model, observed.batches)
         losses[gamma] = loss_of(observed)
-        for pair in observed.pairs[::70]:
+        for pair in lora_pairs(observed.model)[::70]:
             delta = pair.scaling * (pair.lora_B @ pair.lora_A).detach().double()
             top = float(torch.linalg.svdvals(delta)[0])
             assert top == pytest.approx(pair.scaling / gamma, rel=1e-4)

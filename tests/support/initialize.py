@@ -8,13 +8,7 @@ from app.tracking.record import RunRecord
 
 
 def initialize(callback, model, batches):
-    """Fill the adapter of a PEFT model; return the run's record of it.
-
-    Args:
-        callback: The initialization.
-        model: From `add_lora`.
-        batches: The initialization rows.
-    """
+    """Fill the adapter of a model from `add_lora`; return the run's record of it."""
     module = SimpleNamespace(
         model=model,
         base=base_model(model),

@@ -37,13 +37,10 @@ def killed_at():
 
 @pytest.fixture
 def signalled(monkeypatch):
-    """Return `signalled(method, number, when, patch)`: a hook of the module sends a signal to its process.
-
-    `when` sees the hook's arguments; `patch` undoes it earlier than at the end of the test.
-    """
+    """Return `signalled(method, number, when)`: a hook sends a signal when `when(*its arguments)` is true."""
     from app.training.module import LoraModule
 
-    def send(method, number, when, patch=monkeypatch):
+    def send(method, number, when):
         original = getattr(LoraModule, method)
 
         def sending(module, *args):
@@ -51,7 +48,7 @@ def signalled(monkeypatch):
                 os.kill(os.getpid(), number)
             return original(module, *args)
 
-        patch.setattr(LoraModule, method, sending)
+        monkeypatch.setattr(LoraModule, method, sending)
 
     return send
 

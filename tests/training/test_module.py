@@ -116,22 +116,16 @@ def scored(fit, monkeypatch):
 
 @pytest.mark.slow
 # Scoring the 20 validation rows takes 3 batches: zero_shot and after_init make 6.
-def test_final_scores_are_the_last_validations_if_that_saw_the_final_model(scored):
-    batches, final, validated = scored("--trainer.max_steps=4")
+def test_final_scores_are_the_last_validations_if_that_saw_the_final_model_and_all_rows(scored):
+    batches, wanted, validated = scored("--trainer.max_steps=4")
     assert batches == 6 + 3 + 3
-    assert final == pytest.approx(validated, rel=1e-6)
+    assert wanted == pytest.approx(validated, rel=1e-6)
+    for part in ("0.5", "1"):
+        limit = f"--trainer.limit_val_batches={part}"
+        batches, final, validated = scored("--trainer.max_steps=4", limit)
+        assert batches == 6 + 1 + 1 + 3
+        assert final == pytest.approx(wanted, rel=1e-6)
+        assert final["loss"] != pytest.approx(validated["loss"], rel=1e-6)
     batches, final, validated = scored("--trainer.max_steps=5")
     assert batches == 6 + 3 + 3 + 3
-    assert final["loss"] != pytest.approx(validated["loss"], rel=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["0.5", "1"])
-def test_final_scores_are_measured_anew_if_the_last_validation_saw_a_part(part, scored):
-    _, wanted, _ = scored("--trainer.max_steps=4")
-    batches, final, validated = scored(
-        "--trainer.max_steps=4", f"--trainer.limit_val_batches={part}"
-    )
-    assert batches == 6 + 1 + 1 + 3
-    assert final == pytest.approx(wanted, rel=1e-6)
     assert final["loss"] != pytest.approx(validated["loss"], rel=1e-6)
