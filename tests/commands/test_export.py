@@ -129,11 +129,3 @@ def test_wrong_usage_is_one_line(argv, message, command, capsys):
     assert "see python train.py export --help" in printed
     assert message in printed
     assert printed.count("\n") == 1
-
-
-def test_help(command, capsys):
-    with pytest.raises(SystemExit) as end:
-        command("export", "--help")
-    assert end.value.code == 0
-    printed = capsys.readouterr().out
-    assert all(option in printed for option in ("--run", "--merge", "--output"))

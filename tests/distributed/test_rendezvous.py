@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.accelerators import MPSAccelerator
 
-from app.distributed.rendezvous import check_same_settings, first_difference
+from app.distributed.rendezvous import first_difference
 
 TORCHRUN = {
     "RANK": "0",
@@ -104,7 +104,3 @@ def test_one_process_plans_for_all(tiny_run, command, monkeypatch, capsys):
 )
 def test_the_first_difference_of_two_configurations(other, message):
     assert first_difference({"a": 1, "b": {"c": [1, 2]}}, other) == message
-
-
-def test_one_process_has_the_same_settings_as_itself():
-    check_same_settings("a: 1")

@@ -50,20 +50,6 @@ def test_trained_adapters_do_not_enter_the_gradient(tiny_llama):
     assert_same(run_whole(wrapped, make_batches(False)), loss, gradients)
 
 
-def test_sketch_of_a_model_is_near_the_best_approximation(tiny_llama):
-    wrapped = add_lora(tiny_llama(), LoraSettings(r=2))
-    batches = make_batches(False, rows=12, size=3)
-    exact = run_whole(wrapped, batches)
-    for passes, limit in ((1, 0.05), (2, 0.05), (3, 0.005), (4, 0.001)):
-        sketch = run(wrapped, batches, Estimator(passes=passes, oversampling=6), rank=2)
-        assert sketch.loss == pytest.approx(exact.loss)
-        for name, estimate in sketch.estimates.items():
-            U, S, V = estimate.svd
-            G = matrix(exact.estimates[name])
-            left = (G - U[:, :2] * S[:2] @ V[:, :2].T).norm()
-            assert float(left) < (1 + limit) * float(exact.estimates[name].svd.S[2:].norm())
-
-
 def test_a_gradient_that_is_not_finite_names_layer_batch_and_rows(tiny_llama):
     wrapped = add_lora(tiny_llama(), LoraSettings(r=4))
     down = wrapped.get_base_model().model.layers[1].mlp.down_proj
@@ -167,25 +153,26 @@ def test_wrong_estimators(options, message):
         Estimator(**options)
 
 
-def best(estimate, rank):
-    """Return the rank-`rank` matrix that an estimate stands for."""
-    U, S, V = estimate.svd
-    return U[:, :rank] * S[:rank] @ V[:, :rank].T
-
-
 @pytest.mark.parametrize(
-    ("size", "mean", "worst", "left"),
-    [(1, 0.1, 0.3, 0.04), (4, 0.1, 0.3, 0.04), (12, 0.01, 0.06, 0.002)],
+    ("size", "passes", "mean", "worst", "left"),
+    [
+        (1, 1, 0.1, 0.3, 0.04),
+        (4, 1, 0.1, 0.3, 0.04),
+        (12, 1, 0.01, 0.06, 0.002),
+        (3, 3, 0.02, 0.06, 0.003),
+        (3, 4, 0.004, 0.016, 0.0003),
+    ],
 )
 @pytest.mark.parametrize("build", BUILDERS)
-def test_the_default_sketch_is_near_the_exact_start_however_the_set_is_cut(
-    build, size, mean, worst, left, request
+def test_a_sketch_is_near_the_exact_gradient_however_the_set_is_cut(
+    build, size, passes, mean, worst, left, request
 ):
     """A sketch is not invariant to the cut; these are the relative errors that it may make.
 
-    The bounds are twice the most that was seen: mean over layers 4.8 %, worst layer 12.8 % (in one
-    micro-batch 0.5 % and 3.0 %). They are wide because a random model's spectra are flat, so that its
-    leading triplets are hardly defined: what they leave of G exceeds the least possible by 1.9 % (0.07 %).
+    The bounds are about twice the most that was seen: in one pass the mean over layers 5.3 %, the worst
+    layer 13.4 % (in one micro-batch 0.6 % and 4.3 %). They are wide because a random model's spectra are
+    flat, so that its leading triplets are hardly defined: what they leave of G exceeds the least possible
+    by 2.2 % (0.09 %).
     tests/e2e/test_lora_one_smollm2.py has the narrow bounds of a pretrained model.
     """
     rank = 4
@@ -193,15 +180,13 @@ def test_the_default_sketch_is_near_the_exact_start_however_the_set_is_cut(
     is_encoder_decoder = wrapped.config.is_encoder_decoder
     G = run_whole(wrapped, make_batches(is_encoder_decoder, rows=12, size=12)).estimates
     batches = make_batches(is_encoder_decoder, rows=12, size=size)
-    sketch = run(wrapped, batches, Estimator(), rank=rank)
+    sketch = run(wrapped, batches, Estimator(passes=passes), rank=rank)
     assert sketch.estimates.keys() == G.keys()
     errors, excess = {}, {}
     for name, estimate in sketch.estimates.items():
-        wanted = best(G[name], rank)
-        start = best(estimate, rank)
-        errors[name] = float((start - wanted).norm() / wanted.norm())
-        whole = matrix(G[name])
-        excess[name] = float((whole - start).norm() / (whole - wanted).norm()) - 1
+        whole, wanted, sketched = matrix(G[name]), matrix(G[name], rank), matrix(estimate, rank)
+        errors[name] = float((sketched - wanted).norm() / wanted.norm())
+        excess[name] = float((whole - sketched).norm() / (whole - wanted).norm()) - 1
     assert sum(errors.values()) / len(errors) < mean
     assert max(errors.values()) < worst, max(errors, key=errors.__getitem__)
     assert max(excess.values()) < left, max(excess, key=excess.__getitem__)

@@ -161,7 +161,7 @@ def test_float32_factors_train_as_float64_ones(mode):
 # The optimizer
 
 
-def numpy_adjusted(A, B, gA, gB, s, damping):
+def numpy_adjusted(A, B, gA, gB, s=S, damping=1e-8):
     """The formulas once more, in numpy and with scipy's Sylvester solver."""
     eye = damping * np.eye(len(A))
     iA, iB = np.linalg.inv(A @ A.T + eye), np.linalg.inv(B.T @ B + eye)
@@ -171,7 +171,7 @@ def numpy_adjusted(A, B, gA, gB, s, damping):
     return first, second
 
 
-def numpy_steps(A, B, gradients, s, mode, lr, betas, eps, decay, damping):
+def numpy_steps(A, B, gradients, mode, lr, betas, eps, weight_decay):
     """Ten steps of either mode, written plainly; `gradients(A, B)` returns the raw ones."""
     (b1, b2), moments = betas, {}
 
@@ -183,14 +183,14 @@ def numpy_steps(A, B, gradients, s, mode, lr, betas, eps, decay, damping):
 
     for t in range(1, 11):
         gA, gB = gradients(A, B)
-        aA, aB = numpy_adjusted(A, B, gA, gB, s, damping)
+        aA, aB = numpy_adjusted(A, B, gA, gB)
         if mode == "full":
-            u = adam("G", s * (B @ aA + aB @ A), t)
-            dA, dB = numpy_adjusted(A, B, s * B.T @ u, s * u @ A.T, s, damping)
-            keep = np.sqrt(1 - lr * decay)
+            u = adam("G", S * (B @ aA + aB @ A), t)
+            dA, dB = numpy_adjusted(A, B, S * B.T @ u, S * u @ A.T)
+            keep = np.sqrt(1 - lr * weight_decay)
         else:
             dA, dB = adam("A", aA, t), adam("B", aB, t)
-            keep = 1 - lr * decay
+            keep = 1 - lr * weight_decay
         A, B = keep * A - lr * dA, keep * B - lr * dB
     return A, B
 
@@ -229,9 +229,7 @@ def test_ten_steps_are_those_of_numpy(mode, start):
     for _ in range(10):
         optimizer.zero_grad()
         optimizer.step(lambda: task.loss(*ours).backward())
-    wanted = numpy_steps(
-        A.numpy(), B.numpy(), task.gradients, S, mode, 0.01, (0.8, 0.9), 1e-6, 0.1, 1e-8
-    )
+    wanted = numpy_steps(A.numpy(), B.numpy(), task.gradients, mode, **options)
     for got, want in zip(ours, wanted, strict=True):
         assert got.detach().numpy() == pytest.approx(want, rel=1e-6, abs=1e-9)
     assert task.loss(*ours) < task.loss(A, B)

@@ -76,9 +76,10 @@ def run_whole(model, batches, estimator=EXACT, **options):
     return results[0]
 
 
-def matrix(estimate):
-    svd = estimate.svd
-    return svd.U * svd.S @ svd.V.T
+def matrix(estimate, rank=None):
+    """Return the matrix that an estimate stands for, or its best approximation of a rank."""
+    U, S, V = estimate.svd
+    return U[:, :rank] * S[:rank] @ V[:, :rank].T
 
 
 def assert_same(result, loss, gradients, tolerance=1e-5):

@@ -21,16 +21,7 @@ def questions(size: int) -> list[Question]:
 
 
 class Writing(Benchmark):
-    """Scores how long outputs are, and whether they hold a letter.
-
-    Args:
-        size: Number of questions.
-        max_new_tokens: Most tokens of an output.
-        num_samples: Outputs of each question; more than one are drawn at temperature 1.
-        validation_size: See `Benchmark`.
-        limit: See `Benchmark`.
-        broken: Whether the benchmark cannot run here.
-    """
+    """Scores whether outputs hold a letter; several of a question are drawn at temperature 1."""
 
     name = "writing"
     version = "1"
@@ -66,13 +57,7 @@ class Writing(Benchmark):
 
 
 class Choosing(Benchmark):
-    """Asks for one of three words.
-
-    Args:
-        size: Number of questions.
-        validation_size: See `Benchmark`.
-        limit: See `Benchmark`.
-    """
+    """Asks for one of three words."""
 
     name = "choosing"
     version = "1"

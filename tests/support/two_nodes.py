@@ -9,13 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Node:
-    """One namespace.
-
-    Attributes:
-        name: Of the namespace.
-        address: Of its end of the cable.
-        interface: Name of its end of the cable.
-    """
+    """One namespace, with the address and the interface of its end of the cable."""
 
     name: str
     address: str
@@ -32,11 +26,7 @@ def _ip(*arguments: str) -> None:
 
 @contextmanager
 def two_nodes() -> Iterator[tuple[Node, Node]]:
-    """Make two nodes that reach each other and nothing else; needs root.
-
-    Yields:
-        The nodes.
-    """
+    """Make two nodes that reach each other and nothing else; needs root."""
     tag = f"{os.getpid() % 100000}"
     nodes = tuple(Node(f"node{i}-{tag}", f"10.77.0.{i + 1}", f"v{i}-{tag}") for i in range(2))
     made = []

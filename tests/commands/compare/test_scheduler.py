@@ -43,13 +43,12 @@ class Workers:
         def command(cell, found):
             stage = "test" if found.state == "trained" else "fit"
             place = self.folder / "cells" / cell.name
-            return ["bash", self.program, place, stage, self.journal, seconds]
+            return ["bash", str(self.program), str(place), stage, str(self.journal), str(seconds)]
 
         def work():
             with StopSignals():
                 try:
-                    words = lambda *at: [str(word) for word in command(*at)]  # noqa: E731
-                    GridRun(cells, self.folder, words, jobs).work()
+                    GridRun(cells, self.folder, command, jobs).work()
                 except Stopped as stopped:
                     os._exit(stopped.status)
             os._exit(0)
@@ -58,6 +57,12 @@ class Workers:
         process.start()
         self.started.append(process)
         return process
+
+    def finish(self, *arguments, **options):
+        """Start a process and wait for it; return its exit status."""
+        process = self.start(*arguments, **options)
+        process.join(PATIENCE)
+        return process.exitcode
 
     def lines(self, *words):
         """Return the journal's lines that begin with some words."""
@@ -120,9 +125,7 @@ def test_killed_with_the_training(workers):
     os.kill(int(pid), signal.SIGKILL)
     workers.until(lambda: not os.path.exists(f"/proc/{pid}"))
     (workers.folder / "cells" / name / "busy").rmdir()
-    again = workers.start(seconds=0.1)
-    again.join(PATIENCE)
-    assert again.exitcode == 0
+    assert workers.finish(seconds=0.1) == 0
     assert workers.states() == ["finished"] * 4
     assert workers.count("begin", "fit") == {cell.name: 1 + (cell.name == name) for cell in CELLS}
     assert workers.count("end", "fit") == {cell.name: 1 for cell in CELLS}
@@ -142,8 +145,7 @@ def test_a_signal_is_handed_on_and_is_no_failure(workers):
 
 
 def test_jobs_at_once(workers):
-    process = workers.start(jobs=2)
-    process.join(PATIENCE)
+    workers.finish(jobs=2)
     running = most = 0
     for what, *_ in workers.lines():
         running += 1 if what == "begin" else -1
@@ -155,14 +157,12 @@ def test_jobs_at_once(workers):
 def test_each_failure_is_kept_and_tried_again(workers):
     cells = CELLS[:2]
     (workers.folder / "cells" / cells[0].name / "busy").mkdir(parents=True)  # lets the program fail
-    process = workers.start(cells, seconds=0)
-    process.join(PATIENCE)
+    workers.finish(cells, seconds=0)
     assert workers.states(cells) == ["failed", "finished"]
     found = state_of(workers.folder / "cells" / cells[0].name)
     assert "File exists" in found.message
     (workers.folder / "cells" / cells[0].name / "busy").rmdir()
-    process = workers.start(cells, seconds=0)
-    process.join(PATIENCE)
+    workers.finish(cells, seconds=0)
     assert workers.states(cells) == ["finished", "finished"]
 
 

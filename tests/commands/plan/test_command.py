@@ -88,11 +88,6 @@ def test_rows_of_movie_reviews(plan, tmp_path):
     assert "train rows                                  20" in plan("--config", data)
 
 
-def test_questions_alone_are_no_training_data(plan, tmp_path):
-    (tmp_path / "data.yaml").write_text("data: {class_path: BenchmarkDataModule}")
-    assert "has no rows to train on" in plan("--config", tmp_path / "data.yaml", status=2)
-
-
 def test_benchmarks_are_planned_for(plan):
     """Their questions are cut or refused by the model's context, as by `fit`."""
     writing = "{class_path: tests.support.toy_benchmarks.Writing, init_args: {max_new_tokens: %d}}"
@@ -151,6 +146,7 @@ def test_weights_need_not_be_there(plan, run_models, tmp_path):
         ),
         (("--model.adapter=null", "--init=null"), "PreconditionedAdamW, which works on LoRA pairs"),
         (("--model.adapter=null",), "the model has no LoRA adapter"),
+        (("--data=BenchmarkDataModule",), "has no rows to train on"),
         (
             ("--model.adapter.use_dora=true", "--config=strategies/fsdp.yaml"),
             "has use_dora, which does not work with the sharded weights",
