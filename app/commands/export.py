@@ -21,36 +21,24 @@ from app.utils.files import atomic_folder
 def export_command(arguments: Sequence[str]) -> int:
     """Parse the arguments of `export` and run it."""
     parser = CommandParser("export", "Write a run's adapter or merged model.")
-    parser.add_argument("--run", required=True, type=Path, help="folder of a finished run")
-    parser.add_argument(
-        "--merge", action="store_true", help="write the base model with the adapter merged into it"
-    )
-    parser.add_argument(
-        "--output", type=Path, help="folder to write; default RUN/merged or RUN/exported_adapter"
-    )
+    add = parser.add_argument
+    add("--run", required=True, type=Path, help="folder of a finished run")
+    add("--merge", action="store_true", help="write the base model with the adapter merged into it")
+    add("--output", type=Path, help="folder to write; default RUN/merged or RUN/exported_adapter")
     given = parser.parse_args(arguments)
-    folder = export(given.run, given.merge, given.output)
-    print(f"wrote {folder}")
+    target = given.output or given.run / ("merged" if given.merge else "exported_adapter")
+    export(RunFolder(given.run), given.merge, target)
+    print(f"wrote {target}")
     return 0
 
 
-def export(run: Path, merge: bool, output: Path | None = None) -> Path:
+def export(folder: RunFolder, merge: bool, target: Path) -> None:
     """Write a run's adapter (PEFT layout) or merged model (safetensors) for use elsewhere.
 
-    Args:
-        run: Folder of a finished run.
-        merge: Merge the adapter into the base model.
-        output: Folder to write; must not exist.
-
-    Returns:
-        The folder written.
-
     Raises:
-        InputError: If `run` is no finished run, `output` exists, or the base model has changed.
+        InputError: It is no finished run, the target exists, or the base model has changed.
     """
-    folder = RunFolder(run)
     folder.check_finished()
-    target = output or run / ("merged" if merge else "exported_adapter")
     if target.exists():
         raise InputError(
             f"--output is {str(target)!r}, which exists: remove it or name another folder"
@@ -58,13 +46,13 @@ def export(run: Path, merge: bool, output: Path | None = None) -> Path:
     whole = folder.model.is_dir()
     if whole and not merge:
         raise InputError(
-            f"--run is {str(run)!r}, which trained the whole model and has no adapter: give --merge, which "
+            f"--run is {str(folder)!r}, which trained the whole model and has no adapter: give --merge, which "
             "writes the model"
         )
     if whole or not merge:
         with atomic_folder(target) as part:
             shutil.copytree(folder.model if whole else folder.adapter, part, dirs_exist_ok=True)
-        return target
+        return
     settings = yaml.safe_load(folder.config.read_text())["model"]
     summary = json.loads(folder.summary.read_text())
     source = resolve_model(settings["name"])
@@ -79,4 +67,3 @@ def export(run: Path, merge: bool, output: Path | None = None) -> Path:
     trained = load_adapter(base, folder.adapter, trainable=False)
     with atomic_folder(target) as part:
         save_model(merge_adapter(trained), load_tokenizer(source), part)
-    return target

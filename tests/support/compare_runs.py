@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.commands.compare import command as compare_command
+from app.commands.compare import scheduler
 from tests.support.paths import ROOT
 
 OPTIONS = ("--trainer.max_steps=2", "--data.validation_size=20", "--init.num_samples=4")
@@ -32,7 +32,7 @@ def started(monkeypatch):
             sys.stdout, sys.stderr = saved
         return SimpleNamespace(poll=lambda: status)
 
-    monkeypatch.setattr(compare_command, "start_process", start)
+    monkeypatch.setattr(scheduler, "start_process", start)
     return commands
 
 

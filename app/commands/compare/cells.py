@@ -1,12 +1,11 @@
 """Cells of a grid: method, learning rate and seed; where each one is stored, and how far it is."""
 
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from app.tracking.record import RunRecord
 from app.tracking.run_folder import RunFolder, run_folders
@@ -14,19 +13,20 @@ from app.utils.errors import InputError
 from app.utils.files import read_json
 from app.utils.text import rate_text
 
-T = TypeVar("T")
-
 CELLS_FOLDER = "cells"
 FAILURE_FILE = "failure.json"
 LOG_FILE = "cell.log"
 LOCK_FILE = "cell.lock"
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Cell(NamedTuple):
     """One run of a grid."""
 
     method: str
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    learning_rate: Rate
     seed: int
 
     @property
@@ -57,12 +57,7 @@ def grid(methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -
 
 
 def state_of(folder: Path, benchmarks: Collection[str] = ()) -> CellState:
-    """Read how far the cell in a folder is, from its files alone.
-
-    Args:
-        folder: The cell's.
-        benchmarks: Those whose scores a finished cell has.
-    """
+    """Read how far the cell in a folder is, from its files alone; a finished one has all benchmarks' scores."""
     versions = run_folders(folder)
     run = None
     for version in reversed(versions):
@@ -85,38 +80,17 @@ def state_of(folder: Path, benchmarks: Collection[str] = ()) -> CellState:
     return CellState("started" if versions else "missing")
 
 
-def parse_rate(text: str) -> float:
-    """Read a learning rate; raise ValueError unless it is a finite number above 0."""
-    rate = float(text)
-    if not (math.isfinite(rate) and rate > 0):
-        raise ValueError(text)
-    return rate
-
-
-def parse_seed(text: str) -> int:
-    """Read a seed; raise ValueError unless it is a whole number from 0 to 2^32 - 1."""
-    if not (text.isascii() and text.isdigit() and int(text) < 2**32):
-        raise ValueError(text)
-    return int(text)
-
-
-def parse_list(option: str, text: str, parse: Callable[[str], T], expected: str) -> list[T]:
-    """Read values with commas between.
-
-    Args:
-        option: Names it, for errors.
-        text: The values.
-        parse: Reads one; raises ValueError.
-        expected: What is expected, for errors.
+def parse_list(option: str, text: str, kind: Any, expected: str) -> list[Any]:
+    """Read an option's values of a type that pydantic checks, with commas between.
 
     Raises:
-        InputError: A value is wrong or missing, or occurs twice.
+        InputError: A value is not what is expected, or occurs twice.
     """
-    values: list[T] = []
+    values: list[Any] = []
     for part in (part.strip() for part in text.split(",")):
         try:
-            value = parse(part)
-        except ValueError as error:
+            value = TypeAdapter(kind).validate_python(part)
+        except ValidationError as error:
             raise InputError(f"{option} has {part!r}: expected {expected}") from error
         if value in values:
             raise InputError(f"{option} names {value} twice: expected each value once")

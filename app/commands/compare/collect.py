@@ -103,10 +103,8 @@ def collect(folders: Sequence[Path]) -> list[Run]:
     for folder in folders:
         if not folder.is_dir():
             state = "is a file" if folder.exists() else "does not exist"
-            raise InputError(
-                f"{str(folder)!r} {state}: expected a run folder such as runs/quickstart/version_0, or a "
-                "folder above several"
-            )
+            expected = "a run folder such as runs/quickstart/version_0, or a folder above several"
+            raise InputError(f"{str(folder)!r} {state}: expected {expected}")
         here = {run.folder.resolve(): run for run in _read_below(folder)}
         if not here:
             raise InputError(
@@ -126,24 +124,26 @@ def collect(folders: Sequence[Path]) -> list[Run]:
     ]
     if not newest:
         reasons = "; ".join(f"{run.folder}: {run.reason}" for run in excluded[:3])
-        raise InputError(
-            f"there is no finished run to report: {reasons or 'all folders are empty'}"
-        )
+        reasons = reasons or "all folders are empty"
+        raise InputError(f"there is no finished run to report: {reasons}")
     return [*newest, *excluded, *repeated]
 
 
 def _read_below(folder: Path) -> Iterator[Run]:
     """Yield the runs in and below a folder, and the cells of comparisons without one."""
-    manifests = {
-        path.parent: read_manifest(path.parent) for path in sorted(folder.rglob(MANIFEST_FILE))
-    }
-    grids = {root / CELLS_FOLDER for root, manifest in manifests.items() if manifest.cells}
+    roots = [path.parent for path in sorted(folder.rglob(MANIFEST_FILE))]
+    manifests = {root: read_manifest(root) for root in roots}
     wanted = {
         root / CELLS_FOLDER / cell.name
         for root, manifest in manifests.items()
         for cell in manifest.cells
     }
-    for path in _run_paths(folder):
+    grids = {path.parent for path in wanted}
+    paths = [folder]
+    if not (folder / CONFIG_FILE).is_file():  # W&B keeps copies
+        files = (file.relative_to(folder) for file in folder.rglob(CONFIG_FILE))
+        paths = sorted(folder / file.parent for file in files if "wandb" not in file.parts)
+    for path in paths:
         run = read_run(path)
         if run is None:
             continue
@@ -153,14 +153,6 @@ def _read_below(folder: Path) -> Iterator[Run]:
         yield run
     for root, manifest in manifests.items():
         yield from _cells_without_run(root, manifest)
-
-
-def _run_paths(folder: Path) -> list[Path]:
-    """Return the folders with a configuration in and below a folder, without W&B's copies."""
-    if (folder / CONFIG_FILE).is_file():
-        return [folder]
-    files = folder.rglob(CONFIG_FILE)
-    return sorted(file.parent for file in files if "wandb" not in file.relative_to(folder).parts)
 
 
 def read_run(folder: Path) -> Run | None:

@@ -4,30 +4,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from app.commands.compare.cells import (
-    CELLS_FOLDER,
-    Cell,
-    CellState,
-    grid,
-    parse_list,
-    parse_rate,
-    parse_seed,
-)
+from app.commands.compare import resolve as resolving
+from app.commands.compare.cells import CELLS_FOLDER, Cell, CellState, Rate, Seed, grid, parse_list
 from app.commands.compare.collect import collect
 from app.commands.compare.launch import check_array, write_launch_file
 from app.commands.compare.manifest import GridManifest, update_manifest
 from app.commands.compare.protocols import ResolvedRun, Resolver
 from app.commands.compare.report import write_report
-from app.commands.compare.resolve import (
-    RunOptions,
-    asked_benchmarks,
-    check_methods,
-    check_score,
-    check_validation,
-    resolve_methods,
-)
-from app.commands.compare.scheduler import GridRun, start_process
+from app.commands.compare.scheduler import GridRun
 from app.commands.compare.settings import method_settings
 from app.tracking.config_files import CONFIGS, PROJECT, find_config
 from app.utils.command_parser import CommandParser
@@ -63,10 +49,6 @@ SET_BY_COMPARE = {
 def compare(arguments: Sequence[str], resolve: Resolver) -> int:
     """Run `compare` with the arguments after its name.
 
-    Args:
-        arguments: The command line.
-        resolve: Resolves the options of a `fit`.
-
     Returns:
         Exit status: 0, or 1 if a cell has failed or none has finished.
 
@@ -77,8 +59,8 @@ def compare(arguments: Sequence[str], resolve: Resolver) -> int:
     given, rest = _parse(arguments, known)
     cells = _parse_grid(given, known)
     methods = list(dict.fromkeys(cell.method for cell in cells))
-    options = RunOptions(given.config, rest, resolve)
-    runs = resolve_methods(methods, known, options)
+    options = resolving.RunOptions(given.config, rest, resolve)
+    runs = resolving.resolve_methods(methods, known, options)
     folder, manifest = _check_grid(given, cells, runs)
     update_manifest(folder, manifest)
     if given.launch != "local":
@@ -103,7 +85,7 @@ def compare(arguments: Sequence[str], resolve: Resolver) -> int:
             "--ckpt_path=last",
         ]
 
-    run = GridRun(cells, folder, next_command, given.jobs, start_process, manifest.benchmarks)
+    run = GridRun(cells, folder, next_command, given.jobs, manifest.benchmarks)
     run.work()
     states = [state.state for state in run.states.values()]
     if "finished" in states:
@@ -121,18 +103,11 @@ def _parse(arguments: Sequence[str], known: Sequence[str]) -> tuple[argparse.Nam
     add("--seeds", default="0", help="such as 0,1,2 (default 0)")
     add("--name", help="folder below output.root; default compare_ and output.name")
     add("--jobs", type=int, default=1, help="cells at once on this machine")
-    add(
-        "--launch",
-        choices=("local", "slurm", "wandb"),
-        default="local",
-        help="run here, or write a Slurm array or a W&B sweep",
-    )
-    add(
-        "--test_config",
-        action="append",
-        default=[],
-        help="overlay for the test of each run, such as eval/gsm8k.yaml",
-    )
+    launchers = ("local", "slurm", "wandb")
+    where = "run here, or write a Slurm array or a W&B sweep"
+    add("--launch", choices=launchers, default="local", help=where)
+    overlay = "overlay for the test of each run, such as eval/gsm8k.yaml"
+    add("--test_config", action="append", default=[], help=overlay)
     add("--score", help="score to report; default accuracy, or the benchmark's")
     given, rest = parser.parse_known_args(arguments)
     own = [f"--{name}" for name in vars(given)]
@@ -159,17 +134,12 @@ def _parse(arguments: Sequence[str], known: Sequence[str]) -> tuple[argparse.Nam
 
 
 def _parse_grid(given: argparse.Namespace, known: Sequence[str]) -> list[Cell]:
-    def method(name: str) -> str:
-        if name not in known:
-            raise ValueError(name)
-        return name
-
     rates = "numbers above 0, such as 1e-4,3e-4,1e-3"
     seeds = f"whole numbers from 0 to {2**32 - 1}, such as 0,1,2"
     return grid(
-        parse_list("--methods", given.methods, method, f"some of {', '.join(known)}"),
-        parse_list("--learning_rates", given.learning_rates, parse_rate, rates),
-        parse_list("--seeds", given.seeds, parse_seed, seeds),
+        parse_list("--methods", given.methods, Literal[*known], f"some of {', '.join(known)}"),
+        parse_list("--learning_rates", given.learning_rates, Rate, rates),
+        parse_list("--seeds", given.seeds, Seed, seeds),
     )
 
 
@@ -179,24 +149,21 @@ def _check_grid(
     """Return the comparison's folder and what it is asked for; raise InputError if that is no comparison."""
     configs = {method: run.resolved for method, run in runs.items()}
     first = next(iter(runs.values()))
-    task = check_methods(configs)
+    task = resolving.check_methods(configs)
     if given.launch == "slurm":
         check_array(first.resolved)
     output = first.resolved["output"]
     folder = Path(output["root"]) / (given.name or f"compare_{output['name']}")
     if not (folder / CELLS_FOLDER).is_dir():
-        check_validation(first)
-    benchmarks = asked_benchmarks(given.test_config, first)
-    check_score(given.score, first, benchmarks)
+        resolving.check_validation(first)
+    benchmarks = resolving.asked_benchmarks(given.test_config, first)
+    resolving.check_score(given.score, first, benchmarks)
     settings = {method: method_settings(config) for method, config in configs.items()}
     return folder, GridManifest(task=task, methods=settings, benchmarks=benchmarks, cells=cells)
 
 
 def report(arguments: Sequence[str]) -> int:
-    """Run `report` with the arguments after its name.
-
-    Returns:
-        Exit status: 0.
+    """Run `report` with the arguments after its name; return the exit status 0.
 
     Raises:
         InputError: A folder holds no run, or an option is wrong.

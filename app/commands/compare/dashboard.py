@@ -18,25 +18,22 @@ STEP = "trainer/global_step"
 def dashboard_command(arguments: Sequence[str]) -> int:
     """Parse the arguments of `dashboard` and run it."""
     parser = CommandParser("dashboard", "Make a W&B workspace for a project's runs.")
-    parser.add_argument("--entity", required=True, help="W&B user or team")
-    parser.add_argument("--project", default="lora-one", help="W&B project; default lora-one")
-    parser.add_argument("--name", default="LoRA-One", help="name of the workspace")
-    parser.add_argument(
-        "--score",
-        default="accuracy",
-        help="the score to compare, such as accuracy, mcc, gsm8k/strict, humaneval/pass@1",
-    )
-    parser.add_argument(
-        "--task", help="show the runs of this task or W&B group alone, such as glue/sst2"
-    )
-    parser.add_argument(
-        "--output", type=Path, help="write the specification to this JSON file instead; no network"
-    )
+    add = parser.add_argument
+    add("--entity", required=True, help="W&B user or team")
+    add("--project", default="lora-one", help="W&B project; default lora-one")
+    add("--name", default="LoRA-One", help="name of the workspace")
+    scores = "accuracy, mcc, gsm8k/strict, humaneval/pass@1"
+    add("--score", default="accuracy", help=f"the score to compare, such as {scores}")
+    add("--task", help="show the runs of this task or W&B group alone, such as glue/sst2")
+    add("--output", type=Path, help="write the specification to this JSON file; no network")
     given = parser.parse_args(arguments)
     made = workspace(given.entity, given.project, given.name, given.score, given.task)
     if given.output is not None:
+        # Private: the library has no public way to see a workspace without saving it. A `Workspace.to_json`,
+        # or a `save` to a file, would replace it.
+        specification = json.loads(made._to_model().model_dump_json(by_alias=True))
         try:
-            given.output.write_text(json.dumps(specification(made), indent=2) + "\n")
+            given.output.write_text(json.dumps(specification, indent=2) + "\n")
         except OSError as error:
             raise InputError(
                 f"--output is {str(given.output)!r}, which cannot be written ({error.strerror}): expected a "
@@ -59,14 +56,8 @@ def dashboard_command(arguments: Sequence[str]) -> int:
 def workspace(entity: str, project: str, name: str, score: str, task: str | None = None) -> Any:
     """Describe the workspace: scores, training, initialization, alignment metrics, cost.
 
-    Bars and lines are means over the runs of a cell, which differ in their seed alone.
-
-    Args:
-        entity: W&B user or team.
-        project: W&B project.
-        name: Name of the workspace.
-        score: Name of the score to compare, as it stands behind `val/`, `final/` and `test/`.
-        task: The task or W&B group whose runs are shown; None shows all.
+    Bars and lines are means over the runs of a cell, which differ in their seed alone. A task is that of the
+    runs, or their W&B group.
 
     Returns:
         A `wandb_workspaces.workspaces.Workspace`, not saved yet.
@@ -110,11 +101,8 @@ def _panels(score: str) -> dict[str, list[Any]]:
     """Return the panels by the title of their section."""
     import wandb_workspaces.reports.v2 as wr
 
-    mean: dict[str, Any] = {
-        "groupby": wr.Config("cell"),
-        "groupby_aggfunc": "mean",
-        "groupby_rangefunc": "stddev",
-    }
+    mean: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+    mean["groupby"] = wr.Config("cell")
 
     def lines(title: str, key: str, x: str = STEP, **options: Any) -> Any:
         return wr.LinePlot(title=title, x=x, y=[key], **mean, **options)
@@ -138,10 +126,8 @@ def _panels(score: str) -> dict[str, list[Any]]:
         lines(f"validation {score}", f"val/{score}"),
     ]
     if score != "loss":
-        scores += [
-            bars("final validation loss", "final/loss"),
-            lines("validation loss", "val/loss"),
-        ]
+        scores.append(bars("final validation loss", "final/loss"))
+        scores.append(lines("validation loss", "val/loss"))
     return {
         "Scores": scores,
         "Training": [
@@ -164,13 +150,3 @@ def _panels(score: str) -> dict[str, list[Any]]:
             bars("peak memory of training, bytes", "train/peak_bytes"),
         ],
     }
-
-
-def specification(made: Any) -> dict[str, Any]:
-    """Return what W&B would be sent, as plain data.
-
-    `Workspace._to_model` is private: the library has no public way to see a workspace without saving it. A
-    `Workspace.to_json`, or a `save` to a file, would replace it.
-    """
-    content: dict[str, Any] = json.loads(made._to_model().model_dump_json(by_alias=True))
-    return content

@@ -38,13 +38,7 @@ ALIGNMENT_FILES = ("alignment_{}.png", "inside_{}.png")
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot in a report.
-
-    Attributes:
-        name: Of its file, without the ending.
-        title: What it shows.
-        png: The file's content.
-    """
+    """A plot in a report: its file's name without the ending, what it shows, and the file's content."""
 
     name: str
     title: str
@@ -75,13 +69,13 @@ def comparison_plots(comparison: Comparison) -> list[Plot]:
 
 def _looks(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """Return colour, line style and marker of each method, in the order of the report."""
-    looks = {}
-    for place, label in enumerate(sorted(comparison.choices)):
+    looks = {label: dict[str, Any]() for label in comparison.choices}
+    for place, label in enumerate(sorted(looks)):
         turn, color = divmod(place, len(COLORS))
         marker = MARKERS[(color + 3 * turn) % len(MARKERS)]
         style = STYLES[turn % len(STYLES)]
-        looks[label] = {"color": COLORS[color], "linestyle": style, "marker": marker}
-    return {label: looks[label] for label in comparison.choices}
+        looks[label] |= {"color": COLORS[color], "linestyle": style, "marker": marker}
+    return looks
 
 
 def _rates_plot(comparison: Comparison, reported: bool) -> Plot | None:
@@ -90,18 +84,16 @@ def _rates_plot(comparison: Comparison, reported: bool) -> Plot | None:
         of, score, column = "test", comparison.score, "reported_score"
     figure, axes = plt.subplots(layout="constrained")
     for label, look in _looks(comparison).items():
-        own = comparison.finished[comparison.finished.method == label]
+        own = comparison.finished[comparison.finished.method == label].copy()
+        own[column] *= _factor(score)
         # The choice's ring is drawn from the rows at that rate.
         stats, ring = (
-            _factor(score)
-            * rows.groupby("learning_rate")[column].agg(["mean", "std"]).dropna(subset="mean")
+            rows.groupby("learning_rate")[column].agg(["mean", "std"]).dropna(subset="mean")
             for rows in (own, own[own.chosen])
         )
         if len(stats):
-            error = stats["std"].fillna(0)
-            axes.errorbar(
-                stats.index, stats["mean"], error, capsize=3, label=label, markersize=5, **look
-            )
+            look |= {"label": label, "markersize": 5, "capsize": 3}
+            axes.errorbar(stats.index, stats["mean"], stats["std"].fillna(0), **look)
             empty: dict[str, Any] = {"markerfacecolor": "none", "linestyle": "none"}
             axes.plot(ring.index, ring["mean"], "o", color=look["color"], markersize=13, **empty)
         failed = comparison.failed.learning_rate[comparison.failed.method == label].unique()
@@ -112,7 +104,7 @@ def _rates_plot(comparison: Comparison, reported: bool) -> Plot | None:
     title = f"{of.capitalize()} {score} by learning rate"
     notes = "ring: the chosen rate"
     notes += "" if comparison.failed.empty else "; cross: a run failed or diverged"
-    axes.set(xlabel=f"learning rate ({notes})", ylabel=_unit(f"{of} {score}", score), title=title)
+    axes.set(xlabel=f"learning rate ({notes})", ylabel=_score_label(of, score), title=title)
     return _finish(f"learning_rate_{of}", title, figure, axes)
 
 
@@ -120,9 +112,8 @@ def _scale_rates(axes: Axes, ticks: Sequence[float]) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: rate_text(float(f"{value:.12g}")))
-    )
+    names = FuncFormatter(lambda value, _: rate_text(float(f"{value:.12g}")))
+    axes.xaxis.set_major_formatter(names)
     axes.tick_params(axis="x", labelrotation=30 if len(ticks) > 5 else 0)
     if len(ticks) == 1:
         axes.set_xlim(ticks[0] / 3, ticks[0] * 3)
@@ -146,7 +137,7 @@ def _curves_plot(comparison: Comparison, name: str, over: str) -> Plot | None:
             axes.fill_between(x, mean - std, mean + std, **band)
     what = "Training loss" if name == "loss" else f"Validation {name}"
     title = f"{what} over {over}"
-    label = "nats per token" if name == "loss" else _unit(f"validation {name}", name)
+    label = "nats per token" if name == "loss" else _score_label("validation", name)
     axes.set(xlabel=LABELS[over], ylabel=label, title=title)
     axes.set_xlim(left=0)
     return _finish(f"{name.replace('/', '_')}_over_{over}", title, figure, axes)
@@ -155,15 +146,10 @@ def _curves_plot(comparison: Comparison, name: str, over: str) -> Plot | None:
 def mean_curve(
     runs: Sequence[Run], name: str, over: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return x, mean and standard deviation over the runs, as far as all of them reach.
+    """Return x, mean and standard deviation of the runs' `run_curve`, as far as all of them reach.
 
     Runs of other seeds take other times for a step: over seconds, values lie at a common grid of seconds.
     A long curve of losses is smoothed by a running mean of a twentieth of it.
-
-    Args:
-        runs: The runs.
-        name: As for `run_curve`.
-        over: As for `run_curve`.
     """
     curves = [run_curve(run, name, over) for run in runs]
     curves = [curve for curve in curves if len(curve) > 1]
@@ -194,7 +180,7 @@ def run_curve(run: Run, name: str, over: str) -> np.ndarray:
 
     Args:
         run: The run.
-        name: "loss", or a score on the validation rows.
+        name: "loss" of training, or a score on the validation rows.
         over: "steps" or "seconds".
 
     Returns:
@@ -223,8 +209,8 @@ def _factor(score: str) -> int:
     return 1 if is_loss(score) else 100
 
 
-def _unit(label: str, score: str) -> str:
-    return label if is_loss(score) else f"{label}, %"
+def _score_label(of: str, score: str) -> str:
+    return f"{of} {score}" if is_loss(score) else f"{of} {score}, %"
 
 
 def _finish(name: str, title: str, figure: Figure, axes: Axes) -> Plot | None:

@@ -70,17 +70,18 @@ def _array(path: Path, cells: Sequence[Cell], options: Sequence[str]) -> str:
 
 
 def _sweep(path: Path, cells: Sequence[Cell], options: Sequence[str]) -> str:
+    grid: dict[str, list[Any]] = {
+        "seeds": [cell.seed for cell in cells],
+        "learning_rates": [rate_text(cell.learning_rate) for cell in cells],
+        "methods": [cell.method for cell in cells],
+    }
     sweep = {
         "program": "train.py",
         "name": path.parent.name,
         "method": "grid",
         "metric": {"name": "final/loss", "goal": "minimize"},
         "parameters": {
-            "seeds": {"values": list(dict.fromkeys(cell.seed for cell in cells))},
-            "learning_rates": {
-                "values": list(dict.fromkeys(rate_text(cell.learning_rate) for cell in cells))
-            },
-            "methods": {"values": list(dict.fromkeys(cell.method for cell in cells))},
+            name: {"values": list(dict.fromkeys(values))} for name, values in grid.items()
         },
         "command": ["${env}", "python", "${program}", "compare", *options, "${args}"],
     }

@@ -36,11 +36,7 @@ class GridManifest(BaseModel, frozen=True):
 
 
 def update_manifest(folder: Path, asked: GridManifest) -> None:
-    """Add what is asked for now to what was asked for before.
-
-    Args:
-        folder: The comparison's folder.
-        asked: What is asked for now.
+    """Add what is asked for now to what a comparison's folder was asked for before.
 
     Raises:
         InputError: The folder cannot be written, or holds a comparison of another task, or has a method or

@@ -17,11 +17,7 @@ EDGES = {"lowest": "the lowest rate tried", "highest": "the highest rate tried"}
 
 
 def score_text(values: pd.Series, score: str) -> str:
-    """Write the mean and the sample standard deviation of scores.
-
-    Args:
-        values: The scores, NaN where there is none.
-        score: Their name.
+    """Write the mean and the sample standard deviation of scores, NaN where there is none.
 
     Returns:
         `85.12 ± 0.31`, in percent unless it is a loss; without ± for one score, empty for none.
@@ -44,7 +40,7 @@ def main_notes(comparison: Comparison) -> list[str]:
         f"Mean ± standard deviation (n - 1) over seeds at the learning rate with the best mean validation "
         f"{comparison.selected_by}; test scores play no part in the choice."
     )
-    if not comparison.has_separate_validation:
+    if comparison.shared.get("data.init_args.validation_size") is None:
         notes.append(
             "**The validation rows are the reported rows** (data.validation_size is null): the learning rates "
             "were chosen on what is reported, and the scores flatter every method."
@@ -107,9 +103,8 @@ def _passed_over(comparison: Comparison) -> str:
         best = comparison.choices[label].rate
         least = -math.inf if best is None else merits[label, best]
         if rows.state.isin(FAILED).any() and merits[label, rate] > least:
-            parts.append(
-                f"{label} at {rate} ({score_text(rows.selection_score, comparison.selected_by)})"
-            )
+            score = score_text(rows.selection_score, comparison.selected_by)
+            parts.append(f"{label} at {rate} ({score})")
     return ", ".join(parts)
 
 

@@ -11,14 +11,7 @@ class Named(Protocol):
 
 
 class ComparedData(Protocol):
-    """What is asked of a data module.
-
-    Attributes:
-        label_words: Of the classes; empty for data without classes.
-        validation_size: Training rows that are set aside; None for the published validation set.
-        task_name: Names the data.
-        evals: The benchmarks of the validation and the test.
-    """
+    """What is asked of a data module, whose settings its attributes are."""
 
     label_words: Sequence[str]
     validation_size: int | None
@@ -30,11 +23,7 @@ class ComparedData(Protocol):
 
 
 class ResolvedRun(Protocol):
-    """A `fit` that is parsed and not run.
-
-    Attributes:
-        resolved: The configuration, as a run would write it.
-    """
+    """A `fit` that is parsed and not run; `resolved` is the configuration, as a run would write it."""
 
     resolved: dict[str, Any]
 

@@ -10,20 +10,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
+from app.commands.compare import tables
 from app.commands.compare.collect import Run
 from app.commands.compare.figures import Plot, alignment_plots, comparison_plots
 from app.commands.compare.selection import Comparison, comparisons
 from app.commands.compare.settings import differences_text
-from app.commands.compare.tables import (
-    Table,
-    before_training_table,
-    excluded_table,
-    main_table,
-    rate_table,
-    runs_csv,
-    seed_table,
-    settings_table,
-)
+from app.commands.compare.tables import Table
 from app.utils.errors import InputError
 
 TEMPLATE = "report.html.j2"
@@ -34,14 +26,9 @@ RUNS_FILE = "runs.csv"
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report, in the order of its attributes.
+    """A part of a report, in the order of its attributes; without a title it has no heading.
 
-    Attributes:
-        title: Its heading; none where it is empty.
-        level: Of the heading.
-        paragraphs: Text, with `**bold**` as in Markdown.
-        tables: The tables; None where there was nothing to show.
-        plots: The plots, by the names of their files.
+    Paragraphs have `**bold**` as in Markdown; plots go by the names of their files.
     """
 
     title: str = ""
@@ -50,19 +37,9 @@ class Section:
     tables: Sequence[Table] = ()
     plots: dict[str, Plot] = field(default_factory=dict)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing below the heading."""
-        return not (self.paragraphs or self.tables or self.plots)
-
 
 def write_report(runs: Sequence[Run], folder: Path, score: str | None = None) -> str:
     """Write everything about some runs into a folder.
-
-    Args:
-        runs: From `collect`.
-        folder: Where report.html, report.md, runs.csv, table.csv and PNG files go.
-        score: The reported score; None takes accuracy, else the first benchmark, else the loss.
 
     Returns:
         The main tables as text, and where the report is.
@@ -76,7 +53,7 @@ def write_report(runs: Sequence[Run], folder: Path, score: str | None = None) ->
     what = f"{len(compared)} tasks" if several else _task_name(compared[0])
     title = f"{count} method{'s' * (count > 1)} on {what}"
     sections, printed = [], []
-    files = {RUNS_FILE: runs_csv(compared, runs).encode()}
+    files = {RUNS_FILE: tables.runs_csv(compared, runs).encode()}
     if several:
         text = (
             f"These runs belong to {len(compared)} tasks, which share no table: they differ in more than the "
@@ -91,7 +68,7 @@ def write_report(runs: Sequence[Run], folder: Path, score: str | None = None) ->
         files[f"table{suffix}.csv"] = table.frame.to_csv().encode()
         printed.append(f"{heading or title}\n\n{table.text()}")
         sections += own
-    excluded = excluded_table(runs)
+    excluded = tables.excluded_table(runs)
     if excluded is not None:
         sections.append(Section("Runs in no mean", level=2, tables=[excluded]))
         lines = [f"{r.folder}: {r.state}: {r.reason}" for r in runs if r.state != "finished"]
@@ -116,9 +93,9 @@ def _sections(comparison: Comparison, heading: str, suffix: str) -> list[Section
     if comparison.differs_by:
         paragraphs.append(f"Apart from task 1 by {differences_text(comparison.differs_by, 12)}.")
     has_tests = comparison.finished.reported_score.notna().any()
-    rates = [rate_table(comparison, test) for test in ((False, True) if has_tests else (False,))]
-    before, seeds = before_training_table(comparison), seed_table(comparison)
-    settings = settings_table(comparison)
+    rates = [tables.rate_table(comparison, test) for test in (False, True)[: 1 + has_tests]]
+    before, seeds = tables.before_training_table(comparison), tables.seed_table(comparison)
+    settings = tables.settings_table(comparison)
     plots, maps = (
         {f"{plot.name}{suffix}.png": plot for plot in drawn}
         for drawn in (comparison_plots(comparison), alignment_plots(comparison))
@@ -128,7 +105,7 @@ def _sections(comparison: Comparison, heading: str, suffix: str) -> list[Section
         "layer (docs/alignment.md)."
     )
     sections = [
-        Section(heading, 2, paragraphs, [main_table(comparison)]),
+        Section(heading, 2, paragraphs, [tables.main_table(comparison)]),
         Section("Learning rates", tables=rates),
         Section("Before and after training", tables=[before] if before else []),
         Section("Seed by seed", tables=[seeds] if seeds else []),
@@ -136,7 +113,7 @@ def _sections(comparison: Comparison, heading: str, suffix: str) -> list[Section
         Section("Alignment metrics", paragraphs=[about_maps] if maps else [], plots=maps),
         Section("In what the methods differ", tables=[settings] if settings else []),
     ]
-    return [section for section in sections if not section.is_empty]
+    return [s for s in sections if s.paragraphs or s.tables or s.plots]
 
 
 def _task_name(comparison: Comparison) -> str:
@@ -198,16 +175,13 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
         for table in section.tables:
             titles, *rows = table.lines
             rows = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
-            blocks.append("\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in rows))
+            rows = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
+            blocks.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
             blocks += table.notes
         if section.plots:
             links = (f"![{plot.title}]({name})" for name, plot in section.plots.items())
             blocks.append("\n".join(links))
     return "\n\n".join(blocks) + "\n"
-
-
-def _escaped(cell: str) -> str:
-    return " ".join(cell.replace("|", "\\|").split())
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -30,11 +30,6 @@ class RunOptions:
     An option below a section that makes the method, such as `--init.gamma 64`, goes to the methods that have
     such a setting; every other option goes to all.
 
-    Args:
-        configs: Names of configuration files.
-        rest: Options and their values.
-        resolve: Resolves one run.
-
     Attributes:
         method_keys: The settings that are given and only some methods may have.
         takers: The methods that have such a setting, by its name.
@@ -73,10 +68,8 @@ class RunOptions:
     def distribute(self, methods: Sequence[str], known: Sequence[str]) -> None:
         """Find out which methods have the settings that are given, and print what does not go to all of them.
 
-        Args:
-            methods: Those of the comparison.
-            known: All that there are: an option that only another one has is no mistake, since a part of a
-                comparison may be started with the options of the whole.
+        An option that only another known method has is no mistake, since a part of a comparison may be started
+        with the options of the whole.
 
         Raises:
             InputError: No method has such a setting.
@@ -133,14 +126,9 @@ def named(method: str) -> Iterator[None]:
 def resolve_methods(
     methods: Sequence[str], known: Sequence[str], options: RunOptions
 ) -> dict[str, ResolvedRun]:
-    """Parse and check the runs of all methods.
+    """Parse and check the runs of the methods of a comparison, of all that are known.
 
     Where they would validate on the rows that they report, an option sets training rows aside.
-
-    Args:
-        methods: Those of the comparison.
-        known: All that there are.
-        options: Their options.
 
     Raises:
         InputError: A setting is unknown or wrong; names the method.
@@ -152,9 +140,8 @@ def resolve_methods(
         size = rows_to_set_aside(first)
     runs = {methods[0]: first}
     if size is not None:
-        print(
-            f"{size:,} training rows are set aside to choose learning rates on (data.validation_size)"
-        )
+        aside = f"{size:,} training rows are set aside"
+        print(f"{aside} to choose learning rates on (data.validation_size)")
         options.add(f"--data.validation_size={size}")
         runs = {}
     for method in methods:
@@ -171,9 +158,8 @@ def resolve_methods(
 def rows_to_set_aside(run: ResolvedRun) -> int | None:
     """Return how many training rows to set aside where a run would validate on the rows that it reports.
 
-    Returns:
-        A fifth of the training rows, at most 1,000; None where the configuration has set some aside, or the
-        data has no classes: then the test asks benchmarks, and the loss of rows chooses.
+    A fifth, at most 1,000; None where the configuration has set some aside, or the data has no classes: then
+    the test asks benchmarks, and the loss of rows chooses.
     """
     data = run.data
     if not data.label_words or data.validation_size is not None:
@@ -182,10 +168,7 @@ def rows_to_set_aside(run: ResolvedRun) -> int | None:
 
 
 def check_methods(configs: Mapping[str, Mapping[str, Any]]) -> Settings:
-    """Return the settings that all methods share.
-
-    Args:
-        configs: The resolved configuration of each method.
+    """Return the settings that the resolved configurations of all methods share.
 
     Raises:
         InputError: Methods differ in more than what makes a method, or two are the same.

@@ -29,12 +29,10 @@ from app.utils.signals import Stopped, exit_status
 
 POLL_SECONDS = 0.2
 
-Process = subprocess.Popen[bytes]
-Start = Callable[[Sequence[str], IO[bytes], int], Process]
 NextCommand = Callable[[Cell, CellState], Sequence[str]]
 
 
-def start_process(command: Sequence[str], log: IO[bytes], lock: int) -> Process:
+def start_process(command: Sequence[str], log: IO[bytes], lock: int) -> subprocess.Popen[bytes]:
     """Start a command that writes to a log and inherits the cell's lock."""
     return subprocess.Popen(
         list(command),
@@ -51,7 +49,7 @@ class _Job:
     lock: IO[str]
     log: IO[bytes]
     begin: float = field(default_factory=time.perf_counter)
-    process: Process = field(init=False)
+    process: subprocess.Popen[bytes] = field(init=False)
     log_start: int = field(init=False)  # where the process began to write
 
     def close(self) -> None:
@@ -59,36 +57,28 @@ class _Job:
         self.lock.close()
 
 
+@dataclass
 class GridRun:
     """Work on a grid, shared with other commands that work on the same folder.
 
-    Args:
+    Attributes:
         cells: The cells wanted, in this order.
-        folder: The comparison's folder; cells are in its `cells/`.
+        root: The comparison's folder; cells are in its `cells/`.
         next_command: Returns what to start next for a cell that is not finished: training, then the test.
         jobs: Cells at once.
-        start: Starts a command.
         benchmarks: Those that finished cells have been asked.
-
-    Attributes:
         states: How far each cell is.
     """
 
-    def __init__(
-        self,
-        cells: Sequence[Cell],
-        folder: Path,
-        next_command: NextCommand,
-        jobs: int = 1,
-        start: Start = start_process,
-        benchmarks: Collection[str] = (),
-    ) -> None:
-        self.cells = list(cells)
-        self.folder = folder / CELLS_FOLDER
-        self.next_command = next_command
-        self.jobs = jobs
-        self.start = start
-        self.benchmarks = benchmarks
+    cells: Sequence[Cell]
+    root: Path
+    next_command: NextCommand
+    jobs: int = 1
+    benchmarks: Collection[str] = ()
+    states: dict[Cell, CellState] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder = self.root / CELLS_FOLDER
         self.states = {cell: self._state(cell) for cell in self.cells}
         self._failed_before = {cell: self._failure(cell) for cell in self.cells}
         self._running: list[_Job] = []
@@ -107,11 +97,8 @@ class GridRun:
         Raises:
             Stopped: A signal came; the cells at work were asked to save and have ended.
         """
-        pending = [
-            cell
-            for cell, state in self.states.items()
-            if state.state not in ("finished", "diverged")
-        ]
+        done = ("finished", "diverged")
+        pending = [cell for cell, state in self.states.items() if state.state not in done]
         self._print_progress("start")
         waiting = False
         try:
@@ -144,10 +131,8 @@ class GridRun:
             lock.close()
             return False
         state = self._state(cell)  # another process may have had it in the meantime
-        failed_meanwhile = self._failed_before[cell] != self._failure(cell)
-        if state.state in ("finished", "diverged") or (
-            state.state == "failed" and failed_meanwhile
-        ):
+        failed = state.state == "failed" and self._failed_before[cell] != self._failure(cell)
+        if state.state in ("finished", "diverged") or failed:
             lock.close()
             self._set_state(cell, state, "was trained by another process")
             return True
@@ -164,7 +149,7 @@ class GridRun:
         job.log.write(f"$ {shlex.join(command)}\n".encode())
         job.log.flush()
         job.log_start = job.log.tell()  # before the start: the process moves this position
-        job.process = self.start(command, job.log, job.lock.fileno())
+        job.process = start_process(command, job.log, job.lock.fileno())
 
     def _advance(self, job: _Job) -> None:
         """Start the test of a cell whose training has ended; close a cell whose test has ended."""
@@ -200,16 +185,13 @@ class GridRun:
 
     def _set_state(self, cell: Cell, state: CellState, what: str) -> None:
         self.states[cell] = state
-        self._print_progress(
-            f"{cell.name} {what}" + (f": {state.message}" if state.message else "")
-        )
+        message = f": {state.message}" if state.message else ""
+        self._print_progress(f"{cell.name} {what}{message}")
 
     def _print_progress(self, event: str) -> None:
         states = [state.state for state in self.states.values()]
-        finished, failed = (
-            states.count("finished"),
-            states.count("failed") + states.count("diverged"),
-        )
+        finished = states.count("finished")
+        failed = states.count("failed") + states.count("diverged")
         left = len(states) - finished - failed
         line = f"{finished}/{len(states)} finished" + (f", {failed} failed" if failed else "")
         if left and self._seconds:

@@ -66,11 +66,6 @@ class Comparison:
         """The rows of the finished runs at the chosen rates."""
         return self.rows[self.rows.chosen]
 
-    @property
-    def has_separate_validation(self) -> bool:
-        """Whether the validation rows are other ones than the reported set."""
-        return self.shared.get("data.init_args.validation_size") is not None
-
 
 def is_loss(score: str) -> bool:
     """Return whether a score is a loss: the less the better, and no percentage."""
@@ -78,11 +73,9 @@ def is_loss(score: str) -> bool:
 
 
 def comparisons(runs: Sequence[Run], score: str | None = None) -> list[Comparison]:
-    """Separate runs of different tasks, and choose each method's learning rate.
+    """Separate the runs of different tasks, and choose each method's learning rate.
 
-    Args:
-        runs: From `collect`.
-        score: The reported score; None takes accuracy, else the first benchmark, else the loss.
+    The reported score is accuracy where none is given, else the first benchmark, else the loss.
 
     Raises:
         InputError: No run has that score.
@@ -101,7 +94,7 @@ def comparisons(runs: Sequence[Run], score: str | None = None) -> list[Compariso
     for members in by_size:
         own = [run for run in excluded if _belongs(run, members, len(groups) == 1)]
         differs_by = differences(by_size[0][0].task, members[0].task)
-        made.append(_compare(_variants(members, own), score, members[0].task, differs_by))
+        made.append(_compare(_variants([*members, *own]), score, members[0].task, differs_by))
     return made
 
 
@@ -121,14 +114,14 @@ def _belongs(excluded: Run, members: Sequence[Run], only: bool) -> bool:
     return only or any(run.folder.is_relative_to(excluded.folder.parent) for run in members)
 
 
-def _variants(finished: Sequence[Run], excluded: Sequence[Run]) -> dict[str, list[Run]]:
-    """Put runs of one method with the same settings together, by a label.
+def _variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Put runs of one method with the same settings together, the finished ones first, by a label.
 
-    The label is the method's name, with the settings that differ between those of the same name. An excluded
-    run whose settings are not known counts for every variant of its method.
+    The label is the method's name, with the settings that differ between those of the same name. A run whose
+    settings are not known, which is an excluded one, counts for every variant of its method.
     """
     variants: list[tuple[str | None, Settings, list[Run]]] = []
-    for run in [*finished, *excluded]:
+    for run in runs:
         namesakes = [variant for variant in variants if variant[0] == run.method]
         same = [v for v in namesakes if run.settings is None or not differences(v[1], run.settings)]
         if not same:
@@ -147,12 +140,7 @@ def _variants(finished: Sequence[Run], excluded: Sequence[Run]) -> dict[str, lis
 
 
 def run_rows(runs: Mapping[str, Sequence[Run]], selected_by: str, reported: str) -> pd.DataFrame:
-    """Return a row for each run.
-
-    Args:
-        runs: The runs by the label of their method.
-        selected_by: The score that the learning rates are chosen by.
-        reported: The score that is reported.
+    """Return a row for each run, which are given by the label of their method.
 
     Returns:
         The columns of runs.csv but for the task's number; and `rate`, the learning rate's name, of ordered
@@ -239,11 +227,7 @@ def _choose(rows: pd.DataFrame, sign: int) -> Choice:
     The best rate is the one with the best mean selection score on the validation rows, among the rates at
     which no run failed or diverged, over the seeds that all of these rates have finished; of equal ones the
     one with the lower validation loss, then the lower rate. Where the rates have no seed in common, those with
-    the fewest seeds are left out.
-
-    Args:
-        rows: Of its runs.
-        sign: 1 if more of the selection score is better, -1 if less is.
+    the fewest seeds are left out. `sign` is 1 if more of the selection score is better, -1 if less is.
     """
     failed = rows.rate[rows.state.isin(FAILED)]
     able = rows[rows.selection_score.notna() & ~rows.rate.isin(failed)]

@@ -91,12 +91,7 @@ def main_table(comparison: Comparison) -> Table:
 
 
 def rate_table(comparison: Comparison, reported: bool) -> Table:
-    """Return one row a method, one column a learning rate: the whole curve.
-
-    Args:
-        comparison: The runs.
-        reported: Show the test scores, else those on the validation rows.
-    """
+    """Return the test or the validation scores: one row a method, one column a learning rate."""
     score = comparison.score if reported else comparison.selected_by
     column = "reported_score" if reported else "selection_score"
 
@@ -175,9 +170,8 @@ def settings_table(comparison: Comparison) -> Table | None:
         for label, run in first.items()
     }
     frame = pd.DataFrame(texts).fillna("").drop(index="model.method")
-    frame = frame[frame.nunique(axis=1) > 1].rename(
-        index=lambda name: name.replace(".init_args.", ".")
-    )
+    frame = frame[frame.nunique(axis=1) > 1]
+    frame.index = frame.index.str.replace(".init_args.", ".")
     return None if frame.empty else Table(frame.rename_axis("setting"), kind="text")
 
 

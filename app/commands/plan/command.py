@@ -80,12 +80,7 @@ class PlanTrainer(Trainer):
 
 
 def plan_trainer(settings: Mapping[str, Any], init: Callback | None) -> PlanTrainer:
-    """Make a trainer without what needs the run's machine or leaves something behind.
-
-    Args:
-        settings: The run's trainer, as Lightning's `Trainer` takes it.
-        init: The callback that initializes the adapter; None keeps PEFT's initialization.
-    """
+    """Make a run's trainer without what needs the run's machine or leaves something behind."""
     precision = settings.get("precision")
     here = {
         "accelerator": "cpu",
@@ -110,14 +105,8 @@ def plan_trainer(settings: Mapping[str, Any], init: Callback | None) -> PlanTrai
 
 
 def set_up(trainer: PlanTrainer, module: LoraModule, data: PlannedData) -> None:
-    """Set up data, initialization and module in the order of `fit`, so that the same wrong input stops here.
-
-    Raises:
-        InputError: As from `fit`.
-    """
-    if (
-        Path(module.name).expanduser().is_dir()
-    ):  # any other source is resolved after the data is read
+    """Set up data, initialization and module in the order of `fit`, so that the same wrong input stops here."""
+    if Path(module.name).expanduser().is_dir():  # another source is resolved after the data is read
         module.source = resolve_model(module.name, weights=False)
     trainer.strategy.connect(module)
     module.trainer = data.trainer = trainer
@@ -132,14 +121,9 @@ def set_up(trainer: PlanTrainer, module: LoraModule, data: PlannedData) -> None:
 
 
 def build(trainer: PlanTrainer, module: LoraModule) -> nn.Module:
-    """Build the model with its adapter on the meta device: shapes and types, no numbers.
+    """Build the model as `fit` would train it, on the meta device, and set `module.model`.
 
-    Args:
-        trainer: Its precision decides types, too.
-        module: Settings of the model and the adapter; `module.model` is set.
-
-    Returns:
-        The model as `fit` would train it.
+    It has shapes and types, which the trainer's precision decides too, and no numbers.
 
     Raises:
         InputError: No such architecture, or an adapter that does not fit.
@@ -169,12 +153,9 @@ def run_memory(
     trained = tensor_bytes(p for p in model.parameters() if p.requires_grad)
     frozen, gathered = frozen_bytes(model, placement), gathered_bytes(model, placement)
     loading = frozen_bytes(model, replace(placement, sharded=False))
-    fake = FakeModel(
-        model,
-        base_model(model),
-        trainer.precision_plugin.forward_context,
-        placement.gather_dtype if placement.sharded else None,
-    )
+    gathered_as = placement.gather_dtype if placement.sharded else None
+    context = trainer.precision_plugin.forward_context
+    fake = FakeModel(model, base_model(model), context, gathered_as)
     # The longest rows come first in all batches, and in the first process's share.
     training = fake.training(next(iter(data.train_dataloader())))
     validation = 0
@@ -212,10 +193,8 @@ def generation_bytes(module: LoraModule, data: PlannedData) -> int:
     itemsize = getattr(torch, module.dtype_name).itemsize
     for prepared in data.prepare_benchmarks("validation"):
         decoding = prepared.benchmark.decoding
-        samples, new = (
-            (1, 1) if decoding is None else (decoding.num_samples, decoding.max_new_tokens)
-        )
+        samples = decoding.num_samples if decoding else 1
         rows = min(data.eval_batch_size, len(prepared.questions)) * samples
-        tokens = max(map(len, prepared.questions)) + new
+        tokens = max(map(len, prepared.questions)) + (decoding.max_new_tokens if decoding else 1)
         largest = max(largest, cache_bytes(module.base.config, rows, tokens, itemsize))
     return largest

@@ -25,11 +25,8 @@ FLOAT32 = 4
 class InitializationMemory:
     """Bytes of an initialization that is made of the one-step gradient.
 
-    Attributes:
-        activations: Most at once in the pass over a micro-batch.
-        sketch: What the sketch estimator keeps of all gradients.
-        exact: What the exact estimator keeps of them.
-        estimator: Which of the two the run uses.
+    Most at once in the pass over a micro-batch, what either estimator keeps of all gradients, and which of the
+    two the run uses.
     """
 
     activations: int
@@ -110,9 +107,7 @@ def frozen_bytes(model: nn.Module, placement: Placement) -> int:
 
         whole: m * n * itemsize        shard: ceil(m / world size) * n * itemsize
 
-    Args:
-        model: The model, also on the meta device; tied weights count once.
-        placement: How the weights are spread; a share in host memory is none on the device.
+    Tied weights count once; a share in host memory is none on the device.
     """
     buffers = tensor_bytes(model.buffers())
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -219,11 +214,7 @@ def cache_bytes(config: PreTrainedConfig, rows: int, tokens: int, itemsize: int)
 def sketch_bytes(pairs: Sequence[LoraPair], oversampling: int) -> int:
     """Return what the sketch keeps on each process.
 
-        sum over layers of (m + n) * (min(r + oversampling, m, n) + 2 * probes) * 4 bytes
-
-    Args:
-        pairs: The adapted layers, also on the meta device.
-        oversampling: Columns of the sketch beyond the rank.
+    sum over layers of (m + n) * (min(r + oversampling, m, n) + 2 * probes) * 4 bytes
     """
     total = 0
     for m, n, r in _shapes(pairs):
@@ -235,12 +226,8 @@ def sketch_bytes(pairs: Sequence[LoraPair], oversampling: int) -> int:
 def exact_bytes(pairs: Sequence[LoraPair], world_size: int) -> int:
     """Return the most that the exact estimator keeps on a process.
 
-        one process: sum over layers of m * n * 4 bytes
-        several:     that sum / world size, and two buckets: one above the average, one under way
-
-    Args:
-        pairs: The adapted layers, also on the meta device.
-        world_size: Number of processes.
+    one process: sum over layers of m * n * 4 bytes
+    several:     that sum / world size, and two buckets: one above the average, one under way
     """
     sizes = [m * n for m, n, _ in _shapes(pairs)]
     if world_size == 1:

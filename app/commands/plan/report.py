@@ -41,14 +41,7 @@ def _line(label: str, value: int | str, note: str = "") -> str:
 
 
 def data_text(trainer: Trainer, module: LoraModule, data: PlannedData, placement: Placement) -> str:
-    """Describe the data, the batches and the steps, and show the first training rows.
-
-    Args:
-        trainer: Its length of training and accumulation.
-        module: The tokenizer.
-        data: The data module, set up for fitting.
-        placement: The run's processes.
-    """
+    """Describe the data, set up for fitting, the batches and the steps, and show the first training rows."""
     lines = [f"data: {data.task_name}" + (f" from {data.source}" if data.source else "")]
     for split in ("train", "validation"):
         rows, cut = data.encoded(split), data.cut_prompts[split]
@@ -63,12 +56,10 @@ def data_text(trainer: Trainer, module: LoraModule, data: PlannedData, placement
     rows, accumulated = data.encoded("train"), trainer.accumulate_grad_batches
     supervised = sum(len(row.answer_ids) for row in rows)
     lines.append(_line("tokens an epoch", sum(map(len, rows)), f"{supervised:,} supervised"))
-    factors = (
-        f"data.batch_size {data.batch_size} x {placement.world_size} processes x {accumulated}"
-    )
-    batch = data.batch_size * placement.world_size * accumulated
-    lines.append(_line("rows an optimizer step", batch, f"{factors} accumulated"))
-    per_epoch, steps = steps_of(len(rows), data.batch_size, trainer, placement.world_size)
+    size, world = data.batch_size, placement.world_size
+    factors = f"data.batch_size {size} x {world} processes x {accumulated} accumulated"
+    lines.append(_line("rows an optimizer step", size * world * accumulated, factors))
+    per_epoch, steps = steps_of(len(rows), size, trainer, world)
     lines.append(_line("optimizer steps", steps, f"{per_epoch:,} an epoch"))
     lines += ["", f"examples as the model sees them, supervised tokens between {OPEN} and {CLOSE}:"]
     collated = data.train_dataloader().collate_fn(rows[:EXAMPLES])
@@ -103,12 +94,7 @@ def _example(number: int, row: dict[str, Tensor], module: LoraModule) -> list[st
 
 
 def model_text(module: LoraModule, model: nn.Module) -> str:
-    """Describe the model: parameters, and which of them are trained.
-
-    Args:
-        module: Settings of the model and the adapter.
-        model: The model as it will be trained.
-    """
+    """Describe the model as it will be trained: parameters, and which of them are trained."""
     pairs = lora_pairs(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
@@ -122,12 +108,7 @@ def model_text(module: LoraModule, model: nn.Module) -> str:
 
 
 def memory_text(needed: RunMemory, placement: Placement) -> str:
-    """Write the table of memory on each process.
-
-    Args:
-        needed: The parts.
-        placement: The run's processes, for the heading.
-    """
+    """Write the table of memory on each process."""
     world = placement.world_size
     processes = f"{placement.strategy}, {world} processes" if world > 1 else placement.strategy
     parts, peaks = (
@@ -180,17 +161,13 @@ def _used(kind: str, needed: RunMemory) -> str:
 
 
 def verdict_text(peak: int, memory: int, given: bool) -> str:
-    """Say whether a run fits.
+    """Say whether a run fits: bytes that it takes on one process, and that the process may use.
 
-    Args:
-        peak: Bytes that it takes on one process.
-        memory: Bytes that one process may use.
-        given: Whether the user said how many these are.
+    The latter were given by the user, or are what is free.
     """
     of = "--memory_gib" if given else "free on this machine for each process"
     sizes = f"{size_text(peak)} of {size_text(memory)} ({of})"
     if peak > memory:
         return f"does not fit: {sizes}\n{ADVICE}"
-    return f"fits: {sizes}" + (
-        f"\nless than a tenth to spare: {ADVICE}" if peak > 0.9 * memory else ""
-    )
+    tight = f"\nless than a tenth to spare: {ADVICE}" if peak > 0.9 * memory else ""
+    return f"fits: {sizes}{tight}"

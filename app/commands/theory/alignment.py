@@ -3,26 +3,29 @@
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
+from numpy.random import default_rng
 from torch import Tensor
 from torch.linalg import matrix_norm
 
-from app.commands.theory.descent import descend, first_step, random_init, spectral_init
+from app.commands.theory.descent import (
+    descend,
+    first_step,
+    make_problem,
+    random_init,
+    spectral_init,
+)
 from app.commands.theory.experiments import STEP
 from app.commands.theory.figures import Axis, Curve, Picture
-from app.commands.theory.instances import (
+from app.commands.theory.problems import (
+    LinearProblem,
     aligning_deviation,
     column,
     leading_left,
-    misalignment,
-    outside,
-)
-from app.commands.theory.methods import make_problem
-from app.commands.theory.problems import (
-    LinearProblem,
     low_rank_change,
+    misalignment,
     normal,
+    outside,
     sample_second_moment,
     second_moment_of,
     spaced,
@@ -55,7 +58,7 @@ def angles(settings: TheorySettings) -> list[Picture]:
 def relu_angles(settings: TheorySettings) -> list[Picture]:
     """Draw the angles of both factors to Delta's spaces, from LoRA's initialization and the spectral one."""
     given, rank = settings.descent, settings.problem.true_rank
-    rng = np.random.default_rng(settings.problem.seed)
+    rng = default_rng(settings.problem.seed)
     problem = make_problem(settings, [settings.problem.kappa], rng=rng)
     output, inputs = leading_left(problem.change, rank), leading_left(problem.change.mT, rank)
     initializations = {
@@ -113,7 +116,7 @@ class _Run(NamedTuple):
 
 def _align(settings: TheorySettings, m: int, n: int) -> _Run:
     given, true_rank = settings.alignment, settings.problem.true_rank
-    rng = np.random.default_rng(settings.problem.seed)
+    rng = default_rng(settings.problem.seed)
     values = spaced(true_rank, torch.tensor([given.kappa], dtype=torch.float64))
     samples = max(n + 1, n * settings.problem.samples // settings.problem.inputs)
     change = low_rank_change(rng, values, m, n)
@@ -181,7 +184,7 @@ def hitting_times(
         n: Input length; m is 16, the true rank 2, the rank 4, Sigma from 40 n samples.
         count: Number of instances.
     """
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     kappa = torch.from_numpy(rng.uniform(1, 1.5, count))
     change = low_rank_change(rng, spaced(2, kappa), 16, n)
     problem = LinearProblem(change, sample_second_moment(rng, count, n, 40 * n))
@@ -196,7 +199,7 @@ def hitting_times(
 
 def paths(settings: TheorySettings) -> list[Picture]:
     """Draw the path of lora_B @ lora_A in the plane: two inputs, one output, rank 1, four samples."""
-    rng = np.random.default_rng(settings.problem.seed)
+    rng = default_rng(settings.problem.seed)
     target = torch.tensor([[[2.0, 1.0]]], dtype=torch.float64)
     problem = LinearProblem(target, second_moment_of(normal(rng, 1, 4, 2)))
     lr, steps = 0.1, 1000
@@ -205,10 +208,8 @@ def paths(settings: TheorySettings) -> list[Picture]:
     initializations = {f"LoRA, draw {i + 1}": random_init(rng, problem, 1, 1.0) for i in range(3)}
     initializations["spectral initialization"] = spectral_init(problem, 1)
     for label, initial in initializations.items():
-        points = [
-            (lora_B @ lora_A)[0, 0] for lora_A, lora_B in descend(problem, initial, lr, steps)
-        ]
-        x, y = torch.stack(points).T.tolist()
+        path = descend(problem, initial, lr, steps)
+        x, y = torch.stack([(lora_B @ lora_A)[0, 0] for lora_A, lora_B in path]).T.tolist()
         curves.append(Curve(panel, label, x, y))
     curves.append(Curve(panel, "Delta", [2.0], [1.0], kind="points"))
     curves.append(Curve(panel, "W", [0.0], [0.0], kind="points"))

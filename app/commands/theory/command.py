@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import numpy as np
+from numpy.random import default_rng
 from tqdm.auto import tqdm
 
 from app.commands.theory import alignment, experiments
@@ -53,10 +54,7 @@ EXPERIMENTS: dict[str, list[Experiment]] = {
 
 
 def theory_command(arguments: Sequence[str]) -> int:
-    """Run `theory` with the arguments after its name.
-
-    Returns:
-        Exit status: 0 if every inequality holds, 1 otherwise.
+    """Run `theory` with the arguments after its name; return 0 if every inequality holds, else 1.
 
     Raises:
         InputError: If a setting is unknown or wrong, or the folder cannot be written.
@@ -121,7 +119,7 @@ def _checks_and_pictures(
     kind, checks, pictures = settings.problem.kind, list[Check](), list[Picture]()
 
     def check(theorem: Theorem) -> None:
-        rng = np.random.default_rng(settings.problem.seed)
+        rng = default_rng(settings.problem.seed)
         checks.extend(theorem(rng, settings.output.instances))
 
     def show(experiment: Experiment) -> None:
@@ -152,8 +150,7 @@ def table(checks: Sequence[Check]) -> str:
     width = max(len(check.name) for check in checks)
     lines = [f"{'theorem':<{width}}  instances  measured/bound  holds  inequality"]
     for check in checks:
-        numbers = (
-            f"{len(check.measured):>9}  {check.worst:>14.3g}  {'yes' if check.holds else 'NO':<5}"
-        )
+        holds = "yes" if check.holds else "NO"
+        numbers = f"{len(check.measured):>9}  {check.worst:>14.3g}  {holds:<5}"
         lines.append(f"{check.name:<{width}}  {numbers}  {check.statement}")
     return "\n".join(lines)

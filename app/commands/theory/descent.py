@@ -1,22 +1,39 @@
-"""Initializations and gradient descent of LoRA factors, with and without the preconditioner."""
+"""Initializations and descents of LoRA factors, the methods made of them, and the problems of the figures."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
+from numpy.random import Generator, default_rng
 from torch import Tensor
+from torch.linalg import matrix_norm
 
-from app.commands.theory.problems import Problem, normal
-from app.initialization.factors import SVD, LoraFactors, spectral_factors, truncated_svd
+from app.commands.theory.problems import (
+    LinearProblem,
+    Problem,
+    low_rank_change,
+    normal,
+    relu_problem,
+    sample_second_moment,
+    spaced,
+)
+from app.commands.theory.settings import TheorySettings
+from app.initialization.factors import (
+    SVD,
+    LoraFactors,
+    lora_ga_factors,
+    spectral_factors,
+    truncated_svd,
+)
 from app.optim.preconditioner import Cache, precondition_pairs
 
 State = TypeVar("State")
 
+LORA_GA_GAMMA = 4.0
+"""Of LoRA-GA's initialization in the figures, as in the authors' notebook."""
 
-def random_init(
-    rng: np.random.Generator, problem: Problem, rank: int, scale: Tensor | float
-) -> LoraFactors:
+
+def random_init(rng: Generator, problem: Problem, rank: int, scale: Tensor | float) -> LoraFactors:
     """Return LoRA's: lora_A normal with deviation `scale` (a number or (P, 1, 1)), lora_B zero."""
     instances, m, n = problem.change.shape
     lora_A = scale * normal(rng, instances, rank, n)
@@ -31,15 +48,16 @@ def gradient_svds(problem: Problem, rank: int) -> list[SVD]:
 def spectral_init(problem: Problem, rank: int, gamma: float | None = None) -> LoraFactors:
     """Return that of the paper's theorems: lora_B @ lora_A = P_r(-dL/dW) / gamma, balanced.
 
-    Args:
-        problem: P problems.
-        rank: r.
-        gamma: Divisor; None takes the one that the theory gives for this model.
+    Without a gamma it is the one that the theory gives for this model.
 
     Source: arXiv:2502.01235, eq. 8, whose gamma is 1 / gamma here.
     """
     divisor = problem.gamma if gamma is None else gamma
-    factors = [spectral_factors(s, divisor, normalized=False) for s in gradient_svds(problem, rank)]
+    svds = gradient_svds(problem, rank)
+    return _stacked(spectral_factors(svd, divisor, normalized=False) for svd in svds)
+
+
+def _stacked(factors: Iterable[tuple[Tensor, Tensor]]) -> LoraFactors:
     return LoraFactors(*(torch.stack(same) for same in zip(*factors, strict=True)))
 
 
@@ -50,11 +68,7 @@ def lora_ga_init(problem: Problem, rank: int, gamma: float) -> LoraFactors:
 
     Source: arXiv:2407.05000 with the authors' direction ArB2r and scale "stable".
     """
-    scale = problem.change.shape[-2] ** 0.25 / gamma**0.5
-    svds = gradient_svds(problem, 2 * rank)
-    lora_A = torch.stack([s.V[:, :rank].T for s in svds])
-    lora_B = torch.stack([s.U[:, rank:] for s in svds])
-    return LoraFactors(scale * lora_A, scale * lora_B)
+    return _stacked(lora_ga_factors(svd, rank, gamma) for svd in gradient_svds(problem, 2 * rank))
 
 
 def descend(
@@ -127,3 +141,83 @@ def first_step(
         if not bool(first.isnan().any()):
             break
     return first.tolist()
+
+
+class Method(NamedTuple):
+    """A curve of the figures: an initialization and a kind of descent."""
+
+    label: str
+    spectral: bool
+    preconditioned: bool
+
+
+METHODS = (
+    Method("LoRA, gradient descent", False, False),
+    Method("LoRA, preconditioned", False, True),
+    Method("spectral initialization, gradient descent", True, False),
+    Method("spectral initialization, preconditioned (LoRA-One)", True, True),
+)
+
+
+def make_problem(
+    settings: TheorySettings,
+    kappas: Sequence[float],
+    true_rank: int | None = None,
+    samples: int | None = None,
+    rng: Generator | None = None,
+) -> Problem:
+    """Draw one problem of the configured kind, size and seed for each condition number."""
+    given = settings.problem
+    rng = rng or default_rng(given.seed)
+    values = spaced(true_rank or given.true_rank, torch.tensor(kappas, dtype=torch.float64))
+    change = low_rank_change(rng, values, given.outputs, given.inputs)
+    samples = samples or given.samples
+    if given.kind == "relu":
+        return relu_problem(rng, change, samples, given.signal)
+    return LinearProblem(change, sample_second_moment(rng, len(change), given.inputs, samples))
+
+
+def updates(
+    settings: TheorySettings,
+    problem: Problem,
+    method: Method,
+    rank: int,
+    steps: int,
+    singular: bool = False,
+) -> Iterator[Tensor]:
+    """Yield lora_B @ lora_A (P, m, n) before and after each step of a method.
+
+    With `singular` the rank is above the true one, so that the Gram matrices of the spectral initialization
+    are singular and need the damping that LoRA's always needs.
+    """
+    given = settings.descent
+    if method.spectral:
+        initial = spectral_init(problem, rank)
+    else:
+        rng = default_rng(settings.problem.seed)
+        initial = random_init(rng, problem, rank, given.init_variance**0.5)
+    damping = given.damping if singular or not method.spectral else 0.0
+    lr = given.preconditioned_lr if method.preconditioned else given.lr
+    path = descend(problem, initial, lr, steps, damping if method.preconditioned else None)
+    return (lora_B @ lora_A for lora_A, lora_B in path)
+
+
+def lora_ga_updates(
+    settings: TheorySettings, problem: Problem, rank: int, steps: int
+) -> Iterator[Tensor]:
+    """Yield what LoRA-GA adds to W, preconditioned: lora_B @ lora_A less its initial value."""
+    given = settings.descent
+    initial = lora_ga_init(problem, rank, LORA_GA_GAMMA)
+    offset = -initial.lora_B @ initial.lora_A
+    path = descend(problem, initial, given.preconditioned_lr, steps, given.damping, offset)
+    return (offset + lora_B @ lora_A for lora_A, lora_B in path)
+
+
+def along(path: Iterator[Tensor], value: Callable[[Tensor], Tensor]) -> list[list[float]]:
+    """Return a value (P,) of each update of a path, as a row of steps + 1 numbers for each instance."""
+    return torch.stack([value(update) for update in path], 1).tolist()
+
+
+def squared_errors(problem: Problem, path: Iterator[Tensor]) -> list[list[float]]:
+    """Return |update - Delta|_F^2 along a path."""
+    return along(path, lambda update: matrix_norm(update - problem.change).square())

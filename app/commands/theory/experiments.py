@@ -6,18 +6,19 @@ from collections.abc import Sequence
 import torch
 from torch.linalg import matrix_norm, svdvals
 
-from app.commands.theory.descent import descend_core, first_step, spectral_init
-from app.commands.theory.figures import Axis, Curve, Picture
-from app.commands.theory.instances import deviation
-from app.commands.theory.methods import (
+from app.commands.theory.descent import (
     METHODS,
     along,
+    descend_core,
+    first_step,
     lora_ga_updates,
     make_problem,
+    spectral_init,
     squared_errors,
     updates,
 )
-from app.commands.theory.problems import LinearProblem, ReluProblem
+from app.commands.theory.figures import Axis, Curve, Picture
+from app.commands.theory.problems import LinearProblem, ReluProblem, deviation
 from app.commands.theory.settings import TheorySettings
 from app.commands.theory.theorems import Check
 
@@ -61,9 +62,8 @@ def error_by_rank(settings: TheorySettings) -> list[Picture]:
             for method in METHODS
         }
         paths["LoRA-GA, preconditioned"] = lora_ga_updates(settings, problem, rank, steps)
-        paths["LoRA-SB, gradient descent"] = descend_core(
-            problem, rank, settings.descent.preconditioned_lr, steps
-        )
+        lr = settings.descent.preconditioned_lr
+        paths["LoRA-SB, gradient descent"] = descend_core(problem, rank, lr, steps)
         for label, path in paths.items():
             [row] = squared_errors(problem, path)
             curves.append(Curve(panel, label, range(steps + 1), row))
@@ -130,11 +130,8 @@ def spectral_error(settings: TheorySettings) -> list[Picture]:
 def error_by_gamma(settings: TheorySettings) -> list[Picture]:
     """Draw the spectral initialization's error over gamma: the theory says 2, as E[dL/dW] ~ -Delta / 2."""
     given, rank = settings.problem, settings.problem.true_rank
-    kappas, panel = (
-        [given.kappa] * settings.sweep.draws,
-        f"r = r* = {rank}, kappa = {given.kappa:g}",
-    )
-    curves = []
+    kappas, curves = [given.kappa] * settings.sweep.draws, []
+    panel = f"r = r* = {rank}, kappa = {given.kappa:g}"
     for many in settings.sweep.samples_per_input:
         problem = make_problem(settings, kappas, samples=many * given.inputs)
         lora_A, lora_B = spectral_init(problem, rank, gamma=1.0)

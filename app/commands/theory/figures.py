@@ -20,8 +20,6 @@ BOUND_STYLES = ((0, (4, 2)), (0, (1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREEK = {"Delta": "Δ", "Sigma": "Σ", "kappa": "κ", "theta": "θ", "gamma": "γ"}
 
-Scale = Literal["linear", "log"]
-
 
 @dataclass(frozen=True)
 class Curve:
@@ -44,12 +42,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its label with the unit, and its scale."""
+    """An axis: its label with the unit, its scale, and where it begins at the lowest, if not at the data."""
 
     label: str
-    scale: Scale = "linear"
+    scale: Literal["linear", "log"] = "linear"
     low: float | None = None
-    """Where it begins at the lowest; None begins at the data."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +59,6 @@ class Picture:
     y: Axis
     curves: list[Curve]
     share_y: bool = True
-    """Whether all panels have the same y axis."""
-
-    @property
-    def panels(self) -> list[str]:
-        """Return the titles of the panels."""
-        return list(dict.fromkeys(curve.panel for curve in self.curves))
 
     def rows(self) -> Iterator[tuple[str, str, str, float, float]]:
         """Yield (picture, panel, curve, x, y) of every point."""
@@ -78,7 +69,7 @@ class Picture:
 
 def draw(picture: Picture, folder: Path) -> Path:
     """Write `folder`/NAME.png: panels beside each other, one legend below all of them."""
-    panels = picture.panels
+    panels = list(dict.fromkeys(curve.panel for curve in picture.curves))
     labels = list(dict.fromkeys(c.label for c in picture.curves if c.kind != "bound"))
     bounds = list(dict.fromkeys(c.label for c in picture.curves if c.kind == "bound"))
     figure = plt.figure(figsize=(max(5.6, 3.4 * len(panels)), 4.2), layout="constrained")

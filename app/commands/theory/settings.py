@@ -2,31 +2,25 @@
 
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 from app.utils.errors import InputError
 
+AT_LEAST = {
+    0: ("problem.seed",),
+    1: (
+        *("problem.kappa", "descent.steps", "alignment.kappa", "alignment.steps"),
+        *("sweep.kappas", "sweep.many_kappas", "sweep.draws", "output.instances"),
+    ),
+    2: ("problem.inputs", "problem.outputs", "sweep.samples_per_input"),
+}
+"""Settings by their smallest number; lists may not be empty."""
 
-def _check(name: str, value: object, right: bool, expected: str) -> None:
-    if not right:
-        raise InputError(f"{name} is {value}: expected {expected}")
-
-
-def _check_at_least(section: str, settings: object, **lowest: float) -> None:
-    """Check numbers, and all numbers of lists, which may not be empty, against the smallest allowed."""
-    for name, low in lowest.items():
-        value = getattr(settings, name)
-        several = isinstance(value, list)
-        numbers = value if several else [value]
-        right = bool(numbers) and all(low <= number < math.inf for number in numbers)
-        expected = f"numbers of at least {low}" if several else f"at least {low}"
-        _check(f"{section}.{name}", value, right, expected)
-
-
-def _check_positive(section: str, settings: object, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        _check(f"{section}.{name}", value, 0 < value < math.inf, "more than 0")
+ABOVE_ZERO = (
+    *("problem.signal", "descent.lr", "descent.preconditioned_lr", "descent.damping"),
+    *("descent.init_variance", "alignment.lr", "alignment.variances"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,15 +47,6 @@ class ProblemSettings:
     signal: float = 8.0
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        _check_at_least("problem", self, inputs=2, outputs=2, kappa=1, seed=0)
-        _check_positive("problem", self, "signal")
-        more = f"more than problem.inputs ({self.inputs}): the theory needs n < N"
-        _check("problem.samples", self.samples, self.samples > self.inputs, more)
-        side = min(self.inputs, self.outputs)
-        sixth = f"1 to a sixth of the smaller of problem.inputs and problem.outputs ({side})"
-        _check("problem.true_rank", self.true_rank, 1 <= 6 * self.true_rank <= side, sixth)
-
 
 @dataclass(frozen=True)
 class DescentSettings:
@@ -82,10 +67,6 @@ class DescentSettings:
     damping: float = 1e-3
     init_variance: float = 1e-3
 
-    def __post_init__(self) -> None:
-        _check_positive("descent", self, "lr", "preconditioned_lr", "damping", "init_variance")
-        _check_at_least("descent", self, steps=1)
-
 
 @dataclass(frozen=True)
 class AlignmentSettings:
@@ -105,12 +86,6 @@ class AlignmentSettings:
     variances: list[float] = field(default_factory=lambda: [1.0, 0.1, 1e-2, 1e-3, 1e-4])
     sizes: list[int] = field(default_factory=lambda: [25, 50, 100])
 
-    def __post_init__(self) -> None:
-        _check_at_least("alignment", self, kappa=1, steps=1)
-        _check_positive("alignment", self, "lr")
-        right = bool(self.variances) and all(0 < v < math.inf for v in self.variances)
-        _check("alignment.variances", self.variances, right, "numbers above 0")
-
 
 @dataclass(frozen=True)
 class SweepSettings:
@@ -128,9 +103,6 @@ class SweepSettings:
     samples_per_input: list[int] = field(default_factory=lambda: [2, 4, 16, 64, 256])
     draws: int = 5
 
-    def __post_init__(self) -> None:
-        _check_at_least("sweep", self, kappas=1, many_kappas=1, samples_per_input=2, draws=1)
-
 
 @dataclass(frozen=True)
 class TheoryOutput:
@@ -146,13 +118,10 @@ class TheoryOutput:
     root: str = "runs"
     instances: int = 100
 
-    def __post_init__(self) -> None:
-        _check_at_least("output", self, instances=1)
-
 
 @dataclass(frozen=True)
 class TheorySettings:
-    """All of them."""
+    """All of them; they are checked together."""
 
     problem: ProblemSettings
     descent: DescentSettings
@@ -161,14 +130,34 @@ class TheorySettings:
     output: TheoryOutput
 
     def __post_init__(self) -> None:
-        rank, sizes = self.problem.true_rank, self.alignment.sizes
-        expected = f"sizes of at least 2 problem.true_rank ({2 * rank})"
-        right = bool(sizes) and min(sizes) >= 2 * rank
-        _check("alignment.sizes", sizes, right, expected)
-        for name, kappas in (
-            ("alignment.kappa", [self.alignment.kappa]),
-            ("problem.kappa", [self.problem.kappa]),
-            ("sweep.kappas", self.sweep.kappas),
-            ("sweep.many_kappas", self.sweep.many_kappas),
-        ):
+        for low, names in AT_LEAST.items():
+            for name in names:
+                self._check_each(name, low, f"at least {low}")
+        for name in ABOVE_ZERO:
+            self._check_each(name, math.ulp(0), "more than 0")
+        given, sizes = self.problem, self.alignment.sizes
+        rank, side = given.true_rank, min(given.inputs, given.outputs)
+        more = f"more than problem.inputs ({given.inputs}): the theory needs n < N"
+        _check("problem.samples", given.samples, given.samples > given.inputs, more)
+        sixth = f"1 to a sixth of the smaller of problem.inputs and problem.outputs ({side})"
+        _check("problem.true_rank", rank, 1 <= 6 * rank <= side, sixth)
+        large = f"sizes of at least 2 problem.true_rank ({2 * rank})"
+        _check("alignment.sizes", sizes, bool(sizes) and min(sizes) >= 2 * rank, large)
+        for name in ("alignment.kappa", "problem.kappa", "sweep.kappas", "sweep.many_kappas"):
+            kappas = _numbers(attrgetter(name)(self))
             _check(name, kappas, rank > 1 or set(kappas) == {1}, "1 where problem.true_rank is 1")
+
+    def _check_each(self, name: str, low: float, expected: str) -> None:
+        value = attrgetter(name)(self)
+        numbers = _numbers(value)
+        right = bool(numbers) and all(low <= number < math.inf for number in numbers)
+        _check(name, value, right, f"numbers of {expected}" if value is numbers else expected)
+
+
+def _numbers(value: float | list[float]) -> list[float]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check(name: str, value: object, right: bool, expected: str) -> None:
+    if not right:
+        raise InputError(f"{name} is {value}: expected {expected}")

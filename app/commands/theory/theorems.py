@@ -8,25 +8,29 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 from torch.linalg import matrix_norm, svd, svdvals
 
 from app.commands.theory.descent import descend, random_init, spectral_init
-from app.commands.theory.instances import (
+from app.commands.theory.problems import (
     SMALL,
     USUAL,
+    Problem,
     Shape,
     aligning_deviation,
     column,
     leading_left,
     linear_instances,
     log_uniform,
+    low_rank_change,
     misalignment,
+    normal,
     outside,
+    relu_problem,
+    spaced,
 )
-from app.commands.theory.problems import Problem, low_rank_change, normal, relu_problem, spaced
 from app.initialization.factors import LoraFactors
 
 ROUNDING = 1e-13
@@ -42,15 +46,14 @@ class Check:
         statement: What is compared, with our constants.
         measured: Shape (P, ...).
         bound: Same shape, > 0.
+        over_steps: Whether the second dimension is steps 1, 2, ... of a descent.
     """
 
     name: str
     statement: str
     measured: Tensor
     bound: Tensor
-
     over_steps: bool = False
-    """Whether the second dimension is steps 1, 2, ... of a descent."""
 
     @property
     def worst(self) -> float:
@@ -64,7 +67,7 @@ class Check:
 
 
 def exact_alignment(
-    rng: np.random.Generator, count: int, shape: Shape = USUAL, steps: int = 200
+    rng: Generator, count: int, shape: Shape = USUAL, steps: int = 200
 ) -> list[Check]:
     """Check Theorem 3.1: from a random initialization lora_B's columns lie in G's output space, t >= 1.
 
@@ -93,7 +96,7 @@ def exact_alignment(
 
 
 def approximate_alignment(
-    rng: np.random.Generator, count: int, shape: Shape = USUAL, max_kappa: float = 3
+    rng: Generator, count: int, shape: Shape = USUAL, max_kappa: float = 3
 ) -> list[Check]:
     """Check Theorem 3.2 and Lemma C.6: when lora_A's rows reach the input space of G, rank 2 r*.
 
@@ -136,9 +139,8 @@ def approximate_alignment(
         linear_A, linear_B = linear_A - column(lr) * grad_A, linear_B - column(lr) * grad_B
     lemma, theorem = "Lemma C.6, remainder of the linearised descent", "Thm 3.2, alignment in time"
     stays = "|Z_t - H^t Z_0| <= |A_0| for t <= ln(sqrt(n)/theta) / ln(1 + lr s_r*) (constants 1)"
-    aligns = (
-        "angle of lora_A's space to that of G <= theta at t* = ln(2 rho/theta) / ln(1 + lr s_r*)"
-    )
+    at = "at t* = ln(2 rho/theta) / ln(1 + lr s_r*)"
+    aligns = f"angle of lora_A's space to that of G <= theta {at}"
     return [
         Check(lemma, stays, remainder, matrix_norm(A_0, 2)),
         Check(theorem, aligns, angle, theta),
@@ -146,7 +148,7 @@ def approximate_alignment(
 
 
 def spectral_initialization(
-    rng: np.random.Generator, count: int, shape: Shape = USUAL, max_kappa: float = 100
+    rng: Generator, count: int, shape: Shape = USUAL, max_kappa: float = 100
 ) -> list[Check]:
     """Check Theorem 3.3: the error of the spectral initialization, where |Sigma - I| <= 1 / (2 kappa).
 
@@ -165,7 +167,7 @@ def spectral_initialization(
 
 
 def linear_convergence(
-    rng: np.random.Generator,
+    rng: Generator,
     count: int,
     preconditioned: bool,
     shape: Shape = USUAL,
@@ -202,7 +204,7 @@ def _errors(problem: Problem, path: Iterator[LoraFactors]) -> Tensor:
 
 
 def relu_convergence(
-    rng: np.random.Generator, count: int, shape: Shape = SMALL, max_kappa: float = 1.5
+    rng: Generator, count: int, shape: Shape = SMALL, max_kappa: float = 1.5
 ) -> list[Check]:
     """Check Theorem 4.2: preconditioned descent of the ReLU layer from the spectral initialization, rank r*.
 
@@ -235,7 +237,7 @@ def relu_convergence(
     ]
 
 
-def relu_risk(rng: np.random.Generator, count: int, shape: Shape = USUAL) -> list[Check]:
+def relu_risk(rng: Generator, count: int, shape: Shape = USUAL) -> list[Check]:
     """Check Sec. 2: the ReLU layer's risk E |y - f(x)|^2 is at most |BA - Delta|_F^2."""
     m, n, true_rank = shape
     change = low_rank_change(rng, spaced(true_rank, log_uniform(rng, 1, 100, count)), m, n)
@@ -246,7 +248,7 @@ def relu_risk(rng: np.random.Generator, count: int, shape: Shape = USUAL) -> lis
     return [Check("Sec. 2, ReLU, risk", statement, problem.risk(update), bound)]
 
 
-Theorem = Callable[[np.random.Generator, int], list[Check]]
+Theorem = Callable[[Generator, int], list[Check]]
 
 THEOREMS: dict[str, dict[str, Theorem]] = {
     "linear": {

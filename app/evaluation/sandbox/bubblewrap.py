@@ -34,10 +34,8 @@ LIMITS = {
 def sandbox_command(mode: SandboxMode, timeout: float) -> list[str]:
     """Return the command line that starts `child.py` in its sandbox.
 
-    Args:
-        mode: With or without bubblewrap.
-        timeout: Wall time of program and tests together, in seconds, which the judge keeps; the program may
-            use two seconds more of CPU time.
+    The judge keeps the timeout, which is the wall time of program and tests together in seconds; the program
+    may use two seconds more of CPU time.
 
     Raises:
         InputError: There is no bubblewrap.
@@ -86,7 +84,9 @@ def bubblewrap_options() -> tuple[str, ...]:
             options += ["--ro-bind", str(path), str(path)]
     options += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     options += ["--ro-bind", interpreter(), interpreter()]
-    for path in _packages([folder for folder in folders if not folder.is_symlink()]):
+    names = [f"{above}{kind}-packages" for kind in ("site", "dist") for above in ("", "python3*/")]
+    real = [folder for folder in folders if not folder.is_symlink()]
+    for path in [path for folder in real for name in names for path in sorted(folder.glob(name))]:
         options += ["--tmpfs", str(path), "--remount-ro", str(path)]
     for name in CHILD_FILES:
         options += ["--ro-bind", str(HERE / name), f"/sandbox/{name}"]
@@ -107,9 +107,3 @@ def _system_folders() -> list[Path]:
         if path.exists() and not any(path.is_relative_to(folder) for folder in folders):
             folders.append(path)
     return folders
-
-
-def _packages(folders: list[Path]) -> list[Path]:
-    """Return the folders of installed packages inside these."""
-    names = [f"{above}{kind}-packages" for kind in ("site", "dist") for above in ("", "python3*/")]
-    return [path for folder in folders for name in names for path in sorted(folder.glob(name))]

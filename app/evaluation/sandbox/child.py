@@ -61,9 +61,7 @@ def load(source: str, entry_point: str) -> Any:
 def answer(function: Any, request: list[Any]) -> dict[str, Any]:
     """Call the function; return its value, and the arguments where the call has changed them.
 
-    Args:
-        function: The program's.
-        request: Its arguments, encoded, and the names of the last of them.
+    A request has the arguments, encoded, and the names of the last of them.
     """
     try:
         before, names = request

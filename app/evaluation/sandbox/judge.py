@@ -15,12 +15,7 @@ GRACE_S = 30.0  # by which the judge ends itself sooner than it is ended
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a program.
-
-    Attributes:
-        passed: Whether all tests passed in time.
-        reason: Why not; empty if they did.
-    """
+    """Whether a program passed all tests in time; the reason is empty if it did."""
 
     passed: bool
     reason: str = ""
@@ -71,7 +66,10 @@ def judge(
         return Verdict(False, "timed out")
     finally:
         if folder is not None:
-            _remove(folder)
+            # Which a program may have made deeper than a path can say, and closed: unlike shutil.rmtree,
+            # chmod and rm follow it by file descriptors.
+            for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
+                subprocess.run(command, check=False, capture_output=True)
     if process.returncode == -signal.SIGPROF:
         return Verdict(False, "timed out")
     if process.returncode < 0:
@@ -82,15 +80,6 @@ def judge(
     if verdict["status"] == "broken":
         raise RuntimeError(f"sandbox={sandbox}: {verdict['reason']}")
     return Verdict(verdict["status"] == "passed", verdict["reason"])
-
-
-def _remove(folder: str) -> None:
-    """Remove a folder that a program may have made deeper than a path can say, and closed.
-
-    Unlike shutil.rmtree, chmod and rm follow it by file descriptors.
-    """
-    for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
-        subprocess.run(command, check=False, capture_output=True)
 
 
 def check_judge(sandbox: SandboxMode) -> None:

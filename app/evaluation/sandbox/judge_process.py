@@ -30,13 +30,7 @@ class CandidateError(Exception):
 
 
 class Judge:
-    """Start the sandbox, run the tests against it, and end the process with a verdict.
-
-    Args:
-        command: The sandbox's command line.
-        folder: Its working directory; None leaves it to the command.
-        verdicts: Where the verdict is written.
-    """
+    """Start the sandbox by its command line, run the tests against it, and end the process with a verdict."""
 
     def __init__(self, command: list[str], folder: str | None, verdicts: int) -> None:
         self.verdicts = verdicts
@@ -72,7 +66,11 @@ class Judge:
             code = compile(job["tests"], "<tests>", "exec")
         except Exception as error:
             self.end("broken", f"the problem itself: {type(error).__name__}: {error}")
-        self.limit_time(job["timeout"])
+        # After so many seconds a verdict is due, whatever program and tests are doing.
+        signal.signal(signal.SIGALRM, lambda *_: self.end("failed", "timed out"))
+        signal.setitimer(signal.ITIMER_REAL, job["timeout"])
+        # Python handles a signal between two of its own steps; this one needs no handler.
+        signal.setitimer(signal.ITIMER_PROF, job["timeout"] + 1)
         try:
             self.ask([job["program"], job["entry_point"]])
             tests[job["entry_point"]] = self.call
@@ -81,13 +79,6 @@ class Judge:
         except BaseException as error:
             self.end("failed", error_text(error))
         self.end("passed", "")
-
-    def limit_time(self, seconds: float) -> None:
-        """End with a verdict after so many seconds, whatever program and tests are doing."""
-        signal.signal(signal.SIGALRM, lambda *_: self.end("failed", "timed out"))
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        # Python handles a signal between two of its own steps; this one needs no handler.
-        signal.setitimer(signal.ITIMER_PROF, seconds + 1)
 
     def call(self, *arguments: Any, **named: Any) -> Any:
         """Call the program's function; write its changes of lists, dicts and the like into ours."""

@@ -84,11 +84,7 @@ class _Program(ctypes.Structure):
 
 
 def filter_program(machine: str) -> bytes:
-    """Return the filter for a machine, eight bytes an instruction.
-
-    Args:
-        machine: A key of `MACHINES`, as `os.uname` names it.
-    """
+    """Return the filter for a machine of `MACHINES`, eight bytes an instruction."""
     column = list(MACHINES).index(machine)
     lines: list[tuple[int, int, int, int]] = [
         (_LOAD, 0, 0, _MACHINE),

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import yaml
 
-from app.commands.compare.cells import Cell, grid, parse_rate
+from app.commands.compare.cells import Cell, grid
 from app.utils.command_parser import CommandParser
 from tests.support.compare_runs import OPTIONS
 from tests.support.paths import ROOT
@@ -44,7 +44,7 @@ def parsed(argv):
     for name in ("--methods", "--learning_rates", "--seeds"):
         own.add_argument(name)
     given, rest = own.parse_known_args(argv[2:])
-    cell = (given.methods, parse_rate(given.learning_rates), int(given.seeds))
+    cell = (given.methods, float(given.learning_rates), int(given.seeds))
     return Cell(*cell), rest
 
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from app.commands.theory.descent import descend, descend_core, random_init, spectral_init
-from app.commands.theory.instances import USUAL, column, linear_instances
-from app.commands.theory.problems import LinearProblem, normal
+from app.commands.theory.problems import USUAL, LinearProblem, column, linear_instances, normal
 from tests.support.small_problems import doubles, linear_and_relu, rng
 
 

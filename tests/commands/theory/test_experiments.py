@@ -5,8 +5,8 @@ import pytest
 
 from app.commands.theory.alignment import angles
 from app.commands.theory.command import SECTIONS
+from app.commands.theory.descent import LORA_GA_GAMMA, make_problem
 from app.commands.theory.experiments import TOLERANCE, error_by_gamma, error_by_rank, steps_by_kappa
-from app.commands.theory.methods import LORA_GA_GAMMA, make_problem
 from app.commands.theory.settings import (
     AlignmentSettings,
     DescentSettings,

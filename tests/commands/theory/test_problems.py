@@ -7,8 +7,16 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 
-from app.commands.theory.instances import USUAL, Shape, linear_instances, misalignment
-from app.commands.theory.problems import ReluProblem, normal, sample_second_moment, second_moment_of
+from app.commands.theory.problems import (
+    USUAL,
+    ReluProblem,
+    Shape,
+    linear_instances,
+    misalignment,
+    normal,
+    sample_second_moment,
+    second_moment_of,
+)
 from app.initialization.gradient_estimators import ExactGradient
 from tests.support.small_problems import linear_and_relu, rng
 

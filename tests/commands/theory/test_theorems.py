@@ -7,9 +7,12 @@ from torch.linalg import matrix_norm
 
 from app.commands.theory.alignment import hitting_times
 from app.commands.theory.descent import descend, spectral_init
-from app.commands.theory.instances import USUAL, Shape, linear_instances, log_uniform
 from app.commands.theory.problems import (
+    USUAL,
     LinearProblem,
+    Shape,
+    linear_instances,
+    log_uniform,
     low_rank_change,
     relu_problem,
     sample_second_moment,
