@@ -1,1 +1,1 @@
-"""Callbacks decide when something happens; `app/` knows what."""
+"""Callbacks: when something happens in a run; what happens is in `app/`."""

@@ -33,7 +33,7 @@ def _command(arguments: list[str], signals: StopSignals) -> int:
     alone = ("plan", "export", "theory", "dashboard", "compare", "report")
     if arguments[0] in alone and not is_first_process():
         return 0  # one process is enough
-    # Each command imports its own room: a report needs neither torch nor Lightning.
+    # Each command imports its own package, when it is run.
     if arguments[0] == "export":
         from app.commands.export import export_command
 

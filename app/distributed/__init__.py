@@ -1,1 +1,1 @@
-"""Collectives, rendezvous and FSDP2."""
+"""Collectives, rendezvous, shutdown and FSDP2."""

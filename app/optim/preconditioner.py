@@ -1,4 +1,4 @@
-"""Precondition the gradients of many LoRA pairs, with their r x r matrices in batches.
+"""Precondition the gradients of many LoRA pairs (for `PreconditionedAdamW`), their r x r matrices in batches.
 
 Shapes everywhere: `lora_A` (r, n), `lora_B` (m, r), weight update scaling * lora_B @ lora_A (m, n).
 """

@@ -1,4 +1,4 @@
-"""Find the checkpoint to resume from, and the run folder to resume in."""
+"""Find the checkpoint to resume from, and its run folder; called where the command line reads `ckpt_path`."""
 
 from dataclasses import dataclass
 from pathlib import Path

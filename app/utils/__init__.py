@@ -1,1 +1,1 @@
-"""Errors, files, console, arguments, signals, memory."""
+"""Errors, files, console, arguments, signals, memory, text, class paths, package index."""

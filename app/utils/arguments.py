@@ -1,4 +1,4 @@
-"""The command line's parser: every error is one plain line with the nearest known name."""
+"""The parser of settings: every unknown or wrong one is an error of one line with the nearest known name."""
 
 import argparse
 import pkgutil

@@ -1,4 +1,4 @@
-"""Errors that the command line prints in one line, and their exit status."""
+"""Errors that the command line prints in one line, and their exit status; unknown settings: `arguments.py`."""
 
 from collections.abc import Iterator
 
