@@ -13,6 +13,7 @@ from app.models.adalora import (
     set_total_steps,
 )
 from app.models.lora import adalora_tuner
+from app.training.lightning_internals import step_has_ended
 from app.training.protocols import adapted
 
 
@@ -25,7 +26,6 @@ class AdaLoraPruning(Callback):
     def __init__(self) -> None:
         self._tuner: AdaLoraModel | None = None
         self._state: dict[str, Any] = {}
-        self._last_step = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the averages by which triplets are weighed, and which are left."""
@@ -38,7 +38,6 @@ class AdaLoraPruning(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set AdaLoRA's length of training, and the averages of the interrupted run."""
         self._tuner = adalora_tuner(adapted(pl_module).model)
-        self._last_step = trainer.global_step
         if self._tuner is None:
             return
         set_total_steps(self._tuner, int(trainer.estimated_stepping_batches))
@@ -47,8 +46,6 @@ class AdaLoraPruning(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Prune; the gradients of the step are still there."""
-        stepped = trainer.global_step != self._last_step
-        self._last_step = trainer.global_step
-        if self._tuner is not None and stepped:
+        if self._tuner is not None and step_has_ended(trainer):
             prune(self._tuner, trainer.global_step)
             pl_module.log("adalora/triplets", float(remaining_triplets(self._tuner)))

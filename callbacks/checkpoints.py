@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from app.tracking.loggers import run_folder_of
 from app.tracking.run_folder import checkpoint_files, checkpoint_name
 from app.training.checkpoint_io import CheckpointFiles
+from app.training.lightning_internals import step_has_ended
 from app.training.protocols import adapted
 
 
@@ -27,7 +28,7 @@ class Checkpoints(Checkpoint):
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
         self.folder: Path | None = None
-        self._tried_step = self._last_step = 0
+        self._tried_step = 0
         self._scored = False  # whether the run has ended already, with its final scores
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -40,17 +41,15 @@ class Checkpoints(Checkpoint):
         self._scored = "final" in adapted(pl_module).record.metrics
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from the first step of this process."""
-        self._last_step = trainer.global_step
+        """Note that there is something to train, and so to score."""
         self._scored = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save if an optimizer step has just been made and it is time."""
         step = trainer.global_step
-        stepped, self._last_step = step != self._last_step, step
         # A validation may follow the last step, and the final scores do: both can take long.
         last = step >= trainer.estimated_stepping_batches
-        if stepped and (last or step % self.every_n_steps == 0):
+        if step_has_ended(trainer) and (last or step % self.every_n_steps == 0):
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,17 +17,11 @@ from app.training.protocols import data_of
 
 @dataclass(frozen=True)
 class Pending:
-    """What the interrupted run had still to do for the batch of its checkpoint.
+    """What the interrupted run had still to do for the batch of its checkpoint."""
 
-    Attributes:
-        step: Optimizer steps at the checkpoint.
-        validation_due: Whether a validation follows the batch.
-        logged: Metrics of the batch, which Lightning hands to the loggers after the callbacks that save.
-    """
-
-    step: int
-    validation_due: bool
-    logged: dict[str, float]
+    step: int  # optimizer steps at the checkpoint
+    validation_due: bool  # whether a validation follows the batch
+    logged: dict[str, float]  # Lightning hands these to the loggers after the callbacks that save
 
 
 class MidEpochResume(Callback):
@@ -47,7 +41,6 @@ class MidEpochResume(Callback):
         self.seed = seed
         self.continues = continues
         self._random: dict[str, Any] | None = None
-        self._last_step = 0
         self._stepped = self._validated = False
         self._pending: Pending | None = None
 
@@ -55,12 +48,12 @@ class MidEpochResume(Callback):
         """Take up the random stream of training, whatever has drawn from it since the last batch."""
         if self._random is not None:
             set_random_state(self._random)
-        self._last_step, self._validated = trainer.global_step, False
+        self._validated = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Note the random stream of training, and whether the batch ended an optimizer step."""
         self._random = random_state()
-        self._stepped = trainer.global_step != self._last_step
+        self._stepped = loops.step_has_ended(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the validation that follows this batch is done."""

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.distributed.collectives import from_first_process, largest_over_processes
+from app.training.lightning_internals import step_has_ended
 from app.utils.signals import Stopped, StopSignals, exit_status
 
 PRECEDENCE = (None, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -29,19 +30,16 @@ class Preemption(Callback):
     def __init__(self, signals: StopSignals, save: Callable[[Trainer], Path | None] | None) -> None:
         self.signals = signals
         self.save = save
-        self._last_step = 0
         self._stepped = True  # whether the last batch ended an optimizer step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on signals are noted only: Lightning has just installed its own handlers."""
         self.signals.install()
         self.signals.deferred = True
-        self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stop if any process was asked to; never between two optimizer steps."""
-        self._stepped = trainer.global_step != self._last_step
-        self._last_step = trainer.global_step
+        self._stepped = step_has_ended(trainer)
         if self._stepped:
             self.stop_if_asked(trainer, pl_module)
 

@@ -33,66 +33,37 @@ class DataRecord(Section):
 
 
 class InitRecord(Section):
-    """How the initialization was computed; empty where PEFT's own is kept.
+    """How the initialization was computed; empty where PEFT's own is kept."""
 
-    Attributes:
-        seconds: Of its gradient passes and decompositions.
-        peak_bytes: Peak memory of each pass, of the process that needs most.
-        captured_energy: Mean and minimum over the layers.
-        layers: Singular values, captured energy and errors of each layer.
-    """
-
-    seconds: float | None = None
-    peak_bytes: list[int] = []
-    captured_energy: dict[str, float] = {}
-    layers: dict[str, dict[str, Any]] = {}
+    seconds: float | None = None  # of its gradient passes and decompositions
+    peak_bytes: list[int] = []  # of each pass, of the process that needs most
+    captured_energy: dict[str, float] = {}  # mean and minimum over the layers
+    layers: dict[str, dict[str, Any]] = {}  # singular values, captured energy, errors of each
 
 
 class TrainRecord(Section):
-    """The training loop.
+    """The training loop."""
 
-    Attributes:
-        steps: Optimizer steps.
-        seconds: Of training, without validation.
-        samples: Training samples seen.
-        samples_per_second: Their rate.
-        peak_bytes: Peak memory: allocated by torch on CUDA, resident in the process on the CPU, of the process
-            that needs most.
-        device: What it was trained on.
-        host: The machine.
-        began: When training began (of a resumed run: again), in seconds of the clock.
-        ended: When it ended.
-    """
-
-    steps: int = 0
-    seconds: float | None = None
+    steps: int = 0  # of the optimizer
+    seconds: float | None = None  # without validation
     samples: int | None = None
     samples_per_second: float | None = None
+    # Allocated by torch on CUDA, resident in the process on the CPU, of the process that needs most.
     peak_bytes: int | None = None
     device: str | None = None
     host: str | None = None
-    began: float | None = None
+    began: float | None = None  # of a resumed run: again; in seconds of the clock
     ended: float | None = None
 
 
 class RunRecord(Section):
-    """Facts gathered while a run goes on, each by the part that knows it.
+    """Facts gathered while a run goes on, each by the part that knows it."""
 
-    Attributes:
-        method: Name of the method, as the configuration has it.
-        model: The base model.
-        data: The data.
-        seed: The run's seed.
-        metrics: Scores at `zero_shot`, `after_init` and `final`, and those of `test`.
-        init: The initialization.
-        train: The training loop.
-    """
-
-    method: str = ""
+    method: str = ""  # as the configuration names it
     model: ModelRecord = Field(default_factory=ModelRecord)
     data: DataRecord = Field(default_factory=DataRecord)
     seed: int | None = None
-    metrics: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, float]] = {}  # at `zero_shot`, `after_init`, `final`, `test`
     init: InitRecord = Field(default_factory=InitRecord)
     train: TrainRecord = Field(default_factory=TrainRecord)
 

@@ -11,32 +11,19 @@ SUMMARY_FILE = "summary.json"
 
 
 class RunFolder:
-    """The paths of what a run leaves in its folder.
-
-    Attributes:
-        path: The folder.
-        config: The resolved configuration.
-        summary: The run record.
-        metrics: The table of logged values.
-        checkpoints: Folder of the checkpoints.
-        adapter: Folder of the adapter.
-        model: Folder of all weights, where all were trained.
-        answers: Folder of the answers to benchmarks.
-        scores: Scores of benchmarks.
-        wandb: Which W&B run a test adds its scores to.
-    """
+    """The paths of what a run leaves in its folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = path / CONFIG_FILE
-        self.summary = path / SUMMARY_FILE
-        self.metrics = path / "metrics.csv"
+        self.config = path / CONFIG_FILE  # the resolved configuration
+        self.summary = path / SUMMARY_FILE  # the run record
+        self.metrics = path / "metrics.csv"  # the table of logged values
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
-        self.model = path / "model"
-        self.answers = path / "answers"
+        self.model = path / "model"  # all weights, where all were trained
+        self.answers = path / "answers"  # to benchmarks
         self.scores = path / "benchmarks.json"
-        self.wandb = path / "wandb.json"
+        self.wandb = path / "wandb.json"  # which W&B run a test adds its scores to
 
     def __str__(self) -> str:
         return str(self.path)

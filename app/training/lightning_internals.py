@@ -62,6 +62,12 @@ def epoch_has_ended(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
+def step_has_ended(trainer: Trainer) -> bool:
+    """Return whether the batch that has just ended was the last of an optimizer step."""
+    batches: int = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return batches % trainer.accumulate_grad_batches == 0 or epoch_has_ended(trainer)
+
+
 def leave_ended_epoch(trainer: Trainer) -> None:
     """Let a resumed run start the next epoch as any other: Lightning would take it for the rest of the last."""
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop

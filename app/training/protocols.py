@@ -20,13 +20,9 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 class ModelSettings(Protocol):
-    """What a model is built from: settings of the section `model`.
+    """What a model is built from: settings of the section `model`."""
 
-    Attributes:
-        dtype_name: `model.dtype`.
-    """
-
-    dtype_name: str
+    dtype_name: str  # `model.dtype`
     attn_implementation: str | None
     adapter: LoraSettings | None
     adapter_path: str | None
@@ -38,23 +34,14 @@ class ModelSettings(Protocol):
 
 
 class AdaptedModule(ModelSettings, Protocol):
-    """The LightningModule as callbacks know it.
-
-    Attributes:
-        name: `model.name`.
-        model: What is called: the PEFT model, or the transformers model without an adapter.
-        record: What the run reports, filled by the part that knows it.
-        answers_folder: Where answers to benchmarks are kept; None keeps none.
-        scoring: The scores of the validation or test loop that is running.
-        subtracted_factors: What an initialization has taken off the base weights; empty if nothing.
-    """
+    """The LightningModule as callbacks know it."""
 
     name: str
-    model: nn.Module
+    model: nn.Module  # what is called: the PEFT model, or the transformers model without an adapter
     record: RunRecord
-    answers_folder: Path | None
-    scoring: Scoring
-    subtracted_factors: Factors
+    answers_folder: Path | None  # where answers to benchmarks are kept; None keeps none
+    scoring: Scoring  # of the validation or test loop that is running
+    subtracted_factors: Factors  # what an initialization has taken off the base weights
 
     @property
     def base(self) -> PreTrainedModel:
@@ -83,15 +70,10 @@ class AdaptedModule(ModelSettings, Protocol):
 
 
 class DataModule(Protocol):
-    """The data module as the module and callbacks know it.
+    """The data module as the module and callbacks know it."""
 
-    Attributes:
-        task_name: Groups the runs of one task, such as `glue/sst2`.
-        batch_size: Training rows of a batch, on each process.
-    """
-
-    task_name: str
-    batch_size: int
+    task_name: str  # groups the runs of one task, such as `glue/sst2`
+    batch_size: int  # training rows of a batch, on each process
 
     def prepare_benchmarks(self, split: str) -> list[PreparedBenchmark]:
         """Return the benchmarks of "validation" or "test" with their questions encoded."""

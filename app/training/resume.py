@@ -15,17 +15,11 @@ LAST = "last"
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run goes on.
-
-    Attributes:
-        checkpoint: The file.
-        folder: The run folder around it; None if it lies elsewhere, and the run gets a folder of its own.
-        wandb_id: The W&B run to continue; None for a new one.
-    """
+    """Where a run goes on."""
 
     checkpoint: Path
-    folder: RunFolder | None
-    wandb_id: str | None
+    folder: RunFolder | None  # around it; None if it lies elsewhere: the run gets a new folder
+    wandb_id: str | None  # the W&B run to continue; None for a new one
 
 
 def find_resume_point(ckpt_path: str, runs: Path, method: str) -> ResumePoint | None:
