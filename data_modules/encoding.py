@@ -62,7 +62,6 @@ class TextEncoder:
     """Turn prompts and answers into the token ids that one model reads.
 
     Args:
-        tokenizer: The model's, a fast one.
         is_encoder_decoder: Whether prompt and answer are sequences of their own.
         chat_template: Put every prompt into the tokenizer's chat template, as the user's message.
         context_length: Positions that the model knows: tokens of prompt and answer together (causal), or
@@ -168,11 +167,7 @@ class TextEncoder:
 
         A cut prompt loses the end of its text, never its last line ("result:"); no answer is ever cut.
 
-        Args:
-            rows: The examples.
-            max_length: Most tokens of prompt and answer (causal), or of the prompt (encoder-decoder).
-            name: What messages call these rows.
-            too_long: What to do with rows of more tokens.
+        `max_length` counts tokens of prompt and answer (causal), or of the prompt (encoder-decoder).
 
         Returns:
             The encoded rows in the order of `rows`, which `index` counts, and how many were cut or dropped.

@@ -70,11 +70,7 @@ class GenerativeDataModule(TextDataModule):
                 )
 
     def load(self) -> dict[str, list[TextRow]]:
-        """Return the rows by their use; the model's tokenizer decides which are too long.
-
-        Raises:
-            InputError: No row is left, or too few to validate.
-        """
+        """Return the rows by their use; the model's tokenizer decides which are too long."""
         self.read()
         kept, size = self._short_enough(), self.validation_size or 0
         train = kept[: self.max_rows]

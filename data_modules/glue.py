@@ -120,12 +120,7 @@ class GlueDataModule(TextDataModule):
         self.source = path or HUB_ID
 
     def load(self) -> dict[str, list[TextRow]]:
-        """Read the published sets, and decide which one validates and which one is reported.
-
-        Raises:
-            InputError: A set is missing, unlabelled or not in the expected form, or the Hub is out
-                of reach.
-        """
+        """Read the published sets, and decide which one validates and which one is reported."""
         self.dropped_rows = {}
         rows = {split: self._rows_of(split, file) for split, file in self._files().items()}
         train, dev = rows["train"], rows.get("validation")

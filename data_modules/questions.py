@@ -19,14 +19,8 @@ from data_modules.sampling import SPLIT_SEED, LengthGroupedSampler, draw
 class BenchmarkQuestions:
     """Prepare benchmarks for a model, and make batches of their questions.
 
-    Args:
-        benchmarks: In the order of their scores.
-        long_prompts: What to do with a question that leaves no room for its answer in the model's context:
-            `cut` drops its beginning, `refuse` raises.
-
-    Attributes:
-        prompts: All prompts of each prepared benchmark, asked or not.
-        num_cut: Prompts of each benchmark that lost their beginning.
+    Of a question that leaves no room for its answer in the model's context, `long_prompts` says to `cut` the
+    beginning, or to `refuse`.
 
     Raises:
         InputError: A benchmark is listed twice.
@@ -43,15 +37,13 @@ class BenchmarkQuestions:
             )
         self.benchmarks = benchmarks
         self.long_prompts = long_prompts
-        self.prompts: dict[str, list[str]] = {}
-        self.num_cut: dict[str, int] = {}
+        self.prompts: dict[str, list[str]] = {}  # of each prepared benchmark, asked or not
+        self.num_cut: dict[str, int] = {}  # prompts of each benchmark that lost their beginning
 
     def prepare(self, split: str, encoder: TextEncoder) -> list[PreparedBenchmark]:
         """Read, choose and encode the questions of a split, of the benchmarks that have any there.
 
-        Args:
-            split: "validation" asks each benchmark's `validation_size` questions, "test" its `limit`.
-            encoder: The model's.
+        "validation" asks each benchmark's `validation_size` questions, "test" its `limit`.
 
         Raises:
             InputError: A benchmark cannot run here, its file is wrong, or a prompt is too long.

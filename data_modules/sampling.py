@@ -25,10 +25,7 @@ class LengthGroupedSampler(DistributedSampler):
     Args:
         lengths: Length of each row.
         batch_size: Rows of a batch on each process.
-        shuffle: Whether to draw a new order each epoch.
-        seed: Seed of the order.
-        rank: This process.
-        world_size: Number of processes.
+        shuffle: Whether to draw a new order each epoch, from `seed`.
         group_size: Rows of all processes' batches together, which the order is made of; None is
             batch_size * world_size. A run that goes on with other processes keeps the old one.
         done: Rows of the order, of all processes together, that the first epoch leaves out because an
@@ -99,17 +96,6 @@ def longest_first(lengths: Sequence[int]) -> list[int]:
 def draw(num_rows: int, size: int, seed: int, purpose: str) -> list[int]:
     """Draw row numbers for a purpose; a smaller draw is part of a larger one."""
     return torch.randperm(num_rows, generator=_generator(seed, purpose))[:size].tolist()
-
-
-def subset(rows: Sequence[TextRow], size: int, seed: int) -> list[TextRow]:
-    """Return `size` training rows, drawn by the seed, in their order.
-
-    Raises:
-        InputError: `size` is not between 1 and the number of rows.
-    """
-    if not 1 <= size <= len(rows):
-        raise InputError(f"--data.train_size={size}: expected 1 to {len(rows)}")
-    return [rows[number] for number in sorted(draw(len(rows), size, seed, "train_size"))]
 
 
 def initialization_share(

@@ -22,8 +22,8 @@ from data_modules.questions import BenchmarkQuestions, question_loaders
 from data_modules.sampling import (
     LengthGroupedSampler,
     check_position,
+    draw,
     initialization_share,
-    subset,
 )
 
 SPLITS = ("train", "validation", "test")
@@ -98,7 +98,11 @@ class TextDataModule(LightningDataModule):
         self._benchmarks: dict[str, list[PreparedBenchmark]] = {}
 
     def load(self) -> dict[str, list[TextRow]]:
-        """Return the rows of each of `splits`; each source writes this."""
+        """Return the rows of each of `splits`; each source writes this.
+
+        Raises:
+            InputError: The data is missing or has another form, or a split has no row.
+        """
         raise NotImplementedError
 
     def read(self) -> None:
@@ -161,9 +165,13 @@ class TextDataModule(LightningDataModule):
         if split not in self.splits:
             return []
         if self._rows is None:
-            rows = self.load()
-            if self.train_size is not None:
-                rows["train"] = subset(rows["train"], self.train_size, self.seed)
+            rows, size = self.load(), self.train_size
+            if size is not None:
+                train = rows["train"]
+                if not 1 <= size <= len(train):
+                    raise InputError(f"--data.train_size={size}: expected 1 to {len(train)}")
+                chosen = sorted(draw(len(train), size, self.seed, "train_size"))
+                rows["train"] = [train[number] for number in chosen]
             self._rows = rows
         return self._rows[split]
 

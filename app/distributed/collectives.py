@@ -41,10 +41,8 @@ def is_first_process() -> bool:
 def raise_on_all_ranks(make: Callable[[], T]) -> T:
     """Return what this process makes, once all processes have made theirs without an error.
 
-    A process that failed alone would leave the others waiting for it at their next collective.
-
-    Args:
-        make: What may fail on one process only; all processes call this function at the same place.
+    A process that failed alone would leave the others waiting for it at their next collective. All processes
+    call this function at the same place.
 
     Raises:
         InputError: An InputError of any process, or another's failure.
@@ -58,20 +56,17 @@ def raise_on_all_ranks(make: Callable[[], T]) -> T:
     except Exception as error:
         failure = error
     messages: list[Any] = [None] * world_size()
-    dist.all_gather_object(messages, None if failure is None else _message(failure))
+    text = None
+    if failure is not None:
+        prefix = f"process {global_rank()} failed: {type(failure).__name__}: "
+        text = str(failure) if isinstance(failure, InputError) else f"{prefix}{failure}"
+    dist.all_gather_object(messages, text)
     if failure is not None:
         raise failure
-    for number, message in enumerate(messages):
+    for message in messages:
         if message is not None:
-            is_input_error, text = message
-            raise InputError(text if is_input_error else f"process {number} failed: {text}")
+            raise InputError(message)
     return made
-
-
-def _message(error: Exception) -> tuple[bool, str]:
-    if isinstance(error, InputError):
-        return True, str(error)
-    return False, f"{type(error).__name__}: {error}"
 
 
 def from_first_process(make: Callable[[], T]) -> T:
@@ -90,11 +85,7 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def sum_in_one_buffer(tensors: list[Tensor]) -> None:
-    """Sum each tensor over all processes, in place, with one collective for each dtype.
-
-    Args:
-        tensors: The same list of shapes on every process.
-    """
+    """Sum each tensor over all processes, which have the same shapes, with one collective for each dtype."""
     if world_size() == 1:
         return
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):

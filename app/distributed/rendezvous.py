@@ -26,25 +26,20 @@ def check_rendezvous() -> None:
 def check_number_of_processes(num_nodes: int, num_devices: int) -> None:
     """Raise InputError unless the launcher started as many processes as the trainer counts on.
 
-    Args:
-        num_nodes: `trainer.num_nodes`.
-        num_devices: Devices of a node, which is what `trainer.devices` comes to.
+    `num_devices` of a node are what `trainer.devices` comes to.
     """
-    started = int(os.environ.get("WORLD_SIZE", num_nodes * num_devices))
-    if started != num_nodes * num_devices:
+    expected = num_nodes * num_devices
+    started = int(os.environ.get("WORLD_SIZE", expected))
+    if started != expected:
         raise InputError(
             f"the launcher started {started} processes (WORLD_SIZE), but trainer.num_nodes={num_nodes} times "
-            f"trainer.devices={num_devices} are {num_nodes * num_devices}: start as many, or set these two; "
+            f"trainer.devices={num_devices} are {expected}: start as many, or set these two; "
             "several processes need --config strategies/ddp.yaml or strategies/fsdp.yaml"
         )
 
 
 def check_same_settings(settings: str) -> None:
-    """Raise InputError on all processes unless they were started with the same settings.
-
-    Args:
-        settings: This process's resolved configuration as YAML.
-    """
+    """Raise InputError on all processes unless they have the same resolved configuration, as YAML."""
     if world_size() == 1:
         return
     everyone: list[Any] = [None] * world_size()

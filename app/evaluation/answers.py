@@ -33,7 +33,6 @@ class AnswersFile:
     Args:
         folder: Where the files are; shared by the processes, or else some questions are asked again
             when an interrupted test goes on.
-        name: The benchmark's name.
         identity: All that the answers depend on: JSON data.
     """
 

@@ -10,17 +10,11 @@ from app.models.decoding import Decoding
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a benchmark.
+    """One question of a benchmark."""
 
-    Attributes:
-        key: Its name in the field, such as "HumanEval/17" or "anatomy/3"; the same in every run.
-        prompt: What the model reads, ending where its output begins.
-        reference: What `Benchmark.score` needs to judge an output.
-    """
-
-    key: str
-    prompt: str
-    reference: Any
+    key: str  # its name in the field, such as "HumanEval/17" or "anatomy/3"; the same in every run
+    prompt: str  # what the model reads, ending where its output begins
+    reference: Any  # what `Benchmark.score` needs to judge an output
 
 
 class Benchmark(ABC):
@@ -28,22 +22,14 @@ class Benchmark(ABC):
 
     A benchmark either lets the model write (`decoding`), or compares the likelihoods of a few
     continuations (`choices`); the likeliest is then the output.
-
-    Attributes:
-        name: Its name in scores and files, such as "gsm8k".
-        version: Changes whenever prompt, decoding or extraction change what is scored.
-        decoding: How outputs are generated; None where `choices` are compared.
-        choices: The continuations to compare, such as " A"; empty where outputs are generated.
-        validation_size: Questions asked when training is validated; None asks all, 0 none.
-        limit: Questions asked in a test; None asks all.
     """
 
-    name: str
-    version: str
-    decoding: Decoding | None = None
-    choices: tuple[str, ...] = ()
-    validation_size: int | None = None
-    limit: int | None = None
+    name: str  # in scores and files, such as "gsm8k"
+    version: str  # changes whenever prompt, decoding or extraction change what is scored
+    decoding: Decoding | None = None  # how outputs are generated; None where `choices` are compared
+    choices: tuple[str, ...] = ()  # the continuations to compare, such as " A"
+    validation_size: int | None = None  # questions asked in validation; None asks all, 0 none
+    limit: int | None = None  # questions asked in a test; None asks all
 
     @abstractmethod
     def load(self) -> list[Question]:

@@ -38,12 +38,8 @@ class LabelScores(torch.nn.Module):
     """Accumulate scores over an evaluation set; `compute` reduces over processes.
 
     The prediction is the label word whose first token has the highest logit where the answer begins:
-    one forward pass, no generation. F1 is that of class 1 for two classes and the macro mean for more;
-    Matthews correlation is 0 where it is undefined (one class only), as in scikit-learn.
-
-    Args:
-        label_token_ids: First token of each label word, in the order of the classes; empty where rows have
-            no classes and only the loss is scored.
+    one forward pass, no generation. F1 is that of class 1 for two classes and the macro mean for more.
+    `label_token_ids` is in the order of the classes; where rows have none, only the loss is scored.
     """
 
     def __init__(self, label_token_ids: Sequence[int]) -> None:
@@ -63,12 +59,7 @@ class LabelScores(torch.nn.Module):
         self.loss, self.tokens = (SumMetric(nan_strategy="disable") for _ in range(2))
 
     def update(self, output: SupervisedLogits, target: Tensor) -> None:
-        """Add one batch.
-
-        Args:
-            output: Logits at the supervised positions.
-            target: (B,) class of each example; -1 in a padding row, which does not count.
-        """
+        """Add one batch, of which `target` (B,) has the classes; -1 is a padding row, which does not count."""
         counted = target >= 0
         if self.metrics and counted.any():
             first = output.first[counted]
@@ -84,11 +75,7 @@ class LabelScores(torch.nn.Module):
 
 
 class MeanScores:
-    """Mean of each named score over the questions that have it, of all processes.
-
-    Args:
-        names: Every name that may come; the same list on every process.
-    """
+    """Mean of each named score over the questions that have it, of all processes, which have the same names."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.totals = {name: [0.0, 0.0] for name in names}  # sum and number of questions

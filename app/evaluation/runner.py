@@ -57,8 +57,6 @@ class BenchmarkRunner:
     """Ask one benchmark's questions once and add the scores up over all processes.
 
     Args:
-        module: The model, in evaluation mode.
-        prepared: Benchmark and questions.
         folder: Where answers are kept; None keeps none.
         identity: What answers depend on beside the benchmark: the model and its weights. JSON data.
         together: Whether the processes must run the model in step, since it is sharded.

@@ -17,13 +17,10 @@ from app.models.protocols import ScoredModel
 class Scoring:
     """Accumulate the scores of batches of rows and of batches of questions.
 
+    The weights of `module` do not change until `compute`. See `LabelScores` and `BenchmarkRunner` for the rest.
+
     Args:
-        module: Its weights do not change until `compute`.
         identity: What names the module but its weights: base model, dtype, precision. JSON data.
-        label_token_ids: First token of each label word; empty where rows have no classes.
-        benchmarks: The benchmarks to ask.
-        folder: Where their answers are kept; None keeps none.
-        together: Whether the processes must run the model in step, since it is sharded.
     """
 
     def __init__(

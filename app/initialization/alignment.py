@@ -14,26 +14,16 @@ class AlignmentMetrics(NamedTuple):
 
     What is undefined (the span of a factor or gradient that is zero, the condition of a singular matrix) is
     not a number or infinite.
-
-    Attributes:
-        singular_values: (P, r) of Delta W, descending.
-        norm: (P,) Frobenius norm of Delta W.
-        effective_rank: (P,) exp of the entropy of the singular values, 1 to r.
-        condition_A: (P,) of lora_A lora_A^T, which preconditions lora_B's gradient.
-        condition_B: (P,) of lora_B^T lora_B, which preconditions lora_A's gradient.
-        angle_A: (P,) degrees, largest principal angle between the span of lora_A^T and the reference's V.
-        angle_B: (P,) degrees, the same between the span of lora_B and the reference's U.
-        captured: (P,) share of the reference's energy in both spans, 0 to 1.
     """
 
-    singular_values: Tensor
-    norm: Tensor
-    effective_rank: Tensor
-    condition_A: Tensor
-    condition_B: Tensor
-    angle_A: Tensor
-    angle_B: Tensor
-    captured: Tensor
+    singular_values: Tensor  # (P, r) of Delta W, descending
+    norm: Tensor  # (P,) Frobenius norm of Delta W
+    effective_rank: Tensor  # (P,) exp of the entropy of the singular values, 1 to r
+    condition_A: Tensor  # (P,) of lora_A lora_A^T, which preconditions lora_B's gradient
+    condition_B: Tensor  # (P,) of lora_B^T lora_B, which preconditions lora_A's gradient
+    angle_A: Tensor  # (P,) degrees, largest principal angle of the span of lora_A^T and the reference's V
+    angle_B: Tensor  # (P,) degrees, the same of the span of lora_B and the reference's U
+    captured: Tensor  # (P,) share of the reference's energy in both spans, 0 to 1
 
 
 def measure_alignment(

@@ -79,15 +79,9 @@ def _subspace_iteration(matrix: Tensor, rank: int, width: int) -> SVD | None:
 
 
 def low_rank_svd(left: Tensor, right: Tensor, rank: int) -> SVD:
-    """Compute the leading singular triplets of left @ right^T without forming the product.
+    """Compute the leading singular triplets of left (m, k) @ right^T (k, n), without forming the product.
 
-    Args:
-        left: Shape (m, k), float32.
-        right: Shape (n, k), float32.
-        rank: Number of triplets kept; 1 <= rank <= k.
-
-    Returns:
-        SVD in float32. The k x k core is decomposed in float64.
+    All is float32; only the k x k core is decomposed in float64. 1 <= rank <= k.
     """
     Q_left, R_left = torch.linalg.qr(left)
     Q_right, R_right = torch.linalg.qr(right)
@@ -158,11 +152,7 @@ def pissa_factors(
 ) -> tuple[Tensor, Tensor]:
     """Compute PiSSA's lora_A (r, n) and lora_B (m, r) of a weight W (m, n), float32.
 
-    Args:
-        W: (m, n).
-        rank: r.
-        scaling: Factor of lora_B @ lora_A in the forward pass.
-        niter: Power iterations of a randomised SVD, with a seed of its own; None takes the exact one.
+    `niter` counts the power iterations of a randomised SVD, with a seed of its own; None takes the exact one.
     """
     if niter is None:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)

@@ -14,18 +14,13 @@ from app.initialization.factors import SVD, fix_signs, low_rank_svd, truncated_s
 class GradientEstimate:
     """Singular triplets of one layer's gradient G (m, n), and how exact they are.
 
-    Attributes:
-        svd: Leading triplets of G in descending order, float32; at least the rank asked for.
-        norm: Frobenius norm of G; exact for the exact estimator, from random probes for the sketch.
-        captured_energy: |G_r|^2 / |G|^2 of the installed rank-r part, in [0, 1], measured the same way.
-        rank_error: |G_hat_r - G_r| / |G_r|, how far the installed rank-r part G_hat_r is from the best
-            one, G_r; estimated from random probes, 0 for the exact estimator.
+    The exact estimator knows the numbers exactly; for the sketch they come from random probes.
     """
 
-    svd: SVD
-    norm: float
-    captured_energy: float
-    rank_error: float
+    svd: SVD  # leading triplets of G in descending order, float32; at least the rank asked for
+    norm: float  # Frobenius norm of G
+    captured_energy: float  # |G_r|^2 / |G|^2 of the installed rank-r part, in [0, 1]
+    rank_error: float  # |G_hat_r - G_r| / |G_r|, of the installed rank-r part G_hat_r from the best one, G_r
 
 
 class ExactGradient:
@@ -162,10 +157,8 @@ class SketchedGradient:
         """Replace this sketch by that of the sum of several processes' gradients.
 
         After the first pass their low-rank forms are added and cut to the width again; after a further
-        one the fixed side is the same everywhere, and the other sides add up. The probes always do.
-
-        Args:
-            partials: `partial()` of every process, this one's among them; all drew the same probes.
+        one the fixed side is the same everywhere, and the other sides add up. The probes always do. `partials`
+        are `partial()` of every process, this one's among them; all drew the same probes.
         """
         columns = list(zip(*partials, strict=True))
         if self._pass == 1:
@@ -215,13 +208,8 @@ def _rank_error(
     decides which of two nearly equal singular values belongs to the leading r, where first order fails;
     the probes give U^T E V with noise, so that for such layers the estimate errs upwards.
 
-    Args:
-        svd: All k kept triplets of H.
-        rank: r, at most k.
-        missed: E Phi, shape (m, p).
-        comissed: E^T Psi, shape (n, p).
-        right_probes: Phi, shape (n, p).
-        left_probes: Psi, shape (m, p).
+    Of H all k kept triplets are given; `missed` is E Phi (m, p) and `comissed` E^T Psi (n, p), of the probes
+    Phi (n, p) and Psi (m, p).
     """
     U, S, V = svd.U.double(), svd.S.double(), svd.V.double()
     probes = missed.shape[1]

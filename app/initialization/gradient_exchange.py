@@ -1,7 +1,7 @@
 """Assign layers to processes, and send every process what their owners hold."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,6 @@ class Layer(NamedTuple):
     name: str
     m: int
     n: int
-
-
-class TrafficCounter(Protocol):
-    """Where a process's tensors live, and how many bytes it has sent."""
-
-    device: torch.device
-    sent_bytes: int
 
 
 def assign_buckets(layers: Sequence[Layer], processes: int) -> list[tuple[int, list[Layer]]]:
@@ -68,12 +61,13 @@ def unpack(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 
 
 def broadcast_from_owners(
-    tensors: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int], counter: TrafficCounter
-) -> None:
+    tensors: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]
+) -> int:
     """Overwrite each layer's float32 tensors by its owner's, with one flat broadcast for each owner.
 
-    All processes give tensors of the same shapes in the same order.
+    All processes give tensors of the same shapes in the same order. Returns the bytes that this one has sent.
     """
+    sent_bytes = 0
     for owner in range(world_size()):
         group = [t for name, parts in tensors.items() if owners[name] == owner for t in parts]
         if not group:
@@ -81,35 +75,37 @@ def broadcast_from_owners(
         flat = torch.cat([tensor.reshape(-1) for tensor in group])
         dist.broadcast(flat, owner)
         if owner == global_rank():
-            counter.sent_bytes += flat.nbytes * (world_size() - 1)
+            sent_bytes += flat.nbytes * (world_size() - 1)
         for tensor, part in zip(group, unpack(flat, [t.shape for t in group]), strict=True):
             tensor.copy_(part)
+    return sent_bytes
 
 
 def share_estimates(
     own: Mapping[str, GradientEstimate],
     shapes: Mapping[str, tuple[int, int, int]],
     owners: Mapping[str, int],
-    counter: TrafficCounter,
-) -> dict[str, GradientEstimate]:
-    """Return all layers' estimates on every process.
+    device: torch.device,
+) -> tuple[dict[str, GradientEstimate], int]:
+    """Return all layers' estimates on every process, and the bytes that this one has sent.
 
     `own` are those of the layers that this process owns; `shapes` has m, n and the number of triplets k of all.
     """
     if world_size() == 1:
-        return dict(own)
+        return dict(own), 0
     tensors = {}
     for name, (m, n, k) in shapes.items():
         if name in own:
             estimate = own[name]
             numbers = [estimate.norm, estimate.captured_energy, estimate.rank_error]
-            tensors[name] = [*estimate.svd, torch.tensor(numbers, device=counter.device)]
+            tensors[name] = [*estimate.svd, torch.tensor(numbers, device=device)]
         else:
             tensors[name] = [
-                torch.empty(shape, device=counter.device) for shape in ((m, k), (k,), (n, k), (3,))
+                torch.empty(shape, device=device) for shape in ((m, k), (k,), (n, k), (3,))
             ]
-    broadcast_from_owners(tensors, owners, counter)
-    return {
+    sent_bytes = broadcast_from_owners(tensors, owners)
+    shared = {
         name: GradientEstimate(SVD(U, S, V), *numbers.tolist())
         for name, (U, S, V, numbers) in tensors.items()
     }
+    return shared, sent_bytes

@@ -91,11 +91,7 @@ class GradientStore(ABC):
         """Sum what is left over processes; return the gradients of the layers that this process owns."""
 
     def estimates(self, ranks: Mapping[str, int], scale: float) -> dict[str, GradientEstimate]:
-        """Decompose the own layers and share the results, which are the same on every process.
-
-        Args:
-            ranks: Triplets wanted of each layer's gradient.
-            scale: Factor of all gradients.
+        """Decompose the own layers, scaled, and share the results, which are the same on every process.
 
         Raises:
             InputError: On every process, if a layer's gradient cannot be decomposed.
@@ -111,7 +107,10 @@ class GradientStore(ABC):
 
         widths = self.widths or ranks
         shapes = {name: (m, n, min(widths[name], m, n)) for name, m, n in self.layers}
-        return share_estimates(raise_on_all_ranks(decompose), shapes, self.owners, self)
+        decomposed = raise_on_all_ranks(decompose)
+        estimates, sent_bytes = share_estimates(decomposed, shapes, self.owners, self.device)
+        self.sent_bytes += sent_bytes
+        return estimates
 
     def pop_non_finite(self) -> str | None:
         """Name the layer, on any process, where the last backward pass first met what is not finite."""
@@ -240,7 +239,7 @@ class SketchStore(GradientStore):
         if world_size() > 1:
             self.merge()
             sides = {name: (kept.left, kept.right) for name, kept in self.sketches.items()}
-            broadcast_from_owners(sides, self.owners, self)
+            self.sent_bytes += broadcast_from_owners(sides, self.owners)
         for sketch in self.sketches.values():
             sketch.next_pass()
 

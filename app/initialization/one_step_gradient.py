@@ -59,24 +59,16 @@ class Estimator:
 
 @dataclass(frozen=True)
 class OneStepResult:
-    """The observed gradients and what observing them took.
+    """The observed gradients and what observing them took."""
 
-    Attributes:
-        estimates: One for each layer, by name.
-        loss: Token mean over the whole set, before any step.
-        tokens: Supervised tokens in the set.
-        seconds: Wall time of all passes and decompositions.
-        peak_bytes: Peak memory meanwhile on each process: allocated on the accelerator, or resident on
-            the CPU.
-        sent_bytes: What each process sent to others.
-    """
-
-    estimates: dict[str, GradientEstimate]
-    loss: float
-    tokens: int
-    seconds: float
-    peak_bytes: list[int]
-    sent_bytes: list[int]
+    estimates: dict[str, GradientEstimate]  # by layer
+    loss: float  # token mean over the whole set, before any step
+    tokens: int  # supervised ones in the set
+    seconds: float  # wall time of all passes and decompositions
+    peak_bytes: list[
+        int
+    ]  # on each process meanwhile: allocated on the accelerator, or resident on the CPU
+    sent_bytes: list[int]  # by each process to others
 
 
 def one_step_gradients(

@@ -8,8 +8,8 @@ from peft import AdaLoraConfig, LoraConfig
 
 from app.utils.errors import InputError
 
+# Stands for the length of training, which PEFT's AdaLoraConfig requires before there is a trainer.
 UNKNOWN_STEPS = 10**9
-"""Stands for the length of training, which PEFT's AdaLoraConfig requires before there is a trainer."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,9 @@ class LoraSettings:
             )
 
     def peft_config(self, **of_the_model: Any) -> LoraConfig:
-        """Return PEFT's configuration.
+        """Return PEFT's configuration, or raise its ValueError for a combination that it does not allow.
 
-        Args:
-            of_the_model: What depends on the model: `task_type`, `fan_in_fan_out`.
-
-        Raises:
-            ValueError: PEFT refuses a combination of settings.
+        Arguments are those that depend on the model: `task_type`, `fan_in_fan_out`.
         """
         settings = {**asdict(self), **of_the_model}
         budget = settings.pop("adalora")

@@ -15,23 +15,14 @@ NOT_FINITE = -1  # in the place of a token: the model gave no probabilities
 
 @dataclass(frozen=True)
 class Decoding:
-    """How outputs are generated.
+    """How outputs are generated."""
 
-    Args:
-        max_new_tokens: Most tokens of an output.
-        stop: Strings that end an output, which does not hold them.
-        num_samples: Outputs of each question.
-        temperature: Divides the logits; 0 takes the most likely token (greedy).
-        top_p: Sample among the most likely tokens that together have this probability.
-        seed: Fixes the samples of each question, whatever batch or process it is in.
-    """
-
-    max_new_tokens: int = 512
-    stop: Sequence[str] = ()
-    num_samples: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    max_new_tokens: int = 512  # most tokens of an output
+    stop: Sequence[str] = ()  # strings that end an output, which does not hold them
+    num_samples: int = 1  # outputs of each question
+    temperature: float = 0.0  # divides the logits; 0 takes the most likely token (greedy)
+    top_p: float = 1.0  # sample among the most likely tokens that together have this probability
+    seed: int = 0  # fixes the samples of each question, whatever batch or process it is in
 
     def __post_init__(self) -> None:
         for name, holds, expected in (

@@ -32,21 +32,13 @@ ADAPTER = "default"
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One adapted layer.
+    """One adapted layer."""
 
-    Attributes:
-        name: The layer's name in the base model.
-        layer: PEFT's wrapper, a map from (..., n) to (..., m).
-        lora_A: Trainable (r, n).
-        lora_B: Trainable (m, r).
-        scaling: Factor of lora_B @ lora_A in the forward pass.
-    """
-
-    name: str
-    layer: nn.Module
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    scaling: float
+    name: str  # the layer's in the base model
+    layer: nn.Module  # PEFT's wrapper, a map from (..., n) to (..., m)
+    lora_A: nn.Parameter  # (r, n)
+    lora_B: nn.Parameter  # (m, r)
+    scaling: float  # factor of lora_B @ lora_A in the forward pass
 
     @property
     def rank(self) -> int:

@@ -12,17 +12,11 @@ from app.models.batch import IGNORED_LABEL, Batch
 
 
 class SupervisedLogits(NamedTuple):
-    """The LM head's output at the supervised positions of a batch, in row-major order.
+    """The LM head's output at the supervised positions of a batch, in row-major order."""
 
-    Attributes:
-        logits: (S, vocabulary), in the model's dtype.
-        labels: (S,) the token each position should predict.
-        first: (B,) row of `logits` at which each example's answer begins.
-    """
-
-    logits: Tensor
-    labels: Tensor
-    first: Tensor
+    logits: Tensor  # (S, vocabulary), in the model's dtype
+    labels: Tensor  # (S,) the token each position should predict
+    first: Tensor  # (B,) row of `logits` at which each example's answer begins
 
 
 @contextmanager

@@ -11,17 +11,11 @@ from app.utils.errors import InputError
 
 @dataclass(frozen=True)
 class Generated:
-    """One output.
+    """One output."""
 
-    Attributes:
-        text: What follows the prompt, without special tokens, EOS, and the stop string that ended it.
-        num_tokens: Tokens generated, those that ended it among them.
-        finished: Whether EOS or a stop string ended it, not a limit.
-    """
-
-    text: str
-    num_tokens: int
-    finished: bool
+    text: str  # what follows the prompt, without special tokens, EOS, and the stop string that ended it
+    num_tokens: int  # those that ended it among them
+    finished: bool  # whether EOS or a stop string ended it, not a limit
 
 
 class Output:

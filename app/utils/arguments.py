@@ -3,7 +3,6 @@
 import argparse
 import pkgutil
 import re
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -45,14 +44,11 @@ class WrongSetting(InputError):
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser, whose errors are one plain line with the nearest known name.
+    """LightningCLI's parser, whose errors are one plain line with the nearest known name."""
 
-    Attributes:
-        bases: Classes whose subclasses a `class_path` may name; the command line adds its own.
-        unsupported: What to say of settings that a reader may know from elsewhere; the command line adds them.
-    """
-
+    # Classes whose subclasses a `class_path` may name; the command line adds its own.
     bases: ClassVar[list[type]] = [Callback, torch.optim.Optimizer]
+    # What to say of settings that a reader may know from elsewhere; the command line adds them.
     unsupported: ClassVar[dict[str, str]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -111,7 +107,7 @@ class Parser(LightningArgumentParser):
 
 def _wrong_value(key: str, text: str) -> WrongSetting:
     """Say in plain words what the parser says of a value."""
-    known = {kind.__name__ for kind in _known_classes()}
+    known = _known_classes()
     moved = re.search(r"\b(?:app|callbacks|data_modules)\.[\w.]+", text)
     if moved and not exists(moved[0]) and bare_name(moved[0]) in known:
         now = bare_name(moved[0])
@@ -153,13 +149,12 @@ def class_named(path: str) -> type:
     Raises:
         ImportError, AttributeError, ValueError: There is none.
     """
-    known = {kind.__name__: kind for kind in _known_classes()}
-    return known.get(path) or pkgutil.resolve_name(path)
+    return _known_classes().get(path) or pkgutil.resolve_name(path)
 
 
-def _known_classes() -> Iterator[type]:
-    """Yield the classes that a `class_path` may name."""
-    waiting = list(Parser.bases)
-    for kind in waiting:
-        yield kind
-        waiting += kind.__subclasses__()
+def _known_classes() -> dict[str, type]:
+    """Return the classes that a `class_path` may name, by their bare names."""
+    known = list(Parser.bases)
+    for kind in known:
+        known += kind.__subclasses__()
+    return {kind.__name__: kind for kind in known}

@@ -30,12 +30,7 @@ def exists(path: str) -> bool:
 
 
 def shorten_class_paths(text: str, wanted: Callable[[str], bool]) -> str:
-    """Return a YAML text with the bare names of the project's own classes.
-
-    Args:
-        text: A configuration.
-        wanted: Whether to shorten this full path; other ones stay.
-    """
+    """Return a YAML text with the bare names of the project's own classes, of the `wanted` full paths alone."""
     return _SETTING.sub(lambda m: m[1] + (bare_name(m[2]) if wanted(m[2]) else m[2]), text)
 
 

@@ -9,9 +9,7 @@ from app.utils.errors import InputError
 class CommandParser(argparse.ArgumentParser):
     """argparse with whole option names only, and errors of one line like those of the other commands.
 
-    Args:
-        name: Of the command.
-        description: For its help, with the lines as they are.
+    The lines of `description` stand in the help as they are.
     """
 
     def __init__(self, name: str, description: str = "") -> None:

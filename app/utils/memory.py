@@ -13,9 +13,6 @@ class PeakMemory:
 
     On CUDA this is the allocator's peak. On the CPU it is the kernel's high-water mark of the process's
     resident memory, which Linux lets a process reset; elsewhere a thread samples it every 10 ms.
-
-    Args:
-        device: The device that does the work.
     """
 
     _STATUS = Path("/proc/self/status")

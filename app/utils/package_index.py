@@ -52,13 +52,7 @@ class PackageUrl:
 
 
 def parse_package_url(url: str) -> PackageUrl:
-    """Split a `pypi://` URL into its parts.
-
-    Args:
-        url: `pypi://NAME==VERSION/PATH/INSIDE#sha256=HEX`; `KNOWN_ARCHIVES` need no fragment.
-
-    Returns:
-        The parts, checked: `path` is relative, without empty, `.` or `..` segments.
+    """Split a `pypi://` URL into its parts; `KNOWN_ARCHIVES` need no fragment.
 
     Raises:
         InputError: The URL has another form, its path leaves the archive, or it has no checksum.
@@ -91,13 +85,7 @@ def fetch_package_file(url: str) -> Path:
 
     The file lives in `cache_root()/pypi/NAME-VERSION-HASH/PATH`; its own SHA-256 is kept beside it
     and checked on every use, and a file that fails the check is fetched again. Several processes
-    may call this at once.
-
-    Args:
-        url: `pypi://NAME==VERSION/PATH/INSIDE#sha256=HEX`, see the module's docstring.
-
-    Returns:
-        Path of the extracted file. Not to be modified.
+    may call this at once. Nobody modifies it.
 
     Raises:
         InputError: Bad URL, no download, other checksum, no such file, or cache not writable.

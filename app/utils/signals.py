@@ -12,10 +12,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class Stopped(BaseException):
     """End a run because of a signal; not an Exception, so that no library handles it as an error.
 
-    Args:
-        status: Exit status of the program.
-        line: What to say.
-        together: Whether all processes of the run stop at the same place.
+    The program exits with `status` and prints `line`. `together`: all processes of the run stop at one place.
     """
 
     def __init__(self, status: int, line: str, together: bool = False) -> None:
@@ -26,18 +23,12 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """Handlers of SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) while this context lasts.
-
-    Attributes:
-        received: The signal that asked to stop; None so far.
-        deferred: Whether a signal is only noted, for the training loop to stop at its next step.
-        ending: Whether the run is ending anyway, so that only a second Ctrl-C counts.
-    """
+    """Handlers of SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) while this context lasts."""
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self.deferred = False
-        self.ending = False
+        self.received: signal.Signals | None = None  # what asked to stop
+        self.deferred = False  # whether a signal is only noted, to stop at training's next step
+        self.ending = False  # whether the run is ending anyway, so that only a second Ctrl-C counts
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":

@@ -3,15 +3,12 @@
 import difflib
 from collections.abc import Iterable
 
+import numpy as np
+
 
 def rate_text(rate: float) -> str:
     """Write a learning rate as the field does, 1e-4, without losing a digit."""
-    digits, _, power = f"{rate:.16e}".partition("e")
-    for places in range(17):
-        digits, _, power = f"{rate:.{places}e}".partition("e")
-        if float(f"{digits}e{power}") == rate:
-            break
-    return f"{digits}e{int(power)}"
+    return np.format_float_scientific(rate, trim="-", exp_digits=1).replace("+", "")
 
 
 def nearest(wrong: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:

@@ -71,11 +71,7 @@ class Commonsense(Benchmark):
         self.limit = limit
 
     def load(self) -> list[Question]:
-        """Read the sets in the order of their list; a reference is the set and its answer's name.
-
-        Raises:
-            InputError: A file is missing, or a row has other fields or an answer of another set.
-        """
+        """Read the sets in the order of their list; a reference is the set and its answer's name."""
         questions = []
         for name in self.tasks:
             file = self.path / name / "test.json"

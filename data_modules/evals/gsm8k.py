@@ -51,11 +51,7 @@ class Gsm8k(Benchmark):
         self.limit = limit
 
     def load(self) -> list[Question]:
-        """Read the questions; a reference has the right number, and what the authors' code takes for it.
-
-        Raises:
-            InputError: The file is missing, or a row lacks a field or a number behind its "####".
-        """
+        """Read the questions; a reference has the right number, and what the authors' code takes for it."""
         return [
             Question(
                 key,

@@ -92,11 +92,7 @@ class Gsm8kCot(Benchmark):
         self.limit = limit
 
     def load(self) -> list[Question]:
-        """Read the questions; a reference is the right number.
-
-        Raises:
-            InputError: The file is missing, or a row lacks a field or its number.
-        """
+        """Read the questions; a reference is the right number."""
         return [
             Question(key, f"{HEAD}Q: {row['question']}\nA:", gold)
             for key, row, gold in gsm8k_rows(self.path, self.name)

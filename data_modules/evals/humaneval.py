@@ -120,11 +120,7 @@ class HumanEval(Benchmark):
         check_judge(self.sandbox)
 
     def load(self) -> list[Question]:
-        """Read the problems; a reference has the problem's own row.
-
-        Raises:
-            InputError: The file is missing or empty, or a row lacks a field; or the package cannot be had.
-        """
+        """Read the problems; a reference has the problem's own row."""
         file = _fetch() if self.path is None else pathlib.Path(self.path)
         rows = [row for _, row in file_rows(file, FIELDS, SETTING)]
         if not rows:

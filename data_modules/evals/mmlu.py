@@ -80,14 +80,11 @@ class Mmlu(Benchmark):
     def load(self) -> list[Question]:
         """Read the subjects in the order of their list.
 
-            The following are multiple choice questions (with answers) about SUBJECT.
+        The following are multiple choice questions (with answers) about SUBJECT.
 
-            QUESTION
-            A. OPTION                       and so on to D
-            Answer: LETTER                  five solved examples, then the question without its letter
-
-        Raises:
-            InputError: A file is missing, or a row has other cells.
+        QUESTION
+        A. OPTION                       and so on to D
+        Answer: LETTER                  five solved examples, then the question without its letter
         """
         questions = []
         examples, tests = self._rows("dev"), self._rows("test")
