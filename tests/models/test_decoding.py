@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ def ask(model, tokenizer, rows, decoding):
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_neither_batch_nor_order_changes_a_sample(kind, tiny_llama, tiny_t5, tiny_tokenizer):
+def test_neither_batch_nor_order_changes_a_sample_but_seed_and_question_do(
+    kind, tiny_llama, tiny_t5, tiny_tokenizer
+):
     model = {"llama": tiny_llama, "t5": tiny_t5}[kind]()
     model.generation_config.eos_token_id = list(range(20, 28))
     alone = [ask(model, tiny_tokenizer, [row], SAMPLING)[0] for row in range(8)]
@@ -31,12 +34,15 @@ def test_neither_batch_nor_order_changes_a_sample(kind, tiny_llama, tiny_t5, tin
     assert [text for pair in zip(*halves, strict=True) for text in pair] == alone
     assert len({sample.num_tokens for (sample,) in alone}) > 2
     assert len({sample.text for (sample,) in alone}) == 8
+    assert ask(model, tiny_tokenizer, [0], replace(SAMPLING, seed=4)) != alone[:1]
+    other = generate(model, model, tiny_tokenizer, PROMPTS[:1], ["other question"], SAMPLING)
+    assert other != alone[:1]
 
 
 def test_samples_of_a_question_read_it_once_and_differ(tiny_llama, tiny_tokenizer):
     model = tiny_llama()
     model.generation_config.eos_token_id = list(range(20, 28))
-    several = Decoding(12, num_samples=5, temperature=0.9, top_p=0.95, seed=3)
+    several = replace(SAMPLING, num_samples=5)
     sizes = batch_sizes(model)
     found = ask(model, tiny_tokenizer, range(3), several)
     longest = max(map(len, PROMPTS[:3]))
@@ -49,15 +55,6 @@ def test_samples_of_a_question_read_it_once_and_differ(tiny_llama, tiny_tokenize
     assert all(len({sample.text for sample in samples}) == 5 for samples in found)
     # The first of five is the one of one.
     assert [samples[:1] for samples in found] == ask(model, tiny_tokenizer, range(3), SAMPLING)
-
-
-def test_seed_question_and_number_each_give_others(tiny_llama, tiny_tokenizer):
-    model = tiny_llama()
-    base = ask(model, tiny_tokenizer, [0], SAMPLING)
-    assert ask(model, tiny_tokenizer, [0], SAMPLING) == base
-    other_seed = Decoding(12, temperature=0.9, top_p=0.95, seed=4)
-    assert ask(model, tiny_tokenizer, [0], other_seed) != base
-    assert generate(model, model, tiny_tokenizer, PROMPTS[:1], ["other"], SAMPLING) != base
 
 
 def test_draws_are_uniform_and_unrelated():

