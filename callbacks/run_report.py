@@ -20,7 +20,7 @@ from app.tracking.record import DataRecord, TrainRecord
 from app.tracking.wandb_summary import keep_wandb_run, log_run_summary
 from app.training.protocols import adapted, data_of
 from app.utils.errors import InputError
-from app.utils.memory import PeakMemory, device_name
+from app.utils.memory import PeakMemory
 from app.utils.signals import Stopped
 
 
@@ -71,8 +71,10 @@ class RunReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, and watch the memory."""
-        self._device = device_name(pl_module.device)
-        self._memory = PeakMemory(pl_module.device)
+        device = pl_module.device
+        on_gpu = device.type == "cuda"
+        self._device = torch.cuda.get_device_name(device) if on_gpu else device.type
+        self._memory = PeakMemory(device)
         self._memory.__enter__()
         self._clock = time.perf_counter()
         self._began = time.time()

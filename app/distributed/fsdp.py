@@ -56,10 +56,7 @@ class Fsdp2Strategy(ModelParallelStrategy):
         """Replace every frozen parameter of a model by this process's shard, in place.
 
         The first process has the weights and broadcasts them, one at a time; the others hold no more than
-        their shards and one weight.
-
-        Args:
-            model: The module whose call runs the model; on the meta device on all processes but the first.
+        their shards and one weight, and their `model` is on the meta device before.
         """
         weights = model.state_dict() if self.global_rank == 0 else {}
         trainable = {p for p in model.parameters() if p.requires_grad}

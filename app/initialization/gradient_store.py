@@ -42,12 +42,8 @@ class GradientStore(ABC):
 
     Args:
         layers: The layers in module order, the same on every process.
-        device: Where the gradients live.
         owners: The process that owns a layer.
         widths: Triplets of each layer's estimate where they are not the rank asked for; cut to min(m, n).
-
-    Attributes:
-        sent_bytes: What this process has sent to others.
     """
 
     def __init__(
@@ -61,7 +57,7 @@ class GradientStore(ABC):
         self.device = device
         self.owners = owners
         self.widths = widths
-        self.sent_bytes = 0
+        self.sent_bytes = 0  # by this process to others
         self._reached: set[str] = set()
         self._finite: dict[str, Tensor] = {}
 

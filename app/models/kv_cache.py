@@ -20,11 +20,8 @@ class CachedModel:
     """Runs a causal or encoder-decoder model on a batch of rows that grow, shrink and multiply.
 
     A causal model's prompts are padded on the left, with positions that do not count the padding; an
-    encoder's on the right, and its decoder has no padding at all. Caches are transformers' own.
-
-    Args:
-        model: What is called: the model itself or a wrapper around it.
-        base: The transformers model inside, for its configuration.
+    encoder's on the right, and its decoder has no padding at all. Caches are transformers' own. `model` is what
+    is called: `base` itself or a wrapper around it.
     """
 
     def __init__(self, model: nn.Module, base: PreTrainedModel) -> None:

@@ -57,8 +57,3 @@ class PeakMemory:
         while not stopped:  # at least once, however short the stretch
             self.peak_bytes = max(self.peak_bytes, process.memory_info().rss)
             stopped = self._stop.wait(0.01)
-
-
-def device_name(device: torch.device) -> str:
-    """Return what a device is called in a table: the GPU's model, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
