@@ -25,7 +25,14 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
     lost: RuntimeError | None = None
     alone = False  # whether this process ends where others may wait for it
     try:
-        ended = _or_stopped_together(command)
+        try:
+            ended = command()
+        except Stopped as stopped:
+            if not stopped.together:
+                raise
+            if is_first_process():
+                print(stopped.line, file=sys.stderr, flush=True)
+            ended = stopped.status
         signals.ending = True
         # Before the others may go: launchers end all processes as soon as one has ended with a bad status.
         _finish_wandb(ended)
@@ -53,17 +60,6 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
     if alone:
         os._exit(status)  # leaving in order would wait for the others
     return status
-
-
-def _or_stopped_together(command: Callable[[], int]) -> int:
-    try:
-        return command()
-    except Stopped as stopped:
-        if not stopped.together:
-            raise
-        if is_first_process():
-            print(stopped.line, file=sys.stderr, flush=True)
-        return stopped.status
 
 
 def _finish_wandb(status: int) -> None:

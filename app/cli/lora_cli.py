@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import LambdaCallback, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from app.cli.known_classes import import_known_classes
 from app.commands.plan.command import PlanTrainer, plan_trainer
+from app.distributed.rendezvous import check_same_settings
 from app.tracking.config_files import expand
 from app.tracking.loggers import OutputSettings, make_loggers, remove_unused_folder
 from app.tracking.run_folder import RunFolder
@@ -38,7 +39,6 @@ from callbacks.preemption import Preemption
 from callbacks.run_report import RunReport
 from callbacks.save_config import SaveConfig
 from callbacks.score_at import ScoreAt
-from callbacks.settings_check import SettingsCheck
 from data_modules.text import TextDataModule
 
 DESCRIPTION = """Fine-tune a language model with LoRA-One.
@@ -202,7 +202,11 @@ class LoraCLI(LightningCLI):
     def _callbacks(self) -> list[Callback]:
         """List the project's callbacks in the order in which Lightning calls them, behind the user's."""
         given, output = self.made.trainer, self.made.output
-        callbacks: list[Callback] = [SettingsCheck(self.parser.dump(self.config, skip_unset=False))]
+        settings = self.parser.dump(self.config, skip_unset=False)
+        # The process group exists then, and nothing but the data has been read.
+        callbacks: list[Callback] = [
+            LambdaCallback(setup=lambda *_, **__: check_same_settings(settings))
+        ]
         if given.enable_progress_bar is not False:
             callbacks.append(TQDMProgressBar() if on_terminal() else PlainProgress())
         if self.subcommand != "fit":

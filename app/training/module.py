@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -132,25 +132,14 @@ class LoraModule(LightningModule):
     @property
     def is_sharded(self) -> bool:
         """Whether the strategy shards the base weights."""
-        return self._sharding() is not None
-
-    def _sharding(self) -> Fsdp2Strategy | None:
-        trainer = self._own_trainer()
-        strategy = None if trainer is None else trainer.strategy
-        return strategy if isinstance(strategy, Fsdp2Strategy) else None
-
-    def _own_trainer(self) -> Trainer | None:
-        try:
-            return self.trainer
-        except RuntimeError:  # what Lightning raises where there is none
-            return None
+        return isinstance(self.trainer.strategy, Fsdp2Strategy)
 
     def configure_model(self) -> None:
         """Load the base model and add the adapter; called once by every stage."""
         if hasattr(self, "model"):
             return
-        trainer, sharding = self._own_trainer(), self._sharding()
-        fitting = trainer is None or trainer.state.fn == TrainerFn.FITTING
+        strategy, fitting = self.trainer.strategy, self.trainer.state.fn == TrainerFn.FITTING
+        sharding = strategy if isinstance(strategy, Fsdp2Strategy) else None
         if sharding is not None:
             self.check_sharded(fitting)
         # A checkpoint to test holds what was trained.

@@ -11,6 +11,8 @@ from app.models.adapter_config import LoraSettings
 from app.optim.lora_pro import Adjusted, LoraProAdamW, adjusted_gradients, solve_sylvester
 from app.tracking.config_files import CONFIGS
 from app.training.module import LoraModule
+from app.training.optimization import parameter_groups
+from tests.support.configured import configured
 
 M, N, R, S = 7, 9, 3, 2.5
 TINY = 1e-14
@@ -246,8 +248,9 @@ def test_a_run_has_the_adapters_own_scaling(method, mode, run_models):
     options = overlay["model"]["optimizer"]["init_args"]
     assert options["mode"] == mode
     module = LoraModule(str(run_models / "llama"), adapter=LoraSettings(r=4, lora_alpha=6))
-    module.configure_model()
-    [pairs] = LoraProAdamW(module.parameter_groups(), **options).param_groups
+    configured(module)
+    groups = parameter_groups(module.lora_pairs(), module.parameters())
+    [pairs] = LoraProAdamW(groups, **options).param_groups
     assert pairs["scaling"] == pytest.approx([6 / 4**0.5] * 14)
     factors = [p for pair in module.lora_pairs() for p in (pair.lora_A, pair.lora_B)]
     assert all(a is b for a, b in zip(pairs["params"], factors, strict=True))

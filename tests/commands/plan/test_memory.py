@@ -29,15 +29,14 @@ from app.optim.lora_pro import LoraProAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW
 from app.training.module import LoraModule
 from app.training.optimization import parameter_groups
+from tests.support.configured import configured
 
 KINDS = ("llama", "t5", "gpt2")
 CPU = torch.device("cpu")
 
 
 def loaded(name, **settings):
-    module = LoraModule(str(name), **{"adapter": LoraSettings(r=4), **settings})
-    module.configure_model()
-    return module
+    return configured(LoraModule(str(name), **{"adapter": LoraSettings(r=4), **settings}))
 
 
 def planned(name, trainer=None, **settings):
