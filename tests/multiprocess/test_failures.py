@@ -84,28 +84,26 @@ def test_a_stopped_process_exceeds_the_timeout(hangs, tiny_run, forked, tmp_path
     assert "Traceback" in output
 
 
-def test_a_full_disk_at_the_end_of_one_process_ends_both(tiny_run, forked, tmp_path):
-    (status, error), (other, output) = forked([job(tiny_run, tmp_path, fail=[0, "report", 1])])
-    assert status == 1
-    assert error.splitlines()[-1].endswith("No space left on device")
+@pytest.mark.parametrize(
+    ("failing", "ends", "status", "message"),
+    [
+        (0, {"fail": [0, "report", 1]}, 1, "No space left on device"),
+        (1, {"stall": [1, "training", 2]}, 1, "RuntimeError: DataLoader timed out after 5 seconds"),
+        (1, {"term": [1, "gradient", 1]}, 143, "SIGTERM: stopped before the first step"),
+    ],
+)
+def test_an_error_of_one_process_is_its_own(
+    failing, ends, status, message, tiny_run, forked, tmp_path
+):
+    """A full disk, an error that reads like a peer's timeout, a signal: named where they happened."""
+    processes = forked([job(tiny_run, tmp_path, **ends)])
+    ended, error = processes[failing]
+    assert ended == status, error
+    assert message in error
+    assert PEER_FAILURE not in error
+    other, output = processes[1 - failing]
     assert_peer_failure(other, output)
     assert "Traceback" not in output
-
-
-def test_an_error_of_its_own_is_no_peer_failure(tiny_run, forked, tmp_path):
-    (other, output), (status, error) = forked([job(tiny_run, tmp_path, stall=[1, "training", 2])])
-    assert status == 1
-    assert "Traceback" in error
-    assert error.rstrip().endswith("RuntimeError: DataLoader timed out after 5 seconds")
-    assert "has ended" not in error
-    assert_peer_failure(other, output)
-
-
-def test_a_signal_before_the_first_step_is_named_where_it_arrived(tiny_run, forked, tmp_path):
-    (other, output), (status, own) = forked([job(tiny_run, tmp_path, term=[1, "gradient", 1])])
-    assert status == 143, own
-    assert "SIGTERM: stopped before the first step" in own
-    assert_peer_failure(other, output)
 
 
 def test_slurms_warning_to_one_process_requeues_the_job_once(tiny_run, forked, tmp_path):

@@ -20,22 +20,20 @@ def excluded(*folders):
 
 def test_damaged_runs_are_named(tmp_path):
     write_run(tmp_path / "good")
-    for name in ("summary", "curves", "settings", "text", "truncated"):
+    for name in ("summary", "curves", "settings", "text"):
         write_run(tmp_path / name, rate="fast" if name == "settings" else 1e-2)
     file = tmp_path / "summary" / "summary.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "train": {"steps": "many"}}))
-    (tmp_path / "truncated" / "summary.json").write_text("{")
     (tmp_path / "curves" / "metrics.csv").write_text("step,train/loss\n0,much\n")
     (tmp_path / "text" / "config.yaml").write_bytes(b"\xff")
     runs = excluded(tmp_path)
     assert {state for state, _ in runs.values()} == {"unreadable"}
     reasons = {name: reason for name, (_, reason) in runs.items()}
     assert reasons["summary"] == "summary.json is damaged: train.steps is 'many'"
-    assert reasons["truncated"].startswith("summary.json is damaged")
     assert reasons["curves"].startswith("metrics.csv is damaged")
     assert reasons["settings"].startswith("config.yaml is damaged: learning rate 'fast'")
     assert reasons["text"].startswith("config.yaml cannot be read")
-    assert len(reasons) == 5
+    assert len(reasons) == 4
 
 
 def test_other_files_of_the_same_names(tmp_path):

@@ -45,6 +45,10 @@ def test_the_sections_and_the_reported_score_first(dashboard):
     first, second = panels(content, BARS)[:2]
     assert first["metrics"] == ["summary_metrics.test/gsm8k/strict"]
     assert second["metrics"] == ["summary_metrics.final/gsm8k/strict"]
+    [scatter] = panels(content, SCATTER)
+    assert scatter["xAxis"] == "config:model.value.optimizer.init_args.lr"
+    assert scatter["yAxis"] == "summary:final/gsm8k/strict"
+    assert scatter["xAxisLogScale"]
     memory = [p for p in panels(content, BARS) if "train/peak_bytes" in p["metrics"][0]]
     assert len(memory) == 1
 
@@ -55,13 +59,6 @@ def test_bars_and_lines_are_means_over_the_seeds_of_a_cell(dashboard):
     for panel in shown:
         grouped = [panel[key] for key in ("groupBy", "groupAgg", "groupArea", "aggregate")]
         assert grouped == ["cell.value", "mean", "stddev", True], panel["chartTitle"]
-
-
-def test_the_scatter_has_a_point_a_run(dashboard):
-    [scatter] = panels(dashboard("--score=mcc"), SCATTER)
-    assert scatter["xAxis"] == "config:model.value.optimizer.init_args.lr"
-    assert scatter["yAxis"] == "summary:final/mcc"
-    assert scatter["xAxisLogScale"]
 
 
 @pytest.mark.parametrize(
