@@ -40,9 +40,8 @@ def export(folder: RunFolder, merge: bool, target: Path) -> None:
     """
     folder.check_finished()
     if target.exists():
-        raise InputError(
-            f"--output is {str(target)!r}, which exists: remove it or name another folder"
-        )
+        expected = "remove it or name another folder"
+        raise InputError(f"--output is {str(target)!r}, which exists: {expected}")
     whole = folder.model.is_dir()
     if whole and not merge:
         raise InputError(

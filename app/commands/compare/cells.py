@@ -37,13 +37,10 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class CellState:
-    """How far a cell is.
+    """How far a cell is, its newest run folder that has a summary, and why it failed.
 
-    Attributes:
-        state: `trained` has its adapter and no test scores yet; `diverged` is a failure of the method, where
-            loss or gradient were not finite; `failed` is any other.
-        run: The newest run folder that has a summary; None without one.
-        message: Why it failed.
+    `trained` has its adapter and no test scores yet; `diverged` is a failure of the method, where loss or
+    gradient were not finite; `failed` is any other.
     """
 
     state: Literal["missing", "started", "trained", "finished", "failed", "diverged"]

@@ -171,13 +171,8 @@ def read_run(folder: Path) -> Run | None:
         reason = f"{CONFIG_FILE} is damaged: learning rate {rate!r}, seed {seed!r}"
         return replace(run, reason=reason)
     task = without_model_name(task_settings(config))
-    run = replace(
-        run,
-        learning_rate=math.nan if rate is None else float(rate),
-        seed=seed,
-        settings=method_settings(config),
-        task=task,
-    )
+    rate = math.nan if rate is None else float(rate)
+    run = replace(run, learning_rate=rate, seed=seed, settings=method_settings(config), task=task)
     if not files.summary.is_file():
         return replace(run, state="unfinished", reason=f"it has no {SUMMARY_FILE} yet")
     try:
@@ -193,14 +188,9 @@ def read_run(folder: Path) -> Run | None:
                 reason = f"after training, the {rows} {name} is {value}"
                 return replace(run, state="diverged", reason=reason)
     at_the_end = (str(record.data.rows), record.model.fingerprint)
-    return replace(
-        run,
-        state="finished",
-        seed=record.seed or seed or 0,
-        task={**task, **dict(zip(KNOWN_AT_THE_END, at_the_end, strict=True))},
-        record=record,
-        curves=curves,
-    )
+    task |= zip(KNOWN_AT_THE_END, at_the_end, strict=True)
+    seed = record.seed or seed or 0
+    return replace(run, state="finished", seed=seed, task=task, record=record, curves=curves)
 
 
 def _cells_without_run(root: Path, manifest: GridManifest) -> Iterator[Run]:

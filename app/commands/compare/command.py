@@ -11,8 +11,8 @@ from app.commands.compare.cells import CELLS_FOLDER, Cell, CellState, Rate, Seed
 from app.commands.compare.collect import collect
 from app.commands.compare.launch import check_array, write_launch_file
 from app.commands.compare.manifest import GridManifest, update_manifest
-from app.commands.compare.protocols import ResolvedRun, Resolver
 from app.commands.compare.report import write_report
+from app.commands.compare.resolve import ResolvedRun, Resolver
 from app.commands.compare.scheduler import GridRun
 from app.commands.compare.settings import method_settings
 from app.tracking.config_files import CONFIGS, PROJECT, find_config

@@ -66,10 +66,10 @@ def workspace(entity: str, project: str, name: str, score: str, task: str | None
         InputError: The library cannot look for the task's name.
     """
     if task is not None and not re.fullmatch(r"[^'\\=<>\n]+", task):  # it quotes nothing
-        raise InputError(
-            f"--task is {task!r}: expected the name of a task or of a W&B group, such as glue/sst2, without "
-            "any of ' \\ = < >"
+        expected = (
+            "the name of a task or of a W&B group, such as glue/sst2, without any of ' \\ = < >"
         )
+        raise InputError(f"--task is {task!r}: expected {expected}")
     import wandb_workspaces.workspaces as ws  # slow, and of no use to any other command
 
     shown: Any = []

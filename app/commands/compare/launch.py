@@ -22,11 +22,7 @@ def write_launch_file(
 ) -> str:
     """Write `array.sbatch`, whose task i trains and tests cell i, or `sweep.yaml` for agents of W&B.
 
-    Args:
-        launcher: "slurm" or "wandb".
-        folder: The comparison's folder.
-        cells: All cells.
-        options: Options of `compare` that all cells share.
+    The options of `compare` are those that all cells share.
 
     Returns:
         How to start what was written.

@@ -62,9 +62,8 @@ def _merge(folder: Path, before: GridManifest, asked: GridManifest) -> GridManif
     if differ and not any(run_folders(folder / CELLS_FOLDER / c.name) for c in before.cells):
         return asked  # nothing has been trained that it could be mixed with
     if differ:
-        raise InputError(
-            f"{folder} holds a comparison of another task: {differences_text(differ)} {other}"
-        )
+        text = f"{differences_text(differ)} {other}"
+        raise InputError(f"{folder} holds a comparison of another task: {text}")
     for kind, then, now in (
         ("method", before.methods, asked.methods),
         ("benchmark", before.benchmarks, asked.benchmarks),
@@ -72,9 +71,8 @@ def _merge(folder: Path, before: GridManifest, asked: GridManifest) -> GridManif
         for name in then.keys() & now.keys():
             differ = differences(then[name], now[name])
             if differ:
-                raise InputError(
-                    f"{folder} has other settings of the {kind} {name}: {differences_text(differ)} {other}"
-                )
+                text = f"{differences_text(differ)} {other}"
+                raise InputError(f"{folder} has other settings of the {kind} {name}: {text}")
     return GridManifest(
         task=asked.task,
         methods={**before.methods, **asked.methods},

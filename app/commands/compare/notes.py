@@ -33,9 +33,8 @@ def main_notes(comparison: Comparison) -> list[str]:
     pending = sum(states[state] for state in PENDING)
     notes = []
     if pending:
-        notes.append(
-            f"**Preliminary**: {states['finished']} of {states.total()} runs are finished, {pending} are not."
-        )
+        done = f"{states['finished']} of {states.total()} runs are finished"
+        notes.append(f"**Preliminary**: {done}, {pending} are not.")
     notes.append(
         f"Mean ± standard deviation (n - 1) over seeds at the learning rate with the best mean validation "
         f"{comparison.selected_by}; test scores play no part in the choice."
@@ -45,18 +44,14 @@ def main_notes(comparison: Comparison) -> list[str]:
             "**The validation rows are the reported rows** (data.validation_size is null): the learning rates "
             "were chosen on what is reported, and the scores flatter every method."
         )
-    passed_over = _passed_over(comparison)
-    if passed_over:
-        notes.append(
-            "Better on the validation rows, but not chosen, since a run failed or diverged there: "
-            f"{passed_over}."
-        )
+    if passed_over := _passed_over(comparison):
+        why = "Better on the validation rows, but not chosen, since a run failed or diverged there"
+        notes.append(f"{why}: {passed_over}.")
     notes += _unequal_seeds(comparison)
     at_edge = [f"{label} ({EDGES[c.edge]})" for label, c in choices.items() if c.edge in EDGES]
     if at_edge:
-        notes.append(
-            f"† At the edge of the rates tried, so that a better one may lie beyond: {', '.join(at_edge)}."
-        )
+        what = "† At the edge of the rates tried, so that a better one may lie beyond"
+        notes.append(f"{what}: {', '.join(at_edge)}.")
     only = [label for label, choice in choices.items() if choice.edge == "only"]
     if only:
         notes.append(f"‡ No other learning rate was tried: {', '.join(only)}.")

@@ -79,7 +79,11 @@ def write_report(runs: Sequence[Run], folder: Path, score: str | None = None) ->
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            _write(folder / name, content)
+            # Whole or not at all, also where another process writes the same one.
+            with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as part:
+                part.write(content)
+            Path(part.name).chmod(0o644)
+            Path(part.name).replace(folder / name)
     except OSError as error:
         raise InputError(
             f"the report cannot be written into {str(folder)!r} ({error.strerror}): set --output"
@@ -182,11 +186,3 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
             links = (f"![{plot.title}]({name})" for name, plot in section.plots.items())
             blocks.append("\n".join(links))
     return "\n\n".join(blocks) + "\n"
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all, also where another process writes the same one."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-        part.write(content)
-    Path(part.name).chmod(0o644)
-    Path(part.name).replace(path)

@@ -1,13 +1,12 @@
 """Resolve the run of each method with the command line's own parser, and check it before anything runs."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
-from app.commands.compare.protocols import ResolvedRun, Resolver
 from app.commands.compare.settings import (
     METHOD,
     Settings,
@@ -22,6 +21,44 @@ from app.utils.errors import InputError, causes
 
 MOST_ASIDE = 1000
 """Training rows that choose the learning rate, where the configuration says nothing."""
+
+
+class Named(Protocol):
+    """A benchmark."""
+
+    name: str
+
+
+class ComparedData(Protocol):
+    """What is asked of a data module, whose settings its attributes are."""
+
+    label_words: Sequence[str]
+    validation_size: int | None
+    task_name: str
+    evals: Sequence[Named]
+
+    def rows(self, split: str) -> Sequence[Any]:
+        """Return the rows of a split."""
+
+
+class ResolvedRun(Protocol):
+    """A `fit` that is parsed and not run; `resolved` is the configuration, as a run would write it."""
+
+    resolved: dict[str, Any]
+
+    @property
+    def data(self) -> ComparedData:
+        """The data module."""
+
+    def class_named(self, path: str) -> type[Named]:
+        """Return the class that a `class_path` names."""
+
+    def check(self) -> None:
+        """Raise an error if a part cannot be made, or training is too short for the adapter."""
+
+
+Resolver = Callable[[Sequence[str]], ResolvedRun]
+"""Resolves the options of a `fit`; the command line hands it over, which knows the parser."""
 
 
 class RunOptions:
@@ -150,7 +187,7 @@ def resolve_methods(
             runs[method].check()
         if "lr" not in (runs[method].resolved["model"]["optimizer"].get("init_args") or {}):
             raise InputError(
-                f"method {method}: its optimizer has no setting lr, which compare varies"
+                f"method {method}: its optimizer lacks the setting lr, which compare varies"
             )
     return runs
 

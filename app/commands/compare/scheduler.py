@@ -34,13 +34,8 @@ NextCommand = Callable[[Cell, CellState], Sequence[str]]
 
 def start_process(command: Sequence[str], log: IO[bytes], lock: int) -> subprocess.Popen[bytes]:
     """Start a command that writes to a log and inherits the cell's lock."""
-    return subprocess.Popen(
-        list(command),
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        pass_fds=(lock,),
-    )
+    nothing, same = subprocess.DEVNULL, subprocess.STDOUT
+    return subprocess.Popen(command, stdin=nothing, stdout=log, stderr=same, pass_fds=(lock,))
 
 
 @dataclass
@@ -210,10 +205,10 @@ class GridRun:
         for job in self._running:
             job.process.wait()
         done = sum(state.state == "finished" for state in self.states.values())
-        raise Stopped(
-            stopped.status,
-            f"stopped with {done} of {len(self.cells)} cells finished; the same command goes on",
-        ) from stopped
+        message = (
+            f"stopped with {done} of {len(self.cells)} cells finished; the same command goes on"
+        )
+        raise Stopped(stopped.status, message) from stopped
 
 
 def failure_message(lines: Sequence[str], status: int) -> str:
@@ -225,9 +220,8 @@ def failure_message(lines: Sequence[str], status: int) -> str:
         name = signal.Signals(-status).name
         hint = ", as the kernel does where memory runs out" if -status == signal.SIGKILL else ""
         return f"ended by {name}{hint}"
-    printed = [line.strip() for line in lines if line.strip()]
-    last = printed[-1] if printed else "it said nothing"
-    return f"exit status {status}: {last}"
+    printed = ["it said nothing", *(line.strip() for line in lines if line.strip())]
+    return f"exit status {status}: {printed[-1]}"
 
 
 def duration(seconds: float) -> str:

@@ -128,15 +128,12 @@ def seed_table(comparison: Comparison) -> Table | None:
 def before_training_table(comparison: Comparison) -> Table | None:
     """Return the scores before and after training at the chosen rates; None where none was asked before."""
     score = comparison.selected_by
-    titles = {
-        "untouched_score": "untouched model",
-        "start_score": "after initialization",
-        "selection_score": "trained",
-    }
-    known = comparison.chosen.dropna(subset=["untouched_score", "start_score"], how="all")
+    titles = {"untouched_score": "untouched model", "start_score": "after initialization"}
+    known = comparison.chosen.dropna(subset=list(titles), how="all")
     if known.empty:
         return None
     asked = comparison.chosen[comparison.chosen.method.isin(known.method)]
+    titles["selection_score"] = "trained"
     frame = asked.groupby("method", observed=True)[list(titles)].agg(score_text, score)
     note = (
         f"Validation {score}{_percent(score, ', in ')}, mean ± standard deviation over seeds, at the chosen "

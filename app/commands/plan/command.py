@@ -11,18 +11,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from app.commands.plan import memory
 from app.commands.plan.fake_pass import FakeModel
-from app.commands.plan.memory import (
-    InitializationMemory,
-    RunMemory,
-    cache_bytes,
-    exact_bytes,
-    frozen_bytes,
-    gathered_bytes,
-    optimizer_bytes,
-    sketch_bytes,
-    tensor_bytes,
-)
 from app.commands.plan.placement import Placement, device_memory, read_placement
 from app.commands.plan.protocols import GradientInitialization, PlannedData
 from app.commands.plan.report import data_text, memory_text, model_text, verdict_text
@@ -68,15 +58,15 @@ class PlanTrainer(Trainer):
             memory_gib: Memory of one device in GiB, such as 80, to plan for another machine; null takes
                 this machine's.
         """
-        memory = device_memory(self.accelerator_name, self.placement.devices, memory_gib)
+        available = device_memory(self.accelerator_name, self.placement.devices, memory_gib)
         set_up(self, model, datamodule)
         print(data_text(self, model, datamodule, self.placement), end="\n\n")
         built = build(self, model)
         print(model_text(model, built), end="\n\n")
         needed = run_memory(self, model, datamodule, built)
         print(memory_text(needed, self.placement), end="\n\n")
-        self.fits = needed.peak <= memory
-        print(verdict_text(needed.peak, memory, given=memory_gib is not None), flush=True)
+        self.fits = needed.peak <= available
+        print(verdict_text(needed.peak, available, given=memory_gib is not None), flush=True)
 
 
 def plan_trainer(settings: Mapping[str, Any], init: Callback | None) -> PlanTrainer:
@@ -140,7 +130,7 @@ def build(trainer: PlanTrainer, module: LoraModule) -> nn.Module:
 
 def run_memory(
     trainer: PlanTrainer, module: LoraModule, data: PlannedData, model: nn.Module
-) -> RunMemory:
+) -> memory.RunMemory:
     """Add up and measure what a run takes on each process.
 
     Args:
@@ -150,9 +140,10 @@ def run_memory(
         model: From `build`; its passes are measured, after which it is of no use.
     """
     placement = trainer.placement
-    trained = tensor_bytes(p for p in model.parameters() if p.requires_grad)
-    frozen, gathered = frozen_bytes(model, placement), gathered_bytes(model, placement)
-    loading = frozen_bytes(model, replace(placement, sharded=False))
+    trained = memory.tensor_bytes(p for p in model.parameters() if p.requires_grad)
+    frozen = memory.frozen_bytes(model, placement)
+    gathered = memory.gathered_bytes(model, placement)
+    loading = memory.frozen_bytes(model, replace(placement, sharded=False))
     gathered_as = placement.gather_dtype if placement.sharded else None
     context = trainer.precision_plugin.forward_context
     fake = FakeModel(model, base_model(model), context, gathered_as)
@@ -166,20 +157,20 @@ def run_memory(
         init = cast(GradientInitialization, trainer.init)
         pairs, world = module.lora_pairs(), placement.world_size
         batches = data.gradient_batches(init.num_samples, init.micro_batch_size, 0, world)
-        initialization = InitializationMemory(
+        initialization = memory.InitializationMemory(
             activations=fake.observation(batches[0], pairs).peak,
-            sketch=sketch_bytes(pairs, init.estimator.oversampling),
-            exact=exact_bytes(pairs, world),
+            sketch=memory.sketch_bytes(pairs, init.estimator.oversampling),
+            exact=memory.exact_bytes(pairs, world),
             estimator=init.estimator.kind,
         )
     groups = parameter_groups(module.lora_pairs(), module.parameters())
-    return RunMemory(
+    return memory.RunMemory(
         frozen=frozen,
         loading=loading,
         gathered=gathered,
         trained=trained,
         exchange=trained if placement.world_size > 1 else 0,
-        optimizer=optimizer_bytes(module.make_optimizer, groups),
+        optimizer=memory.optimizer_bytes(module.make_optimizer, groups),
         training=training,
         validation=validation,
         generation=generation_bytes(module, data),
@@ -196,5 +187,5 @@ def generation_bytes(module: LoraModule, data: PlannedData) -> int:
         samples = decoding.num_samples if decoding else 1
         rows = min(data.eval_batch_size, len(prepared.questions)) * samples
         tokens = max(map(len, prepared.questions)) + (decoding.max_new_tokens if decoding else 1)
-        largest = max(largest, cache_bytes(module.base.config, rows, tokens, itemsize))
+        largest = max(largest, memory.cache_bytes(module.base.config, rows, tokens, itemsize))
     return largest

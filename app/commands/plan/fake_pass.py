@@ -66,7 +66,8 @@ class FakeModel:
             model.to_empty(device="cpu")
         for p in model.parameters():
             if p.requires_grad:
-                p.register_post_accumulate_grad_hook(_drop_gradient)
+                # A gradient is no part of a pass's own memory.
+                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
     def training(self, batch: Batch) -> PassMemory:
         """Measure a training step's forward and backward pass."""
@@ -103,11 +104,6 @@ class FakeModel:
                 if loss.requires_grad:
                     loss.backward()
         return PassMemory(kept, live.peak)
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    """Forget a gradient, which is no part of a pass's own memory."""
-    parameter.grad = None
 
 
 class LiveBytes(TorchDispatchMode):

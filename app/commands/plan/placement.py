@@ -45,10 +45,8 @@ def read_placement(settings: Mapping[str, Any]) -> Placement:
     """Read off a trainer's settings where a run puts its weights.
 
     Args:
-        settings: `strategy` (a name or an object), `devices`, `num_nodes` and `accelerator`.
-
-    Returns:
-        The placement; "auto" devices are those of this machine, 1 on the CPU.
+        settings: `strategy` (a name or an object), `devices`, `num_nodes` and `accelerator`; "auto" devices
+            are those of this machine, 1 on the CPU.
     """
     strategy = settings.get("strategy") or "auto"
     name = strategy if isinstance(strategy, str) else type(strategy).__name__

@@ -175,14 +175,9 @@ def alignment_time(settings: TheorySettings) -> list[Picture]:
 def hitting_times(
     seed: int, theta: float, lr: float, n: int, count: int
 ) -> tuple[list[float], list[float]]:
-    """Return the theorem's times and the first steps at which the angle is at most theta.
+    """Return the theorem's times and the first steps at which the sine of the angle is at most theta.
 
-    Args:
-        seed: Of the draws.
-        theta: Sine of the angle.
-        lr: Step size; |Delta| is 1.
-        n: Input length; m is 16, the true rank 2, the rank 4, Sigma from 40 n samples.
-        count: Number of instances.
+    |Delta| is 1, m is 16, the true rank 2, the rank 4, and Sigma from 40 n samples.
     """
     rng = default_rng(seed)
     kappa = torch.from_numpy(rng.uniform(1, 1.5, count))

@@ -61,16 +61,6 @@ def _stacked(factors: Iterable[tuple[Tensor, Tensor]]) -> LoraFactors:
     return LoraFactors(*(torch.stack(same) for same in zip(*factors, strict=True)))
 
 
-def lora_ga_init(problem: Problem, rank: int, gamma: float) -> LoraFactors:
-    """Return LoRA-GA's: triplets 1..r into lora_A, the next r into lora_B, size m^(1/4) / sqrt(gamma).
-
-    Its product is subtracted from the base weight: give `descend` offset = -lora_B @ lora_A.
-
-    Source: arXiv:2407.05000 with the authors' direction ArB2r and scale "stable".
-    """
-    return _stacked(lora_ga_factors(svd, rank, gamma) for svd in gradient_svds(problem, 2 * rank))
-
-
 def descend(
     problem: Problem,
     initial: LoraFactors,
@@ -205,9 +195,14 @@ def updates(
 def lora_ga_updates(
     settings: TheorySettings, problem: Problem, rank: int, steps: int
 ) -> Iterator[Tensor]:
-    """Yield what LoRA-GA adds to W, preconditioned: lora_B @ lora_A less its initial value."""
-    given = settings.descent
-    initial = lora_ga_init(problem, rank, LORA_GA_GAMMA)
+    """Yield what LoRA-GA adds to W, preconditioned: lora_B @ lora_A less its initial value.
+
+    Triplets 1..r of the gradient go into lora_A, the next r into lora_B, with size m^(1/4) / sqrt(gamma).
+
+    Source: arXiv:2407.05000 with the authors' direction ArB2r and scale "stable".
+    """
+    given, svds = settings.descent, gradient_svds(problem, 2 * rank)
+    initial = _stacked(lora_ga_factors(svd, rank, LORA_GA_GAMMA) for svd in svds)
     offset = -initial.lora_B @ initial.lora_A
     path = descend(problem, initial, given.preconditioned_lr, steps, given.damping, offset)
     return (offset + lora_B @ lora_A for lora_A, lora_B in path)

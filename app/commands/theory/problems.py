@@ -221,14 +221,12 @@ SMALL = Shape(4, 6, 2)
 
 
 class Instances(NamedTuple):
-    """Linear problems with what the bounds are made of, (P,) each."""
+    """Linear problems with kappa, the largest singular value of Delta and |Sigma - I|_op, (P,) each."""
 
     problem: LinearProblem
     kappa: Tensor
     top: Tensor
-    """Largest singular value of Delta."""
     deviation: Tensor
-    """|Sigma - I|_op."""
 
 
 def column(values: Tensor) -> Tensor:
