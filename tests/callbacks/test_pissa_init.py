@@ -10,11 +10,9 @@ from peft import PeftModel, get_peft_model
 from app.initialization.factors import pissa_factors
 from app.models.adapter_io import save_adapter
 from app.models.lora import base_weight, lora_pairs
-from tests.support.one_step_oracle import make_batches
+from tests.support.one_step_oracle import BUILDERS, make_batches
 from tests.support.subtracted import R, initialized, peft_config
 from tests.support.watched_fit import logits, plain_loop
-
-BUILDERS = ["tiny_llama", "tiny_gpt2", "tiny_t5"]
 
 
 def pissa(pair):

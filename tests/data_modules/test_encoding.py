@@ -50,19 +50,14 @@ def test_encoder_decoder_batch_token_by_token(seq2seq):
     rows, _ = TextEncoder(seq2seq, True).rows([row("a good film"), row("bad", 0)], 128)
     batch = TextEncoder(seq2seq, True).collate(rows)
     mask = batch["attention_mask"][1].bool()
-    assert (
-        batch["input_ids"][1][mask].tolist() == seq2seq("classify the text: bad\nresult:").input_ids
-    )
-    assert batch["input_ids"][1][mask][-1] == seq2seq.eos_token_id
+    prompt = batch["input_ids"][1][mask].tolist()
+    assert prompt == seq2seq("classify the text: bad\nresult:").input_ids
+    assert prompt[-1] == seq2seq.eos_token_id
     answer = seq2seq("negative", add_special_tokens=False)["input_ids"]
     labels = batch["labels"][1]
     assert labels[labels != -100].tolist() == [*answer, seq2seq.eos_token_id]
-
-
-def test_a_tokenizer_that_marks_words_gets_no_second_space(seq2seq):
-    rows, _ = TextEncoder(seq2seq).rows([row("bad")], 128)
-    answer = seq2seq("positive", add_special_tokens=False)["input_ids"]
-    assert rows[0].answer_ids.tolist() == [*answer, seq2seq.eos_token_id]
+    (alone,), _ = TextEncoder(seq2seq).rows([row("bad", 0)], 128)
+    assert alone.answer_ids.tolist() == [*answer, seq2seq.eos_token_id], "no second space"
 
 
 def test_bos_only_where_the_tokenizer_adds_it(causal, seq2seq):
@@ -96,26 +91,18 @@ def test_a_long_prompt_is_cut_in_its_text_only(causal, seq2seq, is_encoder_decod
     assert rows[0].answer_ids == whole.answer_ids
     if is_encoder_decoder:
         assert rows[0].prompt_ids[-1] == tokenizer.eos_token_id
+    else:
+        (cut,), num_cut = TextEncoder(causal).rows([row("é…😀" * 50)], 60)
+        assert num_cut == 1
+        assert "�" not in causal.decode(cut.prompt_ids), "characters stay whole"
 
 
-def test_cutting_keeps_characters_whole(causal):
-    rows, num_cut = TextEncoder(causal).rows([row("é…😀" * 50)], 60)
-    assert num_cut == 1
-    assert "�" not in causal.decode(rows[0].prompt_ids)
-
-
-def test_no_room_names_the_setting(causal):
+def test_rows_that_cannot_be_encoded(causal):
     with pytest.raises(InputError, match=r"data.max_length=5 .*row 0 of train"):
         TextEncoder(causal).rows([row("good")], 5, "train")
-
-
-@pytest.mark.parametrize("answer", ["", "  "])
-def test_an_empty_answer_is_refused(causal, answer):
-    with pytest.raises(InputError, match=r"row 1 of data has the answer"):
-        TextEncoder(causal).rows([row("good"), TextRow("a\nresult: ", answer, 0)], 128)
-
-
-def test_a_tokenizer_without_eos_is_refused(causal):
+    for answer in ("", "  "):
+        with pytest.raises(InputError, match=r"row 1 of data has the answer"):
+            TextEncoder(causal).rows([row("good"), TextRow("a\nresult: ", answer, 0)], 128)
     silent = PreTrainedTokenizerFast(tokenizer_object=causal.backend_tokenizer)
     with pytest.raises(InputError, match="eos_token"):
         TextEncoder(silent).rows([row("good")], 128)
@@ -198,9 +185,6 @@ def test_label_words_are_scored_where_they_stand(kind, causal, seq2seq, turns):
     assert encoder.first_tokens(WORDS) == firsts
     if kind in ("line", "chat"):
         assert turns.decode(firsts[1]) == ("positive" if kind == "chat" else " positive")
-
-
-def test_label_words_with_one_first_token_are_refused(causal):
     with pytest.raises(InputError, match="'positive' and 'positive film' of films"):
         TextEncoder(causal).first_tokens(("positive", "positive film"), "films")
 
@@ -209,10 +193,7 @@ def test_label_words_with_one_first_token_are_refused(causal):
     ("end", "learnt"),
     [
         ("<|end|>\n", "<|end|><eos>"),
-        ("<eos>\n", "<eos>"),
-        (" <eos>", "<eos>"),
-        ("\n###", "<eos>"),
-        ("", "<eos>"),
+        *((end, "<eos>") for end in ("<eos>\n", " <eos>", "\n###", "")),
     ],
 )
 def test_what_ends_an_answer(turns, end, learnt):

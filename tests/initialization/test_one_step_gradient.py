@@ -7,6 +7,7 @@ from app.models.adapter_config import LoraSettings
 from app.models.lora import LoraPair, add_lora, base_model, lora_pairs
 from app.utils.errors import InputError
 from tests.support.one_step_oracle import (
+    BUILDERS,
     EXACT,
     assert_same,
     checkpointed,
@@ -16,8 +17,6 @@ from tests.support.one_step_oracle import (
     run,
     run_whole,
 )
-
-BUILDERS = ["tiny_llama", "tiny_gpt2", "tiny_t5"]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

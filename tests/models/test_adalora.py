@@ -64,7 +64,7 @@ def test_ten_steps_are_pefts_and_the_budget_is_kept(fit, watched_fit, run_models
         values = [p for name, p in model.named_parameters() if "lora_E" in name]
         left.append(sum(int((p != 0).sum()) for p in values))
 
-    theirs = train_pefts_own(watched_fit, base, config, 0.01, prune)
+    theirs = train_pefts_own(watched_fit, base, config, lr=0.01, after_step=prune)
     named = dict(theirs.named_parameters())
     for name, value in watched_fit["last"].items():
         assert torch.allclose(named[name], value, rtol=1e-3, atol=1e-5), name

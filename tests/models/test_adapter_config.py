@@ -56,7 +56,7 @@ def test_ten_steps_of_every_setting_are_pefts(use_rslora, fit, watched_fit, run_
     }
     config = LoraConfig(r=4, lora_alpha=16, use_rslora=use_rslora, **SETTINGS)
     base = AutoModelForCausalLM.from_pretrained(run_models / "llama")
-    model = train_pefts_own(watched_fit, base, config, 1e-3)
+    model = train_pefts_own(watched_fit, base, config)
     written = load_file(folder / "adapter" / "adapter_model.safetensors")
     for name, wanted in get_peft_model_state_dict(model).items():
         assert torch.allclose(written[name], wanted, rtol=1e-4, atol=1e-5), name
@@ -94,9 +94,8 @@ def test_the_start_of_lora_one_is_of_each_layers_rank(fit, watched_fit):
     """lora_B lora_A has the spectrum S / S_1 / gamma of the leading r triplets, in every layer."""
     fit("--config=methods/lora_one.yaml", *VARIED, "--init.gamma=64")
     for name, (rank, _) in watched_fit["pairs"].items():
-        A, B = (
-            watched_fit["first"][f"base_model.model.{name}.lora_{f}.default.weight"] for f in "AB"
-        )
+        prefix = f"base_model.model.{name}.lora_"
+        A, B = (watched_fit["first"][f"{prefix}{f}.default.weight"] for f in "AB")
         spectrum = torch.linalg.svdvals(B.double() @ A.double())
         assert spectrum[0] == pytest.approx(1 / 64, rel=1e-4)
         assert spectrum[rank - 1] > 1e-6 * spectrum[0]
@@ -157,13 +156,10 @@ def test_what_cannot_be_had_is_refused_by_its_name(
     assert len(error.splitlines()) == 1
 
 
-def test_adalora_has_a_rank_pattern_of_its_own():
+def test_wrong_settings(tiny_llama):
     for setting in ({"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}):
         with pytest.raises(InputError, match="and adalora, which exclude each other"):
             LoraSettings(adalora=AdaLoraBudget(), **setting)
-
-
-def test_wrong_settings(tiny_llama):
     with pytest.raises(InputError, match=r"adapter\.r must be at least 1, got 0"):
         LoraSettings(r=0)
     for dropout in (-0.1, 1.0):

@@ -17,16 +17,14 @@ from app.models.lora import (
     without_adapters,
 )
 from app.utils.errors import InputError
-from tests.support.one_step_oracle import make_batches
+from tests.support.one_step_oracle import BUILDERS, make_batches, model_inputs
 
-BUILDERS = ["tiny_llama", "tiny_gpt2", "tiny_t5"]
 PER_BLOCK = {"tiny_llama": 7 * 2, "tiny_gpt2": 4 * 2, "tiny_t5": 6 * 2 + 10 * 2}
 
 
 def logits(model, batch):
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
     with torch.no_grad():
-        return model(**inputs).logits
+        return model(**model_inputs(batch)).logits
 
 
 def trained(model, **settings):
@@ -57,10 +55,8 @@ def test_add_lora_wraps_every_linear_layer_but_the_head(build, request):
         assert pair.lora_A.shape == (4, n)
         assert pair.lora_B.shape == (m, 4)
         assert bool((pair.lora_B == 0).all())
-
-
-def test_adapters_are_float32_over_a_bfloat16_base(tiny_llama):
-    for pair in lora_pairs(add_lora(tiny_llama().bfloat16(), LoraSettings(r=4))):
+    half = request.getfixturevalue(build)().bfloat16()
+    for pair in lora_pairs(add_lora(half, LoraSettings(r=4))):
         assert pair.lora_A.dtype == pair.lora_B.dtype == torch.float32
 
 
@@ -116,6 +112,12 @@ def test_saved_adapter_loads_on_a_fresh_base(tiny_llama, tmp_path):
         assert all(pair.lora_A.requires_grad == trainable for pair in lora_pairs(loaded))
     plain = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter")).eval()
     assert torch.equal(logits(plain, batch), wanted)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        # As on the processes of a sharded run that do not read the weights.
+        loaded = load_adapter(tiny_llama().to("meta"), tmp_path / "adapter", trainable=True)
+    assert len(lora_pairs(loaded)) == 14
+    assert not [w for w in caught if "meta" in str(w.message)]
 
 
 def test_load_adapter_refuses_what_is_not_one_or_does_not_fit(tiny_llama, tmp_path):
@@ -124,16 +126,6 @@ def test_load_adapter_refuses_what_is_not_one_or_does_not_fit(tiny_llama, tmp_pa
     save_adapter(trained(tiny_llama()), tmp_path, "base")
     with pytest.raises(InputError, match="does not fit the model"):
         load_adapter(tiny_llama(hidden_size=32), tmp_path, trainable=True)
-
-
-def test_a_saved_adapter_on_a_model_without_numbers_warns_of_nothing(tiny_llama, tmp_path):
-    """As on the processes of a sharded run that do not read the weights."""
-    save_adapter(trained(tiny_llama()), tmp_path, "base")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        loaded = load_adapter(tiny_llama().to("meta"), tmp_path, trainable=True)
-    assert len(lora_pairs(loaded)) == 14
-    assert not [w for w in caught if "meta" in str(w.message)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

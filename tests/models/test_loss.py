@@ -7,13 +7,7 @@ from torch import nn
 from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora
 from app.models.loss import summed_loss, supervised_logits
-from tests.support.one_step_oracle import make_batches
-
-BUILDERS = ["tiny_llama", "tiny_gpt2", "tiny_t5"]
-
-
-def inputs(batch):
-    return {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+from tests.support.one_step_oracle import BUILDERS, make_batches, model_inputs
 
 
 @pytest.mark.parametrize("build", BUILDERS)
@@ -24,7 +18,7 @@ def test_loss_and_gradients_are_transformers_own(build, request):
     found = supervised_logits(model, model, batch)
     loss = summed_loss(found) / found.labels.numel()
     loss.backward()
-    wanted = plain(**inputs(batch)).loss
+    wanted = plain(**model_inputs(batch)).loss
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
     for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
@@ -38,7 +32,7 @@ def test_logits_are_those_of_the_supervised_positions(build, request):
     batch = make_batches(model.config.is_encoder_decoder)[0]
     found = supervised_logits(model, model, batch)
     with torch.no_grad():
-        whole = model(**inputs(batch)).logits
+        whole = model(**model_inputs(batch)).logits
     row = 0
     for b, labels in enumerate(batch["labels"].tolist()):
         assert found.first[b] == row

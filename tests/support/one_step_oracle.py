@@ -10,6 +10,8 @@ from app.initialization.one_step_gradient import Estimator, one_step_gradients
 from app.models.lora import base_model, lora_pairs
 
 EXACT = Estimator("exact")
+BUILDERS = ["tiny_llama", "tiny_gpt2", "tiny_t5"]
+"""Fixtures of the three kinds of models."""
 
 
 def make_batches(is_encoder_decoder, rows=6, size=6, seed=0):
@@ -44,11 +46,15 @@ def make_batches(is_encoder_decoder, rows=6, size=6, seed=0):
     return batches
 
 
+def model_inputs(batch):
+    """Return what of a batch transformers' own forward pass takes."""
+    return {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+
+
 def oracle(model, batch):
     """Return transformers' own loss and each weight's gradient, (out_features, in_features)."""
     plain = copy.deepcopy(model).requires_grad_(True).eval()
-    wanted = ("input_ids", "attention_mask", "labels")
-    loss = plain(**{key: batch[key] for key in wanted}, use_cache=False).loss
+    loss = plain(**model_inputs(batch), use_cache=False).loss
     loss.backward()
     gradients = {}
     for name, module in plain.named_modules():

@@ -13,19 +13,20 @@ def logits(model):
     return model.eval()(input_ids=ids, **decoder).logits
 
 
-def plain_loop(model, batches):
+def plain_loop(model, batches, lr=1e-3, after_step=lambda model, step: None):
     """Train with AdamW in a few lines of torch; return each step's loss."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     losses = []
     torch.manual_seed(1)  # of dropout
-    for batch in batches:
+    for step, batch in enumerate(batches, 1):
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
         optimizer.zero_grad()
         loss = model.train()(**inputs).loss
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        after_step(model, step)
+        losses.append(float(loss.detach()))
     return losses
 
 
@@ -60,19 +61,13 @@ def watched_fit(monkeypatch):
     return seen
 
 
-def train_pefts_own(watched, base, config, lr, after_step=lambda model, step: None):
-    """Train PEFT's own model from the fit's first weights on its batches, in a plain loop; return it."""
-    model = get_peft_model(base, config).train()
+def train_pefts_own(watched, base, config, **options):
+    """Train PEFT's own model from the fit's first weights on its batches; return it."""
+    model = get_peft_model(base, config)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained.keys() == watched["first"].keys()
     with torch.no_grad():
         for name, value in watched["first"].items():
             trained[name].copy_(value)
-    optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
-    for step, batch in enumerate(watched["batches"], 1):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-        model(**inputs).loss.backward()
-        optimizer.step()
-        after_step(model, step)
-        optimizer.zero_grad()
+    plain_loop(model, watched["batches"], **options)
     return model
