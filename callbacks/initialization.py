@@ -20,17 +20,12 @@ SMALLEST_GAMMA, LARGEST_GAMMA = 1e-6, 1e12
 
 
 class AdapterInit(Callback):
-    """Fills a new adapter when fitting starts, once; a resumed run has it already.
+    """Fill a new adapter when fitting starts, once; a resumed run has it already."""
 
-    Attributes:
-        subtracts_from_base: Whether the product of the factors is subtracted from the base weights.
-        report: How the adapter was filled, for the run's record; empty before.
-    """
-
-    subtracts_from_base = False
+    subtracts_from_base = False  # whether the product of the factors is
 
     def __init__(self) -> None:
-        self.report: dict[str, Any] = {}
+        self.report: dict[str, Any] = {}  # how the adapter was filled, for the run's record
 
     def state_dict(self) -> dict[str, Any]:
         """Remember that the adapter was filled, and how."""
@@ -68,10 +63,6 @@ class GradientInit(AdapterInit):
         num_samples: Training rows that the gradient is taken over.
         micro_batch_size: Rows of one forward and backward pass.
         estimator: How the gradient is kept while it is observed.
-
-    Attributes:
-        kept: Leading triplets of each layer's gradient, once they have been observed; None where no other
-            callback wants them.
     """
 
     def __init__(self, num_samples: int, micro_batch_size: int, estimator: Estimator) -> None:
@@ -82,6 +73,7 @@ class GradientInit(AdapterInit):
         self.num_samples = num_samples
         self.micro_batch_size = micro_batch_size
         self.estimator = estimator
+        # Leading triplets of each layer, once observed; None where no other callback wants them.
         self.kept: dict[str, SVD] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -66,16 +66,12 @@ class LoraCLI(LightningCLI):
         arguments: A command, which runs at once, and its options.
         signals: Note a request to stop.
         run: Whether to run; else the arguments are options of `fit`, without the command.
-
-    Attributes:
-        resume_point: Where the run goes on; None for a new run.
-        status: Exit status of the command.
     """
 
     def __init__(self, arguments: Sequence[str], signals: StopSignals, run: bool = True) -> None:
         self.signals = signals
-        self.resume_point: ResumePoint | None = None
-        self.status = 0
+        self.resume_point: ResumePoint | None = None  # None for a new run
+        self.status = 0  # of the command, for the program to exit with
         super().__init__(
             LoraModule,
             TextDataModule,

@@ -15,13 +15,9 @@ from callbacks.save_config import config_text
 
 
 class ResolvedFit(LoraCLI):
-    """A `fit` that is parsed and not run.
+    """A `fit` that is parsed and not run."""
 
-    Attributes:
-        resolved: The configuration, as a run would write it.
-    """
-
-    resolved: dict[str, Any]
+    resolved: dict[str, Any]  # the configuration, as a run would write it
 
     def instantiate_classes(self) -> None:
         """Make nothing."""

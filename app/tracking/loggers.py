@@ -145,11 +145,9 @@ def make_loggers(
 
 
 def run_folder_of(loggers: Sequence[Logger]) -> RunFolder | None:
-    """Return the folder that a run's loggers write to; None without loggers.
+    """Return the folder that a run's loggers write to.
 
-    Args:
-        loggers: As `make_loggers` returns them; a trainer has none under `fast_dev_run`, and on other
-            processes than the first.
+    None without loggers: under `fast_dev_run`, and on other processes than the first.
     """
     return RunFolder(Path(str(loggers[0].log_dir))) if loggers else None
 

@@ -19,10 +19,6 @@ from app.utils.text import rate_text
 def cell_of(settings: Mapping[str, Any], task: str | None) -> str:
     """Name what only the runs share that differ in their seed alone: W&B can group by one key.
 
-    Args:
-        settings: The run's configuration.
-        task: Name of the task.
-
     Returns:
         W&B group, method and learning rate, such as `glue/sst2: lora_one, lr 1e-3`.
     """

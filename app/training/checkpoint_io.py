@@ -17,14 +17,10 @@ NEEDED = ("state_dict", "loops", "optimizer_states", "base", "method")
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Write each checkpoint under a temporary name, and rename it once it is synced to disk.
-
-    Attributes:
-        complete: The last checkpoint that was written or read whole; None before the first.
-    """
+    """Write each checkpoint under a temporary name, and rename it once it is synced to disk."""
 
     def __init__(self) -> None:
-        self.complete: Path | None = None
+        self.complete: Path | None = None  # the last checkpoint that was written or read whole
         self._failed = False
 
     @override

@@ -73,12 +73,7 @@ def check_loss(whole: Tensor, epoch: int, batch_idx: int, rows: Tensor) -> None:
 
 
 def check_gradients(named: Iterable[tuple[str, nn.Parameter]], step: int) -> None:
-    """Raise DivergedError if a gradient is not finite; names the first parameter.
-
-    Args:
-        named: The module's parameters.
-        step: Optimizer steps so far.
-    """
+    """Raise DivergedError if a gradient of an optimizer step is not finite; names the first parameter."""
     gradients = {name: p.grad for name, p in named if p.grad is not None}
     if torch.isfinite(nn.utils.get_total_norm(gradients.values())):
         return
