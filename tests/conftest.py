@@ -3,7 +3,6 @@
 import os
 import random
 import string
-from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: with a thread for each core in each of them they would wait for each other.
@@ -27,13 +26,13 @@ from transformers import (
 from app.models.loading import local_directory
 from app.models.source import resolve_model
 from tests.support.compare_runs import compare, refused, started  # noqa: F401 (fixtures)
+from tests.support.paths import ROOT
 from tests.support.report_runs import report, runs  # noqa: F401 (fixtures)
 from tests.support.run_hooks import killed_at, logged, passes, signalled  # noqa: F401 (fixtures)
 from tests.support.sandboxes import bubblewrap, mode  # noqa: F401 (fixtures)
 from tests.support.tiny_run import write_tiny_run
 from tests.support.watched_fit import watched_fit  # noqa: F401 (fixture)
 
-ROOT = Path(__file__).resolve().parents[1]
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0, 1, 2, 3
 SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 VOCAB_SIZE = 128
@@ -149,9 +148,8 @@ def tiny_model_dir(tmp_path, tiny_llama, tiny_tokenizer):
 @pytest.fixture(scope="session")
 def smollm2_name():
     """Return the `model.name` of the real SmolLM2-135M."""
-    return yaml.safe_load((ROOT / "configs" / "models" / "smollm2.yaml").read_text())["model"][
-        "name"
-    ]
+    text = (ROOT / "configs" / "models" / "smollm2.yaml").read_text()
+    return yaml.safe_load(text)["model"]["name"]
 
 
 @pytest.fixture(scope="session")
@@ -211,6 +209,21 @@ def command(monkeypatch):
 
     # Pictures take most of the time of a tiny run.
     monkeypatch.setattr("callbacks.run_report.write_plots", lambda *_: [])
+    return run
+
+
+@pytest.fixture
+def error_of(command, capsys):
+    """Return `error_of(*argv, status=2)`: the error of a command line, told without a traceback."""
+
+    def run(*argv, status=2):
+        capsys.readouterr()
+        assert command(*argv) == status
+        told = capsys.readouterr().err
+        assert "Traceback" not in told
+        [line] = [line for line in told.splitlines() if line.startswith("error: ")]
+        return told[told.index(line) :].removeprefix("error: ").strip()
+
     return run
 
 

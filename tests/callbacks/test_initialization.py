@@ -23,21 +23,15 @@ def test_gamma_has_a_range(gamma):
         LoraOneInit(gamma=gamma)
 
 
-def zero_and_full_estimates(pairs):
-    """Return estimates of random gradients, that of the second pair zero."""
-    estimates = {}
-    for number, pair in enumerate(pairs):
-        G = torch.randn(pair.lora_B.shape[0], pair.lora_A.shape[1]) * (number != 1)
-        estimates[pair.name] = GradientEstimate(truncated_svd(G, 5), float(G.norm()), 0.0, 0.0)
-    return estimates
-
-
 def test_a_layer_without_gradient_keeps_the_usual_start(tiny_llama, monkeypatch):
     """One warning names it; every other layer gets its factors."""
     model = add_lora(tiny_llama(), LoraSettings(r=4))
     pairs = lora_pairs(model)
     usual = [(p.lora_A.clone(), p.lora_B.clone()) for p in pairs]
-    estimates = zero_and_full_estimates(pairs)
+    estimates = {}
+    for number, pair in enumerate(pairs):
+        G = torch.randn(pair.lora_B.shape[0], pair.lora_A.shape[1]) * (number != 1)
+        estimates[pair.name] = GradientEstimate(truncated_svd(G, 5), float(G.norm()), 0.0, 0.0)
     result = SimpleNamespace(
         estimates=estimates, loss=1.0, tokens=2, seconds=0.0, peak_bytes=[0], sent_bytes=[0]
     )

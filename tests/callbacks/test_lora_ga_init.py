@@ -9,7 +9,6 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import AutoModelForCausalLM
 
 from app.initialization.factors import lora_ga_factors
-from app.initialization.one_step_gradient import Estimator
 from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora, base_weight, install, lora_pairs, subtract_from_base
 from callbacks.initialization import GradientInit
@@ -81,7 +80,6 @@ def untouched_gradients(folder, batches):
     return {
         name: sum(n * part[name] for n, part in zip(tokens, parts, strict=True)) / sum(tokens)
         for name in parts[0]
-        if name != "lm_head"
     }
 
 
@@ -121,20 +119,7 @@ def test_the_command_initializes_with_the_gradient_of_the_untouched_model(
             assert torch.allclose(found, wanted, atol=1e-2), name
 
 
-def test_the_sketch_and_the_exact_gradient_give_the_same_factors(tiny_llama):
-    model = add_lora(tiny_llama(), LoraSettings(r=R))
-    pairs = lora_pairs(model)
-    batches = make_batches(False, rows=12, size=4)
-    spans = []
-    for estimator in (Estimator("exact"), Estimator(passes=3)):
-        found = run(model, batches, estimator, rank=2 * R)
-        factors = [lora_ga_factors(found.estimates[p.name].svd, R, 64.0) for p in pairs]
-        spans.append([A.T @ A for A, _ in factors])
-    for exact, sketch in zip(*spans, strict=True):
-        assert torch.allclose(exact, sketch, atol=2e-2 * float(exact.abs().max()))
-
-
-def test_lora_ga_needs_two_r_singular_vectors(command, tiny_run, capfd):
+def test_lora_ga_needs_two_r_singular_vectors(error_of, tiny_run):
     lora_ga = ("fit", "--config", tiny_run, "--config=methods/lora_ga.yaml")
-    assert command(*lora_ga, "--init.num_samples=16", "--model.adapter.r=5") == 2
-    assert "set model.adapter.r to at most 4" in capfd.readouterr().err
+    told = error_of(*lora_ga, "--init.num_samples=16", "--model.adapter.r=5")
+    assert "set model.adapter.r to at most 4" in told

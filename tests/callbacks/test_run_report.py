@@ -1,17 +1,15 @@
 """What a finished run leaves: pictures, record, adapter, printed table."""
 
-import json
-
 from app.tracking import plots
 from app.tracking.metrics_table import read_metrics
 from tests.support.pictures import check_picture
+from tests.support.run_folders import summary
 
 
-def test_the_folder_of_a_run(monkeypatch, command, tiny_run, tmp_path, caplog):
+def test_the_folder_of_a_run(monkeypatch, fit, caplog):
     monkeypatch.setattr("callbacks.run_report.write_plots", plots.write_plots)
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
-        assert command("fit", "--config", tiny_run, "--trainer.val_check_interval=2") == 0
-    folder = tmp_path / "runs" / "tiny" / "version_0"
+        folder = fit("--trainer.val_check_interval=2")
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         *("config.yaml", "metrics.csv", "summary.json", "adapter", "checkpoints"),
@@ -22,7 +20,7 @@ def test_the_folder_of_a_run(monkeypatch, command, tiny_run, tmp_path, caplog):
         check_picture(folder / f"{name}.png")
     files = {path.name for path in (folder / "adapter").iterdir()}
     assert files >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
-    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    metrics = summary(folder)["metrics"]
     printed = caplog.text
     for moment, scores in metrics.items():
         cells = (scores[name] for name in ("accuracy", "f1", "mcc", "loss"))

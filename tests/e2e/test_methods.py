@@ -23,21 +23,10 @@ from tests.support.watched_fit import logits, plain_loop
 # q, o: 4 (16 + 16); k, v: 4 (16 + 8); gate, up: 4 (16 + 32); down: 4 (32 + 16); twice
 LORA = 2 * 4 * (2 * 32 + 2 * 24 + 3 * 48)
 MAGNITUDES = 2 * (16 + 16 + 8 + 8 + 32 + 32 + 16)
-TRAINED = {
-    "lora": LORA,
-    "rslora": LORA,
-    "lora_plus": LORA,
-    "p_lora": LORA,
-    "lora_pro": LORA,
-    "lora_pro_efficient": LORA,
-    "dora": LORA + MAGNITUDES,
-    "dora_one": LORA + MAGNITUDES,
-    "lora_one": LORA,
-    "lora_one_adamw": LORA,
-    "pissa": LORA,
-    "lora_ga": LORA,
-    "full": 8784,
-}
+METHODS = ("lora", "rslora", "lora_plus", "p_lora", "lora_pro", "lora_pro_efficient")
+METHODS += ("lora_one", "lora_one_adamw", "pissa", "lora_ga")
+TRAINED = dict.fromkeys(METHODS, LORA)
+TRAINED |= {"dora": LORA + MAGNITUDES, "dora_one": LORA + MAGNITUDES, "full": 8784}
 DROPOUT = "--model.adapter.lora_dropout=0.3"
 OFTEN = ("--trainer.max_steps=6", "--output.checkpoint_every_n_steps=1")
 
@@ -155,35 +144,25 @@ def test_doras_magnitudes_belong_to_the_installed_factors(build, request):
         "app.optim.lora_pro.LoraProAdamW",
     ],
 )
-def test_an_optimizer_of_pairs_wants_pairs(optimizer, command, tiny_run, capfd, monkeypatch):
+def test_an_optimizer_of_pairs_wants_pairs(optimizer, error_of, tiny_run, monkeypatch):
     """Else it would be plain AdamW under another name."""
     # Told before any weights are loaded.
     monkeypatch.setattr("app.training.model_building.load_model", None)
     for method in ("full", "adalora"):
         options = (f"--config=methods/{method}.yaml", f"--model.optimizer={optimizer}")
-        assert command("fit", "--config", tiny_run, *options) == 2
+        told = error_of("fit", "--config", tiny_run, *options)
         name = optimizer.rpartition(".")[2]
-        told = capfd.readouterr().err
-        assert told.startswith(f"error: model.optimizer is {name}, which works on LoRA pairs")
+        assert told.startswith(f"model.optimizer is {name}, which works on LoRA pairs")
         assert "set model.optimizer to torch.optim.AdamW" in told
 
 
 @pytest.mark.slow
-def test_nor_does_it_train_an_adapter_without_pairs(fit, command, tiny_run, capfd):
-    adalora = ("--config=methods/adalora.yaml", "--model.adapter.adalora.init_r=6")
-    folder = fit(*adalora) / "adapter"
-    options = (f"--model.adapter_path={folder}", "--init=null")
-    assert command("fit", "--config", tiny_run, *options) == 2
-    assert "PreconditionedAdamW, which works on LoRA pairs" in capfd.readouterr().err
-
-
-@pytest.mark.slow
-def test_an_adapter_from_a_folder_is_asked_what_it_is(fit, command, tiny_run, capfd, monkeypatch):
-    """DoRA's norms need whole weights, whatever model.adapter says beside the folder."""
-    folder = fit("--config=methods/dora.yaml") / "adapter"
+def test_an_adapter_from_a_folder_is_asked_what_it_is(fit, error_of, tiny_run, monkeypatch):
+    """Whether it has pairs, and DoRA's norms of whole weights, whatever model.adapter says beside it."""
+    adalora = fit("--config=methods/adalora.yaml", "--model.adapter.adalora.init_r=6") / "adapter"
+    resumed = ("fit", "--config", tiny_run, "--init=null", "--model.adapter_path")
+    assert "PreconditionedAdamW, which works on LoRA pairs" in error_of(*resumed, adalora)
+    dora = fit("--config=methods/dora.yaml") / "adapter"
     monkeypatch.setattr(LoraModule, "_sharding", lambda _: Fsdp2Strategy())
-    options = (f"--model.adapter_path={folder}", "--init=null")
-    assert command("fit", "--config", tiny_run, *options) == 2
-    assert (
-        "the adapter has use_dora, which does not work with the sharded" in capfd.readouterr().err
-    )
+    told = error_of(*resumed, dora)
+    assert "the adapter has use_dora, which does not work with the sharded" in told

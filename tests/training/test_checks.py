@@ -22,39 +22,38 @@ def tied(tmp_path, tiny_llama, run_models):
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "name"), [("pissa", "PissaInit"), ("lora_ga", "LoraGaInit")])
 def test_what_cannot_be_subtracted_from(
-    method, name, command, tiny_run, run_models, tied, tmp_path, capfd, monkeypatch
+    method, name, error_of, tiny_run, run_models, tied, tmp_path, monkeypatch
 ):
     """Told from the configuration, before the weights, but for tied weights."""
 
-    def refused(*options):
-        config = f"--config=methods/{method}.yaml"
-        assert command("fit", "--config", tiny_run, config, *options) == 2
-        return capfd.readouterr().err
-
-    told = refused(*tied)
+    fit = ("fit", "--config", tiny_run, f"--config=methods/{method}.yaml")
+    told = error_of(*fit, *tied)
     assert f"init is {name}, which changes the weight of lm_head" in told
     assert "the weight of model.embed_tokens too (tie_word_embeddings)" in told
     assert "leave lm_head out of model.adapter.target_modules" in told
     monkeypatch.setattr("app.training.model_building.load_model", None)
-    assert f"init is {name}, but the model has no LoRA adapter" in refused("--model.adapter=null")
+    assert f"init is {name}, but the model has no LoRA adapter" in error_of(
+        *fit, "--model.adapter=null"
+    )
     folder = tmp_path / "codes"
     shutil.copytree(run_models / "llama", folder)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (folder / "config.json").write_text(json.dumps(config))
-    told = refused(f"--model.name={folder}")
+    told = error_of(*fit, f"--model.name={folder}")
     assert f"init is {name}, which subtracts its factors from the base weights" in told
     assert "are quantised" in told
     assert "methods/lora_one.yaml" in told
     monkeypatch.setattr(LoraModule, "is_sharded", property(lambda _: True))
-    assert f"init is {name}, which changes the base weights that this strategy shards" in refused()
+    assert f"init is {name}, which changes the base weights that this strategy shards" in error_of(
+        *fit
+    )
 
 
 @pytest.mark.slow
-def test_a_weight_of_two_modules_is_not_merged(fit, command, tied, capfd):
+def test_a_weight_of_two_modules_is_not_merged(fit, command, error_of, tied):
     folder = fit("--config=methods/lora.yaml", *tied)
-    assert command("export", "--run", folder, "--merge") == 2
-    told = capfd.readouterr().err
+    told = error_of("export", "--run", folder, "--merge")
     assert "merging would change the weight of lm_head, which is that of model.embed_tokens" in told
     assert not (folder / "merged").exists()
     # The same model with its head left out.

@@ -91,9 +91,10 @@ def test_learning_rate_warms_up_and_follows_its_shape(shape, warmup, batches, fi
     assert rates == pytest.approx([0.01 * factor for factor in factors], rel=1e-6)
 
 
-@pytest.fixture
-def scored(fit, monkeypatch):
-    """Return `scored(*argv)`: the batches scored in a fit, its final scores, its last validation loss."""
+@pytest.mark.slow
+def test_final_scores_are_the_last_validations_if_that_saw_the_final_model_and_all_rows(
+    fit, monkeypatch
+):
     taken = []
     original = LoraModule.supervised_logits
 
@@ -101,9 +102,7 @@ def scored(fit, monkeypatch):
         taken.append(not torch.is_grad_enabled())
         return original(module, batch)
 
-    monkeypatch.setattr(LoraModule, "supervised_logits", supervised_logits)
-
-    def run(*argv):
+    def scored(*argv):
         taken.clear()
         folder = fit("--trainer.val_check_interval=2", *argv)
         validated = {name: values(folder, f"val/{name}") for name in SCORES}
@@ -111,12 +110,8 @@ def scored(fit, monkeypatch):
         last = {name: steps[3][1] for name, steps in validated.items()}
         return sum(taken), summary(folder)["metrics"]["final"], last
 
-    return run
-
-
-@pytest.mark.slow
-# Scoring the 20 validation rows takes 3 batches: zero_shot and after_init make 6.
-def test_final_scores_are_the_last_validations_if_that_saw_the_final_model_and_all_rows(scored):
+    monkeypatch.setattr(LoraModule, "supervised_logits", supervised_logits)
+    # Scoring the 20 validation rows takes 3 batches: zero_shot and after_init make 6.
     batches, wanted, validated = scored("--trainer.max_steps=4")
     assert batches == 6 + 3 + 3
     assert wanted == pytest.approx(validated, rel=1e-6)
