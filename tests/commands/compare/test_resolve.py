@@ -1,5 +1,7 @@
 """Which options go to which method, and which runs are no comparison."""
 
+from unittest.mock import Mock
+
 import pytest
 import yaml
 
@@ -23,17 +25,13 @@ def test_only_the_run_that_is_meant_is_checked(tiny_run, tmp_path):
     file = tmp_path / "wide.yaml"
     file.write_text("model: {adapter: {r: 16}}")  # above AdaLoRA's usual init_r
     for method in ("adalora", "lora"):
-        parsed = []
-
-        def resolve(options, parsed=parsed):
-            parsed.append(options)
-            return resolve_run(options)
-
+        resolve = Mock(side_effect=resolve_run)
         names = [str(tiny_run), str(file)]
         options = RunOptions(names, ["--model.adapter.adalora.init_r=20"], resolve)
         run = resolve_methods([method], ["lora", "adalora"], options)[method]
         adapter = run.resolved["model"]["adapter"]
         assert adapter["r"] == 16
+        parsed = [call.args[0] for call in resolve.call_args_list]
         own = [options for options in parsed if f"--config=methods/{method}.yaml" in options]
         assert len(own) == (2 if method == "adalora" else 3)
         if method == "adalora":

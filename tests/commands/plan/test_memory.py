@@ -185,13 +185,9 @@ def test_bytes_after_a_step(optimizer, run_models):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bytes_of_full_fine_tuning(kind, dtype, run_models):
-    check_after_a_step(run_models / kind, torch.optim.AdamW, adapter=None, dtype=dtype)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_accumulators(kind, run_models):
+def test_bytes_of_full_fine_tuning_and_of_accumulators(kind, run_models):
+    for dtype in ("float32", "bfloat16"):
+        check_after_a_step(run_models / kind, torch.optim.AdamW, adapter=None, dtype=dtype)
     check_accumulators(planned(run_models / kind).lora_pairs())
 
 

@@ -37,11 +37,6 @@ def first_problem(given, *kappas):
     ]
 
 
-def triplets(G):
-    U, S, Vh = np.linalg.svd(G)
-    return U, S, Vh.T
-
-
 def walk(change, moment, A, B, lr, steps, damping=None, offset=0.0):
     """Yield what is added to W before and after each step of the descent in docs/theory.md."""
     yield offset + B @ A
@@ -57,9 +52,9 @@ def walk(change, moment, A, B, lr, steps, damping=None, offset=0.0):
 
 
 def spectral(change, moment, rank):
-    U, S, V = triplets(change @ moment)
+    U, S, Vh = np.linalg.svd(change @ moment)
     root = np.sqrt(S[:rank])
-    return root[:, None] * V[:, :rank].T, U[:, :rank] * root
+    return root[:, None] * Vh[:rank], U[:, :rank] * root
 
 
 def test_steps_to_a_fixed_error():
@@ -88,9 +83,9 @@ def test_errors_of_lora_ga_with_what_it_subtracts_from_the_base():
     given = settings(descent=DescentSettings(steps=steps))
     [picture] = error_by_rank(given)
     [(change, moment)] = first_problem(given, 3.0)
-    U, _, V = triplets(change @ moment)
+    U, _, Vh = np.linalg.svd(change @ moment)
     size = 20**0.25 / LORA_GA_GAMMA**0.5
-    A, B = size * V[:, :2].T, size * U[:, 2:4]
+    A, B = size * Vh[:2], size * U[:, 2:4]
     lr, damping = given.descent.preconditioned_lr, given.descent.damping
     path = walk(change, moment, A, B, lr, steps, damping, offset=-B @ A)
     expected = [np.linalg.norm(update - change) ** 2 for update in path]
