@@ -110,13 +110,6 @@ def test_no_validation_set(folder):
     assert not set(data.rows("train")) & set(held_out)
 
 
-def test_equal_sentences_stay_on_one_side(folder):
-    for size in (1, 2, 3):
-        data = load("cola", folder, validation_size=size)
-        sides = [{row.prompt for row in data.rows(split)} for split in ("train", "validation")]
-        assert not sides[0] & sides[1]
-
-
 def test_first_file_that_exists_or_the_named_one(folder):
     row = {"premise": "P", "hypothesis": "n/a", "label": "neutral"}
     packed = folder / "MNLI" / "train_more.jsonl.gz"
