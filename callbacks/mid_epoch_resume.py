@@ -21,6 +21,7 @@ class Pending:
 
     step: int  # optimizer steps at the checkpoint
     validation_due: bool  # whether a validation follows the batch
+    scored: bool  # whether the final scores are in the checkpoint
     logged: dict[str, float]  # Lightning hands these to the loggers after the callbacks that save
 
 
@@ -99,7 +100,8 @@ class MidEpochResume(Callback):
             batch_rows = data_of(trainer).batch_size * trainer.world_size
             loops.set_batches(checkpoint["loops"], rows // batch_rows)
         self._stepped = True
-        self._pending = Pending(step, checkpoint["validation_due"], checkpoint["logged"])
+        scored = checkpoint["callbacks"].get("ScoreAt[final]", {}).get("step") == step
+        self._pending = Pending(step, checkpoint["validation_due"], scored, checkpoint["logged"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop what the interrupted run has logged after its checkpoint."""
@@ -107,9 +109,9 @@ class MidEpochResume(Callback):
             from_first_process(lambda: self._rewind(trainer))
 
     def _rewind(self, trainer: Trainer) -> None:
-        folder = run_folder_of(trainer.loggers)
-        if folder is not None and self._pending is not None:
-            rewind_table(folder.metrics, self._pending.step, self._pending.validation_due)
+        folder, pending = run_folder_of(trainer.loggers), self._pending
+        if folder is not None and pending is not None:
+            rewind_table(folder.metrics, pending.step, pending.validation_due, pending.scored)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what the interrupted run had left to do for its batch."""

@@ -47,13 +47,14 @@ def _lines(names: list[str], rows: Iterable[dict[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def rewind_table(path: Path, step: int, validation_due: bool) -> None:
+def rewind_table(path: Path, step: int, validation_due: bool, scored: bool) -> None:
     """Drop the rows that an interrupted run logged after its checkpoint: they are made again.
 
     Args:
         path: The table.
         step: Optimizer steps at the checkpoint.
         validation_due: Whether the validation after that step is made again, too.
+        scored: Whether the checkpoint holds the final scores, which are not made again.
     """
     names, rows = read_table(path)
     if not names:
@@ -65,7 +66,7 @@ def rewind_table(path: Path, step: int, validation_due: bool) -> None:
     def is_kept(row: dict[str, str]) -> bool:
         logged = int(row["step"]) if row["step"].isdigit() else step + 1
         if logged >= step:  # steps count from 0: at the next one stand the final scores alone
-            return logged == step and has(row, "final/")
+            return scored and logged == step and has(row, "final/")
         return not (validation_due and logged == step - 1 and has(row, "val/"))
 
     write_table(path, names, filter(is_kept, rows))

@@ -109,9 +109,12 @@ def test_rows_that_the_dead_run_logged_are_made_again_once(tmp_path):
     path = tmp_path / "metrics.csv"
     header = "epoch,final/loss,step,train/loss,val/loss\n"
     rows = ("0,,0,1.5,", "0,,1,1.4,", "0,,1,,1.3", "0,,2,1.2,", "0,9.0,4,,", "0,,3,1.")
-    for step, validation_due, kept in ((2, True, 2), (2, False, 3), (4, False, 5)):
+    for step, due, scored, kept in (
+        *((2, True, False, 2), (2, False, False, 3)),
+        *((4, False, True, 5), (4, False, False, 4)),
+    ):
         path.write_text(header + "\n".join(rows))
-        rewind_table(path, step, validation_due=validation_due)
+        rewind_table(path, step, validation_due=due, scored=scored)
         assert path.read_text().split() == [header.strip(), *rows[:kept]]
     assert has_value(path, 1, "val/loss")
     assert not has_value(path, 0, "val/loss")
@@ -226,8 +229,8 @@ def test_what_is_trained_is_kept_when_the_end_is_interrupted(moment, ending, two
     monkeypatch.setattr(LoraModule, "training_step", lambda *_: steps.append(1))
     assert run("parts", *options) == 0
     assert steps == []
-    curves = {"last validation": ("val/loss", "final/loss"), "report": ()}  # its scores stand twice
-    check_same(parts, whole, *curves.get(moment, ("final/loss",)))
+    validated = ("val/loss",) if moment == "last validation" else ()
+    check_same(parts, whole, "final/loss", *validated)
 
 
 @pytest.mark.slow
