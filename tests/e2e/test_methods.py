@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -12,10 +13,8 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM
 
-from app.distributed.fsdp import Fsdp2Strategy
 from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora, install, lora_pairs
-from app.training.module import LoraModule
 from tests.support.run_folders import same_weights, summary, weights
 from tests.support.watched_fit import logits, plain_loop
 
@@ -163,6 +162,6 @@ def test_an_adapter_from_a_folder_is_asked_what_it_is(fit, error_of, tiny_run, m
     resumed = ("fit", "--config", tiny_run, "--init=null", "--model.adapter_path")
     assert "PreconditionedAdamW, which works on LoRA pairs" in error_of(*resumed, adalora)
     dora = fit("--config=methods/dora.yaml") / "adapter"
-    monkeypatch.setattr(LoraModule, "_sharding", lambda _: Fsdp2Strategy())
+    monkeypatch.setattr("app.training.module.Fsdp2Strategy", SingleDeviceStrategy)
     told = error_of(*resumed, dora)
     assert "the adapter has use_dora, which does not work with the sharded" in told

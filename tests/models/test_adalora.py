@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from peft import AdaLoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from app.distributed.fsdp import Fsdp2Strategy
 from app.models.adalora import AVERAGES
 from app.training.module import LoraModule
 from callbacks.adalora_pruning import AdaLoraPruning
@@ -189,7 +189,7 @@ def test_what_cannot_work(options, message, command, tiny_run, capfd, monkeypatc
     if message == TOO_SHORT:  # said before any weights are loaded
         monkeypatch.setattr("app.training.model_building.load_model", None)
     if "sharded" in message:
-        monkeypatch.setattr(LoraModule, "_sharding", lambda _: Fsdp2Strategy())
+        monkeypatch.setattr("app.training.module.Fsdp2Strategy", SingleDeviceStrategy)
     method = ("--config=methods/adalora.yaml", f"{OWN}.init_r=6")
     assert command("fit", "--config", tiny_run, *method, *options) == 2
     assert message in capfd.readouterr().err
