@@ -51,6 +51,11 @@ class BenchmarkResults(Callback):
         """Add the scores to the run's summary and W&B run, those of benchmarks to earlier tests'."""
         if self.folder is None or not trainer.is_global_zero:
             return
+        results = adapted(pl_module).scoring.results()
+        if results:
+            path = self.folder.scores
+            write_json(path, {**(read_json(path) or {}), **results})
+            rank_zero_info(f"\nscores: {path}\nanswers: {self.folder.answers}")
         summary = self.folder.summary
         if summary.is_file():
             record = RunRecord.read(summary)
@@ -59,8 +64,3 @@ class BenchmarkResults(Callback):
             record.write(summary)
             if self.output is not None:
                 log_test_scores(self.folder, self.output)
-        results = adapted(pl_module).scoring.results()
-        if results:
-            path = self.folder.scores
-            write_json(path, {**(read_json(path) or {}), **results})
-            rank_zero_info(f"\nscores: {path}\nanswers: {self.folder.answers}")

@@ -1,5 +1,6 @@
 """Read rows of TSV, CSV, JSON and JSON lines, plain or gzipped, of tar archives and of the Hub."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -54,7 +55,7 @@ def file_rows(
     Raises:
         InputError: The file cannot be read, or a row has another form or lacks a field.
     """
-    content = file_content(file, setting)
+    content = file_content(file, setting).removeprefix(codecs.BOM_UTF8)
     if ".tsv" in file.suffixes:
         rows = tsv_rows(content, str(file), setting, header)
     elif content.lstrip().startswith(b"["):

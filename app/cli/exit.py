@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from app.distributed.collectives import is_first_process, world_size
 from app.distributed.shutdown import abort_after_peer_failure, is_peer_failure, shutdown
-from app.utils.errors import InputError, causes
+from app.utils.errors import DivergedError, InputError, causes
 from app.utils.signals import Stopped, StopSignals
 
 
@@ -43,8 +43,13 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
         wrong = next((e for e in causes(error) if isinstance(e, InputError)), None)
         if wrong is None:
             raise
-        print(f"error: {wrong}", file=sys.stderr)
+        print(f"error: {wrong}", file=sys.stderr, flush=True)
         status = wrong.exit_status
+        if isinstance(
+            wrong, DivergedError
+        ):  # on all processes: a launcher ends those that the first leaves
+            _finish_wandb(status)
+            shutdown()
     except RuntimeError as error:
         if not is_peer_failure(error):
             raise

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, TQDMProgressBar
@@ -198,7 +199,8 @@ class LoraCLI(LightningCLI):
     def _callbacks(self) -> list[Callback]:
         """List the project's callbacks in the order in which Lightning calls them, behind the user's."""
         given, output = self.made.trainer, self.made.output
-        settings = self.parser.dump(self.config, skip_unset=False)
+        dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        settings = yaml.safe_dump(dumped[self.subcommand])
         # The process group exists then, and nothing but the data has been read.
         callbacks: list[Callback] = [
             LambdaCallback(setup=lambda *_, **__: check_same_settings(settings))

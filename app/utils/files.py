@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 from filelock import FileLock
 
@@ -96,8 +97,7 @@ def _sync_folder(folder: Path) -> None:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder that becomes `path` when the block ends, and is removed after an error."""
-    part = path.with_name(path.name + PART)
-    shutil.rmtree(part, ignore_errors=True)
+    part = path.with_name(f"{path.name}.{uuid4().hex[:8]}{PART}")  # nobody else's
     part.mkdir(parents=True)
     try:
         yield part

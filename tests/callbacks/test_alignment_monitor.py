@@ -36,8 +36,8 @@ def test_the_start_lies_in_the_gradients_spans_and_the_end_is_that_of_the_adapte
         name = f"base_model.model.{row['layer']}"
         A, B = (adapter[f"{name}.lora_{side}.weight"].double().numpy() for side in "AB")
         values = scaling * np.linalg.svd(B @ A, compute_uv=False)[: len(A)]
-        told = [float(row[f"sv_{i + 1}"]) for i in range(len(A))]
-        assert told == pytest.approx(values, rel=1e-5, abs=1e-9)
+        message = [float(row[f"sv_{i + 1}"]) for i in range(len(A))]
+        assert message == pytest.approx(values, rel=1e-5, abs=1e-9)
         assert float(row["norm"]) == pytest.approx(np.linalg.norm(values), rel=1e-5)
     maps = sorted(path.stem.removeprefix("alignment_") for path in folder.glob("alignment_*.png"))
     assert maps == sorted(MAPS)
@@ -109,5 +109,5 @@ def test_the_reference_has_the_rank_of_the_adapter(fit):
 
 def test_measurements_are_some_steps_apart(error_of, tiny_run):
     wrong = "--trainer.callbacks.every_n_steps=0"
-    told = error_of("fit", "--config", tiny_run, *WATCH[:2], wrong)
-    assert "AlignmentMonitor.every_n_steps must be at least 1, got 0" in told
+    message = error_of("fit", "--config", tiny_run, *WATCH[:2], wrong)
+    assert "AlignmentMonitor.every_n_steps must be at least 1, got 0" in message

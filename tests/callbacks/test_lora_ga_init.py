@@ -121,5 +121,5 @@ def test_the_command_initializes_with_the_gradient_of_the_untouched_model(
 
 def test_lora_ga_needs_two_r_singular_vectors(error_of, tiny_run):
     lora_ga = ("fit", "--config", tiny_run, "--config=methods/lora_ga.yaml")
-    told = error_of(*lora_ga, "--init.num_samples=16", "--model.adapter.r=5")
-    assert "set model.adapter.r to at most 4" in told
+    message = error_of(*lora_ga, "--init.num_samples=16", "--model.adapter.r=5")
+    assert "set model.adapter.r to at most 4" in message

@@ -28,6 +28,7 @@ def read(file, content, **options):
     [
         ("rows.jsonl", b'\xef\xbb\xbf{"question": "a", "answer": "b"}\r\n\n', "line 1 of"),
         ("rows.json", b' [{"question": "a", "answer": "b"}]', "row 0 of"),
+        ("rows.json", b'\xef\xbb\xbf[{"question": "a",\n"answer": "b"}]', "row 0 of"),
         ("rows.json", b'{"question": "a", "answer": "b"}', "line 1 of"),
         ("rows.tsv", b"\xef\xbb\xbfid\tquestion\tanswer\r\n7\ta\tb\r\n", "line 2 of"),
     ],

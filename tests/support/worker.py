@@ -125,7 +125,8 @@ def run(jobs: list[dict]) -> None:
             if job[end][0] == number:
                 end_at(ENDS[end], *job[end][1:])
         if "slow_finish" in job and number == 0:
-            app.cli.exit._finish_wandb = lambda _, job=job: time.sleep(job["slow_finish"])
+            seconds = iter([job["slow_finish"]])  # a W&B run is finished once
+            app.cli.exit._finish_wandb = lambda _, left=seconds: time.sleep(next(left, 0))
         status = main(job["argv"])
         if status != 0:
             sys.exit(status)

@@ -75,9 +75,10 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "new") as part:
         raise OSError("full")
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "new.part").mkdir()  # what a killed process leaves
-    (tmp_path / "new.part" / "stale").write_text("")
+    (tmp_path / "new.part").mkdir()
+    (tmp_path / "new.part" / "mine").write_text("")
     with atomic_folder(tmp_path / "new") as part:
         (part / "file").write_text("whole")
         assert not (tmp_path / "new").exists()
-    assert [p.name for p in tmp_path.rglob("*")] == ["new", "file"]
+    names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")}
+    assert names == {"new", "new/file", "new.part", "new.part/mine"}

@@ -13,6 +13,7 @@ from app.commands.compare.manifest import MANIFEST_FILE, GridManifest, read_mani
 from app.commands.compare.settings import (
     RATE,
     Settings,
+    differences,
     flat,
     method_settings,
     task_settings,
@@ -220,16 +221,25 @@ def _newest(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
         # A test writes the summary again.
         return run.record.train.ended or RunFolder(run.folder).summary.stat().st_mtime
 
-    newest: dict[tuple[Any, ...], Run] = {}
+    newest: list[Run] = []
     repeated = []
     for run in sorted(runs, key=trained_at):
-        parts = (sorted((run.settings or {}).items()), sorted(run.task.items()))
-        identity = (run.method, repr(parts), repr(run.learning_rate), run.seed)
-        if identity in newest:
+        earlier = next((other for other in newest if _is_repeated(other, run)), None)
+        if earlier is not None:
+            newest.remove(earlier)
             reason = f"the same settings were run again later: {run.folder}"
-            repeated.append(replace(newest[identity], state="repeated", reason=reason))
-        newest[identity] = run
-    return sorted(newest.values(), key=lambda run: str(run.folder)), repeated
+            repeated.append(replace(earlier, state="repeated", reason=reason))
+        newest.append(run)
+    return sorted(newest, key=lambda run: str(run.folder)), repeated
+
+
+def _is_repeated(first: Run, other: Run) -> bool:
+    return (
+        (first.method, first.learning_rate, first.seed)
+        == (other.method, other.learning_rate, other.seed)
+        and not differences(first.settings or {}, other.settings or {})
+        and not differences(first.task, other.task)
+    )
 
 
 def _attempt(run: Run) -> tuple[Any, ...]:

@@ -51,7 +51,7 @@ def update_manifest(folder: Path, asked: GridManifest) -> None:
         ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        merged = _merge(folder, read_manifest(folder), asked)
+        merged = _merge(folder, _valid_manifest(folder), asked)
         write_json(folder / MANIFEST_FILE, merged.model_dump())
 
 
@@ -81,8 +81,21 @@ def _merge(folder: Path, before: GridManifest, asked: GridManifest) -> GridManif
     )
 
 
+def _valid_manifest(folder: Path) -> GridManifest:
+    """Return the manifest; raise InputError for a file that is none, which would be overwritten."""
+    try:
+        return GridManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
+    except FileNotFoundError:
+        return GridManifest()
+    except (OSError, ValidationError) as error:
+        raise InputError(
+            f"{folder / MANIFEST_FILE} is no list of this comparison's cells "
+            f"({' '.join(str(error).split())}): correct it, or give another --name"
+        ) from error
+
+
 def read_manifest(folder: Path) -> GridManifest:
-    """Return what a comparison's folder was asked for; an empty manifest where there is none."""
+    """Return what a folder's comparison was asked for; an empty manifest for other folders and files."""
     try:
         return GridManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
     except (OSError, ValidationError):

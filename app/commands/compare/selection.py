@@ -85,10 +85,14 @@ def comparisons(runs: Sequence[Run], score: str | None = None) -> list[Compariso
     if score is not None and score not in known:
         names = ", ".join(sorted(known)) or "none"
         raise InputError(f"--score is {score!r}, which no run has: expected one of {names}")
-    groups: dict[str, list[Run]] = {}
+    groups: list[list[Run]] = []
     for run in finished:
-        groups.setdefault(repr(sorted(run.task.items())), []).append(run)
-    by_size = sorted(groups.values(), key=len, reverse=True)
+        same = next((group for group in groups if not differences(group[0].task, run.task)), None)
+        if same is None:
+            groups.append([run])
+        else:
+            same.append(run)
+    by_size = sorted(groups, key=len, reverse=True)
     excluded = [run for run in runs if run.state not in ("finished", "repeated", "withdrawn")]
     made = []
     for members in by_size:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from app.utils.class_paths import bare_name
+from app.utils.class_paths import DROPPED, bare_name
 
 OPTIMIZER = "model.optimizer"
 RATE = f"{OPTIMIZER}.init_args.lr"
@@ -29,7 +29,7 @@ Settings = dict[str, Any]
 def flat(config: Mapping[str, Any], prefix: str = "") -> Settings:
     """Return nested settings with dotted names; an empty section counts as null.
 
-    Classes of the project have their bare names, whatever modules they lay in when a run was written.
+    Classes of the project have their bare names and today's settings, whatever version wrote them.
     """
     settings: Settings = {}
     for key, value in config.items():
@@ -40,6 +40,9 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Settings:
             settings[name] = bare_name(str(value))
         else:
             settings[name] = None if value in ({}, []) else value
+    if not prefix:
+        for dropped in DROPPED.get(settings.get("data.class_path") or "", ()):
+            settings.pop(f"data.init_args.{dropped}", None)
     return settings
 
 

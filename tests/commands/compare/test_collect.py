@@ -131,6 +131,22 @@ def test_of_repeated_runs_the_one_trained_last_counts(tmp_path):
     assert excluded(tmp_path) == {"version_0": ("repeated", reason)}
 
 
+def test_settings_that_compare_equal_are_the_same(tmp_path):
+    """An earlier version wrote no settings that are null, and YAML tells 1 from 1.0."""
+    for name, seed, clip, more in (
+        *(("old_0", 0, 1, {}), ("old_1", 1, 1, {})),
+        ("new_0", 0, 1.0, {"rank_pattern": None}),
+    ):
+        write_run(tmp_path / name, seed=seed)
+        config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        config["trainer"]["gradient_clip_val"] = clip
+        config["model"]["adapter"] |= more
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
+    change(tmp_path / "new_0", train={"ended": 4e9})
+    assert main_rows(tmp_path)[0]["lora"]["seeds"] == "2"
+    assert {name: state for name, (state, _) in excluded(tmp_path).items()} == {"old_0": "repeated"}
+
+
 def test_runs_of_an_earlier_version(tmp_path):
     """Modules have moved since, and the record has more."""
     old, new = tmp_path / "old", tmp_path / "new"

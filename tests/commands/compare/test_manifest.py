@@ -22,6 +22,23 @@ def test_a_manifest_of_which_nothing_was_trained_gives_way(tmp_path):
         update_manifest(tmp_path, manifest(3, CELL))
 
 
+def test_a_file_that_is_no_manifest_is_not_overwritten(tmp_path):
+    file = tmp_path / "compare.json"
+    file.write_text('{"cells": [["lora", 0.001, 0], ["lora", 0.003]]}')
+    with pytest.raises(InputError, match=r"compare.json is no list .*cells\.1"):
+        update_manifest(tmp_path, manifest(1, CELL))
+    assert "0.003" in file.read_text()
+
+
+def test_settings_that_a_class_no_longer_has_are_left_out(tmp_path):
+    task = {"data.class_path": "CommonsenseDataModule", "data.init_args.hub_id": "x"}
+    now = GridManifest(task={"data.class_path": "CommonsenseDataModule"}, cells=[CELL])
+    update_manifest(tmp_path, GridManifest(task=task, cells=[CELL]))
+    (tmp_path / "cells" / CELL.name / "version_0").mkdir(parents=True)
+    update_manifest(tmp_path, now)
+    assert read_manifest(tmp_path) == now
+
+
 def test_a_wider_grid_adds_to_it(tmp_path):
     settings = {"model.optimizer.class_path": "app.precond_adamw.PreconditionedAdamW"}
     named = {"model.optimizer.class_path": "PreconditionedAdamW"}  # as this version does
