@@ -1,6 +1,9 @@
 """What the import contract in .importlinter does not say about the tree."""
 
 import ast
+from graphlib import TopologicalSorter
+
+import grimp
 
 from tests.support.paths import ROOT
 
@@ -45,3 +48,10 @@ def test_callbacks_import_no_callback_but_their_base():
 
 def test_train_py_is_a_few_lines():
     assert len((ROOT / "train.py").read_text().splitlines()) <= 12
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = grimp.build_graph("app", "callbacks", "data_modules")
+    imported = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert len(imported) > 100
+    TopologicalSorter(imported).prepare()
