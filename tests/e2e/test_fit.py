@@ -123,7 +123,6 @@ def test_validate_and_test_reproduce_the_final_scores(method, fit, command, tiny
     assert final != summary(folder)["metrics"]["zero_shot"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
 def test_accumulated_batches_of_different_sizes_make_one_token_mean(clip, fit):
     """Twelve rows as 5 + 5 + 2 and as one batch: the same loss, and the same step of plain SGD."""
