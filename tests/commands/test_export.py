@@ -64,7 +64,7 @@ def test_elsewhere_the_model_is_the_trained_one(kind, trained, command, capsys):
     assert not report["unexpected_keys"]
     again = AutoTokenizer.from_pretrained(run / "merged")
     torch.testing.assert_close(logits(merged, again), in_memory, rtol=1e-5, atol=2e-5)
-    assert not (run / "merged.part").exists()
+    assert not list(run.glob("*.part"))
 
 
 def test_the_adapter_alone(trained, command, tmp_path):
