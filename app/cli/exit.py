@@ -45,9 +45,8 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
             raise
         print(f"error: {wrong}", file=sys.stderr, flush=True)
         status = wrong.exit_status
-        if isinstance(
-            wrong, DivergedError
-        ):  # on all processes: a launcher ends those that the first leaves
+        if isinstance(wrong, DivergedError):
+            # All processes diverge together; a launcher kills those that are left behind.
             _finish_wandb(status)
             shutdown()
     except RuntimeError as error:

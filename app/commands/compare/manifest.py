@@ -97,6 +97,6 @@ def _valid_manifest(folder: Path) -> GridManifest:
 def read_manifest(folder: Path) -> GridManifest:
     """Return what a folder's comparison was asked for; an empty manifest for other folders and files."""
     try:
-        return GridManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
-    except (OSError, ValidationError):
+        return _valid_manifest(folder)
+    except InputError:
         return GridManifest()
