@@ -1,4 +1,4 @@
-"""Seven commonsense sets in the form of LLM-Adapters: the model writes the name of an option.
+"""Eight commonsense sets in the form of LLM-Adapters: the model writes the name of an option.
 
 Prompt and reading are those of the authors' eval_commonsense.py. It generates with four beams and
 samples (temperature 0.1, top-p 0.75, top-k 40); here the default is greedy, which gives the same
@@ -14,7 +14,7 @@ from app.models.decoding import Decoding
 from app.utils.errors import InputError
 from data_modules.readers import file_rows
 
-SETTING = "path of the benchmark commonsense"
+SETTING = "path of the benchmark commonsense, or its task"
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -24,6 +24,7 @@ OPTIONS = {
     "boolq": "true|false",
     "piqa": "solution[12]",
     "social_i_qa": _ANSWER,
+    "hellaswag": "ending[1-4]",
     "winogrande": "option[12]",
     "ARC-Easy": _ANSWER,
     "ARC-Challenge": _ANSWER,
@@ -36,7 +37,7 @@ class Commonsense(Benchmark):
 
     Args:
         path: Folder with SET/test.json, the `dataset` folder of AGI-Edgerunners/LLM-Adapters.
-        task: Name or names of the sets; null takes all seven.
+        task: Name or names of the sets; null takes all eight.
         max_new_tokens: Most tokens of an output.
         temperature: 0 is greedy.
         top_p: Probability of the tokens that are sampled from.
@@ -45,7 +46,7 @@ class Commonsense(Benchmark):
     """
 
     name = "commonsense"
-    version = "1"
+    version = "2"
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ SETS = {
     "boolq": (3270, ("true", "false")),
     "piqa": (1838, ("solution1", "solution2")),
     "social_i_qa": (1954, FIVE),
+    "hellaswag": (10042, tuple(f"ending{i}" for i in range(1, 5))),
     "winogrande": (1267, ("option1", "option2")),
     "ARC-Easy": (2376, FIVE),
     "ARC-Challenge": (1172, FIVE),
@@ -27,6 +28,25 @@ ROW = {
     "answer": "true",
 }
 
+ENDINGS = {
+    "instruction": "Please choose the correct ending to complete the given sentence: Travel: [header] How "
+    "to become an au pair in spain [title] Consult online databases that list opportunities for working as "
+    "an au pair in spain. [step] Alternatively, contract the services of a firm which will charge a fee in "
+    "return for finding a position and providing logistical support throughout your stay. [title] Ensure "
+    "that your language skills are adequate for your potential employers' needs.\n\nEnding1: [step] Not "
+    "ensuring fluent skills can be difficult, and employers may see you as weak in language such as spanish "
+    "or french as a vulnerable you. A respectful, educated, articulate language can also be valuable. "
+    "Ending2: [step] Correspond with all potential employers before leaving for spain. [title] Agree to "
+    "terms with your employer before accepting a position. Ending3: [step] Speak english, french and spanish "
+    "as many times as you can. A few words may not be enough if you are already an au pair but your english "
+    "skills are desirable. Ending4: [step] You can find a formal language program in madrid or milan in the "
+    "region to apply for a job in this area. Also check to ensure that you both can speak english and french."
+    "\n\nAnswer format: ending1/ending2/ending3/ending4",
+    "input": "",
+    "output": "the correct answer is ending2",
+    "answer": "ending2",
+}
+
 
 def write(folder, name, content):
     (folder / name).mkdir()
@@ -37,10 +57,12 @@ def write(folder, name, content):
 @needs_data("commonsense")
 def test_the_real_files():
     """All rows are read, and the sentence that models are trained to write is right in each."""
-    benchmark = Commonsense(str(REAL))
+    sets = [name for name in SETS if name != "hellaswag"]  # not among the files
+    benchmark = Commonsense(str(REAL), sets)
     questions = benchmark.load()
     number = 0
-    for name, (size, words) in SETS.items():
+    for name in sets:
+        size, words = SETS[name]
         rows = json.loads((REAL / name / "test.json").read_text())
         assert len(rows) == size
         for place, row in enumerate(rows):
@@ -52,7 +74,16 @@ def test_the_real_files():
             assert benchmark.score(asked, [wrong])["accuracy"] == 0
             assert row["instruction"] in asked.prompt
     assert number == len(questions) == 12377
-    assert benchmark.score_names(questions) == ["accuracy", *(f"accuracy/{s}" for s in SETS)]
+    assert benchmark.score_names(questions) == ["accuracy", *(f"accuracy/{s}" for s in sets)]
+
+
+def test_a_real_row_of_hellaswag(tmp_path):
+    benchmark = Commonsense(write(tmp_path, "hellaswag", [ENDINGS]), "hellaswag")
+    [asked] = benchmark.load()
+    assert asked.prompt.endswith(f"{ENDINGS['instruction']}\n\n### Response:\n")
+    for output, accuracy in ((ENDINGS["output"], 1), ("the correct answer is ending3", 0)):
+        scores = {"accuracy": accuracy, "accuracy/hellaswag": accuracy}
+        assert benchmark.score(asked, [output]) == scores
 
 
 def test_each_option_is_read():
@@ -72,6 +103,8 @@ def test_each_option_is_read():
         ("piqa", "solution2\n\n### Instruction", "solution2"),
         ("piqa", "Solution2", None),
         ("piqa", "solution3 or solution1", "solution1"),
+        ("hellaswag", "the correct answer is ending4", "ending4"),
+        ("hellaswag", "Ending1 or ending5 or ending3", "ending3"),
         ("winogrande", "option3", None),
         ("winogrande", "the correct answer is option2 and not option1", "option2"),
         ("ARC-Easy", "the correct answer is answer4", "answer4"),
@@ -102,7 +135,7 @@ def test_the_mean_of_sets_counts_each_set_once():
     assert Commonsense("x").combine(scores) == {"mean_of_sets": 0.625, **scores}
 
 
-@pytest.mark.parametrize("task", ["hellaswag", [], ["boolq", "boolq"], ["boolq", "arc"]])
+@pytest.mark.parametrize("task", ["siqa", [], ["boolq", "boolq"], ["boolq", "arc"]])
 def test_unknown_sets(task):
     with pytest.raises(InputError, match=r"task=.*expected one of boolq, piqa"):
         Commonsense("x", task)
