@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -76,8 +77,9 @@ class TextEncoder:
     def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Tokenize prompts as the model reads them before it answers; the same in training and benchmarks.
 
-        Spaces at the end are dropped: an answer begins with its own. BOS is there only where the tokenizer adds
-        it unasked; an encoder's tokens have the tokenizer's own special ones.
+        Spaces at the end are dropped: an answer begins with its own. What the tokenizer adds before a text
+        unasked, such as BOS, stands before a prompt; what it adds behind, such as EOS, stands behind prompts of
+        encoders only: a causal model goes on with the answer. A chat template writes such tokens itself.
 
         Raises:
             InputError: `chat_template` with a tokenizer that has none.
@@ -89,9 +91,32 @@ class TextEncoder:
             return tokenizer(texts, add_special_tokens=False)["input_ids"]
         if self.is_encoder_decoder:
             return tokenizer(texts)["input_ids"]
-        first_id = tokenizer("a")["input_ids"][0]
-        bos = [first_id] if first_id == tokenizer.bos_token_id else []
-        return [bos + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        return [
+            self.prefix + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ]
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """Return the special tokens that the tokenizer adds before a text unasked: mostly BOS, or none.
+
+        Raises:
+            InputError: They change the tokens of the text itself.
+        """
+        tokenizer = self.tokenizer
+        text, whole = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+        for begin in range(len(whole) - len(text) + 1):
+            if whole[begin : begin + len(text)] == text:
+                return whole[:begin]
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} reads 'a' as {whole} with its special tokens and as "
+            f"{text} without them: expected the same tokens between others; change --model.name"
+        )
+
+    def last_tokens(self, ids: list[int], room: int) -> list[int]:
+        """Return the last tokens of a prompt, behind the prefix (in a chat template, BOS) it begins with."""
+        marks = (self.prefix, [self.tokenizer.bos_token_id])
+        kept = next((mark for mark in marks if mark and ids[: len(mark)] == mark), [])
+        return kept + ids[len(ids) - room + len(kept) :]
 
     def answer_prefix(self, prompt: str = "") -> str:
         """Return what goes before an answer so that its first token is the one used inside a text.
@@ -161,7 +186,7 @@ class TextEncoder:
     ) -> tuple[list[EncodedRow], int]:
         """Tokenize prompts and answers apart, and cut the prompts that are too long or drop their rows.
 
-            causal:          [BOS] prompt + answer + EOS    BOS only where the tokenizer adds it unasked
+            causal:          [BOS] prompt + answer + EOS    BOS, or other tokens, where the tokenizer adds them
             chat template:   the user's turn + answer + the end of a turn
             encoder-decoder: prompt with the tokenizer's own special tokens, and answer + EOS
 

@@ -75,9 +75,8 @@ class BenchmarkQuestions:
         ]
         prompts = encoder.prompts([question.prompt for question in questions])
         prompts = self._shortened(prompts, benchmark, choices, encoder)
-        form = f"{encoder.chat_template} {encoder.context_length}"
         encoded = [
-            EncodedQuestion(question, ids, digest(f"{form} {question.prompt}"))
+            EncodedQuestion(question, ids, digest(" ".join(map(str, ids))))
             for question, ids in zip(questions, prompts, strict=True)
         ]
         return PreparedBenchmark(benchmark, encoded, choices)
@@ -116,14 +115,7 @@ class BenchmarkQuestions:
                 f"{self.num_cut[name]} of {len(prompts)} prompts of {name} lost their beginning: the model's "
                 f"context has {context} tokens (--data.long_prompts=refuse stops instead)"
             )
-        bos = encoder.tokenizer.bos_token_id
-        return [ids if len(ids) <= room else _last(ids, room, bos) for ids in prompts]
-
-
-def _last(ids: list[int], room: int, bos: int | None) -> list[int]:
-    """Return the last tokens of a prompt, behind its BOS if it has one."""
-    kept = ids[:1] if ids[0] == bos else []
-    return kept + ids[len(ids) - room + len(kept) :]
+        return [ids if len(ids) <= room else encoder.last_tokens(ids, room) for ids in prompts]
 
 
 def question_loaders(

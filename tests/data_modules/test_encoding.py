@@ -60,19 +60,38 @@ def test_encoder_decoder_batch_token_by_token(seq2seq):
     assert alone.answer_ids.tolist() == [*answer, seq2seq.eos_token_id], "no second space"
 
 
-def test_bos_only_where_the_tokenizer_adds_it(causal, seq2seq):
+@pytest.mark.parametrize(
+    ("template", "bos", "prefix"),
+    [
+        (None, "<bos>", []),  # there is one, which the tokenizer does not add
+        ("<bos> $A", "<bos>", ["<bos>"]),
+        ("$A <eos>", "<bos>", []),
+        ("<bos> $A <eos>", "<bos>", ["<bos>"]),
+        ("<mask> <sop> $A", None, ["<mask>", "<sop>"]),  # GLM-4 has no BOS
+        ("<sop> <sop> $A <eos> <mask>", None, ["<sop>", "<sop>"]),
+    ],
+)
+def test_a_prompt_begins_with_all_that_the_tokenizer_adds(causal, template, bos, prefix):
     core = Tokenizer.from_str(causal.backend_tokenizer.to_str())
-    core.add_special_tokens(["<bos>"])
-    bos = core.token_to_id("<bos>")
-    silent = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>")
-    assert bos not in TextEncoder(silent).rows([row("bad")], 128)[0][0].prompt_ids
-    core.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", bos)]
-    )
-    adding = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>")
-    encoded = TextEncoder(adding).rows([row("bad")], 128)[0][0]
-    assert encoded.prompt_ids[0] == bos
-    assert bos not in [*encoded.prompt_ids[1:], *encoded.answer_ids]
+    core.add_special_tokens(["<bos>", "<mask>", "<sop>"])
+    ids = {token: core.token_to_id(token) for token in ("<bos>", "<mask>", "<sop>", "<eos>")}
+    if template is not None:
+        core.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=list(ids.items())
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token="<eos>")
+    encoder = TextEncoder(tokenizer)
+    long = row("good " * 50)
+    (encoded, cut), _ = encoder.rows([row("bad"), long], 40)
+    text = tokenizer("classify the text: bad\nresult:", add_special_tokens=False)["input_ids"]
+    assert encoded.prompt_ids.tolist() == [ids[token] for token in prefix] + text
+    assert encoded.answer_ids.tolist()[-1] == ids["<eos>"]
+    assert not set(encoded.answer_ids[:-1]) & set(ids.values())
+    for special in (cut.prompt_ids.tolist(), *encoder.prompts([long.prompt])):
+        marks = [token for token in special if token in ids.values()]
+        assert marks == special[: len(marks)] == [ids[token] for token in prefix]
+    seq2seq = TextEncoder(tokenizer, is_encoder_decoder=True)
+    assert seq2seq.prompts([long.prompt]) == tokenizer([long.prompt.rstrip()])["input_ids"]
 
 
 @pytest.mark.parametrize("is_encoder_decoder", [False, True])

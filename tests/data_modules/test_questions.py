@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers import processors
 
 from app.evaluation.benchmark import BENCHMARK
 from app.utils.errors import InputError
@@ -50,18 +51,21 @@ def test_long_prompts_lose_their_beginning(is_encoder_decoder, tiny_tokenizer):
         prepare(Writing(), encoder=encoder, long_prompts="refuse")
 
 
-def test_a_prompt_that_is_cut_keeps_its_bos(tiny_tokenizer, monkeypatch):
-    bos = tiny_tokenizer.bos_token_id
-    encoder = TextEncoder(tiny_tokenizer, context_length=60)
-    long = "x" * 99
-    prompts = TextEncoder.prompts
-    monkeypatch.setattr(
-        TextEncoder, "prompts", lambda self, texts: [[bos, *ids] for ids in prompts(self, texts)]
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prompt_that_is_cut_keeps_what_it_begins_with(chat, tiny_tokenizer, monkeypatch):
+    bos, unk = tiny_tokenizer.bos_token_id, tiny_tokenizer.unk_token_id
+    tiny_tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    tiny_tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> <bos> $A <eos>", special_tokens=[("<unk>", unk), ("<bos>", bos), ("<eos>", 1)]
     )
-    monkeypatch.setattr("tests.support.toy_benchmarks.FILMS", (long,))
+    encoder = TextEncoder(tiny_tokenizer, chat_template=chat, context_length=60)
+    monkeypatch.setattr("tests.support.toy_benchmarks.FILMS", ("x" * 99,))
     with pytest.warns(UserWarning, match="lost their beginning"):
         (prepared,) = prepare(Writing(), encoder=encoder)
-    assert {(len(q.prompt_ids), q.prompt_ids[0]) for q in prepared.questions} == {(54, bos)}
+    kept = [bos] if chat else [unk, bos]
+    for question in prepared.questions:
+        text = tiny_tokenizer(question.question.prompt, add_special_tokens=False)["input_ids"]
+        assert list(question.prompt_ids) == kept + text[len(kept) - 54 :]
 
 
 @pytest.mark.parametrize(
