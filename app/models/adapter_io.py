@@ -1,10 +1,9 @@
 """Save, load and merge adapters, in PEFT's layout."""
 
-import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -12,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from app.models.lora import ADAPTER, lora_pairs, tied_target_layers
+from app.models.adapter_format import factor_of, fold_scaling
+from app.models.lora import ADAPTER, tied_target_layers
 from app.utils.errors import InputError
 
 
@@ -26,8 +26,8 @@ def save_adapter(
 
         W - s B_0 A_0 + s B A  =  W + s [B, -B_0] [A; A_0]
 
-    so that, if initial factors (B_0, A_0) were subtracted from the base, the adapter written has rank 2r, and
-    lora_alpha such that the scaling s is the same.
+    so that, if initial factors (B_0, A_0) were subtracted from the base, the adapter written has rank 2r. Its
+    lora_alpha is s times its rank, without rsLoRA: some tools know no other scaling.
 
     Args:
         model: The trained PEFT model.
@@ -36,35 +36,36 @@ def save_adapter(
         subtracted_factors: lora_A (r, n) and lora_B (m, r) that were subtracted from the base, by layer;
             None if none were.
     """
-    config: Any = model.peft_config[ADAPTER]
-    config.base_model_name_or_path = base_name
-    if not subtracted_factors:
-        # Asking whether the vocabulary was resized would contact the hub; embeddings are never trained.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
-        return
+    # Asking whether the vocabulary was resized would contact the hub; embeddings are never trained whole.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    for pair in lora_pairs(model):
-        A_0, B_0 = subtracted_factors.get(
-            pair.name, (torch.zeros_like(pair.lora_A), torch.zeros_like(pair.lora_B))
-        )
-        names = [f"base_model.model.{pair.name}.{factor}.weight" for factor in ("lora_A", "lora_B")]
-        A, B = (state[name].detach().cpu() for name in names)
-        state[names[0]] = torch.cat([A, A_0.cpu()]).contiguous()
-        state[names[1]] = torch.cat([B, -B_0.cpu()], dim=1).contiguous()
+    config: Any = fold_scaling(cast(LoraConfig, model.peft_config[ADAPTER]), state)
+    config.base_model_name_or_path = base_name
+    config.inference_mode = True
+    if subtracted_factors:
+        state = _with_subtracted(state, subtracted_factors)
+        config.r *= 2
+        config.lora_alpha *= 2
+        config.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
+        config.alpha_pattern = {name: 2 * alpha for name, alpha in config.alpha_pattern.items()}
     folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _of_twice_the_rank(config).save_pretrained(str(folder))
+    config.save_pretrained(str(folder))
 
 
-def _of_twice_the_rank(config: Any) -> LoraConfig:
-    """Return the configuration of an adapter with twice the rank and the same scaling, in every layer."""
-    factor = 2**0.5 if config.use_rslora else 2
-    wide = copy.deepcopy(config)
-    wide.r *= 2
-    wide.lora_alpha *= factor
-    wide.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
-    wide.alpha_pattern = {name: factor * a for name, a in config.alpha_pattern.items()}
-    wide.inference_mode = True
+def _with_subtracted(
+    state: Mapping[str, Tensor], factors: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """Return [A; A_0] and [B, -B_0] for the factors of each layer, with zeros where none were subtracted."""
+    wide = dict(state)
+    for key, value in state.items():
+        if (factor := factor_of(key)) is None:
+            continue
+        name, side = factor
+        other = torch.zeros_like(value)
+        if name in factors:
+            other = factors[name][0] if side == "A" else -factors[name][1]
+        wide[key] = torch.cat([value.cpu(), other.cpu()], dim=0 if side == "A" else 1)
     return wide
 
 

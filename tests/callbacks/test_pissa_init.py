@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from app.initialization.factors import pissa_factors
 from app.models.adapter_io import save_adapter
 from app.models.lora import base_weight, lora_pairs
+from tests.support.alpha_r_reader import with_adapter
 from tests.support.one_step_oracle import BUILDERS, make_batches
 from tests.support.subtracted import R, initialized, peft_config
 from tests.support.watched_fit import logits, plain_loop
@@ -53,11 +54,12 @@ def test_the_initialization_changes_nothing_and_the_export_fits_the_untouched_ba
     assert not torch.allclose(trained, before, atol=1e-2)
     save_adapter(model, tmp_path, "somewhere", factors)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["r"] == 2 * R
+    assert (config["r"], config["use_rslora"]) == (2 * R, False)
     assert config["base_model_name_or_path"] == "somewhere"
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert torch.allclose(logits(loaded), trained, atol=1e-4)
     assert lora_pairs(loaded)[0].scaling == pytest.approx(lora_pairs(model)[0].scaling)
+    assert torch.allclose(logits(with_adapter(base, tmp_path)), trained, atol=1e-4)
 
 
 @pytest.mark.parametrize("build", BUILDERS)

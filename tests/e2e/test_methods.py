@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora, install, lora_pairs
+from tests.support.alpha_r_reader import with_adapter
 from tests.support.run_folders import same_weights, summary, weights
 from tests.support.watched_fit import logits, plain_loop
 
@@ -53,6 +54,9 @@ def test_what_a_run_leaves_computes_what_was_trained_and_a_resumed_run_leaves_th
     else:
         model = AutoPeftModelForCausalLM.from_pretrained(whole / "adapter")
     trained = watched_fit["logits"]
+    if method in METHODS:
+        served = with_adapter(copy.deepcopy(base), whole / "adapter")
+        assert torch.allclose(logits(served), trained, atol=1e-5)
     assert torch.allclose(logits(model), trained, atol=1e-6)
     assert not torch.allclose(logits(base), trained, atol=1e-3)
     # The same by the project's own commands.

@@ -17,6 +17,7 @@ from app.models.lora import (
     without_adapters,
 )
 from app.utils.errors import InputError
+from tests.support.alpha_r_reader import with_adapter
 from tests.support.one_step_oracle import BUILDERS, make_batches, model_inputs
 
 PER_BLOCK = {"tiny_llama": 7 * 2, "tiny_gpt2": 4 * 2, "tiny_t5": 6 * 2 + 10 * 2}
@@ -97,7 +98,7 @@ def test_merged_weights_are_the_base_plus_scaled_product(build, use_rslora, requ
 
 
 def test_saved_adapter_loads_on_a_fresh_base(tiny_llama, tmp_path):
-    """By ours, for training or not, and by plain PEFT; the file says plain LoRA."""
+    """By ours, for training or not, by plain PEFT, and by a reader of lora_alpha / r alone."""
     batch = make_batches(False)[0]
     wrapped = trained(tiny_llama()).eval()
     wanted = logits(wrapped, batch)
@@ -105,7 +106,12 @@ def test_saved_adapter_loads_on_a_fresh_base(tiny_llama, tmp_path):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/base"
     assert config["init_lora_weights"] is True
-    assert config["use_rslora"] is True
+    assert config["use_rslora"] is False
+    assert config["lora_alpha"] == 32  # 16 / sqrt(4) * 4
+    assert isinstance(config["lora_alpha"], int)
+    assert torch.allclose(
+        logits(with_adapter(tiny_llama(), tmp_path / "adapter"), batch), wanted, atol=1e-5
+    )
     for trainable in (True, False):
         loaded = load_adapter(tiny_llama(), tmp_path / "adapter", trainable).eval()
         assert torch.equal(logits(loaded, batch), wanted)

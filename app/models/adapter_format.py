@@ -1,0 +1,57 @@
+"""Write an adapter so that readers which know lora_alpha / r alone apply it as it was trained."""
+
+import copy
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+
+
+def factor_of(key: str) -> tuple[str, str] | None:
+    """Return the layer's name and "A" or "B" for the key of a LoRA factor in an adapter's file; else None."""
+    match = _FACTOR.fullmatch(key)
+    return None if match is None else (match[1], match[2])
+
+
+def fold_scaling(config: LoraConfig, keys: Iterable[str]) -> LoraConfig:
+    """Return an adapter's configuration with each layer's scaling as lora_alpha / r, without rsLoRA.
+
+        lora_alpha / sqrt(r) = (lora_alpha sqrt(r)) / r
+
+    SGLang and llama.cpp ignore `use_rslora`. A layer whose lora_alpha differs from that of the others then,
+    since a pattern sets its rank or its lora_alpha, is named in `alpha_pattern`.
+
+    Args:
+        config: PEFT's, of LoRA or AdaLoRA; not modified.
+        keys: Keys of the adapter's tensors.
+    """
+    folded: Any = copy.deepcopy(config)
+    folded.lora_alpha = _whole(config.lora_alpha)
+    if not config.use_rslora:
+        return folded
+    folded.use_rslora = False
+    folded.lora_alpha = _whole(config.lora_alpha * math.sqrt(config.r))
+    folded.alpha_pattern = {}
+    for name in dict.fromkeys(factor[0] for key in keys if (factor := factor_of(key))):
+        r, alpha = rank_and_alpha(config, name)
+        if _whole(alpha * math.sqrt(r)) != folded.lora_alpha:
+            folded.alpha_pattern[f"^{name}"] = _whole(alpha * math.sqrt(r))
+    return folded
+
+
+def rank_and_alpha(config: LoraConfig, name: str) -> tuple[int, float]:
+    """Return r and lora_alpha of the layer of that name, as PEFT reads them from the patterns."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    r = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    return r, alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+
+
+def _whole(number: float) -> int | float:
+    """Return a number that is whole up to its rounding as an integer, the type of PEFT's lora_alpha."""
+    nearest = round(number)
+    return nearest if math.isclose(number, nearest, rel_tol=1e-12) else number
