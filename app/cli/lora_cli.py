@@ -179,7 +179,7 @@ class LoraCLI(LightningCLI):
                 kwargs["plugins"].append(CheckpointFiles())
             trainer = super().instantiate_trainer(**kwargs)
             check_trainer(trainer)
-        except (ValueError, ImportError, MisconfigurationException) as error:
+        except (ValueError, ImportError, RuntimeError, MisconfigurationException) as error:
             if self.resume_point is None:
                 remove_unused_folder(loggers)
             if isinstance(error, InputError):

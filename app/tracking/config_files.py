@@ -21,22 +21,27 @@ METHOD_SWITCHES = (
     "--model.adapter.adalora=null",
 )
 """What every file in `configs/methods/` begins from, so that it names only what its method has otherwise."""
+LISTS = ("callbacks", "logger", "plugins")
+"""Settings of the trainer that hold several classes; `callbacks+` in a file appends to the list."""
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
     """Replace config names by paths, and `--run FOLDER` by that run's config and adapter or model.
 
     Of several overlays in `configs/methods/` the last one counts: what another one has set to null, such as
-    the initialization, could not be had back.
+    the initialization, could not be had back. Those in `configs/callbacks/` come behind all other files.
 
     Raises:
         InputError: A file is missing or is no YAML, or an option sets what a file has switched off.
     """
     expanded: list[str] = []
     off: dict[str, Path] = {}
-    named = _named_files(arguments)
+    lists: dict[str, dict[str, Path]] = {}
+    named = _appended_last(_named_files(arguments))
     methods = [
-        i for i, (option, name) in enumerate(named) if option == "--config" and _is_method(name)
+        i
+        for i, (option, name) in enumerate(named)
+        if option == "--config" and _is_overlay("methods", name)
     ]
     for i, (option, value) in enumerate(named):
         if i in methods[:-1]:
@@ -51,7 +56,9 @@ def expand(arguments: Sequence[str]) -> list[str]:
             expanded += [f"--config={_current(run.config)}", f"--model.{trained}"]
         elif option == "--config":
             path = find_config(value)
-            _note_null(off, path, _read_yaml(path))
+            content = _read_yaml(path)
+            _note_null(off, path, content)
+            _note_lists(lists, path, content)
             expanded.append(f"--config={_current(path)}")
         else:
             expanded.append(value)
@@ -81,8 +88,48 @@ def _named_files(arguments: Sequence[str]) -> list[tuple[str | None, str]]:
     return pairs
 
 
-def _is_method(name: str) -> bool:
-    return find_config(name).resolve().parent == CONFIGS / "methods"
+def _is_overlay(kind: str, name: str) -> bool:
+    return find_config(name).resolve().parent == CONFIGS / kind
+
+
+def _appended_last(named: list[tuple[str | None, str]]) -> list[tuple[str | None, str]]:
+    """Move overlays that append callbacks, and the options of callbacks, behind everything else.
+
+    A file that sets the list would replace what an overlay before it has appended.
+    """
+    if not any(o == "--config" and _is_overlay("callbacks", name) for o, name in named):
+        return named
+    others: list[tuple[str | None, str]] = []
+    appended: list[tuple[str | None, str]] = []
+    target = others
+    for option, value in named:
+        if option is not None or value.startswith("--"):  # else the value of the option before
+            overlay = option == "--config" and _is_overlay("callbacks", value)
+            target = appended if overlay or value.startswith("--trainer.callbacks") else others
+        target.append((option, value))
+    return others + appended
+
+
+def _note_lists(lists: dict[str, dict[str, Path]], path: Path, content: dict[str, Any]) -> None:
+    """Note the classes in the trainer's lists; warn of those that a file drops by setting the list anew."""
+    trainer = content.get("trainer")
+    for key, value in trainer.items() if isinstance(trainer, dict) else ():
+        name = key.removesuffix("+")
+        parts = value if isinstance(value, list) else [value]
+        named = (part.get("class_path") if isinstance(part, dict) else part for part in parts)
+        kinds = [kind for kind in named if isinstance(kind, str)]
+        if name not in LISTS or not kinds:
+            continue
+        before = lists.get(name, {})
+        dropped = [kind for kind in before if kind not in kinds and name == key]
+        if dropped:
+            from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # not for `report`
+
+            rank_zero_warn(
+                f"--config {path} sets trainer.{name}, which drops {', '.join(dropped)} of "
+                f"{before[dropped[0]]}: write {name}+ there to append to the list"
+            )
+        lists[name] = {**(before if name != key else {}), **dict.fromkeys(kinds, path)}
 
 
 def _note_null(

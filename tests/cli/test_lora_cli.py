@@ -56,6 +56,52 @@ def test_overlays_compose_in_order(parsed):
     assert config.data.init_args.batch_size == 5
 
 
+WATCH = ("--config", "callbacks/alignment.yaml", "--trainer.callbacks.num_samples", "4")
+
+
+OWN_CALLBACK = """
+trainer:
+  callbacks:
+  - {{class_path: lightning.pytorch.callbacks.{}, init_args: {{monitor: val/loss}}}}
+"""
+
+
+@pytest.mark.parametrize("watched_first", [False, True])
+def test_an_overlay_of_callbacks_keeps_those_of_the_user(watched_first, parsed, tiny_run, tmp_path):
+    (tmp_path / "own.yaml").write_text(OWN_CALLBACK.format("EarlyStopping"))
+    own = ("--config", tmp_path / "own.yaml")
+    files = (*WATCH, *own) if watched_first else (*own, *WATCH)
+    config = parsed("--config", tiny_run, *files, "--trainer.max_steps", "2")
+    early, watch = config.trainer.callbacks
+    assert early.class_path == "lightning.pytorch.callbacks.EarlyStopping"
+    assert watch.class_path == "callbacks.alignment_monitor.AlignmentMonitor"
+    assert watch.init_args.num_samples == 4
+    assert config.trainer.max_steps == 2
+
+
+def test_a_file_that_drops_the_callbacks_of_another_is_named(parsed, tiny_run, tmp_path):
+    for name in ("EarlyStopping", "ModelCheckpoint"):
+        (tmp_path / f"{name}.yaml").write_text(OWN_CALLBACK.format(name))
+    early, saves = (tmp_path / f"{name}.yaml" for name in ("EarlyStopping", "ModelCheckpoint"))
+    with pytest.warns(UserWarning, match="trainer.callbacks, which drops") as told:
+        config = parsed("--config", tiny_run, "--config", early, "--config", saves)
+    [message] = [str(warning.message) for warning in told if "drops" in str(warning.message)]
+    assert (
+        f"drops lightning.pytorch.callbacks.EarlyStopping of {early}: write callbacks+" in message
+    )
+    assert len(config.trainer.callbacks) == 1
+    saves.write_text(saves.read_text().replace("callbacks:", "callbacks+:"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*which drops")
+        config = parsed("--config", tiny_run, "--config", early, "--config", saves)
+    assert len(config.trainer.callbacks) == 2
+
+
+def test_a_callback_that_is_listed_twice_is_refused(refused, tiny_run):
+    told = refused("fit", "--config", tiny_run, *WATCH, *WATCH)
+    assert "more than one stateful callback of type `AlignmentMonitor`" in told
+
+
 @pytest.mark.parametrize(
     ("overlay", "option", "section"),
     [
