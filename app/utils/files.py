@@ -1,11 +1,13 @@
 """Read, write, hash and lock files; a file is written whole or not at all."""
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
@@ -96,15 +98,61 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder that becomes `path` when the block ends, and is removed after an error."""
+    """Yield a new folder that becomes `path` when the block ends, and is removed after an error.
+
+    Its files can be read by whom the umask lets read new files: safetensors writes them for their owner alone.
+    Unfinished folders for `path` whose processes were killed are removed.
+    """
     part = path.with_name(f"{path.name}.{uuid4().hex[:8]}{PART}")  # nobody else's
-    part.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as until_the_end:
+        with _folder_lock(path.parent):  # no unfinished folder is without its lock then
+            _remove_abandoned(path)
+            part.mkdir()
+            until_the_end.enter_context(_folder_lock(part))
+        try:
+            yield part
+            _obey_umask(part)
+            part.replace(path)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _folder_lock(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a folder's lock, until the process is killed at the longest; yield whether that is so.
+
+    It is not where another process has the lock, unless we wait, nor on a file system without locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield part
-        part.replace(path)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the unfinished folders for `path` whose processes no longer hold their locks."""
+    ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}" + re.escape(PART))
+    for folder in path.parent.iterdir():
+        if ours.fullmatch(folder.name) and folder.is_dir():
+            with _folder_lock(folder, wait=False) as held:
+                if held:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _obey_umask(folder: Path) -> None:
+    """Give all files in a folder that we have just made the mode of a new file."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def write_json(path: Path, data: Any) -> None:

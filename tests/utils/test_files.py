@@ -1,9 +1,16 @@
 """Files are written whole or not at all."""
 
 import json
+import os
+import signal
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from app.utils.errors import InputError
 from app.utils.files import (
@@ -15,6 +22,7 @@ from app.utils.files import (
     read_json,
     write_json,
 )
+from tests.support.paths import ROOT
 
 
 def interrupted(path):
@@ -82,3 +90,46 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         assert not (tmp_path / "new").exists()
     names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")}
     assert names == {"new", "new/file", "new.part", "new.part/mine"}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from app.utils.files import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as part:
+    (part / "half").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_leaves_goes_and_what_a_living_one_writes_stays(tmp_path):
+    target = tmp_path / "merged"
+    killed = subprocess.run([sys.executable, "-c", KILLED, target], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    [half] = tmp_path.glob("merged.*.part")
+
+    def write_twice():
+        with atomic_folder(target) as living:
+            assert not half.exists()
+            with atomic_folder(target) as other:
+                assert living.exists()
+                (other / "second").touch()
+
+    with pytest.raises(OSError, match="not empty"):
+        write_twice()
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert names == ["merged", "merged/second"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_files_of_a_folder_obey_the_umask(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "model") as part:
+            (part / "inner").mkdir()
+            save_file({"weight": torch.zeros(2)}, part / "inner" / "model.safetensors")
+            (part / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [mode, mode]
