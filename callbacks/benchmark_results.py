@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.tracking.loggers import OutputSettings, run_folder_of
+from app.tracking.model_card import write_run_card
 from app.tracking.record import RunRecord
 from app.tracking.run_folder import RunFolder
 from app.tracking.wandb_summary import log_test_scores
@@ -62,5 +63,8 @@ class BenchmarkResults(Callback):
             scores = logged_scores(trainer, "test/")
             record.metrics["test"] = {**record.metrics.get("test", {}), **scores}
             record.write(summary)
+            for trained in (self.folder.adapter, self.folder.model):
+                if trained.is_dir():
+                    write_run_card(self.folder, trained)
             if self.output is not None:
                 log_test_scores(self.folder, self.output)

@@ -12,9 +12,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.distributed.collectives import largest_over_processes, sum_over_processes
 from app.models.adapter_io import save_adapter, save_model
+from app.models.loading import base_reference
 from app.models.lora import is_adapted
 from app.tracking.loggers import remove_unused_folder, run_folder_of
 from app.tracking.metrics_table import read_metrics
+from app.tracking.model_card import write_run_card
 from app.tracking.plots import write_plots
 from app.tracking.record import DataRecord, TrainRecord
 from app.tracking.wandb_summary import keep_wandb_run, log_run_summary
@@ -145,7 +147,8 @@ class RunReport(Callback):
         adapter = None
         if is_adapted(module.model):
             adapter = folder.adapter
-            save_adapter(module.model, adapter, module.source.name, module.subtracted_factors)
+            base, revision = base_reference(module.source)
+            save_adapter(module.model, adapter, base, module.subtracted_factors, revision)
             module.tokenizer.save_pretrained(str(adapter))
         else:
             save_model(module.base, module.tokenizer, folder.model)
@@ -153,6 +156,7 @@ class RunReport(Callback):
             folder.path, read_metrics(folder.metrics), record.metrics, record.init.layers
         )
         record.write(folder.summary)
+        write_run_card(folder, adapter or folder.model)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 log_run_summary(logger, record, plots, adapter)

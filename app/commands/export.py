@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from app.models.adapter_io import load_adapter, merge_adapter, save_model
 from app.models.loading import load_model, load_tokenizer, model_fingerprint
 from app.models.source import resolve_model
+from app.tracking.model_card import write_run_card
 from app.tracking.run_folder import RunFolder
 from app.utils.command_parser import CommandParser
 from app.utils.errors import InputError
@@ -51,6 +52,7 @@ def export(folder: RunFolder, merge: bool, target: Path) -> None:
     if whole or not merge:
         with atomic_folder(target) as part:
             shutil.copytree(folder.model if whole else folder.adapter, part, dirs_exist_ok=True)
+            write_run_card(folder, part)
         return
     settings = yaml.safe_load(folder.config.read_text())["model"]
     summary = json.loads(folder.summary.read_text())
@@ -66,3 +68,4 @@ def export(folder: RunFolder, merge: bool, target: Path) -> None:
     trained = load_adapter(base, folder.adapter, trainable=False)
     with atomic_folder(target) as part:
         save_model(merge_adapter(trained), load_tokenizer(source), part)
+        write_run_card(folder, part)

@@ -21,6 +21,7 @@ def save_adapter(
     folder: Path,
     base_name: str,
     subtracted_factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    revision: str | None = None,
 ) -> None:
     """Write the adapter in PEFT's layout, as one that every tool can load onto the untouched base.
 
@@ -35,11 +36,12 @@ def save_adapter(
         base_name: Written as `base_model_name_or_path`.
         subtracted_factors: lora_A (r, n) and lora_B (m, r) that were subtracted from the base, by layer;
             None if none were.
+        revision: Of the base model on the Hub.
     """
     # Asking whether the vocabulary was resized would contact the hub; embeddings are never trained whole.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     config: Any = fold_scaling(cast(LoraConfig, model.peft_config[ADAPTER]), state)
-    config.base_model_name_or_path = base_name
+    config.base_model_name_or_path, config.revision = base_name, revision
     config.inference_mode = True
     if subtracted_factors:
         state = _with_subtracted(state, subtracted_factors)

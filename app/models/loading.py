@@ -125,6 +125,23 @@ def local_directory(source: ModelSource) -> Path | None:
     return Path(_load_args(source)["pretrained_model_name_or_path"])
 
 
+def base_reference(source: ModelSource) -> tuple[str, str | None]:
+    """Return how an adapter names its base model, so that PEFT loads it from any working directory.
+
+    A Hub model by its id and commit. Anything else by the absolute path of the directory that is loaded, which
+    for a GGUF file is its float32 copy in the cache: PEFT would take a relative path for one below the working
+    directory, or for a Hub id. The adapter's folder may be moved; on another machine, which has the base
+    elsewhere, load the base yourself and give it to `PeftModel.from_pretrained`.
+
+    Returns:
+        `base_model_name_or_path` and `revision` of PEFT's configuration.
+    """
+    folder = local_directory(source)
+    if folder is None:
+        return source.name.partition("@")[0], source.load_args["revision"]
+    return str(folder.expanduser().absolute()), None
+
+
 def _load_args(source: ModelSource) -> dict[str, Any]:
     """Return where to load from, after a GGUF file has become a directory."""
     if "gguf_file" not in source.load_args:

@@ -1,11 +1,13 @@
 """A trained adapter taken away: PEFT and plain transformers give the trained model's logits."""
 
 import json
+import os
 import shutil
 
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -28,7 +30,7 @@ def logits(model, tokenizer):
 def trained(command, tiny_run, run_models, tmp_path, monkeypatch):
     """Return `trained(kind)`: the run's folder, its base, and the logits of the model in memory."""
 
-    def train(kind):
+    def train(kind, relative=False):
         base = tmp_path / kind
         shutil.copytree(run_models / kind, base)
         kept = []
@@ -37,7 +39,8 @@ def trained(command, tiny_run, run_models, tmp_path, monkeypatch):
             kept.append(logits(module.model, module.tokenizer))
 
         monkeypatch.setattr(LoraModule, "on_fit_end", keep, raising=False)
-        options = (f"--model.name={base}", "--model.optimizer.lr=0.3")
+        name = os.path.relpath(base) if relative else base
+        options = (f"--model.name={name}", "--model.optimizer.lr=0.3")
         assert command("fit", "--config", tiny_run, *options) == 0
         [in_memory] = kept
         return tmp_path / "runs" / "tiny" / "version_0", base, in_memory
@@ -59,6 +62,9 @@ def test_elsewhere_the_model_is_the_trained_one(kind, trained, command, capsys):
     assert f"wrote {run / 'merged'}" in capsys.readouterr().out
     with safe_open(run / "merged" / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "lora" in name or "base_layer" in name]  # noqa: SIM118
+    card = ModelCard.load(run / "merged" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert str(base.parent) not in str(card)
     merged, report = CLASSES[kind].from_pretrained(run / "merged", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -67,10 +73,17 @@ def test_elsewhere_the_model_is_the_trained_one(kind, trained, command, capsys):
     assert not list(run.glob("*.part"))
 
 
-def test_the_adapter_alone(trained, command, tmp_path):
-    run, base, in_memory = trained("llama")
+def test_the_adapter_alone(trained, command, tmp_path, monkeypatch):
+    """It names its base such that PEFT finds it from anywhere, where the run named it by a relative path."""
+    monkeypatch.chdir(tmp_path)
+    run, base, in_memory = trained("llama", relative=True)
     assert command("export", "--run", run, "--output", tmp_path / "away") == 0
     shutil.rmtree(run)
+    card = ModelCard.load(tmp_path / "away" / "README.md")
+    assert card.data.library_name == "peft"
+    assert str(tmp_path) not in str(card)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     config = json.loads((tmp_path / "away" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base)
     assert config["init_lora_weights"] is True

@@ -1,6 +1,7 @@
 """Every method through the whole command: what it trains, what it leaves behind, how it goes on."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -61,6 +62,8 @@ def test_what_a_run_leaves_computes_what_was_trained_and_a_resumed_run_leaves_th
     assert not torch.allclose(logits(base), trained, atol=1e-3)
     # The same by the project's own commands.
     assert command("test", "--run", whole) == 0
+    card = (whole / ("model" if method == "full" else "adapter") / "README.md").read_text()
+    assert re.search(rf"^\| test \|.* {summary(whole)['metrics']['test']['loss']:.4f} ", card, re.M)
     assert command("export", "--run", whole, "--merge", "--output", tmp_path / "merged") == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.allclose(logits(merged), trained, atol=1e-5)

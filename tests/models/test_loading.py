@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from app.models import loading as pretrained
 from app.models.loading import (
+    base_reference,
     load_config,
     load_model,
     load_tokenizer,
@@ -34,6 +35,7 @@ def test_directory(tiny_model_dir, tiny_llama, tiny_tokenizer, capfd, monkeypatc
     monkeypatch.setenv("HOME", str(tiny_model_dir.parent))
     for name in (tiny_model_dir.name, f"~/{tiny_model_dir.name}"):
         assert load_config(resolve_model(name)).model_type == "llama"
+        assert base_reference(resolve_model(name)) == (str(tiny_model_dir), None)
     assert capfd.readouterr() == ("", "")
 
 
@@ -119,6 +121,7 @@ def test_unreadable_gguf_file_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_smollm2(smollm2_name, smollm2_dir, capfd):
     source = resolve_model(smollm2_name)
     assert local_directory(source) == smollm2_dir
+    assert base_reference(source) == (str(smollm2_dir), None)
     assert not list(smollm2_dir.parent.glob("*.part"))
     model = load_model(source)
     tokenizer = load_tokenizer(source)

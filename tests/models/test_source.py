@@ -12,7 +12,13 @@ import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from app.models import source as model_source
-from app.models.loading import load_model, load_tokenizer, local_directory, model_fingerprint
+from app.models.loading import (
+    base_reference,
+    load_model,
+    load_tokenizer,
+    local_directory,
+    model_fingerprint,
+)
 from app.models.source import resolve_model
 from app.utils.errors import InputError
 from app.utils.files import file_sha256
@@ -156,6 +162,7 @@ def test_hub_model_online_then_offline(hub, tiny_model_dir, tiny_llama, monkeypa
     assert source.load_args == {"pretrained_model_name_or_path": "some/model", "revision": COMMIT}
     assert model_fingerprint(source) == f"some/model@{COMMIT}"
     assert local_directory(source) is None
+    assert base_reference(source) == ("some/model", COMMIT)
     ids = torch.arange(9)[None]
     expected = tiny_llama()(ids).logits
     assert torch.equal(load_model(source)(ids).logits, expected)
@@ -176,6 +183,7 @@ def test_hub_model_online_then_offline(hub, tiny_model_dir, tiny_llama, monkeypa
     assert model.name_or_path == "some/model"
     assert load_tokenizer(offline).pad_token == "<pad>"
     assert model_fingerprint(offline) == model_fingerprint(source)
+    assert base_reference(offline) == base_reference(source)
 
     snapshot = Path(huggingface_hub.constants.HF_HUB_CACHE).glob("models--some--model/snapshots/*")
     (next(snapshot) / "model.safetensors").unlink()

@@ -1,0 +1,233 @@
+"""README.md of an adapter or model: base, method, data, scores, how to load and serve it, what to cite.
+
+What it says is true on any machine: a local base model or data file is named without its folder.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, FileSystemLoader
+
+from app.tracking.model_usage import (
+    BaseName,
+    adapter_kind,
+    last_part,
+    loading_code,
+    serving_text,
+)
+from app.tracking.record import RunRecord, main_scores
+from app.tracking.run_folder import RunFolder
+from app.utils.class_paths import bare_name
+from app.utils.files import read_json
+
+CARD_FILE = "README.md"
+ADAPTER_CONFIG = "adapter_config.json"
+MOMENTS = {
+    "zero_shot": "untouched",
+    "after_init": "after the initialization",
+    "final": "final",
+    "test": "test",
+}
+PAPERS = {
+    "LORA": "LoRA: Hu et al., ICLR 2022, arXiv:2106.09685",
+    "ADALORA": "AdaLoRA: Zhang et al., ICLR 2023, arXiv:2303.10512",
+    "use_rslora": "rsLoRA: Kalajdzievski, 2023, arXiv:2312.03732",
+    "use_dora": "DoRA: Liu et al., ICML 2024, arXiv:2402.09353",
+    "LoraGaInit": "LoRA-GA: Wang, Yu and Li, NeurIPS 2024, arXiv:2407.05000",
+    "PissaInit": "PiSSA: Meng, Wang and Zhang, NeurIPS 2024, arXiv:2404.02948",
+    "PreconditionedAdamW": "preconditioned LoRA: Zhang and Pilanci, ICML 2024, arXiv:2402.02347",
+    "LoraPlusAdamW": "LoRA+: Hayou, Ghosh and Yu, ICML 2024, arXiv:2402.12354",
+    "LoraProAdamW": "LoRA-Pro: Wang et al., ICLR 2025, arXiv:2407.18242",
+}
+"""By what a method consists of: kind and switches of the adapter, initialization, optimizer."""
+LORA_ONE = "LoRA-One: Zhang, Liu and Chen, ICML 2025, arXiv:2502.01235"
+
+
+def write_run_card(run: RunFolder, folder: Path) -> None:
+    """Write the card of what a finished run has trained into `folder`, from the files of the run."""
+    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    # An export may have changed the kind of adapter.
+    adapter = read_json(folder / ADAPTER_CONFIG) or read_json(run.adapter / ADAPTER_CONFIG)
+    write_card(folder, RunRecord.read(run.summary), config, adapter)
+
+
+def write_card(
+    folder: Path,
+    record: RunRecord,
+    config: Mapping[str, Any],
+    adapter: Mapping[str, Any] | None,
+) -> None:
+    """Write `README.md` in the form of the Hub's model cards.
+
+    Args:
+        folder: Has an adapter in PEFT's layout, or a whole model.
+        record: Facts of the run; without optimizer steps, the adapter is one to begin training with.
+        config: The resolved configuration of `fit`.
+        adapter: PEFT's configuration of the adapter, also where it has been merged into the model; None where
+            all weights were trained.
+    """
+    whole = not (folder / ADAPTER_CONFIG).is_file()
+    base, is_initial = BaseName.of(record.model), not record.train.steps
+    task = (adapter or {}).get("task_type")
+    encodes = task == "SEQ_2_SEQ_LM"
+    if adapter is None:
+        encodes = bool((read_json(folder / "config.json") or {}).get("is_encoder_decoder"))
+    method = record.method.replace("_", "-")
+    kind = None if adapter is None else adapter_kind(adapter)
+    front_matter = ModelCardData(
+        base_model=base.hub_id,
+        library_name="transformers" if whole else "peft",
+        pipeline_tag=None if encodes else "text-generation",
+        tags=list(dict.fromkeys([*([kind.lower()] if kind else []), method])),
+        datasets=_hub_data(config, record),
+    )
+    environment = Environment(  # Markdown, not HTML
+        loader=FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    text = environment.get_template("model_card.md.j2").render(
+        front_matter=front_matter.to_yaml(),
+        title=f"{base.title} with {method}",
+        summary=_summary(kind, whole, is_initial, base),
+        facts=_table(("", ""), _facts(record, config, adapter, base)),
+        scores=_score_table(record),
+        base="" if whole or base.hub_id else base.text,
+        loading=loading_code(base, whole, encodes, config["model"]["dtype"], is_initial),
+        is_initial=is_initial,
+        serving=serving_text(base, whole, encodes, adapter),
+        papers=_papers(config, adapter),
+    )
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def _summary(kind: str | None, whole: bool, is_initial: bool, base: BaseName) -> str:
+    if kind is None:
+        what = f"{base.title} with all weights trained"
+    elif whole:
+        what = f"{base.title} with a trained {kind} adapter merged into its weights"
+    elif is_initial:
+        what = f"A {kind} adapter for {base.title} to begin training with: initialized, not trained"
+    else:
+        what = f"A {kind} adapter for {base.title}"
+    return f"{what}. Made by LoRA-One on PyTorch Lightning."
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines]
+
+
+def _facts(
+    record: RunRecord,
+    config: Mapping[str, Any],
+    adapter: Mapping[str, Any] | None,
+    base: BaseName,
+) -> Iterator[tuple[str, str]]:
+    model, trainer, train = config["model"], config["trainer"], record.train
+    yield "base model", base.text
+    yield "method", f"`{record.method}`"
+    if adapter is not None:
+        yield "adapter", _adapter_text(adapter)
+        yield "initialization", _init_text(config, record)
+    yield "optimizer", _class_text(model["optimizer"])
+    schedule = f"{model['lr_scheduler_type']}, warmup_steps {model['warmup_steps']}"
+    yield "learning rate", schedule
+    done = f"{train.steps} optimizer steps, {train.samples} examples" if train.steps else "none"
+    yield "training", done
+    yield "seed", str(record.seed)
+    precision = trainer.get("precision") or "32-true"
+    yield "precision", f"base weights {model['dtype']}, `trainer.precision` {precision}"
+    rows = ", ".join(f"{count} {split}" for split, count in record.data.rows.items() if count)
+    yield "data", f"`{record.data.name}`: {rows} rows of {_data_source(config, record)}"
+
+
+def _adapter_text(adapter: Mapping[str, Any]) -> str:
+    targets = adapter["target_modules"]
+    if not isinstance(targets, str):
+        targets = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
+    if adapter["peft_type"] == "ADALORA":
+        return f"AdaLoRA pruned to rank {adapter['target_r']} on average, on {targets}"
+    rank, alpha = adapter["r"], adapter["lora_alpha"]
+    scaling = alpha / (math.sqrt(rank) if adapter["use_rslora"] else rank)
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if adapter.get(name)]
+    others = f" ({' and '.join(patterns)}: other layers have others)" if patterns else ""
+    return f"{adapter_kind(adapter)} of rank {rank}, scaling {scaling:.6g}{others}, on {targets}"
+
+
+def _init_text(config: Mapping[str, Any], record: RunRecord) -> str:
+    if config.get("init") is None:
+        trained = config["model"].get("adapter_path") is not None
+        return "that of an earlier adapter" if trained else "PEFT's own"
+    text = _class_text(config["init"])
+    loss, gamma = (getattr(record.init, name, None) for name in ("loss", "gamma"))
+    if gamma is not None and config["init"].get("init_args", {}).get("gamma") == "auto":
+        text += f"; gamma found: {gamma:g}"
+    if loss is not None:
+        text += f"; loss of the untouched model on its samples {loss:.4f}"
+    return text
+
+
+def _class_text(section: Mapping[str, Any]) -> str:
+    """Return a class and its settings, those of sections in it by dotted names."""
+
+    def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+        for name, value in settings.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name} {value}"
+
+    return f"{bare_name(section['class_path'])} ({', '.join(flat(section.get('init_args', {})))})"
+
+
+def _data_path(config: Mapping[str, Any]) -> str | None:
+    path = config["data"].get("init_args", {}).get("path")
+    return None if path is None else str(path)
+
+
+def _data_source(config: Mapping[str, Any], record: RunRecord) -> str:
+    path = _data_path(config)
+    return f"`{getattr(record.data, 'source', '') if path is None else last_part(path)}`"
+
+
+def _hub_data(config: Mapping[str, Any], record: RunRecord) -> list[str] | None:
+    source = str(getattr(record.data, "source", ""))
+    on_hub = _data_path(config) is None and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    return [source] if on_hub else None
+
+
+def _score_table(record: RunRecord) -> list[str]:
+    names = main_scores(record.metrics.values())
+    rows = (
+        [MOMENTS.get(moment, moment), *(_number(scores.get(name)) for name in names)]
+        for moment, scores in record.metrics.items()
+    )
+    return _table(("", *names), rows) if names else []
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _papers(config: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> list[str]:
+    model, init = config["model"], config.get("init")
+    parts = [bare_name(model["optimizer"]["class_path"])]
+    if init is not None:
+        parts.insert(0, bare_name(init["class_path"]))
+    if adapter is not None:
+        settings = model.get("adapter") or {}
+        switches = [name for name in ("use_rslora", "use_dora") if settings.get(name)]
+        parts = [
+            adapter["peft_type"],
+            *(switches if adapter["peft_type"] == "LORA" else ()),
+            *parts,
+        ]
+    return [LORA_ONE, *(PAPERS[part] for part in parts if part in PAPERS)]

