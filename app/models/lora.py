@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from app.models.adapter_config import LoraSettings, fsdp_incompatible_options
+from app.models.modalities import excluding, modules_beside_text
 from app.utils.errors import InputError
 from app.utils.text import did_you_mean
 
@@ -61,6 +63,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         task_type=TaskType.SEQ_2_SEQ_LM if encodes else TaskType.CAUSAL_LM,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
+    _leave_out_other_modalities(model, config)
     try:
         wrapped = get_peft_model(model, config)
     except ValueError as error:
@@ -68,6 +71,28 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     _check_patterns(wrapped, settings)
     _check_ranks(wrapped, settings)
     return wrapped
+
+
+def _leave_out_other_modalities(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Exclude the targets that a text does not reach, unless a regular expression has named them."""
+    targets = config.target_modules
+    whole = isinstance(targets, str) and targets.lower() == "all-linear"
+    if isinstance(targets, str) and not whole:
+        return
+    beside = modules_beside_text(model)
+    left_out = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and name.startswith(tuple(f"{other}." for other in beside))
+        and (whole or f".{name}".endswith(tuple(f".{target}" for target in targets or ())))
+    ]
+    if left_out:
+        config.exclude_modules = excluding(config.exclude_modules, beside)
+        rank_zero_info(
+            f"{len(left_out)} linear layers that text does not reach get no adapter (in {', '.join(beside)}); "
+            "a regular expression in model.adapter.target_modules adapts them"
+        )
 
 
 def _check_ranks(model: PeftModel, settings: LoraSettings) -> None:

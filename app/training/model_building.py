@@ -11,6 +11,7 @@ from app.distributed.fsdp import Fsdp2Strategy
 from app.models.adapter_io import load_adapter
 from app.models.loading import empty_model, load_model, model_fingerprint
 from app.models.lora import add_lora, fsdp_incompatible_settings
+from app.models.modalities import modules_beside_text
 from app.tracking.record import ModelRecord
 from app.training.checks import check_sharding
 from app.training.protocols import ModelSettings
@@ -78,6 +79,10 @@ def adapt(base: PreTrainedModel, settings: ModelSettings, trainable: bool = True
         model = add_lora(base, settings.adapter)
     else:
         model = base.requires_grad_(trainable)
+        for name in modules_beside_text(
+            base
+        ):  # DDP waits for the gradient of every weight that wants one
+            base.get_submodule(name).requires_grad_(False)
     if settings.gradient_checkpointing:
         # Without re-entry a block is recomputed only if its input is in the graph.
         base.enable_input_require_grads()
