@@ -135,6 +135,10 @@ class GlueDataModule(TextDataModule):
                 "to validate on, which are not the published ones; --data.validation_size sets how many"
             )
             train, validation = split_off(train, size, "data.validation_size")
+        if dev is None and "test" not in rows:
+            rank_zero_warn(
+                f"{self.source} has no test rows of its own: those that validate are tested"
+            )
         test = rows.get("test", dev or validation)
         return {"train": train, "validation": validation, "test": test}
 

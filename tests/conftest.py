@@ -195,16 +195,9 @@ def tiny_run(tmp_path, run_models, sst2_folder):
 @pytest.fixture
 def command(monkeypatch):
     """Return `command(*argv)`, which runs `python train.py ARGV` in process and returns its status."""
-    from app.cli.lora_cli import LoraCLI
     from app.cli.main import main  # 10 s of imports, which most tests do without
 
-    commands = LoraCLI.subcommands()
-
     def run(*argv):
-        # Building the parsers of the other commands takes most of the time of a refusal.
-        if argv and argv[0] in commands:
-            only = {argv[0]: commands[argv[0]]}
-            monkeypatch.setattr(LoraCLI, "subcommands", staticmethod(lambda: only))
         return main([str(argument) for argument in argv])
 
     # Pictures take most of the time of a tiny run.

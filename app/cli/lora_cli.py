@@ -55,6 +55,14 @@ DESCRIPTION = """Fine-tune a language model with LoRA-One.
   python train.py report runs/quickstart                  tables and pictures of any runs
 """
 
+COMMANDS = {
+    "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+    "plan": {"model", "datamodule"},
+    "validate": {"model", "dataloaders", "datamodule"},
+    "test": {"model", "dataloaders", "datamodule"},
+}
+"""The commands that Lightning's parser knows, and the arguments of each that the command line does not set."""
+
 import_known_classes()
 # Interpolations are resolved after overrides, so that `${model.adapter.r}` is never stale.
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -70,6 +78,7 @@ class LoraCLI(LightningCLI):
     """
 
     def __init__(self, arguments: Sequence[str], signals: StopSignals, run: bool = True) -> None:
+        self.arguments = arguments
         self.signals = signals
         self.resume_point: ResumePoint | None = None  # None for a new run
         self.status = 0  # of the command, for the program to exit with
@@ -93,15 +102,10 @@ class LoraCLI(LightningCLI):
             run=run,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """List the commands and the arguments that the command line does not set."""
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "plan": {"model", "datamodule"},
-            "validate": {"model", "dataloaders", "datamodule"},
-            "test": {"model", "dataloaders", "datamodule"},
-        }
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the command that is given, whose parser alone is made, or all of them for help and errors."""
+        command = self.arguments[0] if self.arguments else ""
+        return {command: COMMANDS[command]} if command in COMMANDS else COMMANDS
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser; that of all commands describes the program."""
@@ -144,9 +148,15 @@ class LoraCLI(LightningCLI):
             if name and "not found" in message:
                 reason = f"refers to {name[1]}, which is no setting"
             raise InputError(f"{key} {reason}") from error
-        if "subcommand" not in self.config or self.settings.get("ckpt_path") is None:
+        if "subcommand" not in self.config:
             return
         settings = self.settings
+        if not 0 <= settings.seed_everything < 2**32:
+            raise InputError(
+                f"seed_everything is {settings.seed_everything}: expected 0 to 4294967295"
+            )
+        if settings.get("ckpt_path") is None:
+            return
         runs = Path(settings.output.root) / settings.output.name
         self.resume_point = find_resume_point(str(settings.ckpt_path), runs, settings.model.method)
         settings.ckpt_path = None  # LightningCLI would read the file again, for hyperparameters

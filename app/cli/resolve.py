@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
 
 from app.cli.lora_cli import LoraCLI
 from app.training.checks import check_length
@@ -18,6 +19,12 @@ class ResolvedFit(LoraCLI):
     """A `fit` that is parsed and not run."""
 
     resolved: dict[str, Any]  # the configuration, as a run would write it
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add those of a `fit` that Lightning adds where it runs, which a run's config.yaml has."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--ckpt_path", type=str | None, default=None)
+        parser.add_argument("--weights_only", type=bool | None, default=None)
 
     def instantiate_classes(self) -> None:
         """Make nothing."""

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,9 +93,10 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
             # Of torch, on the meta device: its numbers have nowhere to go.
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
             return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, OSError, SafetensorError) as error:
         raise InputError(
-            f"the adapter in {str(folder)!r} does not fit the model: {str(error).splitlines()[0]} "
+            f"the adapter in {str(folder)!r} is damaged or does not fit the model: "
+            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}. "
             "Check model.adapter_path and model.name"
         ) from error
 

@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from app.tracking.run_folder import RunFolder
 from app.utils.class_paths import exists, shorten_class_paths, without_dropped_settings
 from app.utils.errors import InputError
+from app.utils.files import read_yaml
 from app.utils.text import did_you_mean
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -51,12 +50,13 @@ def expand(arguments: Sequence[str]) -> list[str]:
         if option == "--run":
             run = RunFolder(Path(value))
             run.check_finished()
+            read_yaml(run.config, "--run")
             whole = run.model.is_dir()
             trained = f"name={run.model}" if whole else f"adapter_path={run.adapter}"
             expanded += [f"--config={_current(run.config)}", f"--model.{trained}"]
         elif option == "--config":
             path = find_config(value)
-            content = _read_yaml(path)
+            content = read_yaml(path, "--config")
             _note_null(off, path, content)
             _note_lists(lists, path, content)
             expanded.append(f"--config={_current(path)}")
@@ -185,17 +185,3 @@ def find_config(name: str) -> Path:
         f"--config is {name!r}, which is neither a file nor a name in configs/"
         f"{did_you_mean(f'{wanted}.yaml', known) or '.'} There are: {', '.join(known)}"
     )
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """Read a file; refuse one that is no YAML mapping by its name: the parser names none."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).replace('"<unicode string>"', "it").split())
-        raise InputError(f"--config {path} cannot be read as YAML: {reason}") from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"--config {path} holds {type(content).__name__}: expected sections such as model:, data:"
-        )
-    return content

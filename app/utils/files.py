@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
 
+import yaml
 from filelock import FileLock
 
 from app.utils.errors import InputError
@@ -32,6 +33,28 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def read_yaml(path: Path, setting: str) -> dict[str, Any]:
+    """Return the sections of a YAML file.
+
+    Args:
+        path: The file.
+        setting: The option that names it, for messages.
+
+    Raises:
+        InputError: The file cannot be read, or is no YAML mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).replace('"<unicode string>"', "it").split())
+        raise InputError(f"{setting} {path} cannot be read as YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{setting} {path} holds {type(content).__name__}: expected sections such as model:, data:"
+        )
+    return content
 
 
 def cache_root() -> Path:

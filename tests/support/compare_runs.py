@@ -37,13 +37,8 @@ def started(monkeypatch):
 
 
 @pytest.fixture
-def compare(command, started, tiny_run, monkeypatch):
+def compare(command, started, tiny_run):
     """Return `compare(*argv)`, which compares on the tiny run and returns the exit status."""
-    from app.cli.lora_cli import LoraCLI
-
-    commands = LoraCLI.subcommands()
-    two = {name: commands[name] for name in ("fit", "test")}
-    monkeypatch.setattr(LoraCLI, "subcommands", staticmethod(lambda: two))
     return lambda *argv, options=OPTIONS: command("compare", "--config", tiny_run, *options, *argv)
 
 

@@ -107,7 +107,6 @@ def run(jobs: list[dict]) -> None:
     """Run each job; stop at the first that fails."""
     number = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     shutdown = app.cli.exit.shutdown
-    commands = LoraCLI.subcommands()
     callbacks.run_report.write_plots = lambda *_: []
     untouched = ExactStore.estimates, LoraCLI.instantiate_trainer
     for job in jobs:
@@ -115,10 +114,6 @@ def run(jobs: list[dict]) -> None:
         keep_from_now_on(Path(job["keep"]))
         # One process group for all jobs.
         app.cli.exit.shutdown = shutdown if job is jobs[-1] else lambda: None
-        # Building the parsers of the other commands takes longer than a tiny run.
-        LoraCLI.subcommands = staticmethod(
-            lambda job=job: {job["argv"][0]: commands[job["argv"][0]]}
-        )
         if job.get("first_reads") and number > 0:
             app.training.model_building.load_model = None
         for end in ENDS.keys() & job.keys():

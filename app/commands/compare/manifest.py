@@ -1,6 +1,7 @@
 """compare.json: what a comparison's runs share, each method's settings, and the cells ever asked for."""
 
 import fcntl
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -95,8 +96,9 @@ def _valid_manifest(folder: Path) -> GridManifest:
 
 
 def read_manifest(folder: Path) -> GridManifest:
-    """Return what a folder's comparison was asked for; an empty manifest for other folders and files."""
+    """Return what a comparison was asked for; an empty manifest, with a warning, for a damaged file."""
     try:
         return _valid_manifest(folder)
-    except InputError:
+    except InputError as error:
+        warnings.warn(f"{error}. Every run below it is reported", stacklevel=2)
         return GridManifest()

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Protocol
 
-import yaml
-
 from app.commands.compare.settings import (
     METHOD,
     Settings,
@@ -18,6 +16,7 @@ from app.commands.compare.settings import (
 )
 from app.tracking.config_files import find_config
 from app.utils.errors import InputError, causes
+from app.utils.files import read_yaml
 
 MOST_ASIDE = 1000
 """Training rows that choose the learning rate, where the configuration says nothing."""
@@ -249,7 +248,7 @@ def asked_benchmarks(test_configs: Sequence[str], run: ResolvedRun) -> dict[str,
     """
     benchmarks: dict[str, Settings] = {}
     for path in map(find_config, test_configs):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path, "--test_config")
         for given in flat(content).get("data.init_args.evals") or []:
             try:
                 name = run.class_named(given["class_path"]).name
