@@ -1,6 +1,9 @@
 """Command line entry: `python train.py fit --config quickstart.yaml`."""
 
+import os
 import sys
+
+os.environ["MPLBACKEND"] = "Agg"  # plots are files; a notebook's backend may not exist here
 
 from app.cli.main import main
 

@@ -22,7 +22,7 @@ from app.tracking.metrics_table import append_rows, read_table, write_table
 from app.tracking.run_folder import RunFolder
 from app.tracking.wandb_summary import line_chart, log_plots
 from app.training.protocols import AdaptedModule, adapted, data_of
-from app.utils.console import track
+from app.utils.console import track, warn_on_failure
 from app.utils.errors import InputError
 from callbacks.initialization import GradientInit
 
@@ -145,14 +145,13 @@ class AlignmentMonitor(Callback):
         if folder is None or not self._reference:
             return
         table = folder.path / ALIGNMENT_FILE
-        for logger in trainer.loggers:
-            logger.save()
-        plots = write_heat_maps(table, folder.path)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                log_plots(logger, plots)
-                logger.experiment.log({"alignment/angles": _alignment(table)})
-        rank_zero_info(f"alignment metrics: {table} and {len(plots)} heat maps")
+        with warn_on_failure("drawing the alignment metrics"):
+            plots = write_heat_maps(table, folder.path)
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    log_plots(logger, plots)
+                    logger.experiment.log({"alignment/angles": _alignment(table)})
+            rank_zero_info(f"alignment metrics: {table} and {len(plots)} heat maps")
 
     @torch.no_grad()
     def _measure(self, trainer: Trainer, module: AdaptedModule) -> None:
@@ -165,11 +164,12 @@ class AlignmentMonitor(Callback):
         if folder is None:
             return
         rows = measure(module.lora_pairs(), self._reference)
-        path = folder.path / ALIGNMENT_FILE
-        names = ["step", *max(rows, key=len)]  # a rank pattern leaves some spectra shorter
-        if not path.is_file():
-            write_table(path, names, [])
-        append_rows(path, names, [{"step": step, **row} for row in rows])
+        with warn_on_failure("writing the alignment metrics"):
+            path = folder.path / ALIGNMENT_FILE
+            names = ["step", *max(rows, key=len)]  # a rank pattern leaves some spectra shorter
+            if not path.is_file():
+                write_table(path, names, [])
+            append_rows(path, names, [{"step": step, **row} for row in rows])
         columns = {name: torch.tensor([row[name] for row in rows]) for name in MAPS}
         # Medians: a layer that is singular or has no span has no say.
         medians = {

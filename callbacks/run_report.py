@@ -1,7 +1,12 @@
-"""Write what a finished run leaves in its folder: record, adapter, plots, and the same in W&B."""
+"""Write what a finished run leaves in its folder: weights and record first, then plots, and the same in W&B.
+
+Nothing is lost once training has ended: what cannot be written is tried again after the final scores; a plot, a
+logger or W&B that fails is a warning.
+"""
 
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from safetensors import SafetensorError
 
 from app.distributed.collectives import largest_over_processes, sum_over_processes
 from app.models.adapter_io import save_adapter, save_model
@@ -18,16 +24,19 @@ from app.tracking.loggers import remove_unused_folder, run_folder_of
 from app.tracking.metrics_table import read_metrics
 from app.tracking.model_card import write_run_card
 from app.tracking.plots import write_plots
-from app.tracking.record import DataRecord, TrainRecord
+from app.tracking.record import DataRecord, RunRecord, TrainRecord
+from app.tracking.run_folder import RunFolder
 from app.tracking.wandb_summary import keep_wandb_run, log_run_summary
-from app.training.protocols import adapted, data_of
-from app.utils.errors import InputError
+from app.training.protocols import AdaptedModule, adapted, data_of
+from app.utils.console import warn_on_failure
+from app.utils.errors import InputError, reason
+from app.utils.files import atomic_folder, read_json
 from app.utils.memory import PeakMemory
 from app.utils.signals import Stopped
 
 
 class RunReport(Callback):
-    """Time the training; at the end write summary.json, adapter/ and plots, and log them to W&B.
+    """Time the training; at its end write adapter/ and summary.json, and with the final scores all else.
 
     Args:
         seed: The run's seed, for the record.
@@ -45,6 +54,7 @@ class RunReport(Callback):
         self._peak_bytes = 0
         self._device = ""
         self._began = self._ended = 0.0
+        self._saved = False  # whether the trained weights are in the folder
 
     def state_dict(self) -> dict[str, Any]:
         """Keep what the parts of an interrupted run add up to."""
@@ -107,6 +117,11 @@ class RunReport(Callback):
             self._memory.__exit__(None, None, None)
             peak = largest_over_processes(self._memory.peak_bytes, pl_module.device)
             self._peak_bytes = max(self._peak_bytes, peak)
+        folder = run_folder_of(trainer.loggers)
+        if folder is not None:
+            again = "it is tried again after the final scores. Make room, or allow writing there"
+            with warn_on_failure(f"saving the trained weights in {folder}", again):
+                self._save(trainer, adapted(pl_module), folder)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -123,12 +138,37 @@ class RunReport(Callback):
         if folder is None:  # trainer.fast_dev_run logs nowhere
             rank_zero_info(f"\n{record.score_table()}")
             return
-        if not self._trained and folder.summary.is_file():
+        if not self._trained and _is_scored(folder):
             rank_zero_info(
                 f"the run in {folder} was finished at step {self._steps} already, and stays as it is: raise "
                 "trainer.max_steps or trainer.max_epochs to train it further"
             )
             return
+        try:
+            self._save(trainer, module, folder)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"the run in {folder} is trained, but could not all be saved ({reason(error)}): make room, or "
+                "allow writing there; from its checkpoint `--ckpt_path last` goes on"
+            ) from error
+        self._report(trainer, record, folder)
+        rank_zero_info(f"\n{record.score_table()}\n\nrun folder: {folder}")
+
+    def _save(self, trainer: Trainer, module: AdaptedModule, folder: RunFolder) -> None:
+        """Write the trained weights, once, and the record with the scores that there are."""
+        model = module.model
+        trained = folder.adapter if is_adapted(model) else folder.model
+        if not self._saved:
+            with atomic_folder(trained, update=True) as part:
+                if is_adapted(model):
+                    base, revision = base_reference(module.source)
+                    save_adapter(model, part, base, module.subtracted_factors, revision)
+                    module.tokenizer.save_pretrained(str(part))
+                else:
+                    save_model(module.base, module.tokenizer, part)
+            self._saved = True
+        record = module.record
+        record.seed = self.seed
         record.train = TrainRecord(
             steps=self._steps,
             seconds=self._seconds,
@@ -140,25 +180,28 @@ class RunReport(Callback):
             began=self._began,
             ended=self._ended,
         )
-        record.seed = self.seed
         record.data = DataRecord(**data_of(trainer).describe())
-        for logger in trainer.loggers:
-            logger.save()
-        adapter = None
-        if is_adapted(module.model):
-            adapter = folder.adapter
-            base, revision = base_reference(module.source)
-            save_adapter(module.model, adapter, base, module.subtracted_factors, revision)
-            module.tokenizer.save_pretrained(str(adapter))
-        else:
-            save_model(module.base, module.tokenizer, folder.model)
-        plots = write_plots(
-            folder.path, read_metrics(folder.metrics), record.metrics, record.init.layers
-        )
         record.write(folder.summary)
-        write_run_card(folder, adapter or folder.model)
+        with warn_on_failure("writing the model card"):
+            write_run_card(folder, trained)
+
+    def _report(self, trainer: Trainer, record: RunRecord, folder: RunFolder) -> None:
+        """Draw and log the run; each of these is a warning if it fails."""
+        for logger in trainer.loggers:
+            with warn_on_failure(f"{type(logger).__name__}.save()"):
+                logger.save()
+        plots: list[Path] = []
+        with warn_on_failure("drawing the plots"):
+            curves = read_metrics(folder.metrics)
+            plots += write_plots(folder.path, curves, record.metrics, record.init.layers)
+        adapter = folder.adapter if folder.adapter.is_dir() else None
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                log_run_summary(logger, record, plots, adapter)
-                keep_wandb_run(logger, folder)
-        rank_zero_info(f"\n{record.score_table()}\n\nrun folder: {folder}")
+                with warn_on_failure("logging the finished run to W&B"):
+                    log_run_summary(logger, record, plots, adapter)
+                    keep_wandb_run(logger, folder)
+
+
+def _is_scored(folder: RunFolder) -> bool:
+    """Return whether a folder's record has the final scores, which are measured when training has ended."""
+    return "final" in (read_json(folder.summary) or {}).get("metrics", {})

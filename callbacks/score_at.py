@@ -56,6 +56,11 @@ class ScoreAt(Callback):
         elif self.scores:  # the run is trained further, or has nothing left to do
             adapted(pl_module).record.metrics["final"] = self.scores
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop the final scores of a run that is trained further: they are an earlier model's."""
+        if self.moment == "final":
+            adapted(pl_module).record.metrics.pop("final", None)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember when the whole set was validated last: that may be the final model already."""
         loaders = data_of(trainer).val_dataloader()
@@ -78,7 +83,7 @@ class ScoreAt(Callback):
                 self.scores = self._measure(trainer, pl_module)
             self._step = trainer.global_step
             logged = {f"{self.moment}/{name}": value for name, value in self.scores.items()}
-            for logger in trainer.loggers:
+            for logger in trainer.loggers if logged else ():
                 logger.log_metrics(logged, step=trainer.global_step)
         metrics[self.moment] = self.scores
 

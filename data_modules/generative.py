@@ -26,7 +26,7 @@ class GenerativeDataModule(TextDataModule):
             keeps all.
         max_rows: Train on the first so many rows that are left; null takes all.
         validation_size: Rows that validate: those that follow the training rows, or, where too few follow,
-            rows drawn from them, the same for every seed.
+            rows drawn from them, the same for every seed; 0 trains without validation.
         **options: See `TextDataModule`.
     """
 
@@ -47,8 +47,8 @@ class GenerativeDataModule(TextDataModule):
         for name, value in (("keep_below", keep_below), ("max_rows", max_rows)):
             if value is not None and value < 1:
                 raise InputError(f"--data.{name}={value}: expected at least 1, or null for all")
-        if validation_size < 1:
-            raise InputError(f"--data.validation_size={validation_size}: expected at least 1")
+        if validation_size < 0:
+            raise InputError(f"--data.validation_size={validation_size}: expected at least 0")
         self.keep_below = keep_below
         self.max_rows = max_rows
         self._candidates: list[TextRow] = []

@@ -98,6 +98,13 @@ def draw(num_rows: int, size: int, seed: int, purpose: str) -> list[int]:
     return torch.randperm(num_rows, generator=_generator(seed, purpose))[:size].tolist()
 
 
+def subset(train: Sequence[TextRow], size: int, seed: int) -> list[TextRow]:
+    """Return `size` training rows drawn by `seed`, in their order; see `TextDataModule.train_size`."""
+    if not 1 <= size <= len(train):
+        raise InputError(f"--data.train_size={size}: expected 1 to {len(train)}")
+    return [train[number] for number in sorted(draw(len(train), size, seed, "train_size"))]
+
+
 def initialization_share(
     lengths: Sequence[int], num_samples: int, seed: int, rank: int, world_size: int
 ) -> list[int]:
@@ -125,7 +132,7 @@ def _generator(seed: int, purpose: str) -> torch.Generator:
 def split_off(
     rows: Sequence[TextRow], size: int, setting: str
 ) -> tuple[list[TextRow], list[TextRow]]:
-    """Set `size` rows aside; rows with the same prompt stay on the same side.
+    """Set `size` rows aside, or as many as fit; rows with the same prompt stay on the same side.
 
     The `setting` that asks for it also keys the draw.
 
@@ -133,11 +140,11 @@ def split_off(
         The remaining rows and those set aside, each in the order of `rows`.
 
     Raises:
-        InputError: `size` leaves one side empty.
+        InputError: `size` leaves no row, or rows of one prompt are more than `size`, whichever it is.
     """
-    if not 1 <= size < len(rows):
+    if not 0 <= size < len(rows):
         raise InputError(
-            f"--{setting}={size} of {len(rows)} rows: expected 1 to {len(rows) - 1} of them"
+            f"--{setting}={size} of {len(rows)} rows: expected 0 to {len(rows) - 1} of them"
         )
     groups: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
@@ -147,5 +154,12 @@ def split_off(
     for group in draw(len(members), len(members), SPLIT_SEED, setting):
         if len(aside) + len(members[group]) <= size:
             aside.update(members[group])
+    if size and not aside:
+        least = min(map(len, members))
+        raise InputError(
+            f"--{setting}={size} sets none of {len(rows)} rows aside: rows with the same prompt stay together, "
+            f"and each prompt has {least} rows or more; expected "
+            + (f"at least {least}, or 0 for none" if least < len(rows) else "0, for none")
+        )
     rest = [row for number, row in enumerate(rows) if number not in aside]
     return rest, [row for number, row in enumerate(rows) if number in aside]

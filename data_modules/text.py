@@ -19,14 +19,14 @@ from app.utils.errors import InputError
 from data_modules.contamination import count_shared
 from data_modules.encoding import EncodedRow, PaddedRows, TextEncoder, TextRow
 from data_modules.questions import BenchmarkQuestions, question_loaders
+from data_modules.row_checks import SPLITS, all_splits, check_stage
 from data_modules.sampling import (
     LengthGroupedSampler,
     check_position,
-    draw,
     initialization_share,
+    subset,
 )
 
-SPLITS = ("train", "validation", "test")
 SPLITS_OF_STAGE = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
 
 Loaders = list[DataLoader[EncodedRow] | DataLoader[int]]
@@ -98,10 +98,13 @@ class TextDataModule(LightningDataModule):
         self._benchmarks: dict[str, list[PreparedBenchmark]] = {}
 
     def load(self) -> dict[str, list[TextRow]]:
-        """Return the rows of each of `splits`; each source writes this.
+        """Return the rows of "train", "validation" and "test"; each source writes this.
+
+        A split that is left out has no rows: without validation rows training is not validated, without test
+        rows only benchmarks can be tested.
 
         Raises:
-            InputError: The data is missing or has another form, or a split has no row.
+            InputError: The data is missing or has another form.
         """
         raise NotImplementedError
 
@@ -142,16 +145,14 @@ class TextDataModule(LightningDataModule):
         """
         wanted = SPLITS_OF_STAGE.get(stage or "", SPLITS)
         splits = [split for split in wanted if split in self.splits]
-        if not splits and (stage == "fit" or not self.evals):
-            needed = "score: name a benchmark in --data.evals, as --config eval/gsm8k.yaml does"
-            if stage == "fit":
-                needed = "train on: name a data module that has some, such as Gsm8kDataModule"
-            raise InputError(f"{type(self).__name__} has no rows to {needed}")
+        about = (bool(self.evals), type(self).__name__)
+        check_stage(stage, splits, *about)
         if splits:
             self.read()  # before the tokenizer, which may be a long download away
         if self.trainer is not None:
             model = cast(TokenizedModel, self.trainer.lightning_module)
             self.attach(model.tokenizer, model.is_encoder_decoder, model.context_length)
+        check_stage(stage, list(filter(self.rows, splits)), *about)
         self.prepare_benchmarks("validation" if stage in ("fit", "validate") else "test")
         for split in splits:
             self.encoded(split)
@@ -165,13 +166,9 @@ class TextDataModule(LightningDataModule):
         if split not in self.splits:
             return []
         if self._rows is None:
-            rows, size = self.load(), self.train_size
-            if size is not None:
-                train = rows["train"]
-                if not 1 <= size <= len(train):
-                    raise InputError(f"--data.train_size={size}: expected 1 to {len(train)}")
-                chosen = sorted(draw(len(train), size, self.seed, "train_size"))
-                rows["train"] = [train[number] for number in chosen]
+            rows = all_splits(self.load(), type(self).__name__)
+            if self.train_size is not None:
+                rows["train"] = subset(rows["train"], self.train_size, self.seed)
             self._rows = rows
         return self._rows[split]
 

@@ -1,12 +1,14 @@
 """How a command ends: its exit status, its last line, and whether it waits for other processes."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 
 from app.distributed.collectives import is_first_process, world_size
 from app.distributed.shutdown import abort_after_peer_failure, is_peer_failure, shutdown
-from app.utils.errors import DivergedError, InputError, causes
+from app.utils.console import warn_on_failure
+from app.utils.errors import DivergedError, InputError, causes, reason
 from app.utils.signals import Stopped, StopSignals
 
 
@@ -49,6 +51,11 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
             # All processes diverge together; a launcher kills those that are left behind.
             _finish_wandb(status)
             shutdown()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {reason(error)}: make room", file=sys.stderr, flush=True)
+        status = InputError.exit_status
     except RuntimeError as error:
         if not is_peer_failure(error):
             raise
@@ -70,4 +77,7 @@ def _finish_wandb(status: int) -> None:
     """Write what W&B still holds, with the exit status."""
     wandb = sys.modules.get("wandb")  # importing it is slow, and of no use to a run without it
     if wandb is not None and wandb.run is not None:
-        wandb.finish(exit_code=status)
+        with warn_on_failure(
+            "wandb.finish()", "what W&B has is in the run folder, for `wandb sync`"
+        ):
+            wandb.finish(exit_code=status)

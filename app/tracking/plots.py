@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from app.tracking.record import main_scores
+from app.utils.files import atomic_write
 
 matplotlib.use("Agg")
 
@@ -43,7 +44,7 @@ def write_plots(
         written.append(folder / "loss.png")
         with panels(written[-1]) as [axes]:
             _loss(axes, curves["train/loss"])
-    if metrics:
+    if main_scores(metrics.values()):
         written.append(folder / "validation.png")
         _validation(written[-1], curves, metrics)
     if layers:
@@ -60,10 +61,13 @@ def panels(
 ) -> Iterator[list[Axes]]:
     """Yield the panels of a figure, row by row, which becomes a PNG file when the block ends."""
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    yield list(axes.flat)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    try:
+        yield list(axes.flat)
+        figure.tight_layout()
+        with atomic_write(path) as stream:
+            figure.savefig(stream, dpi=150, format="png")
+    finally:
+        plt.close(figure)
 
 
 def kind_of(layer: str) -> str:

@@ -98,8 +98,10 @@ class RunRecord(Section):
         write_json(path, self.to_json())
 
     def score_table(self) -> str:
-        """Return the scores as an aligned text table, a row for each moment."""
+        """Return the scores as an aligned text table, a row for each moment; say so if there are none."""
         names = main_scores(self.metrics.values())
+        if not names:
+            return "no scores: there are no validation rows"
         widths = [max(12, len(name) + 2) for name in names]
         titles = zip(names, widths, strict=True)
         lines = [" " * 12 + "".join(f"{title:>{width}}" for title, width in titles)]

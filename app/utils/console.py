@@ -5,10 +5,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from tqdm.auto import tqdm
+
+from app.utils.errors import reason
 
 T = TypeVar("T")
 
@@ -45,6 +48,20 @@ def track(items: Sequence[T], label: str, note: Callable[[], str] = str) -> Iter
             print(f"{label}: {i + 1}/{len(items)} batches, {now - start:.0f} s{noted}", flush=True)
 
 
+@contextmanager
+def warn_on_failure(what: str, then: str = "the run goes on without") -> Iterator[None]:
+    """Make an error of what a run can do without one warning.
+
+    Args:
+        what: What could not be made or written, such as "the plots".
+        then: What follows.
+    """
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"{what} failed ({reason(error)}): {then}")
+
+
 def silence() -> None:
     """Drop what no user can act on: advertisements, absent hardware, deprecations inside libraries."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
@@ -53,6 +70,7 @@ def silence() -> None:
         "Experiment logs directory .* exists and is not empty",  # make_loggers has just made it
         "The dirpath has changed from",  # a run that goes on from another folder's checkpoint
         "You're resuming from a checkpoint that ended before",  # the data module knows its position
+        "Total length of `list` across ranks is zero",  # no validation rows: the data module has said so
         "`is_gradient_checkpointing` is deprecated",
         "`gradient_checkpointing_enable` is deprecated",
         r"`isinstance\(treespec, LeafSpec\)`",

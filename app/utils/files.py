@@ -120,9 +120,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, update: bool = False) -> Iterator[Path]:
     """Yield a new folder that becomes `path` when the block ends, and is removed after an error.
 
+    A folder `path` that holds files is an OSError; with `update` each new file replaces that of its name.
     Its files can be read by whom the umask lets read new files: safetensors writes them for their owner alone.
     Unfinished folders for `path` whose processes were killed are removed.
     """
@@ -136,10 +137,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             yield part
             _obey_umask(part)
-            part.replace(path)
+            if update and path.is_dir():
+                _move_files(part, path)
+            else:
+                part.replace(path)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Move all files of a folder to the same places in another one, and remove the folder."""
+    for file in [path for path in source.rglob("*") if path.is_file()]:
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(place)
+    shutil.rmtree(source)
 
 
 @contextmanager

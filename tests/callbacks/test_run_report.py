@@ -1,11 +1,18 @@
 """What a finished run leaves: pictures, record, adapter, printed table."""
 
+import errno
+import os
+
+import pytest
 from huggingface_hub import ModelCard
 
 from app.tracking import plots
 from app.tracking.metrics_table import read_metrics
+from app.tracking.run_folder import RunFolder
+from callbacks import run_report
+from callbacks.score_at import ScoreAt
 from tests.support.pictures import check_picture
-from tests.support.run_folders import summary
+from tests.support.run_folders import summary, table
 
 
 def score_table(card):
@@ -53,3 +60,77 @@ def test_the_folder_of_a_run(monkeypatch, fit, caplog, tmp_path):
     assert [step for step, _ in curves["train/loss"]] == [0, 1, 2]
     assert curves["final/loss"] == [(3, metrics["final"]["loss"])]
     assert curves["zero_shot/accuracy"] == [(0, metrics["zero_shot"]["accuracy"])]
+
+
+def fails(error, times=None):
+    """Return a function that raises an error, always or so many times, and then does nothing."""
+    left = iter(range(times)) if times is not None else iter(int, 1)
+
+    def failing(*_, **__):
+        for _ in left:
+            raise error
+        return []
+
+    return failing
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("error", [FULL, ValueError("Number of rows must be positive")])
+def test_plots_that_fail_are_one_warning(error, fit, monkeypatch):
+    monkeypatch.setattr("callbacks.run_report.write_plots", fails(error))
+    with pytest.warns(
+        UserWarning, match=r"drawing the plots failed \((No space|ValueError: Number)"
+    ) as told:
+        folder = fit()
+    assert len([w for w in told if "failed" in str(w.message)]) == 1
+    assert "final" in summary(folder)["metrics"]
+    RunFolder(folder).check_finished()
+
+
+def test_what_is_trained_is_saved_before_it_is_scored(
+    command, fit, tiny_run, tmp_path, monkeypatch
+):
+    """A failure of the final scores leaves a run that exports; going on makes the scores, and nothing again."""
+    folder = tmp_path / "runs" / "tiny" / "version_0"
+    with monkeypatch.context() as patched:
+        patched.setattr(ScoreAt, "on_fit_end", fails(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            command("fit", "--config", tiny_run)
+    before = summary(folder)
+    assert list(before["metrics"]) == ["zero_shot", "after_init"]
+    assert before["train"]["steps"] == 3
+    weights = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert command("export", "--run", folder) == 0
+    assert fit("--ckpt_path=last") == folder
+    assert list(summary(folder)["metrics"]) == ["zero_shot", "after_init", "final"]
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_weights_that_cannot_be_saved_are_tried_again(
+    fit, error_of, tiny_run, tmp_path, monkeypatch
+):
+    original = run_report.save_adapter
+    failing = fails(FULL, times=1)
+    monkeypatch.setattr(run_report, "save_adapter", lambda *args: failing() or original(*args))
+    with pytest.warns(UserWarning, match=r"saving the trained weights .*No space.*tried again"):
+        folder = fit()
+    assert (folder / "adapter" / "adapter_config.json").is_file()
+    monkeypatch.setattr(run_report, "save_adapter", fails(FULL))
+    with pytest.warns(UserWarning, match="tried again"):
+        error = error_of("fit", "--config", tiny_run)
+    assert "could not all be saved (No space left on device): make room" in error
+    names = {path.name for path in (tmp_path / "runs" / "tiny" / "version_1").iterdir()}
+    assert names == {"config.yaml", "metrics.csv", "checkpoints"}
+    monkeypatch.setattr(run_report, "save_adapter", original)
+    RunFolder(fit("--ckpt_path=last")).check_finished()
+
+
+def test_a_run_without_validation_rows(fit, capsys, caplog):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        folder = fit("--data.validation_size=0")
+    assert summary(folder)["metrics"] == {"zero_shot": {}, "after_init": {}, "final": {}}
+    assert "no scores: there are no validation rows" in caplog.text
+    assert [int(row["step"]) for row in table(folder)] == [0, 1, 2]
+    RunFolder(folder).check_finished()

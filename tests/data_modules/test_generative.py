@@ -123,8 +123,8 @@ def test_a_hub_out_of_reach(kind, monkeypatch, tmp_path):
         kind().prepare_data()
 
 
-@pytest.mark.parametrize("options", [{"keep_below": 0}, {"max_rows": 0}, {"validation_size": 0}])
-def test_sizes_below_one(options):
+@pytest.mark.parametrize("options", [{"keep_below": 0}, {"max_rows": 0}, {"validation_size": -1}])
+def test_sizes_that_are_too_small(options):
     with pytest.raises(InputError, match=next(iter(options))):
         Gsm8kDataModule(path="x", **options)
 

@@ -88,7 +88,7 @@ def test_held_out_rows_depend_neither_on_the_seed_nor_on_each_other(ratings):
     [
         ({"test_size": 23}, "data.test_size=23 of 23"),
         ({"test_size": 10, "validation_size": 13}, "data.validation_size=13 of 13"),
-        ({"test_size": 0}, "data.test_size=0"),
+        ({"test_size": -1}, "data.test_size=-1"),
     ],
 )
 def test_sizes_out_of_range(ratings, sizes, setting):

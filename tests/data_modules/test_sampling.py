@@ -68,6 +68,17 @@ def test_split_keeps_equal_prompts_together():
     assert not {r.prompt for r in rest} & {r.prompt for r in aside}
     with pytest.raises(InputError, match=r"data.validation_size=40 of 40 rows"):
         split_off(rows, 40, "data.validation_size")
+    assert split_off(rows, 0, "data.validation_size") == (rows, [])
+
+
+@pytest.mark.parametrize(("prompts", "expected"), [(1, "expected 0, for none"), (3, "at least 8")])
+def test_rows_of_few_prompts_cannot_be_split(prompts, expected):
+    rows = [TextRow(str(number % prompts), str(number)) for number in range(24)]
+    message = (
+        rf"data.test_size=4 sets none of 24 rows aside: .*each prompt has \d+ rows.*{expected}"
+    )
+    with pytest.raises(InputError, match=message):
+        split_off(rows, 4, "data.test_size")
 
 
 def test_longest_first_is_stable():

@@ -115,6 +115,49 @@ def test_a_smaller_training_subset_is_part_of_a_larger_one():
         Rows(train_size=31).rows("train")
 
 
+class Loads(Rows):
+    """A source whose `load` returns rows of the splits named."""
+
+    def __init__(self, *named, **options):
+        super().__init__(**options)
+        self.named = named
+
+    def load(self):
+        rows = super().load()
+        return {name: rows.get(name, []) for name in self.named}
+
+
+def test_a_split_that_is_left_out_has_no_rows(causal):
+    data = Loads("train")
+    data.attach(causal, is_encoder_decoder=False)
+    with pytest.warns(
+        UserWarning, match="Loads has no validation rows: the training is not scored"
+    ):
+        data.setup("fit")
+    assert data.describe()["rows"] == {"train": 30, "validation": 0, "test": 0}
+    assert data.val_dataloader() == []
+
+
+@pytest.mark.parametrize(
+    ("named", "stage", "message"),
+    [
+        (
+            ["train", "val"],
+            "fit",
+            r"Loads.load\(\) returns rows of 'val': expected train, validation",
+        ),
+        (["validation"], "fit", "Loads has no rows to train on"),
+        (["train"], "validate", "Loads has no rows to score: name a benchmark"),
+        (["train", "validation"], "test", "Loads has no rows to score: name a benchmark"),
+    ],
+)
+def test_splits_that_a_stage_cannot_use(named, stage, message, causal):
+    data = Loads(*named)
+    data.attach(causal, is_encoder_decoder=False)
+    with pytest.raises(InputError, match=message):
+        data.setup(stage)
+
+
 def test_cut_prompts_are_reported_and_described(causal):
     data = attached(causal, max_length=18)
     with pytest.warns(UserWarning, match=r"of 30 prompts of rows train were cut .*max_length=18"):

@@ -87,7 +87,7 @@ def test_a_stopped_process_exceeds_the_timeout(hangs, tiny_run, forked, tmp_path
 @pytest.mark.parametrize(
     ("failing", "ends", "status", "message"),
     [
-        (0, {"fail": [0, "report", 1]}, 1, "No space left on device"),
+        (0, {"fail": [0, "report", 2]}, 2, "could not all be saved (No space left on device)"),
         (1, {"stall": [1, "training", 2]}, 1, "RuntimeError: DataLoader timed out after 5 seconds"),
         (1, {"term": [1, "gradient", 1]}, 143, "SIGTERM: stopped before the first step"),
     ],

@@ -87,7 +87,7 @@ def end_at(last, moment: str, times: int) -> None:
     """Call `last` when this process comes to a moment for the given time."""
     owner, name = {
         "weights": (app.training.module, "load_model"),
-        "report": (callbacks.run_report, "save_adapter"),
+        "report": (callbacks.run_report.RunReport, "_save"),
         "gradient": (SketchStore, "end_batch"),
         "training": (LoraModule, "on_before_optimizer_step"),
         "checkpoint": (LoraModule, "on_save_checkpoint"),

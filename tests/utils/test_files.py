@@ -133,3 +133,26 @@ def test_the_files_of_a_folder_obey_the_umask(umask, mode, tmp_path):
         os.umask(before)
     files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
     assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [mode, mode]
+
+
+def test_new_files_of_a_folder_replace_those_of_their_names(tmp_path):
+    folder = tmp_path / "folder"
+
+    def write(text):
+        with atomic_folder(folder, update=True) as part:
+            (part / "inner").mkdir()
+            for name in ("file", "inner/file"):
+                (part / name).write_text(text)
+            if text == "bad":
+                raise OSError("full")
+
+    write("old")
+    (folder / "mine").write_text("mine")
+    with pytest.raises(OSError, match="full"):
+        write("bad")
+    write("new")
+    files = {
+        str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()
+    }
+    assert files == {"folder/file": "new", "folder/inner/file": "new", "folder/mine": "mine"}
+    assert list(tmp_path.iterdir()) == [folder]

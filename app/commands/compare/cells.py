@@ -62,6 +62,8 @@ def state_of(folder: Path, benchmarks: Collection[str] = ()) -> CellState:
             record = RunRecord.read(RunFolder(version).summary)
         except InputError:
             continue  # not written yet, or damaged
+        if "final" not in record.metrics:
+            continue  # ended in its final scores, which going on makes
         run = version
         test = record.metrics.get("test")
         asked = {name.partition("/")[0] for name in test or {}}

@@ -183,6 +183,8 @@ def read_run(folder: Path) -> Run | None:
         return replace(run, reason=str(error))
     except (ValueError, TypeError, KeyError) as error:
         return replace(run, reason=f"{files.metrics.name} is damaged ({error})")
+    if "final" not in record.metrics:
+        return replace(run, state="unfinished", reason="it has no final scores yet")
     for moment, rows in (("final", "validation"), ("test", "test")):
         for name, value in record.metrics.get(moment, {}).items():
             if not math.isfinite(value):

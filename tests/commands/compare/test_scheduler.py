@@ -19,8 +19,8 @@ mkdir "$cell/busy" || exit 9
 echo "begin $stage $(basename "$cell") $$" >> "$journal"
 sleep "$seconds"
 mkdir -p "$cell/version_0"
-if [ "$stage" = fit ]; then echo '{"metrics": {"final": {}}}'; else echo '{"metrics": {"test": {}}}'; fi \\
-    > "$cell/version_0/part"
+test=; [ "$stage" = fit ] || test=', "test": {}'
+echo '{"metrics": {"final": {}'"$test"'}}' > "$cell/version_0/part"
 rmdir "$cell/busy"
 echo "end $stage $(basename "$cell") $$" >> "$journal"
 mv "$cell/version_0/part" "$cell/version_0/summary.json"
