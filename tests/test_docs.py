@@ -163,6 +163,7 @@ def test_commands_parse(page, command, monkeypatch, capsys):
         parsed = parse(name, *options)
         if name in ("export", "report", "dashboard"):
             assert parsed[1] == [], parsed
-        if name == "compare":
+        if name in ("compare", "init"):
             given, rest = parsed
-            parse("fit", *(f"--config={file}" for file in given.config), *rest)
+            files = getattr(given, "config", [])  # of `init`, among the rest
+            parse("fit", *(f"--config={file}" for file in files), *rest)

@@ -49,6 +49,7 @@ DESCRIPTION = """Fine-tune a language model with LoRA-One.
   python train.py plan --config quickstart.yaml           does it fit? no weights are loaded
   python train.py test --run runs/quickstart/version_0    score a finished run's adapter
   python train.py export --run runs/quickstart/version_0 --merge    write a merged model
+  python train.py init --config quickstart.yaml           the initialization alone, for TRL and others to train
   python train.py dashboard --entity me                   make a W&B workspace that compares methods
   python train.py theory --config theory/linear.yaml      the paper's theorems and figures, in a minute
   python train.py compare --config glue_sst2.yaml --methods lora,lora_one --learning_rates 1e-4,1e-3
@@ -208,23 +209,26 @@ class LoraCLI(LightningCLI):
 
     def _callbacks(self) -> list[Callback]:
         """List the project's callbacks in the order in which Lightning calls them, behind the user's."""
-        given, output = self.made.trainer, self.made.output
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         settings = yaml.safe_dump(dumped[self.subcommand])
         # The process group exists then, and nothing but the data has been read.
         callbacks: list[Callback] = [
             LambdaCallback(setup=lambda *_, **__: check_same_settings(settings))
         ]
-        if given.enable_progress_bar is not False:
+        if self.made.trainer.enable_progress_bar is not False:
             callbacks.append(TQDMProgressBar() if on_terminal() else PlainProgress())
         if self.subcommand != "fit":
-            return [*callbacks, BenchmarkResults(self._test_folder(), output)]
+            return [*callbacks, BenchmarkResults(self._test_folder(), self.made.output)]
+        return [*callbacks, *self._fit_callbacks()]
+
+    def _fit_callbacks(self) -> list[Callback]:
+        """List those of `fit` alone."""
+        given, output = self.made.trainer, self.made.output
         init, seed, point = self.made.init, self.settings.seed_everything, self.resume_point
         saves = given.enable_checkpointing is not False
         checkpoints = Checkpoints(output.checkpoint_every_n_steps) if saves else None
         preemption = Preemption(self.signals, checkpoints.save if checkpoints else None)
         return [
-            *callbacks,
             AdaLoraPruning(),  # before all that measure or save the adapter
             # Notes the place that the callbacks below save.
             MidEpochResume(seed, continues=point is not None and point.folder is not None),

@@ -55,6 +55,10 @@ def _command(arguments: list[str], signals: StopSignals) -> int:
         from app.commands.compare.command import compare
 
         return compare(arguments[1:], resolve_run)
+    if arguments[0] == "init":
+        from app.cli.init_cli import init_command
+
+        return init_command(arguments[1:], signals)
     from app.cli.lora_cli import LoraCLI
 
     return LoraCLI(arguments, signals).status

@@ -138,8 +138,11 @@ def _facts(
         yield "adapter", _adapter_text(adapter)
         yield "initialization", _init_text(config, record)
     yield "optimizer", _class_text(model["optimizer"])
-    schedule = f"{model['lr_scheduler_type']}, warmup_steps {model['warmup_steps']}"
-    yield "learning rate", schedule
+    if train.steps:
+        yield (
+            "learning rate",
+            f"{model['lr_scheduler_type']}, warmup_steps {model['warmup_steps']}",
+        )
     done = f"{train.steps} optimizer steps, {train.samples} examples" if train.steps else "none"
     yield "training", done
     yield "seed", str(record.seed)

@@ -88,6 +88,40 @@ def check_new_adapter(init: str, adapter: LoraSettings | None, adapter_path: str
         )
 
 
+def check_init_alone(
+    init: str | None, subtracts: bool, adapter: LoraSettings | None, adapter_path: str | None
+) -> None:
+    """Raise InputError unless other tools can train what `python train.py init` would write.
+
+    Args:
+        init: Class of the initialization; None for PEFT's own.
+        subtracts: Whether it changes the base weights, too.
+        adapter: The new adapter.
+        adapter_path: Of a saved one.
+    """
+    if adapter_path is not None:
+        raise InputError(
+            f"model.adapter_path is {adapter_path!r}, an adapter that is there already: leave it out to "
+            "initialize a new one"
+        )
+    if adapter is None:
+        raise InputError(
+            "model.adapter is null, so there is no adapter to initialize: set model.adapter, or train every "
+            "weight with `python train.py fit`"
+        )
+    if adapter.adalora is not None:
+        raise InputError(
+            "model.adapter.adalora is set, whose triplets are initialized at random and pruned by the training "
+            "loop: train it with `python train.py fit`, or let the other tool make PEFT's AdaLoraConfig"
+        )
+    if subtracts:
+        raise InputError(
+            f"init is {init}, which changes the base weights, too, but another tool loads them as they were: "
+            "train with `python train.py fit`, let the other tool initialize (PEFT's init_lora_weights: "
+            "pissa, lora_ga), or use --config methods/lora_one.yaml, which leaves the base as it is"
+        )
+
+
 def check_subtraction(init: str, name: str, config: PreTrainedConfig, sharded: bool) -> None:
     """Raise InputError if an initialization of that class cannot subtract its factors from the base weights."""
     if sharded:

@@ -6,7 +6,10 @@ import shutil
 import pytest
 from transformers import AutoConfig
 
+from app.models.adapter_config import AdaLoraBudget, LoraSettings
+from app.training.checks import check_init_alone
 from app.training.module import LoraModule
+from app.utils.errors import InputError
 
 
 @pytest.fixture
@@ -61,3 +64,30 @@ def test_a_weight_of_two_modules_is_not_merged(fit, command, error_of, tied):
         "--config=methods/pissa.yaml", tied[0], "--model.adapter.target_modules=[q_proj,v_proj]"
     )
     assert command("export", "--run", folder, "--merge") == 0
+
+
+@pytest.mark.parametrize(
+    ("init", "subtracts", "adapter", "path", "message"),
+    [
+        (
+            "LoraGaInit",
+            True,
+            LoraSettings(),
+            None,
+            "LoraGaInit, which changes the base weights, too",
+        ),
+        (None, False, None, None, "model.adapter is null, so there is no adapter"),
+        (
+            None,
+            False,
+            LoraSettings(adalora=AdaLoraBudget()),
+            None,
+            "adalora is set, whose triplets",
+        ),
+        (None, False, LoraSettings(), "runs/x/adapter", "an adapter that is there already"),
+    ],
+)
+def test_adapters_that_other_tools_cannot_begin_with(init, subtracts, adapter, path, message):
+    with pytest.raises(InputError, match=message):
+        check_init_alone(init, subtracts, adapter, path)
+    check_init_alone("LoraOneInit", False, LoraSettings(), None)
