@@ -59,11 +59,6 @@ class InitCLI(LoraCLI):
         self.target = target
         super().__init__(["fit", *arguments], signals)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """List `fit` alone."""
-        return {"fit": LoraCLI.subcommands()["fit"]}
-
     def before_instantiate_classes(self) -> None:
         """Refuse a folder that is there, and leave out what belongs to training."""
         output = self.settings.output

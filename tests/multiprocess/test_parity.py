@@ -1,6 +1,7 @@
 """One process, DDP and FSDP2 train alike: same gradient, initialization, losses and scores."""
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.support.parity import (
     assert_alike,
@@ -8,6 +9,7 @@ from tests.support.parity import (
     init_errors,
     losses,
     parity_job,
+    relative_error,
     two_processes,
 )
 
@@ -32,6 +34,33 @@ def test_four_processes(parity_config, models_without_dropout, finished, referen
     job = parity_job(parity_config, models_without_dropout / "llama", tmp_path, 2, *options)
     finished([job], processes=4)
     assert_alike(tmp_path, reference("llama"), 4)
+
+
+def test_the_initialization_alone(parity_config, models_without_dropout, finished, tmp_path):
+    """`init` on two processes writes one adapter, that of one process."""
+
+    def job(where, *more):
+        made = parity_job(
+            parity_config, models_without_dropout / "llama", tmp_path / where, 8, *more
+        )
+        return {
+            **made,
+            "argv": ["init", *made["argv"][1:], f"--output={tmp_path / where / 'made'}"],
+        }
+
+    def products(where):
+        factors = load_file(tmp_path / where / "made" / "adapter_model.safetensors")
+        names = (name for name in factors if "lora_B" in name)
+        return {name: factors[name] @ factors[name.replace("lora_B", "lora_A")] for name in names}
+
+    finished([job("alone")], processes=1)
+    finished([job(strategy, *two_processes(strategy)) for strategy in STRATEGIES])
+    wanted = products("alone")
+    assert len(wanted) == 14
+    for strategy in STRATEGIES:
+        made = products(strategy)
+        assert made.keys() == wanted.keys()
+        assert max(relative_error(made[name], value) for name, value in wanted.items()) < 1e-4
 
 
 METHODS = {
