@@ -99,6 +99,7 @@ class LoraCLI(LightningCLI):
                 "enable_model_summary": False,
             },
             auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # a checkpoint holds what was trained, and no model
             args=expand(arguments),
             run=run,
         )
@@ -209,11 +210,9 @@ class LoraCLI(LightningCLI):
 
     def _callbacks(self) -> list[Callback]:
         """List the project's callbacks in the order in which Lightning calls them, behind the user's."""
-        dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        settings = yaml.safe_dump(dumped[self.subcommand])
         # The process group exists then, and nothing but the data has been read.
         callbacks: list[Callback] = [
-            LambdaCallback(setup=lambda *_, **__: check_same_settings(settings))
+            LambdaCallback(setup=lambda *_, **__: check_same_settings(self._dumped))
         ]
         if self.made.trainer.enable_progress_bar is not False:
             callbacks.append(TQDMProgressBar() if on_terminal() else PlainProgress())
@@ -241,6 +240,11 @@ class LoraCLI(LightningCLI):
             preemption,
             *([checkpoints] if checkpoints else []),  # Lightning puts these behind the user's, too
         ]
+
+    def _dumped(self) -> str:
+        """Return the resolved settings of the command as YAML."""
+        dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        return yaml.safe_dump(dumped[self.subcommand])
 
     def _test_folder(self) -> Path:
         """Return where a test keeps answers: the run's folder, or that of the experiment's name."""

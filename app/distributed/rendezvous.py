@@ -1,6 +1,7 @@
 """Check that the processes of a run fit together."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -38,12 +39,15 @@ def check_number_of_processes(num_nodes: int, num_devices: int) -> None:
         )
 
 
-def check_same_settings(settings: str) -> None:
-    """Raise InputError on all processes unless they have the same resolved configuration, as YAML."""
+def check_same_settings(settings: Callable[[], str]) -> None:
+    """Raise InputError on all processes unless they have the same resolved configuration.
+
+    `settings` returns it as YAML, which takes a while and is not asked of a process that is alone.
+    """
     if world_size() == 1:
         return
     everyone: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyone, settings)
+    dist.all_gather_object(everyone, settings())
     for number, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             raise InputError(

@@ -85,12 +85,16 @@ def prune(tuner: AdaLoraModel, step: int) -> None:
     grads = [p.grad for p in tuner.model.parameters() if p.requires_grad and p.grad is not None]
     if step < last and not finite(grads):
         return
-    if step >= last and not tuner.rankallocator.ipt and not config.rank_pattern:
+    if step < last or tuner.rankallocator.ipt:
+        tuner.update_and_allocate(step)
+    elif config.rank_pattern:
+        # Behind the last pruning, which may be that of a run that this one trains further.
+        tuner.rankallocator.mask_using_rank_pattern(tuner.model, config.rank_pattern)
+    else:
         raise InputError(
             f"none of the {last} steps before AdaLoRA's last pruning had finite gradients: lower "
             "model.optimizer.lr, train longer, or use a wider precision (trainer.precision)"
         )
-    tuner.update_and_allocate(step)
 
 
 def allocator_state(tuner: AdaLoraModel) -> dict[str, Any]:

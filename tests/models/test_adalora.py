@@ -154,11 +154,13 @@ def test_no_step_to_weigh_by(fit, command, tiny_run, capfd, monkeypatch):
 
 @pytest.mark.parametrize(("steps", "tinit", "tfinal"), [(2, 0, 0), (3, 1, 1), (4, 2, 1)])
 def test_the_shortest_schedules(steps, tinit, tfinal, fit):
-    folder = fit(
-        *(*ADALORA, f"--trainer.max_steps={steps}", f"--model.adapter.adalora.tinit={tinit}"),
-        f"--model.adapter.adalora.tfinal={tfinal}",
-    )
+    own = "--model.adapter.adalora"
+    options = (*ADALORA, f"{own}.tinit={tinit}", f"{own}.tfinal={tfinal}")
+    folder = fit(*options, f"--trainer.max_steps={steps}")
     assert values(folder, "adalora/triplets")[-1] == LAYERS * TARGET
+    # A step more, which has nothing new to weigh the triplets by, keeps them.
+    fit(*options, "--ckpt_path=last", f"--trainer.max_steps={steps + 1}")
+    assert values(folder, "adalora/triplets")[steps:] == [LAYERS * TARGET]
 
 
 OWN = "--model.adapter.adalora"
