@@ -30,6 +30,12 @@ class DataRecord(Section):
 
     name: str | None = None
     rows: dict[str, int] = {}
+    evals: list[dict[str, Any]] = []  # name and version of each benchmark that the run asks
+
+    @property
+    def has_test(self) -> bool:
+        """Whether a test has something to score, so far as the record says."""
+        return self.rows.get("test") != 0 or bool(self.evals)
 
 
 class InitRecord(Section):

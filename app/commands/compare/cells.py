@@ -54,7 +54,10 @@ def grid(methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -
 
 
 def state_of(folder: Path, benchmarks: Collection[str] = ()) -> CellState:
-    """Read how far the cell in a folder is, from its files alone; a finished one has all benchmarks' scores."""
+    """Read how far the cell in a folder is, from its files alone.
+
+    A finished one has all benchmarks' scores; with none, and no test rows, it is finished once it is trained.
+    """
     versions = run_folders(folder)
     run = None
     for version in reversed(versions):
@@ -65,7 +68,7 @@ def state_of(folder: Path, benchmarks: Collection[str] = ()) -> CellState:
         if "final" not in record.metrics:
             continue  # ended in its final scores, which going on makes
         run = version
-        test = record.metrics.get("test")
+        test = record.metrics.get("test", None if record.data.has_test else {})
         asked = {name.partition("/")[0] for name in test or {}}
         if test is not None and asked.issuperset(benchmarks):
             return CellState("finished", run)

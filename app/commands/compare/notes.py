@@ -39,6 +39,11 @@ def main_notes(comparison: Comparison) -> list[str]:
         f"Mean ± standard deviation (n - 1) over seeds at the learning rate with the best mean validation "
         f"{comparison.selected_by}; test scores play no part in the choice."
     )
+    if not comparison.has_test:
+        notes.append(
+            f"**There is no test**, neither rows nor a benchmark: methods stand in the order of the validation "
+            f"{comparison.selected_by} that their rates were chosen by, which flatters each of them."
+        )
     if comparison.shared.get("data.init_args.validation_size") is None:
         notes.append(
             "**The validation rows are the reported rows** (data.validation_size is null): the learning rates "

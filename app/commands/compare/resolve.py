@@ -230,8 +230,13 @@ def check_methods(configs: Mapping[str, Mapping[str, Any]]) -> Settings:
 
 
 def check_validation(run: ResolvedRun) -> None:
-    """Raise InputError if the validation rows are those that the test reports: rates are chosen on them."""
+    """Raise InputError unless there are validation rows, apart from those of the test, to choose rates on."""
     data = run.data
+    if data.validation_size == 0 or (data.label_words and not data.rows("validation")):
+        raise InputError(
+            f"{data.task_name} has no validation rows, by which compare chooses the learning rates: set some "
+            "aside with --data.validation_size"
+        )
     if data.label_words and data.rows("validation") == data.rows("test"):
         raise InputError(
             f"the validation rows of {data.task_name} are the rows that the test reports, so that the best "

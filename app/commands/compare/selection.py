@@ -57,6 +57,12 @@ class Comparison:
         return self.rows[self.rows.state == "finished"]
 
     @property
+    def has_test(self) -> bool:
+        """Whether any run is tested, or can be; else the scores of the validation rows are compared."""
+        runs: list[Run] = list(self.finished.run)
+        return any(run.record.data.has_test or run.scores("test") for run in runs)
+
+    @property
     def failed(self) -> pd.DataFrame:
         """The rows of the runs that failed or diverged."""
         return self.rows[self.rows.state.isin(FAILED)]

@@ -75,14 +75,15 @@ def main_table(comparison: Comparison) -> Table:
         if choice.rate is None:
             failed = (comparison.failed.method == label).any()
             rate = "none without a lost run" if failed else "none finished"
-        rows[label] = {
-            f"test {reported}{_percent(reported)}": score_text(own.reported_score, reported),
+        test = score_text(own.reported_score, reported)
+        if choice.rate is not None and not tested:
+            test = "not tested"
+        rows[label] = {f"test {reported}{_percent(reported)}": test} if comparison.has_test else {}
+        rows[label] |= {
             "seeds": f"{seeds or ''}" + (f" ({tested} tested)" if tested not in (0, seeds) else ""),
             "learning rate": rate,
             f"validation {selected}{_percent(selected)}": score_text(own.selection_score, selected),
         }
-        if choice.rate is not None and not tested:
-            rows[label][f"test {reported}{_percent(reported)}"] = "not tested"
         for title, (column, factor, places) in COSTS.items():
             mean = factor * own[column].astype(float).mean()
             rows[label][title] = "" if math.isnan(mean) else f"{mean:,.{places}f}"
@@ -111,15 +112,18 @@ def rate_table(comparison: Comparison, reported: bool) -> Table:
 
 
 def seed_table(comparison: Comparison) -> Table | None:
-    """Return the reported scores at the chosen rates, one column a seed; None for one seed or none tested."""
-    score, tested = comparison.score, comparison.chosen.dropna(subset="reported_score")
-    scores = tested.pivot(index="method", columns="seed", values="reported_score")
+    """Return the compared scores at the chosen rates, one column a seed; None for one seed or none tested."""
+    of, score, column = "Test", comparison.score, "reported_score"
+    if not comparison.has_test:
+        of, score, column = "Validation", comparison.selected_by, "selection_score"
+    tested = comparison.chosen.dropna(subset=column)
+    scores = tested.pivot(index="method", columns="seed", values=column)
     if scores.shape[1] < 2:
         return None
     labels = [label for label, choice in comparison.choices.items() if choice.rate is not None]
     frame = scores.reindex(labels).map(lambda value: score_text(pd.Series([value]), score))
     note = (
-        f"Test {score}{_percent(score, ', in ')}. A seed gives every method the same rows in the same order, "
+        f"{of} {score}{_percent(score, ', in ')}. A seed gives every method the same rows in the same order, "
         "so that the differences in a column are paired."
     )
     return Table(frame.add_prefix("seed "), [note])

@@ -77,6 +77,11 @@ def test_training_rows_are_set_aside_where_the_configuration_has_none(tiny_run, 
     separate = resolve_run([f"--config={tiny_run}", f"--data.validation_size={rows // 5}"])
     assert rows_to_set_aside(separate) is None
     check_validation(separate)
+    none = resolve_run([f"--config={tiny_run}", "--data.validation_size=0"])
+    with pytest.raises(
+        InputError, match=r"glue/sst2 has no validation rows.*--data.validation_size"
+    ):
+        check_validation(none)
     # The command does so by itself, whatever comes of it.
     options = ("--methods=lora", RATE, "--data.validation_size=null", "--launch=slurm")
     assert command("compare", "--config", tiny_run, *options) == 0

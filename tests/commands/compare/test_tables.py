@@ -1,15 +1,17 @@
 """The numbers of the tables, against numpy."""
 
 import io
+import json
 from csv import DictReader
 
 import numpy as np
 import pytest
 
+from app.commands.compare.cells import state_of
 from app.commands.compare.collect import collect
 from app.commands.compare.selection import comparisons
 from app.commands.compare.tables import before_training_table, rate_table, runs_csv, seed_table
-from tests.support.report_runs import RATES, SCORES, fail, main_rows, manifest, write_run
+from tests.support.report_runs import RATES, SCORES, fail, grid_run, main_rows, manifest, write_run
 
 
 @pytest.fixture
@@ -43,6 +45,38 @@ def test_the_main_table(runs):
     values = [1 - test for _, test in SCORES["lora_one"][1e-3]]
     row = main_rows(runs, score="loss")[0]["lora_one"]
     assert row["test loss"] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+
+
+def test_without_a_test_the_validation_loss_is_compared(tmp_path, report):
+    """Rows of free answers, and no benchmark: finished once they are trained."""
+    losses = {
+        "lora": {1e-4: (0.9, 0.8), 1e-3: (0.7, 0.5)},
+        "lora_one": {1e-4: (0.3, 0.5), 1e-3: (0.6, 0.6)},
+    }
+    folder = tmp_path / "compare"
+    for method, by_rate in losses.items():
+        for rate, values in by_rate.items():
+            for seed, loss in enumerate(values):
+                run = grid_run(folder, method, rate, seed, 1 - loss, None)
+                metrics = {m: {"loss": v} for m, v in (("zero_shot", 2.0), ("final", loss))}
+                summary = json.loads((run / "summary.json").read_text()) | {"metrics": metrics}
+                summary["data"]["rows"]["test"] = 0
+                (run / "summary.json").write_text(json.dumps(summary))
+                assert state_of(run.parent).state == "finished"
+                assert state_of(run.parent, ["gsm8k"]).state == "trained"
+    rows, notes = main_rows(folder)
+    std = np.std([0.3, 0.5], ddof=1)
+    assert list(rows) == ["lora_one", "lora"]
+    assert rows["lora_one"]["validation loss"] == f"0.4000 ± {std:.4f}"
+    assert rows["lora"]["learning rate"] == "1e-3 †"
+    assert not [name for name in rows["lora"] if "test" in name]
+    assert any("**There is no test**" in note for note in notes)
+    [compared] = comparisons(collect([folder]))
+    seeds = seed_table(compared)
+    assert rows_of(seeds)["lora_one"] == {"seed 0": "0.3000", "seed 1": "0.5000"}
+    assert "Validation loss" in seeds.notes[0]
+    assert "validation loss" in report(folder)
+    assert "not tested" not in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_the_whole_curve(runs, comparison):
