@@ -252,7 +252,8 @@ class LoraCLI(LightningCLI):
         trained = Path(model.adapter_path or model.name)
         run = RunFolder(trained.parent)
         if trained in (run.adapter, run.model) and run.config.is_file():
-            return run.path
+            # The scores of the run are those of the model that was trained.
+            return run.path / f"merged_{model.merged}" if model.merged else run.path
         return Path(output.root) / output.name
 
     def after_plan(self) -> None:

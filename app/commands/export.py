@@ -2,70 +2,152 @@
 
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from app.models.adapter_io import load_adapter, merge_adapter, save_model
-from app.models.loading import load_model, load_tokenizer, model_fingerprint
-from app.models.source import resolve_model
+from app.models.adapter_format import largest_rank, layer_names, unserved_settings
+from app.models.adapter_io import load_adapter, read_adapter, save_model, write_adapter
+from app.models.loading import load_config, load_model, load_tokenizer, model_fingerprint
+from app.models.merging import SurvivedShares, merge_adapter, round_trained
+from app.models.plain_lora import plain_lora
+from app.models.source import ModelSource, resolve_model
 from app.tracking.model_card import write_run_card
 from app.tracking.run_folder import RunFolder
 from app.utils.command_parser import CommandParser
+from app.utils.console import say
 from app.utils.errors import InputError
 from app.utils.files import atomic_folder
 
+DTYPES = ("float32", "bfloat16", "float16")
+ENOUGH = 0.95
+"""Share of an update below which a merged model is no longer called the trained one."""
+
 
 def export_command(arguments: Sequence[str]) -> int:
-    """Parse the arguments of `export` and run it."""
+    """Parse the arguments of `export` and run it.
+
+    Raises:
+        InputError: Options do not fit, it is no finished run, the target exists, or the base model has changed.
+    """
     parser = CommandParser("export", "Write a run's adapter or merged model.")
     add = parser.add_argument
     add("--run", required=True, type=Path, help="folder of a finished run")
     add("--merge", action="store_true", help="write the base model with the adapter merged into it")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of a merged model's weights; default model.dtype of the run",
+    )
+    add(
+        "--as",
+        dest="kind",
+        choices=["lora"],
+        help="write AdaLoRA, or LoRA with patterns, as plain LoRA",
+    )
     add("--output", type=Path, help="folder to write; default RUN/merged or RUN/exported_adapter")
     given = parser.parse_args(arguments)
     target = given.output or given.run / ("merged" if given.merge else "exported_adapter")
-    export(RunFolder(given.run), given.merge, target)
+    folder = RunFolder(given.run)
+    _check(given, folder, target)
+    (_export_merged if given.merge else _export_adapter)(folder, target, given)
     print(f"wrote {target}")
     return 0
 
 
-def export(folder: RunFolder, merge: bool, target: Path) -> None:
-    """Write a run's adapter (PEFT layout) or merged model (safetensors) for use elsewhere.
-
-    Raises:
-        InputError: It is no finished run, the target exists, or the base model has changed.
-    """
+def _check(given: Namespace, folder: RunFolder, target: Path) -> None:
+    if given.dtype and not given.merge:
+        raise InputError("--dtype is given without --merge: the weights of an adapter are float32")
+    if given.kind and given.merge:
+        raise InputError("--as and --merge are both given: a merged model has no adapter. Give one")
     folder.check_finished()
     if target.exists():
         expected = "remove it or name another folder"
         raise InputError(f"--output is {str(target)!r}, which exists: {expected}")
-    whole = folder.model.is_dir()
-    if whole and not merge:
+    if folder.model.is_dir() and not given.merge:
         raise InputError(
             f"--run is {str(folder)!r}, which trained the whole model and has no adapter: give --merge, which "
             "writes the model"
         )
-    if whole or not merge:
+
+
+def _export_adapter(folder: RunFolder, target: Path, given: Namespace) -> None:
+    """Write a run's adapter for all that reads PEFT's layout; say what servers have to know of it."""
+    config, state = read_adapter(folder.adapter)
+    if given.kind:
+        config, state = plain_lora(config, state)
+    with atomic_folder(target) as part:
+        shutil.copytree(folder.adapter, part, dirs_exist_ok=True)
+        write_adapter(config, state, part)
+        write_run_card(folder, part)
+    if unserved := unserved_settings(config):
+        say(f"warning: {unserved}")
+    else:
+        rank = largest_rank(config, layer_names(state))
+        print(f"servers need a max_lora_rank of {rank} or more (vLLM: --max-lora-rank)")
+
+
+def _export_merged(folder: RunFolder, target: Path, given: Namespace) -> None:
+    """Write a run's model with the adapter in its weights, or with all of them trained."""
+    settings = yaml.safe_load(folder.config.read_text())["model"]
+    dtype_name = given.dtype or settings["dtype"]
+    whole = folder.model.is_dir()
+    if whole and dtype_name == settings["dtype"]:
         with atomic_folder(target) as part:
-            shutil.copytree(folder.model if whole else folder.adapter, part, dirs_exist_ok=True)
+            shutil.copytree(folder.model, part, dirs_exist_ok=True)
             write_run_card(folder, part)
         return
-    settings = yaml.safe_load(folder.config.read_text())["model"]
-    summary = json.loads(folder.summary.read_text())
+    source = _unchanged_base(folder, settings)
+    transformers_logging.disable_progress_bar()
+    dtype = getattr(torch, dtype_name)
+    if whole:
+        trained = load_model(resolve_model(str(folder.model)))
+        merged, survived = round_trained(trained, load_model(source), dtype)
+    else:
+        adapted = load_adapter(load_model(source), folder.adapter, trainable=False)
+        merged, survived = merge_adapter(adapted, dtype)
+    with atomic_folder(target) as part:
+        save_model(merged, load_tokenizer(source), part)
+        write_run_card(folder, part)
+    _report(survived, dtype_name)
+
+
+def _unchanged_base(folder: RunFolder, settings: dict[str, Any]) -> ModelSource:
+    """Return where a run's base model is; raise InputError unless it can be merged with what was trained."""
     source = resolve_model(settings["name"])
+    summary = json.loads(folder.summary.read_text())
     fingerprint, expected = model_fingerprint(source), summary["model"]["fingerprint"]
     if fingerprint != expected:
         raise InputError(
             f"the base model {source.name} has fingerprint {fingerprint}, but the run was trained on "
             f"{expected}: the weights behind model.name have changed"
         )
-    transformers_logging.disable_progress_bar()
-    base = load_model(source, getattr(torch, settings["dtype"]))
-    trained = load_adapter(base, folder.adapter, trainable=False)
-    with atomic_folder(target) as part:
-        save_model(merge_adapter(trained), load_tokenizer(source), part)
-        write_run_card(folder, part)
+    if getattr(load_config(source), "quantization_config", None) is not None:
+        raise InputError(
+            f"the base model {source.name} is quantised (quantization_config), whose weights cannot hold an "
+            "update: leave --merge out, and serve the adapter"
+        )
+    return source
+
+
+def _report(survived: SurvivedShares, dtype: str) -> None:
+    """Say how much of the update is in a merged model, and warn where that is too little."""
+    if not survived.shares:
+        say("warning: the training changed no weight: the merged model is the base model")
+        return
+    worst = survived.worst
+    least = survived.shares[worst]
+    print(
+        f"share of the update that survives in {dtype}: {survived.mean:.1%} on average, {least:.1%} at least "
+        f"({worst})"
+    )
+    if least < ENOUGH:
+        say(
+            f"warning: {dtype} rounds away a part of what was trained: give --dtype float32, or leave --merge "
+            f"out and serve the adapter. `test --run RUN --merged {dtype}` scores the merged model"
+        )

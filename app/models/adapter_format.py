@@ -6,42 +6,21 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from peft.utils.other import get_pattern_key
 
-_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([ABE])(?:\.weight)?")
 
 
 def factor_of(key: str) -> tuple[str, str] | None:
-    """Return the layer's name and "A" or "B" for the key of a LoRA factor in an adapter's file; else None."""
+    """Return the layer's name and "A", "B" or "E" for the key of a factor in an adapter's file; else None."""
     match = _FACTOR.fullmatch(key)
     return None if match is None else (match[1], match[2])
 
 
-def fold_scaling(config: LoraConfig, keys: Iterable[str]) -> LoraConfig:
-    """Return an adapter's configuration with each layer's scaling as lora_alpha / r, without rsLoRA.
-
-        lora_alpha / sqrt(r) = (lora_alpha sqrt(r)) / r
-
-    SGLang and llama.cpp ignore `use_rslora`. A layer whose lora_alpha differs from that of the others then,
-    since a pattern sets its rank or its lora_alpha, is named in `alpha_pattern`.
-
-    Args:
-        config: PEFT's, of LoRA or AdaLoRA; not modified.
-        keys: Keys of the adapter's tensors.
-    """
-    folded: Any = copy.deepcopy(config)
-    folded.lora_alpha = _whole(config.lora_alpha)
-    if not config.use_rslora:
-        return folded
-    folded.use_rslora = False
-    folded.lora_alpha = _whole(config.lora_alpha * math.sqrt(config.r))
-    folded.alpha_pattern = {}
-    for name in dict.fromkeys(factor[0] for key in keys if (factor := factor_of(key))):
-        r, alpha = rank_and_alpha(config, name)
-        if _whole(alpha * math.sqrt(r)) != folded.lora_alpha:
-            folded.alpha_pattern[f"^{name}"] = _whole(alpha * math.sqrt(r))
-    return folded
+def layer_names(keys: Iterable[str]) -> list[str]:
+    """List the layers that an adapter's file has factors of."""
+    return list(dict.fromkeys(factor[0] for key in keys if (factor := factor_of(key))))
 
 
 def rank_and_alpha(config: LoraConfig, name: str) -> tuple[int, float]:
@@ -51,7 +30,50 @@ def rank_and_alpha(config: LoraConfig, name: str) -> tuple[int, float]:
     return r, alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
 
 
+def fold_scaling(config: LoraConfig, layers: Iterable[str]) -> LoraConfig:
+    """Return an adapter's configuration with each layer's scaling as lora_alpha / r, without rsLoRA.
+
+        lora_alpha / sqrt(r) = (lora_alpha sqrt(r)) / r
+
+    SGLang and llama.cpp ignore `use_rslora`. A layer whose lora_alpha differs from that of the others then,
+    since a pattern sets its rank or its lora_alpha, is named in `alpha_pattern`.
+
+    Args:
+        config: PEFT's, of LoRA or AdaLoRA; not modified.
+        layers: Names of the adapted layers.
+    """
+    folded: Any = copy.deepcopy(config)
+    folded.lora_alpha = _whole(config.lora_alpha)
+    if not config.use_rslora:
+        return folded
+    folded.use_rslora = False
+    folded.lora_alpha = _whole(config.lora_alpha * math.sqrt(config.r))
+    folded.alpha_pattern = {}
+    for name in layers:
+        r, alpha = rank_and_alpha(config, name)
+        if _whole(alpha * math.sqrt(r)) != folded.lora_alpha:
+            folded.alpha_pattern[f"^{name}"] = _whole(alpha * math.sqrt(r))
+    return folded
+
+
 def _whole(number: float) -> int | float:
     """Return a number that is whole up to its rounding as an integer, the type of PEFT's lora_alpha."""
     nearest = round(number)
     return nearest if math.isclose(number, nearest, rel_tol=1e-12) else number
+
+
+def largest_rank(config: LoraConfig, layers: Iterable[str]) -> int:
+    """Return the largest rank of any layer, which servers want to know beforehand."""
+    return max([config.r, *(rank_and_alpha(config, name)[0] for name in layers)])
+
+
+def unserved_settings(config: LoraConfig) -> str | None:
+    """Say what servers of plain LoRA do not apply of an adapter, and how it is had; None if they apply all."""
+    if isinstance(config, AdaLoraConfig):
+        return "AdaLoRA is read by PEFT alone: for vLLM, SGLang or llama.cpp give --as lora"
+    if config.use_dora:
+        return "vLLM, SGLang and llama.cpp do not apply DoRA (use_dora): for them give --merge"
+    names = [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name)]
+    if names:
+        return f"vLLM, SGLang and llama.cpp ignore {' and '.join(names)}: for them give --as lora"
+    return None

@@ -1,20 +1,23 @@
-"""Save, load and merge adapters, in PEFT's layout."""
+"""Save and load adapters, in PEFT's layout, and whole models in transformers'."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from app.models.adapter_format import factor_of, fold_scaling
-from app.models.lora import ADAPTER, tied_target_layers
+from app.models.adapter_format import factor_of, fold_scaling, layer_names
+from app.models.lora import ADAPTER, adapted_layers
 from app.utils.errors import InputError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def save_adapter(
@@ -41,7 +44,8 @@ def save_adapter(
     """
     # Asking whether the vocabulary was resized would contact the hub; embeddings are never trained whole.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    config: Any = fold_scaling(cast(LoraConfig, model.peft_config[ADAPTER]), state)
+    layers = [name for name, _ in adapted_layers(model)]
+    config: Any = fold_scaling(cast(LoraConfig, model.peft_config[ADAPTER]), layers)
     config.base_model_name_or_path, config.revision = base_name, revision
     config.inference_mode = True
     if subtracted_factors:
@@ -50,10 +54,26 @@ def save_adapter(
         config.lora_alpha *= 2
         config.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
         config.alpha_pattern = {name: 2 * alpha for name, alpha in config.alpha_pattern.items()}
+    write_adapter(config, state, folder)
+
+
+def write_adapter(config: LoraConfig, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write an adapter's configuration and tensors, making the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Read an adapter's configuration and tensors, with rsLoRA's scaling, which earlier versions wrote, folded.
+
+    Raises:
+        InputError: If the folder holds no PEFT adapter.
+    """
+    with _reading(folder):
+        config, state = PeftConfig.from_pretrained(str(folder)), load_file(folder / WEIGHTS_FILE)
+        return fold_scaling(cast(LoraConfig, config), layer_names(state)), state
 
 
 def _with_subtracted(
@@ -88,32 +108,23 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
         InputError: If the folder holds no PEFT adapter, or it does not fit the model.
     """
     check_adapter_folder(folder)
+    with _reading(folder), warnings.catch_warnings():
+        # Of torch, on the meta device: its numbers have nowhere to go.
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turn PEFT's complaints about an adapter into an InputError."""
     try:
-        with warnings.catch_warnings():
-            # Of torch, on the meta device: its numbers have nowhere to go.
-            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        yield
     except (RuntimeError, ValueError, TypeError, LookupError, OSError, SafetensorError) as error:
         raise InputError(
             f"the adapter in {str(folder)!r} is damaged or does not fit the model: "
             f"{type(error).__name__}: {str(error).partition(chr(10))[0]}. "
             "Check model.adapter_path and model.name"
         ) from error
-
-
-def merge_adapter(model: PeftModel) -> PreTrainedModel:
-    """Add scaling * lora_B @ lora_A to every weight and return the plain model.
-
-    Raises:
-        InputError: If a weight is another module's too, which the merge would change with it.
-    """
-    for layer, other in tied_target_layers(model).items():
-        raise InputError(
-            f"merging would change the weight of {layer}, which is that of {other} too "
-            "(tie_word_embeddings): export the adapter without --merge, or train with "
-            f"{layer} left out of model.adapter.target_modules"
-        )
-    return model.merge_and_unload(safe_merge=True)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -165,6 +165,15 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield name.removeprefix("base_model.model."), module
 
 
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Yield all adapted layers, also embeddings and parameters, by the names that PEFT's patterns match."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.scaling:
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            parameter = getattr(module, "parameter_name", None)  # of a ParamWrapper
+            yield f"{name}.{parameter}" if parameter else name, module
+
+
 def lora_pairs(model: nn.Module) -> list[LoraPair]:
     """List the LoRA layers of a PEFT model in module order; empty for any other model, and for AdaLoRA."""
     return [

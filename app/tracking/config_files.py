@@ -27,6 +27,7 @@ LISTS = ("callbacks", "logger", "plugins")
 def expand(arguments: Sequence[str]) -> list[str]:
     """Replace config names by paths, and `--run FOLDER` by that run's config and adapter or model.
 
+    `--merged DTYPE` makes it the model that `export --merge --dtype DTYPE` writes, computed in that type.
     Of several overlays in `configs/methods/` the last one counts: what another one has set to null, such as
     the initialization, could not be had back. Those in `configs/callbacks/` come behind all other files.
 
@@ -34,6 +35,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
         InputError: A file is missing or is no YAML, or an option sets what a file has switched off.
     """
     expanded: list[str] = []
+    merged: list[str] = []
     off: dict[str, Path] = {}
     lists: dict[str, dict[str, Path]] = {}
     named = _appended_last(_named_files(arguments))
@@ -54,6 +56,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
             whole = run.model.is_dir()
             trained = f"name={run.model}" if whole else f"adapter_path={run.adapter}"
             expanded += [f"--config={_current(run.config)}", f"--model.{trained}"]
+        elif option == "--merged":
+            merged = [f"--model.merged={value}", "--trainer.precision=32-true"]
         elif option == "--config":
             path = find_config(value)
             content = read_yaml(path, "--config")
@@ -63,7 +67,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
         else:
             expanded.append(value)
             _check_not_off(off, value)
-    return expanded
+    return expanded + merged
 
 
 def _current(path: Path) -> str:
@@ -75,13 +79,13 @@ def _current(path: Path) -> str:
 
 
 def _named_files(arguments: Sequence[str]) -> list[tuple[str | None, str]]:
-    """Return the arguments in order: `--config` or `--run` with its value, any other with None before it."""
+    """Return the arguments in order: `--config`, `--run` or `--merged` with its value, others behind None."""
     pairs: list[tuple[str | None, str]] = []
     rest = iter(arguments)
     for argument in rest:
         option, equals, value = argument.partition("=")
-        if option in ("--config", "-c", "--run"):
-            name = "--run" if option == "--run" else "--config"
+        if option in ("--config", "-c", "--run", "--merged"):
+            name = "--config" if option == "-c" else option
             pairs.append((name, value if equals else next(rest, "")))
         else:
             pairs.append((None, argument))

@@ -11,6 +11,7 @@ from app.distributed.fsdp import Fsdp2Strategy
 from app.models.adapter_io import load_adapter
 from app.models.loading import empty_model, load_model, model_fingerprint
 from app.models.lora import add_lora, fsdp_incompatible_settings
+from app.models.merging import merge_adapter
 from app.models.modalities import modules_beside_text
 from app.tracking.record import ModelRecord
 from app.training.checks import check_sharding
@@ -65,7 +66,7 @@ def adapt(base: PreTrainedModel, settings: ModelSettings, trainable: bool = True
         trainable: Whether the weights require gradients where there is no adapter.
 
     Returns:
-        The PEFT model, or `base` itself without an adapter.
+        The PEFT model, or `base` itself without an adapter or with one merged into its weights.
 
     Raises:
         InputError: The adapter does not fit the model.
@@ -73,7 +74,9 @@ def adapt(base: PreTrainedModel, settings: ModelSettings, trainable: bool = True
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     model: nn.Module
-    if settings.adapter_path is not None:
+    if settings.adapter_path is not None and settings.merged:
+        model = _with_merged_weights(base, settings, Path(settings.adapter_path))
+    elif settings.adapter_path is not None:
         model = load_adapter(base, Path(settings.adapter_path), trainable=True)
     elif settings.adapter is not None:
         model = add_lora(base, settings.adapter)
@@ -87,3 +90,13 @@ def adapt(base: PreTrainedModel, settings: ModelSettings, trainable: bool = True
         # Without re-entry a block is recomputed only if its input is in the graph.
         base.enable_input_require_grads()
     return model
+
+
+def _with_merged_weights(
+    base: PreTrainedModel, settings: ModelSettings, adapter: Path
+) -> PreTrainedModel:
+    """Return `base` with the weights that `export --merge` writes in its dtype."""
+    trained = load_adapter(load_model(settings.source), adapter, trainable=False)
+    merged, _ = merge_adapter(trained, getattr(torch, settings.dtype_name))
+    base.load_state_dict(merged.state_dict())
+    return base

@@ -52,6 +52,8 @@ class LoraModule(LightningModule):
         method: Name of the method in tables and dashboards.
         adapter: The LoRA adapter; null trains every weight.
         adapter_path: Folder of a saved adapter (PEFT layout) to start from instead of a new one.
+        merged: Type of all weights of a model that is tested as `export --merge --dtype` writes it, with the
+            adapter of adapter_path in its weights; null keeps the adapter beside them.
         optimizer: Class and arguments of the optimizer; it is given the trainable parameters.
         lr_scheduler_type: Shape of the learning rate, in transformers' names.
         warmup_steps: Optimizer steps of linear warm-up; below 1, a share of all steps.
@@ -66,6 +68,7 @@ class LoraModule(LightningModule):
         method: str = "lora_one",
         adapter: LoraSettings | None = LoraSettings(),  # noqa: B008 (frozen)
         adapter_path: str | None = None,
+        merged: Literal["float32", "bfloat16", "float16"] | None = None,
         optimizer: OptimizerCallable = PreconditionedAdamW,
         lr_scheduler_type: Literal[
             "linear", "cosine", "constant", "constant_with_warmup", "polynomial"
@@ -83,11 +86,12 @@ class LoraModule(LightningModule):
         self.name = name
         self.adapter = adapter
         self.adapter_path = adapter_path
+        self.merged = merged is not None
         self.make_optimizer = optimizer
         self._pair_optimizer = pair_optimizer(optimizer)
         self.lr_scheduler_type = lr_scheduler_type
         self.warmup_steps = warmup_steps
-        self.dtype_name: str = dtype
+        self.dtype_name: str = merged or dtype
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.record = RunRecord(method=method)
@@ -152,6 +156,11 @@ class LoraModule(LightningModule):
 
     def check_sharded(self, fitting: bool = True) -> None:
         """Raise InputError if these settings do not work where frozen weights are sharded."""
+        if self.merged:
+            raise InputError(
+                "model.merged is set (--merged), but this strategy shards the weights that the adapter is "
+                "merged into: use one process, or --config strategies/ddp.yaml"
+            )
         # Those of a saved adapter are checked once it is loaded.
         if self.adapter_path is None and (self.adapter is not None or fitting):
             check_sharded(self.adapter)
@@ -199,6 +208,11 @@ class LoraModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the length of training and the optimizer, before any weights are loaded."""
         if stage == "fit":
+            if self.merged:
+                raise InputError(
+                    "model.merged is set, but a merged model has no adapter to train: leave it null, and give "
+                    "--merged to test or validate"
+                )
             new = self.adapter if self.adapter_path is None else None
             check_length(new, self.trainer.max_steps, self.trainer.max_epochs)
             has_pairs = self.adapter is not None and self.adapter.adalora is None

@@ -22,10 +22,11 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 class ModelSettings(Protocol):
     """What a model is built from: settings of the section `model`."""
 
-    dtype_name: str  # `model.dtype`
+    dtype_name: str  # of the base weights, or of all weights of a merged model
     attn_implementation: str | None
     adapter: LoraSettings | None
     adapter_path: str | None
+    merged: bool  # whether the saved adapter is merged into the weights
     gradient_checkpointing: bool
 
     @property

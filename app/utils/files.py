@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
@@ -178,7 +178,8 @@ def _remove_abandoned(path: Path) -> None:
     ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}" + re.escape(PART))
     for folder in path.parent.iterdir():
         if ours.fullmatch(folder.name) and folder.is_dir():
-            with _folder_lock(folder, wait=False) as held:
+            # Its process may be renaming it just now.
+            with suppress(FileNotFoundError), _folder_lock(folder, wait=False) as held:
                 if held:
                     shutil.rmtree(folder, ignore_errors=True)
 

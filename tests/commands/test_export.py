@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -73,11 +75,73 @@ def test_elsewhere_the_model_is_the_trained_one(kind, trained, command, capsys):
     assert not list(run.glob("*.part"))
 
 
-def test_the_adapter_alone(trained, command, tmp_path, monkeypatch):
+def survived(base, run, merged):
+    """Compute the share of each layer's update in the weights of a merged model, from the files."""
+    weights = {}
+    for shard in base.glob("*.safetensors"):
+        weights |= load_file(shard)
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    found, shares = load_file(merged / "model.safetensors"), {}
+    for key in (key for key in adapter if "lora_A" in key):
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        A, B = (adapter[key.replace("lora_A", f"lora_{f}")].double().numpy() for f in "AB")
+        update = config["lora_alpha"] / config["r"] * B @ A
+        change = (found[f"{name}.weight"].double() - weights[f"{name}.weight"].double()).numpy()
+        shares[name] = (change * update).sum() / (update * update).sum()
+    return shares
+
+
+@pytest.mark.slow
+def test_a_merged_model_says_what_is_left_of_the_update_and_can_be_tested(
+    fit, command, capsys, run_models, tmp_path, monkeypatch
+):
+    base, kept = tmp_path / "base", []
+    model = AutoModelForCausalLM.from_pretrained(run_models / "llama", dtype=torch.bfloat16)
+    model.save_pretrained(base, max_shard_size="10KB")
+    tokenizer = AutoTokenizer.from_pretrained(run_models / "llama")
+    tokenizer.save_pretrained(base)
+    assert len(list(base.glob("*.safetensors"))) > 1
+    small = ("--config=methods/lora.yaml", "--model.optimizer.init_args.lr=3e-6")
+    run = fit(*small, f"--model.name={base}", "--model.dtype=bfloat16")
+    for dtype in ("bfloat16", "float32"):
+        capsys.readouterr()
+        chosen = () if dtype == "bfloat16" else ("--dtype", dtype)
+        assert (
+            command("export", "--run", run, "--merge", *chosen, "--output", tmp_path / dtype) == 0
+        )
+        out, error = capsys.readouterr()
+        shares = survived(base, run, tmp_path / dtype)
+        mean, least, worst = re.search(
+            rf"survives in {dtype}: (.*)% on average, (.*)% at least \((.*)\)", out
+        ).groups()
+        assert float(mean) == pytest.approx(100 * np.mean(list(shares.values())), rel=0.01)
+        assert float(least) == pytest.approx(100 * shares[worst], rel=0.01)
+        assert shares[worst] == pytest.approx(min(shares.values()), abs=1e-3)
+        assert ("give --dtype float32" in error) == (dtype == "bfloat16") == (float(mean) < 95)
+
+    written = (run / "summary.json").read_bytes()
+    monkeypatch.setattr(
+        LoraModule,
+        "on_test_end",
+        lambda module: kept.append(logits(module.model, tokenizer)),
+        raising=False,
+    )
+    assert command("test", "--run", run, "--merged", "bfloat16") == 0
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16", dtype=torch.bfloat16)
+    assert torch.equal(kept[0], logits(served, tokenizer))
+    # The record keeps the scores of what was trained.
+    assert (run / "summary.json").read_bytes() == written
+    assert command("fit", "--run", run, "--init=null", "--merged=bfloat16") == 2
+    assert "a merged model has no adapter to train" in capsys.readouterr().err
+
+
+def test_the_adapter_alone(trained, command, capsys, tmp_path, monkeypatch):
     """It names its base such that PEFT finds it from anywhere, where the run named it by a relative path."""
     monkeypatch.chdir(tmp_path)
     run, base, in_memory = trained("llama", relative=True)
     assert command("export", "--run", run, "--output", tmp_path / "away") == 0
+    assert "servers need a max_lora_rank of 4 or more" in capsys.readouterr().out
     shutil.rmtree(run)
     card = ModelCard.load(tmp_path / "away" / "README.md")
     assert card.data.library_name == "peft"
@@ -130,6 +194,17 @@ def test_an_adapter_of_another_model(trained, command, capsys, tiny_run, run_mod
         for folder in (run, run.with_name("version_1"))
     )
     assert second["zero_shot"]["loss"] == pytest.approx(first["final"]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--dtype", "float32"), "--dtype is given without --merge"),
+        (("--merge", "--as", "lora"), "--as and --merge are both given"),
+    ],
+)
+def test_options_that_do_not_fit(argv, message, error_of):
+    assert message in error_of("export", "--run", "x", *argv)
 
 
 @pytest.mark.parametrize(

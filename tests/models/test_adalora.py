@@ -6,13 +6,14 @@ import json
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from peft import AdaLoraConfig, PeftModel
+from peft import AdaLoraConfig, AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from app.models.adalora import AVERAGES
 from app.training.module import LoraModule
 from callbacks.adalora_pruning import AdaLoraPruning
+from tests.support.alpha_r_reader import with_adapter
 from tests.support.watched_fit import logits, train_pefts_own
 
 STEPS = 10
@@ -78,7 +79,9 @@ def test_ten_steps_are_pefts_and_the_budget_is_kept(fit, watched_fit, run_models
     assert len(values(folder, "train/orthogonality")) == STEPS
 
 
-def test_peft_loads_what_is_left(fit, watched_fit, run_models):
+def test_peft_loads_what_is_left_and_servers_what_is_exported(
+    fit, command, capsys, watched_fit, run_models, tmp_path
+):
     folder = fit(*ADALORA)
     summary = json.loads((folder / "summary.json").read_text())
     # q, o: 16 + 16; k, v: 16 + 8; gate, up, down: 16 + 32; and a value for each triplet
@@ -89,6 +92,14 @@ def test_peft_loads_what_is_left(fit, watched_fit, run_models):
     state = load_file(folder / "adapter" / "adapter_model.safetensors")
     kept = sum(len(value) for name, value in state.items() if "lora_E" in name)
     assert kept == LAYERS * TARGET
+    assert command("export", "--run", folder, "--as", "lora", "--output", tmp_path / "lora") == 0
+    ranks = [len(value) for name, value in state.items() if "lora_E" in name]
+    assert f"max_lora_rank of {max(ranks)} or more" in capsys.readouterr().out
+    for model in (
+        with_adapter(loaded.unload(), tmp_path / "lora"),
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora"),
+    ):
+        assert torch.allclose(logits(model), watched_fit["logits"], atol=1e-5)
 
 
 @pytest.mark.slow

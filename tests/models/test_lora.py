@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from app.models.adapter_config import LoraSettings
-from app.models.adapter_io import load_adapter, merge_adapter, save_adapter
+from app.models.adapter_io import load_adapter, save_adapter
 from app.models.lora import (
     add_lora,
     base_model,
@@ -16,6 +16,7 @@ from app.models.lora import (
     subtract_from_base,
     without_adapters,
 )
+from app.models.merging import merge_adapter
 from app.utils.errors import InputError
 from tests.support.alpha_r_reader import with_adapter
 from tests.support.one_step_oracle import BUILDERS, make_batches, model_inputs
@@ -89,7 +90,7 @@ def test_merged_weights_are_the_base_plus_scaled_product(build, use_rslora, requ
         delta = scaling * pair.lora_B @ pair.lora_A
         weight = pair.layer.base_layer.weight
         wanted[pair.name] = (weight + (delta.T if build == "tiny_gpt2" else delta)).detach()
-    merged = merge_adapter(wrapped)
+    merged, _ = merge_adapter(wrapped)
     modules = dict(merged.named_modules())
     for name, weight in wanted.items():
         assert torch.allclose(modules[name].weight, weight, atol=1e-6)
