@@ -66,7 +66,17 @@ def first_loss_of_transformers(model, batch, folder):
     ],
 )
 def test_transformers_trains_on_from_the_first_loss_of_fit(
-    kind, method, fit, command, tiny_run, run_models, tiny_t5, first_batch, tmp_path, capsys
+    kind,
+    method,
+    fit,
+    command,
+    error_of,
+    tiny_run,
+    run_models,
+    tiny_t5,
+    first_batch,
+    tmp_path,
+    capsys,
 ):
     base = run_models / kind
     if kind == "t5":  # without dropout, which each tool draws by itself
@@ -78,6 +88,9 @@ def test_transformers_trains_on_from_the_first_loss_of_fit(
         "--init.num_samples=8" if "one" in method else "--init=null",
     )
     run = fit(*options, "--trainer.limit_val_batches=0")
+    [checkpoint] = (run / "checkpoints").iterdir()
+    told = error_of("init", "--config", tiny_run, *options, "--ckpt_path", checkpoint)
+    assert "ckpt_path is set, but init writes an untrained adapter" in told
     target = tmp_path / "init"
     # What belongs to training is left out, a callback of the user's that would fail too.
     training = ("--trainer.min_steps=3", "--trainer.callbacks=DeviceStatsMonitor")
