@@ -91,9 +91,8 @@ class TextEncoder:
             return tokenizer(texts, add_special_tokens=False)["input_ids"]
         if self.is_encoder_decoder:
             return tokenizer(texts)["input_ids"]
-        return [
-            self.prefix + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]
-        ]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [self.prefix + tokens for tokens in ids]
 
     @cached_property
     def prefix(self) -> list[int]:
@@ -108,8 +107,8 @@ class TextEncoder:
             if whole[begin : begin + len(text)] == text:
                 return whole[:begin]
         raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} reads 'a' as {whole} with its special tokens and as "
-            f"{text} without them: expected the same tokens between others; change --model.name"
+            f"the tokenizer {tokenizer.name_or_path!r} reads 'a' as {text}, with special tokens as {whole}: "
+            "expected the same tokens between others; change --model.name"
         )
 
     def last_tokens(self, ids: list[int], room: int) -> list[int]:

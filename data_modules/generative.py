@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.utils.errors import InputError
 from data_modules.encoding import CHUNK_ROWS, EncodedRow, TextRow
+from data_modules.row_checks import rows_of_examples
 from data_modules.sampling import split_off
 from data_modules.text import TextDataModule
 
@@ -61,8 +62,8 @@ class GenerativeDataModule(TextDataModule):
     def read(self) -> None:
         """Read the rows that have an answer; which of them are short enough depends on the tokenizer."""
         if not self._candidates:
-            rows = list(self.examples())
-            self._candidates = [TextRow(p, a) for p, a in rows if a.strip()]
+            rows = rows_of_examples(self.examples(), self.task_name)
+            self._candidates = [row for row in rows if row.answer.strip()]
             self.dropped_rows["empty_answer"] = len(rows) - len(self._candidates)
             if not self._candidates:
                 raise InputError(

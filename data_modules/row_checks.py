@@ -1,6 +1,7 @@
-"""Refuse what a data source's `load` returns, and stages that have nothing to work on."""
+"""Refuse what a data source has made wrongly, by row, and stages that have nothing to work on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -14,8 +15,13 @@ def all_splits(loaded: Mapping[str, list[TextRow]], source: str) -> dict[str, li
     """Return the rows of every split, none where `load` of the class `source` has left it out.
 
     Raises:
-        InputError: `load` returns a split of another name.
+        InputError: `load` returns no rows by split, or a split of another name.
     """
+    if not isinstance(loaded, Mapping):
+        raise InputError(
+            f"{source}.load() returns {_shown(loaded)}: expected a dict with lists of rows under "
+            f"{', '.join(SPLITS)}"
+        )
     if unknown := sorted(loaded.keys() - set(SPLITS)):
         raise InputError(
             f"{source}.load() returns rows of {unknown[0]!r}: expected {', '.join(SPLITS)}"
@@ -44,3 +50,59 @@ def check_stage(
         )
     if stage == "fit" and "validation" not in splits and not has_benchmarks:
         rank_zero_warn(f"{source} has no validation rows: the training is not scored")
+
+
+def check_rows(rows: Iterable[Any], name: str, label_words: Sequence[str] = ()) -> None:
+    """Raise InputError for the first row that is no `TextRow` of texts, or has no class of `label_words`."""
+    for number, row in enumerate(rows):
+        where = f"row {number} of {name}"
+        if not isinstance(row, TextRow):
+            raise InputError(
+                f"{where} is {_shown(row)}: expected a TextRow(prompt, answer, target) of "
+                "data_modules.encoding; correct the data module that data.class_path names"
+            )
+        _check_text(row.prompt, "prompt", where)
+        _check_text(row.answer, "answer", where)
+        # A bool or a number of numpy is a class, too.
+        if label_words and row.target not in range(len(label_words)):
+            raise InputError(
+                f"{where} has the class {_shown(row.target)}, but {len(label_words)} label words "
+                f"({', '.join(label_words)}): expected a target from 0 to {len(label_words) - 1}; correct the "
+                "data, or the label_words of the data module"
+            )
+
+
+def rows_of_examples(examples: Iterable[Any], name: str) -> list[TextRow]:
+    """Return a row for each pair of prompt and answer.
+
+    Raises:
+        InputError: One is no pair of texts.
+    """
+    rows = []
+    for number, example in enumerate(examples):
+        if not isinstance(example, (tuple, list)) or len(example) != 2:
+            raise InputError(
+                f"row {number} of {name} is {_shown(example)}: expected a pair of prompt and answer; correct "
+                "examples() of the data module that data.class_path names"
+            )
+        rows.append(TextRow(*example))
+    check_rows(rows, name)
+    return rows
+
+
+def _check_text(text: Any, part: str, where: str) -> None:
+    if not isinstance(text, str):
+        raise InputError(
+            f"{where} has the {part} {_shown(text)}: expected text; correct the data (--data.path)"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} has {text[error.start]!r} in its {part}, half of a character: expected Unicode text; "
+            "correct the data (--data.path)"
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    return f"{str(value)[:60]!r} ({type(value).__name__})"

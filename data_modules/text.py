@@ -19,7 +19,7 @@ from app.utils.errors import InputError
 from data_modules.contamination import count_shared
 from data_modules.encoding import EncodedRow, PaddedRows, TextEncoder, TextRow
 from data_modules.questions import BenchmarkQuestions, question_loaders
-from data_modules.row_checks import SPLITS, all_splits, check_stage
+from data_modules.row_checks import SPLITS, all_splits, check_rows, check_stage
 from data_modules.sampling import (
     LengthGroupedSampler,
     check_position,
@@ -167,6 +167,8 @@ class TextDataModule(LightningDataModule):
             return []
         if self._rows is None:
             rows = all_splits(self.load(), type(self).__name__)
+            for name, part in rows.items():
+                check_rows(part, f"{self.task_name} {name}", self.label_words)
             if self.train_size is not None:
                 rows["train"] = subset(rows["train"], self.train_size, self.seed)
             self._rows = rows

@@ -1,6 +1,8 @@
 """The command line: LightningCLI with the project's parts, config lookup and plain errors."""
 
+import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from app.training.checks import check_precision, check_trainer
 from app.training.module import LoraModule
 from app.training.resume import ResumePoint, find_resume_point
 from app.utils.arguments import Parser, PlainHelp
+from app.utils.class_paths import failed_import
 from app.utils.console import on_terminal
 from app.utils.errors import InputError
 from app.utils.signals import StopSignals
@@ -83,6 +86,8 @@ class LoraCLI(LightningCLI):
         self.signals = signals
         self.resume_point: ResumePoint | None = None  # None for a new run
         self.status = 0  # of the command, for the program to exit with
+        if os.getcwd() not in sys.path:  # a class of the user's in the current folder
+            sys.path.append(os.getcwd())
         super().__init__(
             LoraModule,
             TextDataModule,
@@ -150,6 +155,13 @@ class LoraCLI(LightningCLI):
             if name and "not found" in message:
                 reason = f"refers to {name[1]}, which is no setting"
             raise InputError(f"{key} {reason}") from error
+        except Exception as error:  # whatever the module of a user's class raises
+            failure = None if isinstance(error, InputError) else failed_import(error)
+            if failure is None:
+                raise
+            raise InputError(
+                f"a class_path names a class that cannot be imported: {failure}"
+            ) from error
         if "subcommand" not in self.config:
             return
         settings = self.settings

@@ -10,7 +10,7 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
-from app.utils.class_paths import bare_name, exists
+from app.utils.class_paths import bare_name, exists, failed_import
 from app.utils.errors import InputError, causes
 from app.utils.text import did_you_mean, nearest
 
@@ -60,6 +60,8 @@ class Parser(LightningArgumentParser):
         text = " ".join(str(message).split())
         at = re.match(r'Parser key "([^"]+)": ', text)
         inner = next((e for e in causes(ex) if isinstance(e, WrongSetting)), None)
+        if at and (failure := failed_import(ex)):
+            raise WrongSetting(at[1], f" names a class that cannot be imported: {failure}") from ex
         if at and inner:
             raise self._named(inner.below(at[1])) from ex
         if at:
@@ -108,7 +110,7 @@ class Parser(LightningArgumentParser):
 def _wrong_value(key: str, text: str) -> WrongSetting:
     """Say in plain words what the parser says of a value."""
     known = _known_classes()
-    moved = re.search(r"\b(?:app|callbacks|data_modules)\.[\w.]+", text)
+    moved = re.search(r"(?<![\w.])(?:app|callbacks|data_modules)\.[\w.]+", text)
     if moved and not exists(moved[0]) and bare_name(moved[0]) in known:
         now = bare_name(moved[0])
         return WrongSetting(key, f" is {moved[0]}, which is no class any more: write {now}")
@@ -129,6 +131,9 @@ def _wrong_value(key: str, text: str) -> WrongSetting:
     if name:
         wrong = next(group for group in name.groups() if group)
         hint = did_you_mean(wrong.rpartition(".")[2], known, cutoff=0.6)
+        missing = re.search(r"No module named '([^']+)'", text)
+        if missing and f"{wrong}.".startswith(f"{missing[1]}."):
+            hint += f" (the current folder and PYTHONPATH have no module {missing[1]})"
         return WrongSetting(key, f" is {wrong!r}, which is no class{hint}")
     union = re.match(r".*Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", text)
     if union:

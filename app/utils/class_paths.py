@@ -2,7 +2,10 @@
 
 import pkgutil
 import re
+import traceback
 from collections.abc import Callable
+
+from app.utils.errors import causes
 
 RENAMED = {"InsideTraining": "AlignmentMonitor"}
 """Classes of earlier versions and what they are called now."""
@@ -27,6 +30,22 @@ def exists(path: str) -> bool:
     except (ImportError, AttributeError):
         return False
     return True
+
+
+def failed_import(error: BaseException | None) -> str | None:
+    """Describe the exception that ended a module's import, with file and line; None if none did.
+
+    A module that does not exist is none whose import has ended.
+    """
+    for cause in causes(error):
+        if isinstance(cause, SyntaxError):
+            return f"{type(cause).__name__}: {cause.msg} ({cause.filename}, line {cause.lineno})"
+        frames = traceback.extract_tb(cause.__traceback__)
+        if own := [frame for frame in frames if frame.name == "<module>"]:
+            text = " ".join(str(cause).split())
+            where = f"{own[-1].filename}, line {own[-1].lineno}"
+            return f"{type(cause).__name__}: {text} ({where})"
+    return None
 
 
 def shorten_class_paths(text: str, wanted: Callable[[str], bool]) -> str:

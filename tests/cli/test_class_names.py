@@ -1,6 +1,8 @@
-"""Configurations outlive a move of the project's classes: what a run writes, and what earlier ones wrote."""
+"""Class paths: what a run writes, what earlier ones wrote, and classes of the user's own."""
 
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,49 @@ def test_a_run_folder_of_an_earlier_version(fit, command, run_models, sst2_folde
     after = losses(folder)
     assert {step: after[step] for step in before} == before
     assert len(after) == 5
+
+
+@pytest.fixture
+def current_folder(tmp_path, monkeypatch):
+    """Stand in a folder where Python does not look for modules by itself."""
+    monkeypatch.setattr(
+        sys, "path", [place for place in sys.path if place not in ("", os.getcwd())]
+    )
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "option", ["--data.class_path", "--trainer.callbacks+", "--model.optimizer"]
+)
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("import not_there", r"ModuleNotFoundError: No module named 'not_there' \({}, line 1\)"),
+        ("class Own(:", r"SyntaxError: invalid syntax \({}, line 1\)"),
+        ("x = 1\nraise ValueError('own\\nwords')", r"ValueError: own words \({}, line 2\)"),
+    ],
+)
+def test_the_error_of_a_module_of_the_users_own(
+    option, content, reason, error_of, tiny_run, current_folder
+):
+    """A module in the current folder, which Python does not look into for a script that lies elsewhere."""
+    (current_folder / "own_parts.py").write_text(content)
+    told = error_of("fit", "--config", tiny_run, option, "own_parts.Own")
+    where = reason.format(re.escape(str(current_folder / "own_parts.py")))
+    assert re.search(f"names a class that cannot be imported: {where}$", told)
+
+
+def test_a_class_in_the_current_folder(parsed, error_of, tiny_run, current_folder):
+    own = "from data_modules.glue import GlueDataModule\nclass Own(GlueDataModule): pass\n"
+    (current_folder / "own_data.py").write_text(own)
+    config = parsed("--config", tiny_run, "--data.class_path", "own_data.Own")
+    assert config.data.class_path == "own_data.Own"
+    for name, module in (
+        ("own_data.Nothing", ""),
+        ("nowhere.Own", "PYTHONPATH have no module nowhere)"),
+    ):
+        told = error_of("fit", "--config", tiny_run, "--trainer.callbacks+", name)
+        assert told.startswith(f"trainer.callbacks is '{name}', which is no class")
+        assert told.endswith(module)
