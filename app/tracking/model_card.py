@@ -27,6 +27,7 @@ from app.utils.files import read_json
 
 CARD_FILE = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
+SEQ2SEQ = "SEQ_2_SEQ_LM"
 MOMENTS = {
     "zero_shot": "untouched",
     "after_init": "after the initialization",
@@ -71,12 +72,11 @@ def write_card(
         adapter: PEFT's configuration of the adapter, also where it has been merged into the model; None where
             all weights were trained.
     """
-    whole = not (folder / ADAPTER_CONFIG).is_file()
+    model = read_json(folder / "config.json")  # of a whole model alone
+    whole = model is not None
     base, is_initial = BaseName.of(record.model), not record.train.steps
-    task = (adapter or {}).get("task_type")
-    encodes = task == "SEQ_2_SEQ_LM"
-    if adapter is None:
-        encodes = bool((read_json(folder / "config.json") or {}).get("is_encoder_decoder"))
+    encodes = (model or {}).get("is_encoder_decoder") or (adapter or {}).get("task_type") == SEQ2SEQ
+    dtype = (model or {}).get("dtype")
     method = record.method.replace("_", "-")
     kind = None if adapter is None else adapter_kind(adapter)
     front_matter = ModelCardData(
@@ -95,7 +95,7 @@ def write_card(
         front_matter=front_matter.to_yaml(),
         title=f"{base.title} with {method}",
         summary=_summary(kind, whole, is_initial, base),
-        facts=_table(("", ""), _facts(record, config, adapter, base)),
+        facts=_table(("", ""), _facts(record, config, adapter, base, dtype)),
         scores=_score_table(record),
         base="" if whole or base.hub_id else base.text,
         loading=loading_code(base, whole, encodes, config["model"]["dtype"], is_initial),
@@ -130,9 +130,12 @@ def _facts(
     config: Mapping[str, Any],
     adapter: Mapping[str, Any] | None,
     base: BaseName,
+    dtype: str | None,
 ) -> Iterator[tuple[str, str]]:
     model, trainer, train = config["model"], config["trainer"], record.train
     yield "base model", base.text
+    if dtype is not None:
+        yield "weights", dtype if adapter is None else f"{dtype}, rounded to it after the merge"
     yield "method", f"`{record.method}`"
     if adapter is not None:
         yield "adapter", _adapter_text(adapter)
@@ -147,7 +150,7 @@ def _facts(
     yield "training", done
     yield "seed", str(record.seed)
     precision = trainer.get("precision") or "32-true"
-    yield "precision", f"base weights {model['dtype']}, `trainer.precision` {precision}"
+    yield "precision", f"trained on weights in {model['dtype']}, `trainer.precision` {precision}"
     rows = ", ".join(f"{count} {split}" for split, count in record.data.rows.items() if count)
     yield "data", f"`{record.data.name}`: {rows} rows of {_data_source(config, record)}"
 

@@ -76,25 +76,35 @@ def loading_code(
     )
 
 
+def _export_for_servers(adapter: Mapping[str, Any]) -> str | None:
+    """Return the option of `export` that writes what servers of plain LoRA apply; None if they apply this."""
+    if adapter.get("use_dora"):
+        return "--merge"
+    parts = (
+        adapter["peft_type"] == "ADALORA",
+        adapter.get("rank_pattern"),
+        adapter.get("alpha_pattern"),
+    )
+    return "--as lora" if any(parts) else None
+
+
 def serving_text(
     base: BaseName, whole: bool, encodes: bool, adapter: Mapping[str, Any] | None
 ) -> str:
     """Return how vLLM and llama.cpp serve what is in FOLDER, as Markdown; arguments as of `loading_code`."""
     if encodes:
         return "With transformers, as it is loaded above."
-    if whole:
+    if whole or adapter is None:
         lines = (
             "vllm serve FOLDER",
             "python convert_hf_to_gguf.py FOLDER --outfile model.gguf  # llama.cpp",
             "llama-server -m model.gguf",
         )
-    elif adapter is None or adapter_kind(adapter) != "LoRA":
-        return (
-            "vLLM and llama.cpp read plain LoRA alone: serve the merged model, which `python train.py export "
-            "--run RUN --merge` writes."
-        )
+    elif instead := _export_for_servers(adapter):
+        command = f"python train.py export --run RUN {instead}"
+        return f"vLLM, SGLang and llama.cpp read plain LoRA alone: `{command}`."
     else:
-        rank = max([adapter["r"], *adapter.get("rank_pattern", {}).values()])
+        rank = adapter["r"]
         most = next((size for size in VLLM_RANKS if size >= rank), rank)
         name = base.hub_id or "BASE"
         option = "--base-model-id" if base.hub_id else "--base"

@@ -45,6 +45,8 @@ def card(tmp_path):
         }
         if adapter and not whole:
             (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+        else:
+            (tmp_path / "config.json").write_text('{"dtype": "float16"}')
         write_card(tmp_path, record, config, adapter)
         return ModelCard.load(tmp_path / "README.md")
 
@@ -96,19 +98,18 @@ def test_a_base_from_files(name, shown, card):
 
 
 @pytest.mark.parametrize(
-    ("adapter", "option"),
+    ("adapter", "text"),
     [
-        ({"rank_pattern": {"v_proj": 40}}, "--max-lora-rank 64 "),
-        ({"use_dora": True}, ""),
-        ({"task_type": "SEQ_2_SEQ_LM"}, ""),
+        ({"r": 40}, "vllm serve org/base --enable-lora --max-lora-rank 64 "),
+        ({"rank_pattern": {"v_proj": 40}}, "`python train.py export --run RUN --as lora`"),
+        ({"use_dora": True}, "`python train.py export --run RUN --merge`"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "With transformers"),
     ],
 )
-def test_only_what_servers_read_is_served(adapter, option, card):
+def test_only_what_servers_read_is_served(adapter, text, card):
     made = card({**LORA, **adapter})
-    shell = code(made)[1]
-    assert option in shell
-    assert bool(shell) == bool(option)
-    assert ("export --run RUN --merge" in made.text) == ("use_dora" in adapter)
+    assert text in made.text.partition("## Serve")[2]
+    assert ("vllm" in code(made)[1]) == ("r" in adapter)
     assert (made.data.pipeline_tag is None) == ("task_type" in adapter)
 
 
@@ -116,7 +117,7 @@ def test_adalora(card):
     made = card(ADALORA)
     assert made.data.tags == ["adalora", "lora-one"]
     assert "AdaLoRA pruned to rank 8 on average, on x.*" in made.text
-    assert "export --run RUN --merge" in made.text
+    assert "export --run RUN --as lora" in made.text
 
 
 @pytest.mark.parametrize("adapter", [LORA, None])
@@ -127,6 +128,7 @@ def test_a_whole_model(adapter, card):
     python, shell = code(made)
     assert "peft" not in python
     assert "vllm serve FOLDER\n" in shell
+    assert "| weights | float16" in made.text
     assert ("adapter merged" in made.text) == (adapter is not None)
     assert ("with all weights trained" in made.text) == (adapter is None)
 
