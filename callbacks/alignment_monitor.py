@@ -180,7 +180,8 @@ class AlignmentMonitor(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(medians, step=max(step - 1, 0))
             if isinstance(logger, WandbLogger):
-                _log_histograms(logger, columns, step)
+                with warn_on_failure("logging the alignment metrics to W&B"):
+                    _log_histograms(logger, columns, step)
 
 
 def _folder(trainer: Trainer) -> RunFolder | None:

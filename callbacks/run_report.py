@@ -198,8 +198,9 @@ class RunReport(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 with warn_on_failure("logging the finished run to W&B"):
-                    log_run_summary(logger, record, plots, adapter)
-                    keep_wandb_run(logger, folder)
+                    if not logger.experiment.disabled:
+                        log_run_summary(logger, record, plots, adapter)
+                        keep_wandb_run(logger, folder)
 
 
 def _is_scored(folder: RunFolder) -> bool:

@@ -1,18 +1,16 @@
 """Make the loggers of a run: the CSV table in its folder, and W&B.
 
-Private names of Lightning stand here alone: CSVLogger's `_experiment` and its writer's
+Private names of Lightning stand here and in `wandb_logger.py` alone: CSVLogger's `_experiment` and its writer's
 `_check_log_dir_exists`, since CSVLogger deletes a table that it finds (an argument of CSVLogger that lets it
-append would replace both), and WandbLogger's `_wandb_init`, which hands W&B an option that W&B warns of (gone
-once Lightning leaves `anonymous` out).
+append would replace both).
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
@@ -20,6 +18,7 @@ from typing_extensions import override
 from app.distributed.collectives import global_rank, is_first_process
 from app.tracking.metrics_table import append_rows, read_table, write_table
 from app.tracking.run_folder import RunFolder, new_run_folder
+from app.tracking.wandb_logger import RunWandbLogger, Setting, wandb_mode
 from app.utils.errors import InputError
 
 
@@ -75,7 +74,8 @@ class OutputSettings:
     Args:
         name: Name of the experiment; runs go to ROOT/NAME/version_0, version_1, ...
         root: Folder of all runs.
-        wandb: `auto` is online with an API key and offline without one; never asks.
+        wandb: `auto` follows WANDB_MODE, else is online with an API key and a network and offline without;
+            never asks.
         wandb_project: W&B project.
         wandb_group: W&B group, for comparing runs of one task; null takes the task's name.
         wandb_tags: W&B tags, beside the method and the seed.
@@ -84,7 +84,7 @@ class OutputSettings:
 
     name: str = "run"
     root: str = "runs"
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    wandb: Setting = "auto"
     wandb_project: str = "lora-one"
     wandb_group: str | None = None
     wandb_tags: list[str] = field(default_factory=list)
@@ -118,28 +118,25 @@ def make_loggers(
         The CSV logger first: its `log_dir` is the run folder. Only the first process has one.
 
     Raises:
-        InputError: If the folder cannot be written.
+        InputError: If the folder cannot be written, or W&B cannot be online as the settings say.
     """
     if not is_first_process():
         return []
+    mode = wandb_mode(settings.wandb)
     folder = (continued or new_run_folder(Path(settings.root) / settings.name)).path
     table = MetricsTable(str(folder.parent.parent), folder.parent.name, folder.name)
     loggers: list[Logger] = [table]
-    if settings.wandb != "disabled":
-        os.environ.setdefault("WANDB_SILENT", "true")
-        mode = wandb_mode(settings)
-        logger = WandbLogger(
+    if mode != "disabled":
+        logger = RunWandbLogger(
+            mode=mode,
+            may_change=settings.wandb == "auto",
             name=f"{folder.parent.name}/{folder.name}",
             id=wandb_id,
             project=settings.wandb_project,
             save_dir=str(folder),
-            offline=mode == "offline",
-            # The logger's `offline` sets an environment variable, too late once W&B has looked for a key.
-            mode=mode,
             group=settings.wandb_group or task,
             tags=[*settings.wandb_tags, *tags] or None,
         )
-        logger._wandb_init.pop("anonymous", None)
         loggers.append(logger)
     return loggers
 
@@ -156,12 +153,3 @@ def remove_unused_folder(loggers: Sequence[Logger]) -> None:
     """Remove the folder of a run that did not begin."""
     if folder := run_folder_of(loggers):
         folder.remove_if_unused()
-
-
-def wandb_mode(settings: OutputSettings) -> Literal["online", "offline"]:
-    """Return W&B's mode for a run that uses it."""
-    if settings.wandb == "auto":
-        import wandb  # slow, and of no use to a run with `output.wandb: disabled`
-
-        return "online" if wandb.login(prompt=False, verify=False) else "offline"
-    return "offline" if settings.wandb == "offline" else "online"

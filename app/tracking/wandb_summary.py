@@ -8,10 +8,11 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from app.tracking.loggers import OutputSettings, wandb_mode
+from app.tracking.loggers import OutputSettings
 from app.tracking.plots import median_spectra
 from app.tracking.record import RunRecord
 from app.tracking.run_folder import RunFolder
+from app.tracking.wandb_logger import wandb_mode
 from app.utils.files import write_json
 from app.utils.text import rate_text
 
@@ -98,12 +99,14 @@ def log_test_scores(folder: RunFolder, settings: OutputSettings) -> None:
     import wandb  # slow, and of no use to a run without it
 
     try:
-        record = RunRecord.read(folder.summary)
+        record, mode = RunRecord.read(folder.summary), wandb_mode(settings.wandb)
+        if mode == "disabled":
+            return
         with wandb.init(
             # All of it once more: nothing is lost if `wandb sync` takes this part for the whole run.
             **json.loads(folder.wandb.read_text()),
             dir=str(folder),
-            mode=wandb_mode(settings),
+            mode=mode,
             resume="allow",
             reinit="create_new",
             settings=wandb.Settings(

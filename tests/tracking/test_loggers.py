@@ -5,8 +5,6 @@ import warnings
 from contextlib import contextmanager
 
 import pytest
-import wandb
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from app.tracking.loggers import MetricsTable, OutputSettings, make_loggers
 from tests.support.run_folders import table
@@ -70,26 +68,6 @@ def test_a_table_that_cannot_be_begun(logger, folder):
 
 def loggers(tmp_path, **settings):
     return make_loggers(OutputSettings(name="x", root=str(tmp_path), **settings), task="glue/sst2")
-
-
-def mode(tmp_path, **settings):
-    table, logger = loggers(tmp_path, **settings)
-    assert isinstance(table, CSVLogger)
-    assert isinstance(logger, WandbLogger)
-    assert logger._offline is (logger._wandb_init["mode"] == "offline")
-    return logger._wandb_init["mode"]
-
-
-def test_a_key_means_online_unless_the_setting_says_otherwise(no_key, monkeypatch, tmp_path):
-    assert mode(tmp_path) == "offline"
-    assert mode(tmp_path, wandb="online") == "online"
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    wandb.teardown()
-    assert mode(tmp_path) == "online"
-    assert mode(tmp_path, wandb="offline") == "offline"
-    [only] = loggers(tmp_path, wandb="disabled")
-    assert isinstance(only, CSVLogger)
-    assert only.log_dir == str(tmp_path / "x" / "version_4")
 
 
 def test_the_group_is_the_task_unless_it_is_named(no_key, tmp_path):
