@@ -28,6 +28,7 @@ from data_modules.sampling import (
 )
 
 SPLITS_OF_STAGE = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+MOST_WORKERS = 1024
 
 Loaders = list[DataLoader[EncodedRow] | DataLoader[int]]
 
@@ -84,6 +85,8 @@ class TextDataModule(LightningDataModule):
             least = int(name != "num_workers")
             if getattr(self, name) < least:
                 raise InputError(f"--data.{name}={getattr(self, name)}: expected at least {least}")
+        if num_workers > MOST_WORKERS:  # each is a process
+            raise InputError(f"--data.num_workers={num_workers}: expected at most {MOST_WORKERS}")
         self.evals = list(evals or [])
         self.questions = BenchmarkQuestions(self.evals, long_prompts)
         self.source = path or ""

@@ -1,6 +1,5 @@
 """`python train.py export`: a run's merged model, or its adapter elsewhere."""
 
-import json
 import shutil
 from argparse import Namespace
 from collections.abc import Sequence
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers.utils import logging as transformers_logging
 
 from app.models.adapter_format import largest_rank, layer_names, unserved_settings
@@ -18,11 +16,12 @@ from app.models.merging import SurvivedShares, merge_adapter, round_trained
 from app.models.plain_lora import plain_lora
 from app.models.source import ModelSource, resolve_model
 from app.tracking.model_card import write_run_card
+from app.tracking.record import RunRecord
 from app.tracking.run_folder import RunFolder
 from app.utils.command_parser import CommandParser
 from app.utils.console import say
 from app.utils.errors import InputError
-from app.utils.files import atomic_folder
+from app.utils.files import atomic_folder, read_yaml
 
 DTYPES = ("float32", "bfloat16", "float16")
 ENOUGH = 0.95
@@ -94,7 +93,7 @@ def _export_adapter(folder: RunFolder, target: Path, given: Namespace) -> None:
 
 def _export_merged(folder: RunFolder, target: Path, given: Namespace) -> None:
     """Write a run's model with the adapter in its weights, or with all of them trained."""
-    settings = yaml.safe_load(folder.config.read_text())["model"]
+    settings = read_yaml(folder.config, "--run")["model"]
     dtype_name = given.dtype or settings["dtype"]
     whole = folder.model.is_dir()
     if whole and dtype_name == settings["dtype"]:
@@ -120,8 +119,8 @@ def _export_merged(folder: RunFolder, target: Path, given: Namespace) -> None:
 def _unchanged_base(folder: RunFolder, settings: dict[str, Any]) -> ModelSource:
     """Return where a run's base model is; raise InputError unless it can be merged with what was trained."""
     source = resolve_model(settings["name"])
-    summary = json.loads(folder.summary.read_text())
-    fingerprint, expected = model_fingerprint(source), summary["model"]["fingerprint"]
+    expected = RunRecord.read(folder.summary).model.fingerprint
+    fingerprint = model_fingerprint(source)
     if fingerprint != expected:
         raise InputError(
             f"the base model {source.name} has fingerprint {fingerprint}, but the run was trained on "

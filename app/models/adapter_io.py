@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,12 +93,17 @@ def _with_subtracted(
 
 
 def check_adapter_folder(folder: Path) -> None:
-    """Raise InputError unless the folder holds an adapter in PEFT's layout."""
+    """Raise InputError unless the folder holds an adapter in PEFT's layout whose files are whole."""
     if not (folder / "adapter_config.json").is_file():
         raise InputError(
             f"model.adapter_path is {str(folder)!r}, which holds no adapter_config.json: expected a "
             "folder in PEFT's layout, such as runs/NAME/version_0/adapter"
         )
+    with _reading(folder):
+        PeftConfig.from_pretrained(str(folder))
+        if (folder / WEIGHTS_FILE).is_file():
+            with safe_open(folder / WEIGHTS_FILE, "pt"):
+                pass
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:
