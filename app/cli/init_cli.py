@@ -1,5 +1,6 @@
 """`python train.py init`: the initialization of a `fit` alone, as an adapter that other tools train."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,7 @@ class InitCLI(LoraCLI):
         """Refuse a folder that is there, and leave out what belongs to training."""
         output = self.settings.output
         self.target = self.target or Path(output.root) / output.name / "init"
-        if self.target.exists():
-            raise InputError(
-                f"--output is {str(self.target)!r}, which exists: remove it or name another folder"
-            )
+        _check_target(self.target)
         if self.resume_point is not None:
             raise InputError("ckpt_path is set, but init writes an untrained adapter: leave it out")
         self.settings.trainer.update(Namespace(WITHOUT_TRAINING))
@@ -89,3 +87,16 @@ class InitCLI(LoraCLI):
         config = yaml.safe_load(config_text(self.parser, self.config))["fit"]
         init = [] if self.made.init is None else [self.made.init]
         return [*init, WriteInit(self.target, self.settings.seed_everything, config)]
+
+
+def _check_target(folder: Path) -> None:
+    """Raise InputError if a folder is there, or cannot be made."""
+    if folder.exists():
+        raise InputError(
+            f"--output is {str(folder)!r}, which exists: remove it or name another folder"
+        )
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise InputError(
+            f"--output is {str(folder)!r}, but {above} is no folder that can be written: name another"
+        )

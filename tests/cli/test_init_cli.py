@@ -124,4 +124,6 @@ def test_what_other_tools_cannot_train_is_refused_before_the_data_are_read(
     assert "init is PissaInit, which changes the base weights, too" in told
     told = error_of("init", "--config", tiny_run, "--output", tmp_path)
     assert told == f"--output is {str(tmp_path)!r}, which exists: remove it or name another folder"
+    told = error_of("init", "--config", tiny_run, "--output", tiny_run / "below" / "a_file")
+    assert f"but {tiny_run} is no folder that can be written" in told
     assert not (tmp_path / "runs").exists()
