@@ -117,7 +117,7 @@ def _wrong_value(key: str, text: str) -> WrongSetting:
     simple = re.match(r"Expected an? (.+?)\. Got value: (.*)", text)
     if simple:
         kinds, got = simple[1], simple[2]
-        choices = re.findall(r"'([^']+)'", kinds) if "Literal" in kinds else []
+        choices = _quoted(kinds) if "Literal" in kinds else []
         wanted = f"one of {', '.join(choices)}" if choices else _kinds(kinds)
         return WrongSetting(key, f" is {got}: expected {wanted}{did_you_mean(got, choices)}")
     # A value below an optional section, given on the command line.
@@ -144,8 +144,13 @@ def _wrong_value(key: str, text: str) -> WrongSetting:
 def _kinds(text: str) -> str:
     words = {"int": "a whole number", "float": "a number", "bool": "true or false"}
     words |= {"str": "text", "NoneType": "null"}
-    names = [name.rpartition(".")[2] for name in re.findall(r"<class '([^']+)'>", text)]
+    names = [name for literal in re.findall(r"Literal\[(.*?)\]", text) for name in _quoted(literal)]
+    names += [name.rpartition(".")[2] for name in re.findall(r"<class '([^']+)'>", text)]
     return " or ".join(words.get(name, name) for name in names) or text
+
+
+def _quoted(text: str) -> list[str]:
+    return re.findall(r"'([^']+)'", text)
 
 
 def class_named(path: str) -> type:

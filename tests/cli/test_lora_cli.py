@@ -223,6 +223,11 @@ def test_misspelt_settings(wrong, meant, old, new, refused, tiny_run):
         ("model.optimizer.lr", "big", "model.optimizer.lr is big: expected a number"),
         ("seed_everything", "abc", "seed_everything is abc: expected true or false or a whole"),
         ("model.dtype", "float23", "model.dtype is float23: expected one of float32, bfloat16,"),
+        (
+            "model.merged",
+            "bf16",
+            "model.merged is bf16: expected float32 or bfloat16 or float16 or null",
+        ),
         ("init.estimator.kind", "skech", "init.estimator.kind is skech: expected one of sketch,"),
         ("model.optimizer", "AdmaW", "did you mean AdamW?"),
         ("init", "LoraOneInitt", "did you mean LoraOneInit?"),
