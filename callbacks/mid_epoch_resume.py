@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -13,6 +14,8 @@ from app.tracking.metrics_table import has_value, rewind_table
 from app.training import lightning_internals as loops
 from app.training.checkpoint_state import gather_states, random_state, seed_anew, set_random_state
 from app.training.protocols import data_of
+from app.training.resume import ResumePoint
+from app.training.resume_checks import check_rows, rows_digest
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,25 @@ class MidEpochResume(Callback):
 
     Args:
         seed: The run's seed, for processes that the interrupted run did not have.
-        continues: Whether the run goes on in the folder of the checkpoint.
+        settings: The resolved configuration, as YAML.
+        point: Where the run goes on; None for a new one.
     """
 
-    def __init__(self, seed: int, continues: bool) -> None:
+    def __init__(self, seed: int, settings: str, point: ResumePoint | None) -> None:
         self.seed = seed
-        self.continues = continues
+        self.settings = settings
+        self.point = point
+        self.continues = point is not None and point.folder is not None
+        self._rows = ""
         self._random: dict[str, Any] | None = None
         self._stepped = self._validated = False
         self._pending: Pending | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse other training rows than those of the interrupted run, before a model is loaded."""
+        self._rows = rows_digest(data_of(trainer).rows("train"))
+        if self.point is not None:
+            check_rows(self.point, self._rows)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Take up the random stream of training, whatever has drawn from it since the last batch."""
@@ -84,6 +97,10 @@ class MidEpochResume(Callback):
         }
         wandb = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         checkpoint["wandb_id"] = wandb[0].version if wandb else None
+        checkpoint["rows"] = self._rows
+        # Those that training began with: what its checkpoint overrules is not what is computed with.
+        known = None if self.point is None else self.point.settings
+        checkpoint["settings"] = self.settings if known is None else yaml.safe_dump(known)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

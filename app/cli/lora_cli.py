@@ -1,9 +1,9 @@
 """The command line: LightningCLI with the project's parts, config lookup and plain errors."""
 
 import os
-import re
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,22 @@ from omegaconf.errors import OmegaConfBaseException
 
 from app.cli.known_classes import import_known_classes
 from app.commands.plan.command import PlanTrainer, plan_trainer
+from app.distributed.collectives import is_first_process
 from app.distributed.rendezvous import check_same_settings
 from app.tracking.config_files import expand
-from app.tracking.loggers import OutputSettings, make_loggers, remove_unused_folder
+from app.tracking.loggers import (
+    OutputSettings,
+    make_loggers,
+    remove_unused_folder,
+    run_folder_of,
+)
 from app.tracking.run_folder import RunFolder
 from app.training.checkpoint_io import CheckpointFiles
 from app.training.checks import check_precision, check_trainer
 from app.training.module import LoraModule
-from app.training.resume import ResumePoint, find_resume_point
-from app.utils.arguments import Parser, PlainHelp
+from app.training.resume import ResumePoint, find_resume_point, run_to_continue
+from app.training.resume_checks import ADAPTER, TRAINING, check_rows_per_step, check_settings
+from app.utils.arguments import Parser, PlainHelp, wrong_reference
 from app.utils.class_paths import failed_import
 from app.utils.console import on_terminal
 from app.utils.errors import InputError
@@ -88,26 +95,27 @@ class LoraCLI(LightningCLI):
         self.status = 0  # of the command, for the program to exit with
         if os.getcwd() not in sys.path:  # a class of the user's in the current folder
             sys.path.append(os.getcwd())
-        super().__init__(
-            LoraModule,
-            TextDataModule,
-            trainer_class=PlanTrainer,
-            subclass_mode_data=True,
-            parser_class=Parser,
-            parser_kwargs={"parser_mode": "omegaconf+"},
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-            seed_everything_default=0,
-            trainer_defaults={
-                "num_sanity_val_steps": 0,
-                "use_distributed_sampler": False,
-                "enable_model_summary": False,
-            },
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,  # a checkpoint holds what was trained, and no model
-            args=expand(arguments),
-            run=run,
-        )
+        with ExitStack() as self.held:  # the run folder, until the command ends
+            super().__init__(
+                LoraModule,
+                TextDataModule,
+                trainer_class=PlanTrainer,
+                subclass_mode_data=True,
+                parser_class=Parser,
+                parser_kwargs={"parser_mode": "omegaconf+"},
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"save_to_log_dir": False},
+                seed_everything_default=0,
+                trainer_defaults={
+                    "num_sanity_val_steps": 0,
+                    "use_distributed_sampler": False,
+                    "enable_model_summary": False,
+                },
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,  # a checkpoint holds what was trained, and no model
+                args=expand(arguments),
+                run=run,
+            )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return the command that is given, whose parser alone is made, or all of them for help and errors."""
@@ -148,13 +156,7 @@ class LoraCLI(LightningCLI):
             # Without Lightning's warning about tests that call `main` themselves.
             self.config = parser.parse_args(args)
         except OmegaConfBaseException as error:
-            key = str(error.full_key).removeprefix(f"{args[0]}.")
-            message = str(error).partition("\n")[0]
-            reason = f"is wrong: {message}"
-            name = re.search(r"resolved to '(?:\w+\.)?(.+?)'", message)
-            if name and "not found" in message:
-                reason = f"refers to {name[1]}, which is no setting"
-            raise InputError(f"{key} {reason}") from error
+            raise wrong_reference(error, args[0]) from error
         except Exception as error:  # whatever the module of a user's class raises
             failure = None if isinstance(error, InputError) else failed_import(error)
             if failure is None:
@@ -171,9 +173,20 @@ class LoraCLI(LightningCLI):
             )
         if settings.get("ckpt_path") is None:
             return
+        ckpt_path, fits = str(settings.ckpt_path), self.config.subcommand == "fit"
         runs = Path(settings.output.root) / settings.output.name
-        self.resume_point = find_resume_point(str(settings.ckpt_path), runs, settings.model.method)
+        if fits:
+            self._hold(run_to_continue(ckpt_path, runs))
+        self.resume_point = find_resume_point(ckpt_path, runs, settings.model.method)
         settings.ckpt_path = None  # LightningCLI would read the file again, for hyperparameters
+        if self.resume_point is not None and (fits or settings.model.adapter_path is None):
+            fixed = TRAINING if fits else ADAPTER
+            check_settings(self.resume_point, yaml.safe_load(self._dumped()), fixed)
+
+    def _hold(self, folder: RunFolder | None) -> None:
+        """Keep other processes from training in a run folder."""
+        if folder is not None and is_first_process():
+            self.held.enter_context(folder.held())
 
     def before_instantiate_classes(self) -> None:
         """Give the trainer the checkpoint to go on from."""
@@ -203,6 +216,9 @@ class LoraCLI(LightningCLI):
                 kwargs["plugins"].append(CheckpointFiles())
             trainer = super().instantiate_trainer(**kwargs)
             check_trainer(trainer)
+            if self.subcommand == "fit" and self.resume_point is not None:
+                settings = yaml.safe_load(self._dumped())
+                check_rows_per_step(self.resume_point, settings, trainer.world_size)
         except (ValueError, ImportError, RuntimeError, MisconfigurationException) as error:
             if self.resume_point is None:
                 remove_unused_folder(loggers)
@@ -218,7 +234,10 @@ class LoraCLI(LightningCLI):
         point = self.resume_point
         folder, wandb_id = (None, None) if point is None else (point.folder, point.wandb_id)
         tags = (self.settings.model.method, f"seed {self.settings.seed_everything}")
-        return make_loggers(self.made.output, folder, wandb_id, self.made.data.task_name, tags)
+        loggers = make_loggers(self.made.output, folder, wandb_id, self.made.data.task_name, tags)
+        if folder is None:
+            self._hold(run_folder_of(loggers))
+        return loggers
 
     def _callbacks(self) -> list[Callback]:
         """List the project's callbacks in the order in which Lightning calls them, behind the user's."""
@@ -242,7 +261,7 @@ class LoraCLI(LightningCLI):
         return [
             AdaLoraPruning(),  # before all that measure or save the adapter
             # Notes the place that the callbacks below save.
-            MidEpochResume(seed, continues=point is not None and point.folder is not None),
+            MidEpochResume(seed, self._dumped(), point),
             ScoreAt("zero_shot"),  # the untouched model
             *([init] if init else []),
             ScoreAt("after_init", same_as=None if init else "zero_shot"),
@@ -256,7 +275,7 @@ class LoraCLI(LightningCLI):
     def _dumped(self) -> str:
         """Return the resolved settings of the command as YAML."""
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        return yaml.safe_dump(dumped[self.subcommand])
+        return yaml.safe_dump(dumped[self.config.subcommand])
 
     def _test_folder(self) -> Path:
         """Return where a test keeps answers: the run's folder, or that of the experiment's name."""

@@ -2,12 +2,19 @@
 
 import itertools
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from app.utils.errors import InputError
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
+WAIT_FOR_LOCK = 10.0
+"""Seconds; a process that was killed leaves workers behind, which end within five."""
 
 
 class RunFolder:
@@ -24,6 +31,7 @@ class RunFolder:
         self.answers = path / "answers"  # to benchmarks
         self.scores = path / "benchmarks.json"
         self.wandb = path / "wandb.json"  # which W&B run a test adds its scores to
+        self.lock = path / ".lock"  # held by the process that trains
 
     def __str__(self) -> str:
         return str(self.path)
@@ -43,9 +51,36 @@ class RunFolder:
 
     def remove_if_unused(self) -> None:
         """Remove the folder if nothing but the configuration is in it: the run never began."""
-        if self.path.is_dir() and set(self.path.iterdir()) <= {self.config}:
-            self.config.unlink(missing_ok=True)
+        unused = {self.config, self.lock}
+        if self.path.is_dir() and set(self.path.iterdir()) <= unused:
+            for file in unused:
+                file.unlink(missing_ok=True)
             self.path.rmdir()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder for training, as one process at a time may; the system frees it if that one dies.
+
+        Warns where the file system has no locks.
+
+        Raises:
+            InputError: Another process holds it.
+        """
+        lock = FileLock(self.lock, timeout=WAIT_FOR_LOCK)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"{self} is being trained by another process: wait until that has ended, or leave ckpt_path "
+                "out for a run of its own"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            message = f"{self} cannot be locked ({error}): start no other run in it"
+            warnings.warn(message, stacklevel=2)
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def new_run_folder(runs: Path) -> RunFolder:
@@ -76,13 +111,24 @@ def run_folders(runs: Path) -> list[Path]:
 
 
 def checkpoint_name(step: int) -> str:
-    """Return the file name of the checkpoint of an optimizer step."""
-    return f"step={step}.ckpt"
+    """Return the file name of the run's own checkpoint of an optimizer step.
+
+    A `ModelCheckpoint` of the user's may save into the same folder, as `epoch=0-step=100.ckpt` or
+    `step=100.ckpt`: what has another name is never deleted.
+    """
+    return f"resume-step={step}.ckpt"
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in a folder, the oldest first."""
-    return _numbered(folder, "step=*.ckpt", r"step=(\d+)\.ckpt")
+def checkpoint_files(folder: Path, end: str = "") -> list[Path]:
+    """Return the run's own checkpoints in a folder whose name has this behind it, the oldest first."""
+    return _numbered(
+        folder, f"resume-step=*.ckpt{end}", rf"resume-step=(\d+)\.ckpt{re.escape(end)}"
+    )
+
+
+def checkpoints_to_resume(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in a folder, the oldest first; without any, those of earlier versions."""
+    return checkpoint_files(folder) or _numbered(folder, "step=*.ckpt", r"step=(\d+)\.ckpt")
 
 
 def _numbered(folder: Path, glob: str, pattern: str) -> list[Path]:

@@ -9,6 +9,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from app.tracking.run_folder import checkpoint_files
 from app.utils.class_paths import RENAMED
 from app.utils.errors import InputError
 from app.utils.files import PART, atomic_write
@@ -33,7 +34,7 @@ class CheckpointFiles(TorchCheckpointIO):
         torch.save(checkpoint, content)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for stale in path.parent.glob(f"*{PART}"):
+            for stale in checkpoint_files(path.parent, PART):
                 stale.unlink(missing_ok=True)
             with atomic_write(path) as stream:
                 stream.write(content.getbuffer())
@@ -89,7 +90,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(
             f"ckpt_path is {str(path)!r}, which lacks {', '.join(missing)}: expected a checkpoint of this "
             "program with its optimizer (not save_weights_only), such as "
-            "runs/NAME/version_0/checkpoints/step=100.ckpt"
+            "runs/NAME/version_0/checkpoints/resume-step=100.ckpt"
         )
     states = checkpoint.get("callbacks", {})
     checkpoint["callbacks"] = {RENAMED.get(key, key): state for key, state in states.items()}

@@ -1,5 +1,6 @@
 """What callbacks use of the module and of the data module, and where they get both."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -75,6 +76,9 @@ class DataModule(Protocol):
 
     task_name: str  # groups the runs of one task, such as `glue/sst2`
     batch_size: int  # training rows of a batch, on each process
+
+    def rows(self, split: str) -> Sequence[Any]:
+        """Return the rows of "train", "validation" or "test", each with `prompt` and `answer`."""
 
     def prepare_benchmarks(self, split: str) -> list[PreparedBenchmark]:
         """Return the benchmarks of "validation" or "test" with their questions encoded."""

@@ -9,6 +9,7 @@ import torch
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from omegaconf.errors import OmegaConfBaseException
 
 from app.utils.class_paths import bare_name, exists, failed_import
 from app.utils.errors import InputError, causes
@@ -105,6 +106,17 @@ class Parser(LightningArgumentParser):
         full = (f"{group[1]}." if group else "") + wrong.removeprefix("init_args.")
         known = [action.dest for action in actions if action.dest != "help"]
         return WrongSetting(full, close=nearest(full, known))
+
+
+def wrong_reference(error: OmegaConfBaseException, command: str) -> InputError:
+    """Say in plain words which `${...}` cannot be resolved among the settings of a command."""
+    key = str(error.full_key).removeprefix(f"{command}.")
+    message = str(error).partition("\n")[0]
+    reason = f"is wrong: {message}"
+    name = re.search(r"resolved to '(?:\w+\.)?(.+?)'", message)
+    if name and "not found" in message:
+        reason = f"refers to {name[1]}, which is no setting"
+    return InputError(f"{key} {reason}")
 
 
 def _wrong_value(key: str, text: str) -> WrongSetting:

@@ -82,7 +82,9 @@ def test_a_run_killed_at_any_step_has_the_losses_of_one_that_was_not(
     assert passes == ["callbacks.initialization"] * 2
     assert [path.name for path in parts.parent.iterdir()] == ["version_0"]
     check_same(parts, whole, *MOMENTS, *(["val/loss"] if "val/loss" in table(whole)[0] else []))
-    assert [path.name for path in (parts / "checkpoints").iterdir()] == [f"step={steps}.ckpt"]
+    assert [path.name for path in (parts / "checkpoints").iterdir()] == [
+        f"resume-step={steps}.ckpt"
+    ]
 
 
 @pytest.mark.slow
@@ -145,7 +147,7 @@ def test_a_signal_saves_and_stops(name, status, accumulate, two_runs, signalled,
     assert run("parts", *options) == status
     told = capfd.readouterr().err
     assert f"{name}: stopped after step 4; the last checkpoint is" in told
-    assert "step=4.ckpt; the same command with `--ckpt_path last` goes on from it" in told
+    assert "resume-step=4.ckpt; the same command with `--ckpt_path last` goes on from it" in told
     assert {number: signal.getsignal(number) for number in STOPPING} == before
     assert run("parts", *options) == 0
     check_same(parts, whole)
@@ -276,7 +278,9 @@ def test_slurm_is_asked_to_start_the_run_again(
         with pytest.warns(UserWarning, match=r"requeue job .* .no such job"):
             assert command("fit", "--config", tiny_run) == 128 + signal.SIGUSR1
     assert told.read_text() == f"requeue {'70_3' if array else '77'}\n"
-    assert (tmp_path / "runs" / "tiny" / "version_0" / "checkpoints" / "step=2.ckpt").is_file()
+    assert (
+        tmp_path / "runs" / "tiny" / "version_0" / "checkpoints" / "resume-step=2.ckpt"
+    ).is_file()
 
 
 def test_a_run_without_checkpoints_says_so(command, tiny_run, signalled, capfd):

@@ -35,7 +35,7 @@ def test_a_killed_run_goes_on(
     last = done // EVERY * EVERY
     # A step's checkpoint is written after it, so the one of the last step may be missing.
     checkpoints = (tmp_path / "killed" / "tiny" / "version_0" / "checkpoints").iterdir()
-    assert [file.name for file in checkpoints] == [f"step={last}.ckpt"]
+    assert [file.name for file in checkpoints] == [f"resume-step={last}.ckpt"]
     for after in afterwards:
         shutil.copytree(tmp_path / "killed", tmp_path / f"to_{after}")
     going_on = {after: job(f"to_{after}", after, "--ckpt_path=last") for after in afterwards}

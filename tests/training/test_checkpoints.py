@@ -9,7 +9,9 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
+from app.tracking.run_folder import RunFolder
 from app.training.checkpoint_io import CheckpointFiles, read_checkpoint
 from app.training.checkpoint_state import gather_states, random_state, seed_anew, set_random_state
 from app.training.resume import find_resume_point
@@ -21,7 +23,7 @@ OFTEN = ("--trainer.max_steps=5", "--output.checkpoint_every_n_steps=2")
 
 
 def newest(folder):
-    [path] = (folder / "checkpoints").iterdir()
+    [path] = (folder / "checkpoints").glob("resume-*")
     return path
 
 
@@ -37,7 +39,7 @@ def plain(value):
 def test_contents(fit):
     folder = fit(*OFTEN)
     path = newest(folder)
-    assert path.name == "step=5.ckpt"
+    assert path.name == "resume-step=5.ckpt"
     content = torch.load(path, weights_only=True)
     assert plain(content)
     told = summary(folder)
@@ -110,16 +112,16 @@ def test_a_kill_at_any_point_of_writing_leaves_the_last_checkpoint(point, tmp_pa
         pass
 
     files = CheckpointFiles()
-    files.save_checkpoint({**CONTENT, "global_step": 1}, tmp_path / "step=1.ckpt")
+    files.save_checkpoint({**CONTENT, "global_step": 1}, tmp_path / "resume-step=1.ckpt")
     with monkeypatch.context() as patched:
         fail_at(point, Kill(), patched)
         with pytest.raises(Kill):
-            files.save_checkpoint({**CONTENT, "global_step": 2}, tmp_path / "step=2.ckpt")
+            files.save_checkpoint({**CONTENT, "global_step": 2}, tmp_path / "resume-step=2.ckpt")
     for path in tmp_path.glob("*.ckpt"):
-        assert read_checkpoint(path)["global_step"] == int(path.stem[5:])
-    assert (tmp_path / "step=1.ckpt").is_file()
-    assert (tmp_path / "step=2.ckpt").is_file() == (point == "folder")
-    files.save_checkpoint({**CONTENT, "global_step": 3}, tmp_path / "step=3.ckpt")
+        assert read_checkpoint(path)["global_step"] == int(path.stem.partition("=")[2])
+    assert (tmp_path / "resume-step=1.ckpt").is_file()
+    assert (tmp_path / "resume-step=2.ckpt").is_file() == (point == "folder")
+    files.save_checkpoint({**CONTENT, "global_step": 3}, tmp_path / "resume-step=3.ckpt")
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -144,8 +146,8 @@ def test_a_full_disk_is_told_and_training_goes_on(point, fit, monkeypatch):
         assert f"the checkpoint of step {step} could not be written to" in message
         assert "No space left on device" in message
         assert "training goes on, and the last complete one is" in message
-        assert "step=2.ckpt" in message
-    assert newest(folder).name == "step=2.ckpt"
+        assert "resume-step=2.ckpt" in message
+    assert newest(folder).name == "resume-step=2.ckpt"
     assert read_checkpoint(newest(folder))["global_step"] == 2
     assert summary(folder)["metrics"]["final"] == summary(whole)["metrics"]["final"]
 
@@ -170,7 +172,7 @@ def test_a_checkpoint_callback_of_the_users_keeps_its_last_file_when_the_disk_is
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "checkpoints").write_text("a file is in the way")
     with pytest.warns(UserWarning, match="training goes on, and there is none yet"):
-        CheckpointFiles().save_checkpoint(CONTENT, tmp_path / "checkpoints" / "step=1.ckpt")
+        CheckpointFiles().save_checkpoint(CONTENT, tmp_path / "checkpoints" / "resume-step=1.ckpt")
 
 
 @pytest.fixture
@@ -213,6 +215,39 @@ def test_other_files_are_refused(tmp_path):
         find_resume_point(str(tmp_path), tmp_path, "m")
 
 
+def test_other_settings_or_rows_are_refused_before_weights_are_loaded(
+    finished, error_of, tiny_run, sst2_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("app.training.model_building.load_model", None)
+    before, checkpoint = metrics(finished), newest(finished)
+    resumed = ("fit", "--config", tiny_run, *OFTEN, "--ckpt_path", checkpoint)
+    told = error_of(*resumed, "--model.adapter.lora_alpha=64")
+    assert "model.adapter.lora_alpha 16.0 (now 64.0)" in told
+    # Known from the run's folder, too, if an earlier version has not written it into the checkpoint.
+    content = torch.load(checkpoint, weights_only=True)
+    assert yaml.safe_load(content.pop("settings"))["model"]["adapter"]["r"] == 4
+    torch.save(content, checkpoint)
+    told = error_of(*resumed, "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1")
+    assert "model.optimizer PreconditionedAdamW (now torch.optim.SGD)" in told
+    told = error_of(*resumed, "--data.batch_size=4")
+    assert "an optimizer step of the checkpoint's run has 8 rows, this one 4" in told
+    shutil.copytree(sst2_folder, tmp_path / "data")
+    file = tmp_path / "data" / "SST-2" / "train.tsv"
+    file.write_text(file.read_text().replace("great", "poor"))
+    told = error_of(*resumed, f"--data.path={tmp_path / 'data'}")
+    assert "the training rows are not those of the run" in told
+    assert metrics(finished) == before
+
+
+def test_what_a_checkpoint_overrules_is_told_each_time(finished, fit):
+    slower = "--model.optimizer.lr=1e-3"
+    for steps in (6, 7):
+        with pytest.warns(UserWarning, match=r"model.optimizer.lr 0.01 \(now 0.001\)"):
+            assert fit(f"--trainer.max_steps={steps}", slower, "--ckpt_path=last") == finished
+    [state] = torch.load(newest(finished), weights_only=True)["optimizer_states"]
+    assert [group["lr"] for group in state["param_groups"]] == [0.01]
+
+
 @pytest.mark.slow
 def test_another_method_base_or_adapter_is_refused_before_the_gradient_pass(
     finished, command, error_of, tiny_run, run_models, tmp_path, passes
@@ -227,7 +262,13 @@ def test_another_method_base_or_adapter_is_refused_before_the_gradient_pass(
     assert f"belongs to the base model {run_models / 'llama'}" in told
     assert f"but model.name is {run_models / 'gpt2'}" in told
     assert told.count("sha256:") == 2
-    told = error_of(*resumed, "--model.adapter.r=8")
+    told = error_of(*resumed, "--model.adapter.r=8", "--model.adapter.lora_dropout=0.1")
+    assert "model.adapter.lora_dropout 0.0 (now 0.1), model.adapter.r 4 (now 8)" in told
+    # One of an earlier version does not know its settings.
+    content = torch.load(path, weights_only=True)
+    del content["settings"]
+    torch.save(content, tmp_path / "earlier.ckpt")
+    told = error_of(*resumed[:-1], tmp_path / "earlier.ckpt", "--model.adapter.r=8")
     assert "has one of shape [4, 16] for" in told
     assert "trains one of shape [8, 16]" in told
     assert metrics(finished) == before
@@ -241,9 +282,9 @@ def test_another_method_base_or_adapter_is_refused_before_the_gradient_pass(
 
 def test_last_goes_back_behind_a_damaged_file(finished, command, tiny_run):
     path = newest(finished)
-    (path.parent / "step=9.ckpt").write_bytes(path.read_bytes()[:-100])
+    (path.parent / "resume-step=9.ckpt").write_bytes(path.read_bytes()[:-100])
     with pytest.warns(
-        UserWarning, match="step=9.ckpt.*damaged.*Going back to the checkpoint before"
+        UserWarning, match="resume-step=9.ckpt.*damaged.*Going back to the checkpoint before"
     ):
         found = find_resume_point("last", finished.parent, "lora_one")
     assert found.checkpoint == path
@@ -272,6 +313,28 @@ def test_a_finished_run_stays_as_it_is(finished, fit, caplog):
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_is_trained_by_one_process_at_a_time(finished, error_of, fit, tiny_run, monkeypatch):
+    """Neither two that go on, nor one that goes on and the one that began it."""
+    monkeypatch.setattr("app.tracking.run_folder.WAIT_FOR_LOCK", 0.0)
+    told = f"{finished} is being trained by another process: wait until that has ended"
+    before = metrics(finished)
+    with RunFolder(finished).held():
+        options = ("--trainer.max_steps=8", "--ckpt_path=last")
+        assert told in error_of("fit", "--config", tiny_run, *options)
+    assert metrics(finished) == before
+    tried = []
+
+    def hold(module):
+        folder = RunFolder(finished.with_name("version_1"))
+        with pytest.raises(InputError, match="is being trained"), folder.held():
+            pass
+        tried.append(folder)
+
+    monkeypatch.setattr("app.training.module.LoraModule.on_train_start", hold)
+    fit()
+    assert len(tried) == 1
+
+
 def test_a_checkpoint_elsewhere_starts_a_folder_of_its_own(finished, fit, tmp_path):
     copied = tmp_path / "copied.ckpt"
     shutil.copy(newest(finished), copied)
@@ -279,7 +342,30 @@ def test_a_checkpoint_elsewhere_starts_a_folder_of_its_own(finished, fit, tmp_pa
     folder = fit("--trainer.max_steps=7", f"--ckpt_path={copied}")
     assert folder.name == "version_1"
     assert metrics(finished) == before
-    assert newest(folder).name == "step=7.ckpt"
+    assert newest(folder).name == "resume-step=7.ckpt"
+
+
+def test_checkpoints_of_the_users_own_are_never_deleted(fit, tmp_path):
+    """Whatever their names; one below a folder that a metric's slash has made belongs to the run, too."""
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "trainer:\n  val_check_interval: 2\n  callbacks:\n"
+        + "".join(
+            "  - class_path: lightning.pytorch.callbacks.ModelCheckpoint\n    init_args:\n"
+            f"      {{filename: '{name}', save_top_k: -1, every_n_train_steps: 2, monitor: {metric}}}\n"
+            for name, metric in (("{step}", "null"), ("{step}-{val/loss:.1f}", "val/loss"))
+        )
+    )
+    options = ("--config", own, "--output.checkpoint_every_n_steps=1")
+    folder = fit(*options, "--trainer.max_steps=5")
+    saved = folder / "checkpoints"
+    names = {path.name for path in saved.iterdir() if path.is_file()}
+    assert names == {"step=2.ckpt", "step=4.ckpt", "resume-step=5.ckpt"}
+    [slashed] = saved.glob("step=2-val/loss=*.ckpt")
+    assert find_resume_point("last", folder.parent, "lora_one").checkpoint == newest(folder)
+    assert fit(*options, "--trainer.max_steps=3", f"--ckpt_path={slashed}") == folder
+    assert newest(folder).name == "resume-step=3.ckpt"
+    assert (saved / "step=4.ckpt").is_file()
 
 
 @pytest.mark.slow
@@ -292,7 +378,7 @@ def test_the_users_own_checkpoints_are_kept_too(fit, tmp_path):
     )
     options = ("--trainer.max_epochs=2", "--trainer.max_steps=-1")
     folder = fit("--config", own, *options)
-    assert newest(folder).name == "step=10.ckpt"
+    assert newest(folder).name == "resume-step=10.ckpt"
     [best] = (tmp_path / "best").iterdir()
     assert read_checkpoint(best)["global_step"] in (5, 10)
     told = summary(folder)
