@@ -156,9 +156,9 @@ def _facts(
 
 
 def _adapter_text(adapter: Mapping[str, Any]) -> str:
-    targets = adapter["target_modules"]
-    if not isinstance(targets, str):
-        targets = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
+    modules, parameters = adapter["target_modules"] or [], adapter.get("target_parameters") or []
+    named = [modules] if isinstance(modules, str) else {name.rpartition(".")[2] for name in modules}
+    targets = ", ".join([*sorted(named), *sorted({name.rpartition(".")[2] for name in parameters})])
     if adapter["peft_type"] == "ADALORA":
         return f"AdaLoRA pruned to rank {adapter['target_r']} on average, on {targets}"
     rank, alpha = adapter["r"], adapter["lora_alpha"]

@@ -113,6 +113,11 @@ def test_only_what_servers_read_is_served(adapter, text, card):
     assert (made.data.pipeline_tag is None) == ("task_type" in adapter)
 
 
+def test_fused_experts_are_named_by_their_parameters(card):
+    adapter = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
+    assert "scaling 2, on down_proj |" in card({**LORA, **adapter}).text
+
+
 def test_adalora(card):
     made = card(ADALORA)
     assert made.data.tags == ["adalora", "lora-one"]
