@@ -9,6 +9,12 @@ from app.utils.errors import InputError
 from data_modules.encoding import TextRow
 
 SPLITS = ("train", "validation", "test")
+_OF_STAGE = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+
+
+def splits_of(stage: str | None, splits: Sequence[str]) -> list[str]:
+    """Return those of a source's splits that a stage needs."""
+    return [split for split in _OF_STAGE.get(stage or "", SPLITS) if split in splits]
 
 
 def all_splits(loaded: Mapping[str, list[TextRow]], source: str) -> dict[str, list[TextRow]]:

@@ -15,20 +15,18 @@ from app.distributed.collectives import is_first_process
 from app.evaluation.benchmark import Benchmark, PreparedBenchmark
 from app.models.batch import Batch
 from app.models.protocols import TokenizedModel
-from app.utils.errors import InputError
+from app.models.text_limits import context_length
 from data_modules.contamination import count_shared
 from data_modules.encoding import EncodedRow, PaddedRows, TextEncoder, TextRow
+from data_modules.limits import check_encoded, check_max_length, check_sizes
 from data_modules.questions import BenchmarkQuestions, question_loaders
-from data_modules.row_checks import SPLITS, all_splits, check_rows, check_stage
+from data_modules.row_checks import SPLITS, all_splits, check_rows, check_stage, splits_of
 from data_modules.sampling import (
     LengthGroupedSampler,
     check_position,
     initialization_share,
     subset,
 )
-
-SPLITS_OF_STAGE = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
-MOST_WORKERS = 1024
 
 Loaders = list[DataLoader[EncodedRow] | DataLoader[int]]
 
@@ -81,12 +79,7 @@ class TextDataModule(LightningDataModule):
         self.train_size = train_size
         self.validation_size = validation_size
         self.chat_template = chat_template
-        for name in ("max_length", "batch_size", "eval_batch_size", "num_workers"):
-            least = int(name != "num_workers")
-            if getattr(self, name) < least:
-                raise InputError(f"--data.{name}={getattr(self, name)}: expected at least {least}")
-        if num_workers > MOST_WORKERS:  # each is a process
-            raise InputError(f"--data.num_workers={num_workers}: expected at most {MOST_WORKERS}")
+        check_sizes(vars(self))
         self.evals = list(evals or [])
         self.questions = BenchmarkQuestions(self.evals, long_prompts)
         self.source = path or ""
@@ -146,20 +139,21 @@ class TextDataModule(LightningDataModule):
         Raises:
             InputError: The data has nothing for this stage, or cannot be used.
         """
-        wanted = SPLITS_OF_STAGE.get(stage or "", SPLITS)
-        splits = [split for split in wanted if split in self.splits]
+        splits, model = splits_of(stage, self.splits), None
         about = (bool(self.evals), type(self).__name__)
         check_stage(stage, splits, *about)
         if splits:
             self.read()  # before the tokenizer, which may be a long download away
         if self.trainer is not None:
             model = cast(TokenizedModel, self.trainer.lightning_module)
-            self.attach(model.tokenizer, model.is_encoder_decoder, model.context_length)
+            check_max_length(self.max_length if splits else 0, model)
+            self.attach(model.tokenizer, model.is_encoder_decoder, context_length(model.config))
         check_stage(stage, list(filter(self.rows, splits)), *about)
-        self.prepare_benchmarks("validation" if stage in ("fit", "validate") else "test")
-        for split in splits:
-            self.encoded(split)
+        asked = self.prepare_benchmarks("validation" if stage in ("fit", "validate") else "test")
+        encoded = {f"{self.task_name} {split}": self.encoded(split) for split in splits}
         self.label_token_ids()
+        if model is not None:
+            check_encoded(encoded, asked, model)
         if stage == "fit" and is_first_process():
             prompts = [row.prompt for row in self.rows("train")]
             self.shared_questions = count_shared(prompts, self.questions.prompts, self.task_name)

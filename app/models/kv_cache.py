@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
 
+from app.models.text_limits import context_length
 from app.utils.errors import InputError
 
 PAD = 0  # what fills short rows is masked, so any token will do
@@ -165,7 +166,7 @@ def remaining_context(base: PreTrainedModel, prompt: Sequence[int]) -> int | Non
         raise InputError(
             "a prompt has no tokens: expected at least one; mend the benchmark's prompt"
         )
-    context = getattr(base.config, "max_position_embeddings", None)
+    context = context_length(base.config)
     if context is None:
         return None
     encodes = base.config.is_encoder_decoder

@@ -4,10 +4,11 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.models.batch import Batch
 from app.models.loss import SupervisedLogits
+from app.models.source import ModelSource
 
 
 class TokenizedModel(Protocol):
@@ -22,8 +23,12 @@ class TokenizedModel(Protocol):
         """Whether prompt and answer are sequences of their own (T5)."""
 
     @property
-    def context_length(self) -> int | None:
-        """Number of positions that the model knows; None if there is no limit."""
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration."""
+
+    @property
+    def source(self) -> ModelSource:
+        """Where the model comes from."""
 
 
 class ScoredModel(TokenizedModel, Protocol):

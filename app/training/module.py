@@ -124,11 +124,6 @@ class LoraModule(LightningModule):
         return bool(self.config.is_encoder_decoder)
 
     @property
-    def context_length(self) -> int | None:
-        """Number of positions that the model knows; None if they are relative (T5)."""
-        return getattr(self.config, "max_position_embeddings", None)
-
-    @property
     def base(self) -> PreTrainedModel:
         """The transformers model inside."""
         return base_model(self.model)
