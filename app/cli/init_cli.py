@@ -22,9 +22,9 @@ INIT = """Initialize an adapter as fit does, and write it for another tool to tr
 
   python train.py init --config quickstart.yaml --output my_adapter
 
-It takes the options of fit; those of the training loop, callbacks and loggers change nothing. Model, data,
-seeds and precision are those of fit, so the first training loss of PEFT, TRL, axolotl, LLaMA-Factory or verl
-on the same batch is that of fit."""
+It takes the options of fit (python train.py fit --help); those of the training loop, callbacks and loggers
+change nothing. Model, data, seeds and precision are those of fit, so the first training loss of PEFT, TRL,
+axolotl, LLaMA-Factory or verl on the same batch is that of fit."""
 
 WITHOUT_TRAINING = {
     "callbacks": None,

@@ -76,7 +76,7 @@ class Parser(LightningArgumentParser):
         if choice or '"subcommand"' in text:
             got = f"there is no command {choice[1]!r}" if choice else "no command is given"
             raise InputError(
-                f"{got}: expected fit, plan, validate, test, export, dashboard, theory, compare or report"
+                f"{got}: expected fit, plan, init, validate, test, export, dashboard, theory, compare or report"
             ) from ex
         extra = re.match("unrecognized arguments: (.*)", text)
         if extra:

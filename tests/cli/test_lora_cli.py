@@ -267,7 +267,7 @@ def test_training_without_an_end(refused, tiny_run):
 
 def test_commands_and_stray_words(refused, tiny_run):
     assert (
-        refused("ftt") == "there is no command 'ftt': expected fit, plan, validate, test, "
+        refused("ftt") == "there is no command 'ftt': expected fit, plan, init, validate, test, "
         "export, dashboard, theory, compare or report"
     )
     assert refused("fit", "--config", tiny_run, "extra").startswith("'extra' belongs to no setting")
