@@ -231,9 +231,7 @@ def _papers(config: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> lis
     if adapter is not None:
         settings = model.get("adapter") or {}
         switches = [name for name in ("use_rslora", "use_dora") if settings.get(name)]
-        parts = [
-            adapter["peft_type"],
-            *(switches if adapter["peft_type"] == "LORA" else ()),
-            *parts,
-        ]
+        # AdaLoRA may have been exported as LoRA.
+        kind = "ADALORA" if settings.get("adalora") else adapter["peft_type"]
+        parts = [kind, *(switches if kind == "LORA" else ()), *parts]
     return [LORA_ONE, *(PAPERS[part] for part in parts if part in PAPERS)]

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -134,6 +135,9 @@ def test_a_merged_model_says_what_is_left_of_the_update_and_can_be_tested(
     assert (run / "summary.json").read_bytes() == written
     assert command("fit", "--run", run, "--init=null", "--merged=bfloat16") == 2
     assert "a merged model has no adapter to train" in capsys.readouterr().err
+    monkeypatch.setattr("app.training.module.Fsdp2Strategy", SingleDeviceStrategy)
+    assert command("test", "--run", run, "--merged=bfloat16") == 2
+    assert "shards the weights that the adapter is merged into" in capsys.readouterr().err
 
 
 def test_the_adapter_alone(trained, command, capsys, tmp_path, monkeypatch):

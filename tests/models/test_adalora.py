@@ -95,6 +95,9 @@ def test_peft_loads_what_is_left_and_servers_what_is_exported(
     assert command("export", "--run", folder, "--as", "lora", "--output", tmp_path / "lora") == 0
     ranks = [len(value) for name, value in state.items() if "lora_E" in name]
     assert f"max_lora_rank of {max(ranks)} or more" in capsys.readouterr().out
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "A LoRA adapter" in card
+    assert "AdaLoRA: Zhang" in card
     for model in (
         with_adapter(loaded.unload(), tmp_path / "lora"),
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora"),

@@ -5,7 +5,6 @@ from collections import defaultdict
 
 import torch
 from safetensors.torch import load_file
-from transformers.pytorch_utils import Conv1D
 
 
 @torch.no_grad()
@@ -29,5 +28,6 @@ def with_adapter(model, folder):
         assert A.shape[0] == B.shape[1] == config["r"], f"{layer} has rank {A.shape[0]}"
         module = model.get_submodule(layer)
         delta = scaling * B @ A
-        module.weight.add_(delta.T if embedding or isinstance(module, Conv1D) else delta)
+        transposed = embedding or type(module).__name__ == "Conv1D"
+        module.weight.add_(delta.T if transposed else delta)
     return model
