@@ -11,8 +11,14 @@ from transformers.utils import logging as transformers_logging
 
 from app.models.adapter_format import largest_rank, layer_names, unserved_settings
 from app.models.adapter_io import load_adapter, read_adapter, save_model, write_adapter
-from app.models.loading import load_config, load_model, load_tokenizer, model_fingerprint
-from app.models.merging import SurvivedShares, merge_adapter, round_trained
+from app.models.loading import (
+    empty_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+)
+from app.models.merging import SurvivedShares, check_mergeable, merge_adapter, round_trained
 from app.models.plain_lora import plain_lora
 from app.models.source import ModelSource, resolve_model
 from app.tracking.model_card import write_run_card
@@ -108,6 +114,7 @@ def _export_merged(folder: RunFolder, target: Path, given: Namespace) -> None:
         trained = load_model(resolve_model(str(folder.model)))
         merged, survived = round_trained(trained, load_model(source), dtype)
     else:
+        check_mergeable(load_adapter(empty_model(source), folder.adapter, trainable=False))
         adapted = load_adapter(load_model(source), folder.adapter, trainable=False)
         merged, survived = merge_adapter(adapted, dtype)
     with atomic_folder(target) as part:

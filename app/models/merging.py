@@ -56,6 +56,19 @@ def survived_share(base: Tensor, merged: Tensor, written: Tensor) -> float:
     return float(((written.double() - base) * update).sum() / update.square().sum())
 
 
+def check_mergeable(model: PeftModel) -> None:
+    """Raise InputError if a weight is another module's too, which a merge would change with it.
+
+    The model may be on the meta device.
+    """
+    for tied, other in tied_target_layers(model).items():
+        raise InputError(
+            f"merging would change the weight of {tied}, which is that of {other} too "
+            "(tie_word_embeddings): export the adapter without --merge, or train with "
+            f"{tied} left out of model.adapter.target_modules"
+        )
+
+
 @torch.no_grad()
 def merge_adapter(
     model: PeftModel, dtype: torch.dtype = torch.float32
@@ -72,12 +85,7 @@ def merge_adapter(
     Raises:
         InputError: If a weight is another module's too, which the merge would change with it, or is not finite.
     """
-    for tied, other in tied_target_layers(model).items():
-        raise InputError(
-            f"merging would change the weight of {tied}, which is that of {other} too "
-            "(tie_word_embeddings): export the adapter without --merge, or train with "
-            f"{tied} left out of model.adapter.target_modules"
-        )
+    check_mergeable(model)
     survived = SurvivedShares()
     for name, layer in adapted_layers(model):
         weight = _adapted_weight(layer)

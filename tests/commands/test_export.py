@@ -169,6 +169,15 @@ def test_wrong_runs_and_folders(trained, command, capsys, tmp_path):
         assert "there', which exists: remove it or name another" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["precious"]
 
+    plain = (base / "config.json").read_text()
+    codes = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (base / "config.json").write_text(
+        json.dumps({**json.loads(plain), "quantization_config": codes})
+    )
+    assert command("export", "--run", run, "--merge") == 2
+    assert "is quantised (quantization_config)" in capsys.readouterr().err
+    (base / "config.json").write_text(plain)
+
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][0] += 1
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
