@@ -4,6 +4,7 @@ import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from app.models.source import ModelSource, resolve_model
 from app.tracking.model_card import write_run_card
 from app.tracking.record import RunRecord
 from app.tracking.run_folder import RunFolder
+from app.training.run_at_checkpoint import write_run_at_checkpoint
 from app.utils.command_parser import CommandParser
 from app.utils.console import say
 from app.utils.errors import InputError
@@ -43,6 +45,12 @@ def export_command(arguments: Sequence[str]) -> int:
     parser = CommandParser("export", "Write a run's adapter or merged model.")
     add = parser.add_argument
     add("--run", required=True, type=Path, help="folder of a finished run")
+    add(
+        "--ckpt_path",
+        type=Path,
+        help="checkpoint of the run, which may be unfinished, to write instead of its last weights, such as "
+        "a ModelCheckpoint's best",
+    )
     add("--merge", action="store_true", help="write the base model with the adapter merged into it")
     add(
         "--dtype",
@@ -58,27 +66,31 @@ def export_command(arguments: Sequence[str]) -> int:
     add("--output", type=Path, help="folder to write; default RUN/merged or RUN/exported_adapter")
     given = parser.parse_args(arguments)
     target = given.output or given.run / ("merged" if given.merge else "exported_adapter")
-    folder = RunFolder(given.run)
-    _check(given, folder, target)
-    (_export_merged if given.merge else _export_adapter)(folder, target, given)
+    _check_options(given, target)
+    with TemporaryDirectory() as temporary:
+        folder = RunFolder(given.run)
+        if given.ckpt_path is not None:
+            folder = RunFolder(Path(temporary))
+            write_run_at_checkpoint(RunFolder(given.run), given.ckpt_path, folder)
+        folder.check_finished()
+        if folder.model.is_dir() and not given.merge:
+            raise InputError(
+                f"--run is {str(given.run)!r}, which trained the whole model and has no adapter: give --merge, "
+                "which writes the model"
+            )
+        (_export_merged if given.merge else _export_adapter)(folder, target, given)
     print(f"wrote {target}")
     return 0
 
 
-def _check(given: Namespace, folder: RunFolder, target: Path) -> None:
+def _check_options(given: Namespace, target: Path) -> None:
     if given.dtype and not given.merge:
         raise InputError("--dtype is given without --merge: the weights of an adapter are float32")
     if given.kind and given.merge:
         raise InputError("--as and --merge are both given: a merged model has no adapter. Give one")
-    folder.check_finished()
     if target.exists():
         expected = "remove it or name another folder"
         raise InputError(f"--output is {str(target)!r}, which exists: {expected}")
-    if folder.model.is_dir() and not given.merge:
-        raise InputError(
-            f"--run is {str(folder)!r}, which trained the whole model and has no adapter: give --merge, which "
-            "writes the model"
-        )
 
 
 def _export_adapter(folder: RunFolder, target: Path, given: Namespace) -> None:

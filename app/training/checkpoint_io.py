@@ -1,6 +1,7 @@
 """Write checkpoints whole or not at all, and read them."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from app.utils.class_paths import RENAMED
 from app.utils.errors import InputError
 from app.utils.files import PART, atomic_write
 
+TRAINED = ("state_dict", "base", "method", "global_step")
+"""What a checkpoint holds of the trained model."""
 NEEDED = ("state_dict", "loops", "optimizer_states", "base", "method")
+"""What it takes to go on with the training."""
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -66,8 +70,12 @@ class CheckpointFiles(TorchCheckpointIO):
             super().remove_checkpoint(path)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to resume from, on the CPU and without running code that it may hold.
+def read_checkpoint(path: Path, needed: Sequence[str] = NEEDED) -> dict[str, Any]:
+    """Read a checkpoint, on the CPU and without running code that it may hold.
+
+    Args:
+        path: The file.
+        needed: What it must hold, `NEEDED` to resume from it or `TRAINED`.
 
     Raises:
         InputError: It cannot be read, or holds something else.
@@ -86,11 +94,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "Give another file, or `last`"
         ) from error
     content = checkpoint if isinstance(checkpoint, dict) else {}
-    if missing := [name for name in NEEDED if name not in content]:
+    if missing := [name for name in needed if name not in content]:
+        whole = (
+            " with its optimizer (not save_weights_only)" if "optimizer_states" in needed else ""
+        )
         raise InputError(
             f"ckpt_path is {str(path)!r}, which lacks {', '.join(missing)}: expected a checkpoint of this "
-            "program with its optimizer (not save_weights_only), such as "
-            "runs/NAME/version_0/checkpoints/resume-step=100.ckpt"
+            f"program{whole}, such as runs/NAME/version_0/checkpoints/resume-step=100.ckpt"
         )
     states = checkpoint.get("callbacks", {})
     checkpoint["callbacks"] = {RENAMED.get(key, key): state for key, state in states.items()}
