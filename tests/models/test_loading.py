@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -62,6 +63,30 @@ def test_padding_token_is_the_end_of_text_token_if_need_be(tiny_model_dir, tiny_
     for _ in range(2):
         assert load_tokenizer(resolve_model(str(tiny_model_dir))).pad_token == "<eos>"
     assert capfd.readouterr().err.count("no padding token: <eos> pads") == 1
+
+
+def test_a_sentencepiece_file_alone_is_a_tokenizer(tiny_t5, tmp_path):
+    """As the first T5 was published, without tokenizer.json."""
+    (tmp_path / "corpus.txt").write_text("classify the text: a good film\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=22,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    folder = tmp_path / "t5"
+    tiny_t5().save_pretrained(folder)
+    (tmp_path / "spiece.model").rename(folder / "spiece.model")
+    settings = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(resolve_model(str(folder)))
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    for text in ("a good film", "the text: bad"):
+        assert tokenizer(text)["input_ids"] == [*oracle.encode(text), oracle.eos_id()]
 
 
 def test_missing_shard(tiny_model_dir, tiny_llama):
