@@ -204,6 +204,7 @@ def cache_bytes(config: PreTrainedConfig, rows: int, tokens: int, itemsize: int)
         tokens: Most tokens of prompt and output together.
         itemsize: Bytes of a number.
     """
+    config = config.get_text_config()  # of a model that reads images, too
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     size = size or config.hidden_size // heads

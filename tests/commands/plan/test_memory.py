@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch.utils._pytree import tree_map_only
+from transformers import LlavaConfig
 
 from app.commands.plan.command import build, plan_trainer
 from app.commands.plan.fake_pass import FakeModel, LiveBytes
@@ -261,3 +262,6 @@ def test_keys_and_values_are_as_large_as_those_of_a_model(kind, run_models):
     kept = tensor_bytes(tensor for layer in layers for tensor in (layer.keys, layer.values))
     tokens = 58 if kind == "t5" else 29
     assert cache_bytes(module.base.config, rows=3, tokens=tokens, itemsize=4) == kept
+    if kind == "llama":  # of a model that reads images, too
+        config = LlavaConfig(text_config=module.base.config)
+        assert cache_bytes(config, rows=3, tokens=tokens, itemsize=4) == kept
