@@ -13,9 +13,10 @@ from tests.support.paths import ROOT
 
 @pytest.mark.slow
 def test_a_log_file_holds_plain_lines(tiny_run, tmp_path):
-    """The one run in a process of its own, as a user starts it, without a terminal or a key."""
+    """The one run in a process of its own, as a notebook starts it, without a terminal or a key."""
     log = tmp_path / "log.txt"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    environment["MPLBACKEND"] = "module://of_a_notebook"  # not installed here
     with log.open("wb") as file:
         status = subprocess.run(
             [sys.executable, ROOT / "train.py", "fit", "--config", tiny_run],
