@@ -1,61 +1,30 @@
 """From (prompt, answer) text to token ids and padded batches."""
 
+import json
+import re
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from app.models.batch import IGNORED_LABEL, Batch
+from app.models.batch import Batch
+from app.utils.console import track
 from app.utils.errors import InputError
+from data_modules.rows import EncodedRow, TextRow, collate
 
 CHUNK_ROWS = 1024  # tokenized in one call: fast, without the token strings of a corpus in memory
+MANY_CHUNKS = 20
 
 
-@dataclass(frozen=True)
-class TextRow:
-    """One example as text: what the model reads, what it shall answer, and the answer's class, if any."""
-
-    prompt: str
-    answer: str
-    target: int = 0
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """One example as token ids; those of the answer with its end are the supervised ones.
-
-    A padding row evens out the processes' numbers of rows: its `index` and `target` are -1, and none of its
-    tokens is supervised.
-    """
-
-    prompt_ids: "array[int]"
-    answer_ids: "array[int]"
-    index: int
-    target: int
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.answer_ids)
-
-
-class PaddedRows(Dataset[EncodedRow]):
-    """Rows by number, and a padding row (the tokens of the shortest) for every negative number."""
-
-    def __init__(self, rows: Sequence[EncodedRow]) -> None:
-        self.rows = rows
-        self.lengths = [len(row) for row in rows]
-        self.padding = replace(min(rows, key=len), index=-1, target=-1)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> EncodedRow:
-        return self.rows[number] if number >= 0 else self.padding
+def chunks(rows: Sequence[TextRow], name: str) -> Iterator[tuple[int, Sequence[TextRow]]]:
+    """Yield where each chunk of rows begins, and the chunk, with progress where they are many."""
+    starts = range(0, len(rows), CHUNK_ROWS)
+    for start in track(starts, f"tokenizing {name}") if len(starts) >= MANY_CHUNKS else starts:
+        yield start, rows[start : start + CHUNK_ROWS]
 
 
 @dataclass(frozen=True)
@@ -87,12 +56,37 @@ class TextEncoder:
         tokenizer = self.tokenizer
         texts = [prompt.rstrip(" ") for prompt in prompts]
         if self.chat_template:
-            texts = [self._turns([{"role": "user", "content": text}], ask=True) for text in texts]
-            return tokenizer(texts, add_special_tokens=False)["input_ids"]
+            turns = [self._turns([{"role": "user", "content": text}], ask=True) for text in texts]
+            ids = tokenizer(turns, add_special_tokens=False)["input_ids"]
+            for i in self._with_special_tokens(texts):
+                ids[i] = self._around(turns[i], texts[i].strip())
+            return ids
         if self.is_encoder_decoder:
-            return tokenizer(texts)["input_ids"]
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [self.prefix + tokens for tokens in ids]
+            return tokenizer(texts, split_special_tokens=True)["input_ids"]
+        return [self.prefix + tokens for tokens in self._text_ids(texts)]
+
+    def _text_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokenize text of the data, in which "</s>" is four characters and no EOS."""
+        ids = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
+        return ids["input_ids"]
+
+    def _with_special_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return which texts have a special token's characters in them."""
+        marks = self.tokenizer.added_tokens_decoder.values()
+        words = sorted({mark.content for mark in marks if mark.special}, key=len, reverse=True)
+        found = re.compile("|".join(map(re.escape, words)) or "$^").search
+        return [i for i, text in enumerate(texts) if found(text)]
+
+    def _around(self, turn: str, text: str) -> list[int]:
+        """Tokenize a turn of the chat template, whose special tokens are none inside the text."""
+        before, inside, after = turn.rpartition(text)
+        if not inside:
+            raise InputError(
+                f"the chat template changes {text!r}, which has the characters of a special token: expected "
+                "that it keeps the text; correct the data, or set --data.chat_template=false"
+            )
+        begin, end = self.tokenizer([before, after], add_special_tokens=False)["input_ids"]
+        return [*begin, *self._text_ids([text])[0], *end]
 
     @cached_property
     def prefix(self) -> list[int]:
@@ -201,8 +195,7 @@ class TextEncoder:
         """
         encoded: list[EncodedRow] = []
         num_long = 0
-        for start in range(0, len(rows), CHUNK_ROWS):
-            chunk = rows[start : start + CHUNK_ROWS]
+        for start, chunk in chunks(rows, name):
             tokens = zip(
                 self.prompts([row.prompt for row in chunk]), self._answers(chunk), strict=True
             )
@@ -218,6 +211,9 @@ class TextEncoder:
                     if too_long == "drop":
                         continue
                     prompt = self._cut(row.prompt.rstrip(" "), room)
+                if not prompt and not row.prompt.strip():
+                    wrong = f"row {index} of {name} has an empty prompt: expected text"
+                    raise InputError(f"{wrong}; correct the data (--data.path)")
                 if not prompt:
                     raise InputError(
                         f"--data.max_length={max_length} has no room for any text of row {index} of {name} "
@@ -228,11 +224,29 @@ class TextEncoder:
                 )
         return encoded, num_long
 
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """Return what tells apart encoders that make other tokens of the same rows."""
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        vocabulary = json.dumps(tokenizer.get_vocab()) if backend is None else backend.to_str()
+        template = str(tokenizer.chat_template) if self.chat_template else ""
+        ends = f"{tokenizer.eos_token_id} {self.is_encoder_decoder} {self.chat_template}"
+        return type(tokenizer).__name__, vocabulary, template, ends
+
+    def warn_of_special_tokens(self, rows_of: Mapping[str, Sequence[TextRow]]) -> None:
+        """Say how many rows of each set have the characters of special tokens, which some tools read as such."""
+        for name, rows in rows_of.items():
+            if marked := len(self._with_special_tokens([row.prompt + row.answer for row in rows])):
+                rank_zero_warn(
+                    f"{marked} of {len(rows)} {name} rows have the characters of special tokens, such as "
+                    f"{self.tokenizer.eos_token}, which are read as text"
+                )
+
     def _answers(self, rows: Sequence[TextRow]) -> list[list[int] | None]:
         """Return the supervised tokens of each row; None where its answer has no token."""
         end = self.answer_end()
-        texts = [self.answer_prefix(row.prompt) + row.answer for row in rows]
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = self._text_ids([self.answer_prefix(row.prompt) + row.answer for row in rows])
         return [
             [*tokens, *end] if tokens and row.answer.strip() else None
             for row, tokens in zip(rows, ids, strict=True)
@@ -250,7 +264,10 @@ class TextEncoder:
             if excess <= 0:
                 return ids
             encoding = self.tokenizer(
-                shorter, add_special_tokens=False, return_offsets_mapping=True
+                shorter,
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_offsets_mapping=True,
             )
             starts = [
                 begin for begin, end in encoding["offset_mapping"] if begin < end <= len(text)
@@ -271,30 +288,5 @@ class TextEncoder:
         return str(text)
 
     def collate(self, rows: Sequence[EncodedRow]) -> Batch:
-        """Pad encoded rows to one batch.
-
-        Returns:
-            `input_ids` and `attention_mask` (B, T), `labels` (B, L) with `IGNORED_LABEL` where nothing is
-            learnt (causal: L == T, unshifted), `index` and `target` (B,), -1 in a padding row; all int64,
-            padded at the right. The id at padded inputs may equal EOS, since `attention_mask` tells padding.
-        """
-        inputs, labels = [], []
-        for row in rows:
-            prompt, answer = row.prompt_ids.tolist(), row.answer_ids.tolist()
-            wanted = [IGNORED_LABEL] * len(answer) if row.index < 0 else answer
-            inputs.append(prompt if self.is_encoder_decoder else prompt + answer)
-            before = [] if self.is_encoder_decoder else [IGNORED_LABEL] * len(prompt)
-            labels.append(before + wanted)
-        return {
-            "input_ids": _pad(inputs, self.tokenizer.pad_token_id or 0),
-            "attention_mask": _pad([[1] * len(ids) for ids in inputs], 0),
-            "labels": _pad(labels, IGNORED_LABEL),
-            "index": torch.tensor([row.index for row in rows]),
-            "target": torch.tensor([row.target for row in rows]),
-        }
-
-
-def _pad(sequences: list[list[int]], value: int) -> Tensor:
-    """Stack lists of different lengths, filled up at the right."""
-    longest = max(map(len, sequences))
-    return torch.tensor([ids + [value] * (longest - len(ids)) for ids in sequences])
+        """Pad encoded rows to one batch; see `rows.collate`."""
+        return collate(rows, self.tokenizer.pad_token_id or 0, self.is_encoder_decoder)

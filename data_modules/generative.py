@@ -7,10 +7,12 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.utils.errors import InputError
-from data_modules.encoding import CHUNK_ROWS, EncodedRow, TextRow
+from data_modules.encoding import chunks
 from data_modules.row_checks import rows_of_examples
+from data_modules.rows import EncodedRow, TextRow
 from data_modules.sampling import split_off
 from data_modules.text import TextDataModule
+from data_modules.token_cache import cached
 
 
 class GenerativeDataModule(TextDataModule):
@@ -82,22 +84,11 @@ class GenerativeDataModule(TextDataModule):
 
     def _short_enough(self) -> list[TextRow]:
         """Return the rows that are short enough, up to those needed, and keep their tokens."""
-        rows, num_read = self._candidates, 0
-        kept: list[TextRow] = []
-        needed = len(rows) if self.max_rows is None else self.max_rows + (self.validation_size or 0)
-        self._tokens = {}
-        while num_read < len(rows) and len(kept) < needed:
-            part = rows[num_read : num_read + CHUNK_ROWS]
-            num_read += len(part)
-            if self.keep_below is not None:
-                texts = [f"{row.prompt} {row.answer}" for row in part]
-                lengths = map(len, self.encoder.tokenizer(texts)["input_ids"])
-                below = zip(part, lengths, strict=True)
-                part = [row for row, length in below if length < self.keep_below]
-            for tokens in self.encoder.rows(part, self.max_length, self.task_name, "drop")[0]:
-                row = part[tokens.index]
-                kept.append(row)
-                self._tokens[row] = tokens
+        limits = (self.max_length, self.keep_below, self.max_rows, self.validation_size)
+        depends_on = (str(limits), *self.encoder.identity)
+        encoded, num_read = cached(self._candidates, depends_on, self._encode_candidates)
+        kept = [self._candidates[row.index] for row in encoded]
+        self._tokens = dict(zip(kept, encoded, strict=True))
         self.dropped_rows["too_long"] = num_read - len(kept)
         settings = f"--data.max_length={self.max_length}"
         if self.keep_below is not None:
@@ -110,6 +101,26 @@ class GenerativeDataModule(TextDataModule):
                 f"rows of {self.task_name} that are left out: {', '.join(dropped)} ({settings})"
             )
         return kept
+
+    def _encode_candidates(self) -> tuple[list[EncodedRow], int]:
+        """Return the rows that are short enough, numbered as candidates, and how many were read for them."""
+        rows, num_read = self._candidates, 0
+        kept: list[EncodedRow] = []
+        needed = len(rows) if self.max_rows is None else self.max_rows + (self.validation_size or 0)
+        for start, chunk in chunks(rows, self.task_name):
+            part = list(enumerate(chunk, start))
+            num_read += len(part)
+            if self.keep_below is not None:
+                texts = [f"{row.prompt} {row.answer}" for _, row in part]
+                lengths = map(len, self.encoder.tokenizer(texts)["input_ids"])
+                below = zip(part, lengths, strict=True)
+                part = [numbered for numbered, length in below if length < self.keep_below]
+            texts_of = [row for _, row in part]
+            for tokens in self.encoder.rows(texts_of, self.max_length, self.task_name, "drop")[0]:
+                kept.append(dataclasses.replace(tokens, index=part[tokens.index][0]))
+            if len(kept) >= needed:
+                break
+        return kept, num_read
 
     def encoded(self, split: str) -> list[EncodedRow]:
         """Return the rows of a split as token ids; none is cut."""

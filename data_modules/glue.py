@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.utils.errors import InputError
 from app.utils.text import did_you_mean
-from data_modules.encoding import TextRow
 from data_modules.readers import file_rows, hub_rows
+from data_modules.rows import TextRow
 from data_modules.sampling import split_off
 from data_modules.text import TextDataModule
 

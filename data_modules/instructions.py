@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from data_modules.evals.commonsense import PROMPT
 from data_modules.generative import GenerativeDataModule
-from data_modules.readers import published_rows
+from data_modules.readers import published_rows, with_fields
 
 PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
 FIELDS = ("instruction", "output")
+OTHER_TURNS = ("history", "system")  # of LLaMA-Factory's files
 REFUSALS = ("sorry", "as an ai")
 
 
@@ -61,8 +64,17 @@ class InstructionDataModule(GenerativeDataModule):
         """Yield prompt and answer of each row that is no refusal."""
         self.dropped_rows["refusal"] = 0
         rows = published_rows(self.path, self.hub_id, "default", "train", FIELDS, "--data.path")
-        for _, row in rows:
+        left_out = 0
+        for where, row in rows:
+            context = row.get("input") or ""
+            with_fields({"input": context}, ["input"], where, "--data.path")
+            left_out += any(row.get(field) for field in OTHER_TURNS)
             if self.drop_refusals and any(word in row["output"].lower() for word in REFUSALS):
                 self.dropped_rows["refusal"] += 1
             else:
-                yield instruction_prompt(row["instruction"], row.get("input") or ""), row["output"]
+                yield instruction_prompt(row["instruction"], context), row["output"]
+        if left_out:
+            rank_zero_warn(
+                f"{left_out} rows of {self.source} have a {' or '.join(OTHER_TURNS)}, which is left out: "
+                "prompts are made of instruction and input"
+            )

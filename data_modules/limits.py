@@ -10,7 +10,7 @@ from app.models.loading import empty_model
 from app.models.protocols import TokenizedModel
 from app.models.text_limits import context_length, has_position_table, num_embeddings
 from app.utils.errors import InputError
-from data_modules.encoding import EncodedRow
+from data_modules.rows import EncodedRow
 
 MOST_WORKERS = 1024
 Rows = Mapping[str, Sequence[EncodedRow]]

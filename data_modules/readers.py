@@ -14,10 +14,12 @@ from typing import Any
 import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.utils.errors import InputError
 
 PROBE_TIMEOUT_S = 5.0
+TOLD_FROM_BYTES = 2**25
 
 Row = Mapping[str, Any]
 LocatedRow = tuple[str, Row]
@@ -101,6 +103,8 @@ def file_content(file: pathlib.Path, setting: str) -> bytes:
         InputError: There is no such file, or it is broken.
     """
     try:
+        if (size := file.stat().st_size) >= TOLD_FROM_BYTES:
+            rank_zero_info(f"reading {file} ({size / 2**20:,.0f} MiB)")
         content = file.read_bytes()
         return gzip.decompress(content) if file.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
@@ -170,12 +174,17 @@ def with_fields(
     row: Any, fields: Sequence[str], where: str, setting: str, types: tuple[type, ...] = (str,)
 ) -> Row:
     """Return a row after a check of its fields."""
-    if not isinstance(row, Mapping) or not all(isinstance(row.get(f), types) for f in fields):
+    change = f"correct it, or change {setting}"
+    missing = [f for f in fields if f not in row] if isinstance(row, Mapping) else fields
+    if missing:
         present = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         raise InputError(
-            f"{where} has {present or 'nothing'}: expected the fields {', '.join(fields)} as text; "
-            f"correct it, or change {setting}"
+            f"{where} has {present or 'nothing'}: expected the fields {', '.join(fields)} as text; {change}"
         )
+    for field in fields:
+        if not isinstance(row[field], types):
+            shown = json.dumps(row[field], default=repr)[:40]
+            raise InputError(f"{where} has {shown} as {field}: expected text; {change}")
     return row
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.utils.errors import InputError
-from data_modules.encoding import TextRow
+from data_modules.rows import TextRow
 
 SPLITS = ("train", "validation", "test")
 _OF_STAGE = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}

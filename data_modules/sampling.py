@@ -8,7 +8,7 @@ from torch.utils.data import DistributedSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from app.utils.errors import InputError
-from data_modules.encoding import TextRow
+from data_modules.rows import TextRow
 
 SPLIT_SEED = 0  # rows held out do not depend on `seed`: runs with other seeds meet the same ones
 PADDING = -1  # no row: where the processes would otherwise get unequal numbers of rows

@@ -4,6 +4,7 @@ A data source subclasses `TextDataModule` and writes only `load`: where its rows
 prompt and answer they have.
 """
 
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 from lightning.pytorch import LightningDataModule
@@ -17,16 +18,18 @@ from app.models.batch import Batch
 from app.models.protocols import TokenizedModel
 from app.models.text_limits import context_length
 from data_modules.contamination import count_shared
-from data_modules.encoding import EncodedRow, PaddedRows, TextEncoder, TextRow
+from data_modules.encoding import TextEncoder
 from data_modules.limits import check_encoded, check_max_length, check_sizes
 from data_modules.questions import BenchmarkQuestions, question_loaders
 from data_modules.row_checks import SPLITS, all_splits, check_rows, check_stage, splits_of
+from data_modules.rows import EncodedRow, PaddedRows, TextRow
 from data_modules.sampling import (
     LengthGroupedSampler,
     check_position,
     initialization_share,
     subset,
 )
+from data_modules.token_cache import cached
 
 Loaders = list[DataLoader[EncodedRow] | DataLoader[int]]
 
@@ -151,6 +154,7 @@ class TextDataModule(LightningDataModule):
         check_stage(stage, list(filter(self.rows, splits)), *about)
         asked = self.prepare_benchmarks("validation" if stage in ("fit", "validate") else "test")
         encoded = {f"{self.task_name} {split}": self.encoded(split) for split in splits}
+        self.encoder.warn_of_special_tokens({split: self.rows(split) for split in splits})
         self.label_token_ids()
         if model is not None:
             check_encoded(encoded, asked, model)
@@ -175,7 +179,9 @@ class TextDataModule(LightningDataModule):
         """Return the rows of a split as token ids; warns once of prompts that were cut."""
         if split not in self._encoded:
             rows, name = self.rows(split), f"{self.task_name} {split}"
-            self._encoded[split], num_cut = self.encoder.rows(rows, self.max_length, name)
+            make = partial(self.encoder.rows, rows, self.max_length, name)
+            depends_on = (str(self.max_length), *self.encoder.identity)
+            self._encoded[split], num_cut = cached(rows, depends_on, make)
             self.cut_prompts[split] = num_cut
             if num_cut:
                 rank_zero_warn(
@@ -263,9 +269,7 @@ class TextDataModule(LightningDataModule):
         """Return this process's share of the initialization rows.
 
         The rows are drawn once from the training rows by `seed`; neither the micro-batch size nor
-        the number of processes changes which. Padding rows make all shares equally large, so that all
-        processes run as many batches.
-
+        the number of processes changes which. Padding rows make all shares equally large.
         `num_samples` counts the rows of all processes together, `micro_batch_size` those of a batch.
 
         Raises:

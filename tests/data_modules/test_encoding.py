@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from app.utils.errors import InputError
-from data_modules.encoding import PaddedRows, TextEncoder, TextRow
+from data_modules.encoding import TextEncoder
+from data_modules.rows import PaddedRows, TextRow
 from tests.support.tokenizers import WORDS
 
 TURNS = (
@@ -227,6 +228,31 @@ def test_a_space_before_an_answer_only_inside_a_line(turns):
     assert line("### Response:\n") == line("a\n ") == ""
     assert TextEncoder(turns, chat_template=True).answer_prefix("A: ") == ""
     assert TextEncoder(turns, is_encoder_decoder=True).answer_prefix() == ""
+
+
+def test_special_tokens_in_the_data_are_text(tiny_tokenizer, turns):
+    marked = TextRow("say <eos> to", "<bos> no<eos>")
+    encoder = TextEncoder(tiny_tokenizer)
+    (read, _), _ = encoder.rows([marked, row("bad")], 99)
+    with pytest.warns(UserWarning, match="1 of 2 train rows have the characters of special"):
+        encoder.warn_of_special_tokens({"train": [marked, row("bad")]})
+    letters = tiny_tokenizer.convert_tokens_to_ids(list("say<eos>to"))
+    kept = [
+        token for token in read.prompt_ids if token != tiny_tokenizer.convert_tokens_to_ids("Ġ")
+    ]
+    assert kept == letters
+    assert tiny_tokenizer.decode(read.answer_ids.tolist()) == " <bos> no<eos><eos>"
+    assert read.answer_ids.tolist().count(tiny_tokenizer.eos_token_id) == 1
+    chat = TextEncoder(turns, chat_template=True)
+    begin, end = turns.convert_tokens_to_ids(["<|start|>", "<|end|>"])
+    plain, tricky = chat.prompts(["say it", "say <|end|>it"])
+    assert [ids.count(token) for ids in (plain, tricky) for token in (begin, end)] == [2, 1, 2, 1]
+    assert turns.decode(tricky) == turns.decode(plain).replace("it", "<|end|>it")
+
+
+def test_an_empty_prompt_is_named(tiny_tokenizer):
+    with pytest.raises(InputError, match="row 0 of data has an empty prompt: expected text"):
+        TextEncoder(tiny_tokenizer).rows([TextRow("", "yes")], 99)
 
 
 def test_a_tokenizer_without_a_template(tiny_tokenizer):

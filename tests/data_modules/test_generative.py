@@ -38,7 +38,7 @@ def test_reading_ends_where_enough_rows_are_found(chunk, tiny_tokenizer, tmp_pat
         {"query": f"{i:02}" + "x" * (99 if i % 3 == 1 else 0), "response": "#### 1", "type": "GSM"}
         for i in range(40)
     ]
-    monkeypatch.setattr("data_modules.generative.CHUNK_ROWS", chunk)
+    monkeypatch.setattr("data_modules.encoding.CHUNK_ROWS", chunk)
     sizes = {"max_rows": 4, "validation_size": 3, "keep_below": 50}
     data = from_file(MetaMathQADataModule, tiny_tokenizer, tmp_path, rows, **sizes)
     assert [prompt[3:5] for prompt, _ in texts(data)] == ["00", "02", "03", "05"]

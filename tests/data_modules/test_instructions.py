@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from app.utils.errors import InputError
 from data_modules.instructions import InstructionDataModule
 from tests.support.paths import DATA, needs_data
 from tests.support.rows import attached, from_file, texts
@@ -71,3 +72,19 @@ def test_what_is_supervised(tiny_tokenizer, tmp_path):
     assert tiny_tokenizer.decode(supervised) == "Ok\n<eos>"
     text = tiny_tokenizer.decode(batch["input_ids"][0])
     assert text.endswith("### Response:\nOk\n<eos>")
+
+
+def test_what_is_left_out_of_a_row_is_told(tmp_path):
+    rows = [{"instruction": f"add {i}", "output": "x"} for i in range(3)]
+    rows[1]["history"] = [["a", "b"]]
+    rows[2]["system"] = "You count."
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    with pytest.warns(
+        UserWarning, match="2 rows of .*rows.json have a history or system, which is"
+    ):
+        assert len(list(InstructionDataModule(str(file)).examples())) == 3
+    rows[0]["input"] = {"a": 1}
+    file.write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=r'row 0 of .*rows.json has {"a": 1} as input: expected'):
+        list(InstructionDataModule(str(file)).examples())

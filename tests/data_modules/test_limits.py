@@ -8,9 +8,10 @@ import transformers
 
 from app.models.source import resolve_model
 from app.utils.errors import InputError
-from data_modules.encoding import TextEncoder, TextRow
+from data_modules.encoding import TextEncoder
 from data_modules.limits import check_encoded, check_max_length
 from data_modules.questions import BenchmarkQuestions
+from data_modules.rows import TextRow
 from tests.support.toy_benchmarks import Choosing, Writing
 
 SIZE = {"vocab_size": 128, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

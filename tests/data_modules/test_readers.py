@@ -58,7 +58,7 @@ def test_cells_of_tsv_are_text(mark, tmp_path):
         ("rows.jsonl", b"7\n", "line 1 of .* has int: expected the fields question, answer"),
         ("rows.jsonl", b"{}\n", "has nothing: expected the fields question, answer"),
         ("rows.jsonl", b'{"question": "Wh\xff', r"cannot read .*rows.jsonl .*expected UTF-8"),
-        ("rows.jsonl", b'{"question": "a", "answer": 5}', "as text"),
+        ("rows.jsonl", b'{"question": "a", "answer": 5}', "has 5 as answer: expected text"),
         ("rows.json", b'[{"question": "a", "answer": "b"}, {"question": 7}]', "row 1 of .*answer"),
         ("rows.json", b"[", "no JSON"),
         ("rows.json", b"question,answer\na,b\n", "no JSON"),
@@ -116,7 +116,7 @@ def test_the_hub(monkeypatch):
     hub = Hub(monkeypatch, test=[ROW, {"question": "a", "answer": None}])
     rows = published_rows(None, "namespace/name", "main", "test", FIELDS, "--data.path")
     assert next(rows) == ("row 0 of namespace/name test", ROW)
-    with pytest.raises(InputError, match="row 1 of namespace/name test has question, answer"):
+    with pytest.raises(InputError, match="row 1 of namespace/name test has null as answer"):
         next(rows)
     assert hub.asked == [("namespace/name", "main", "test")]
 

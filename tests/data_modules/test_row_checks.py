@@ -5,9 +5,9 @@ import json
 import pytest
 
 from app.utils.errors import InputError
-from data_modules.encoding import TextRow
 from data_modules.generative import GenerativeDataModule
 from data_modules.instructions import InstructionDataModule
+from data_modules.rows import TextRow
 from data_modules.text import TextDataModule
 from tests.support.tokenizers import WORDS
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from app.utils.errors import InputError
-from data_modules.encoding import TextRow
+from data_modules.rows import TextRow
 from data_modules.sampling import PADDING, LengthGroupedSampler, longest_first, split_off
 
 

@@ -6,7 +6,7 @@ from itertools import chain
 import pytest
 
 from app.utils.errors import InputError
-from data_modules.encoding import TextRow
+from data_modules.rows import TextRow
 from data_modules.sampling import LengthGroupedSampler
 from data_modules.text import TextDataModule
 from tests.support.tokenizers import TEXTS, WORDS

@@ -16,7 +16,7 @@ from app.training.resume_checks import (
     rows_digest,
 )
 from app.utils.errors import InputError
-from data_modules.encoding import TextRow
+from data_modules.rows import TextRow
 
 SETTINGS = {
     "seed_everything": 0,
