@@ -235,7 +235,7 @@ class TextEncoder:
         return type(tokenizer).__name__, vocabulary, template, ends
 
     def warn_of_special_tokens(self, rows_of: Mapping[str, Sequence[TextRow]]) -> None:
-        """Say how many rows of each set have the characters of special tokens, which some tools read as such."""
+        """Say how many rows have the characters of special tokens, which some tools read as such."""
         for name, rows in rows_of.items():
             if marked := len(self._with_special_tokens([row.prompt + row.answer for row in rows])):
                 rank_zero_warn(

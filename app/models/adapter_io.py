@@ -101,7 +101,7 @@ def check_adapter_folder(folder: Path) -> None:
         )
     with _reading(folder):
         PeftConfig.from_pretrained(str(folder))
-        if (folder / WEIGHTS_FILE).is_file():
+        if (folder / WEIGHTS_FILE).exists():
             with safe_open(folder / WEIGHTS_FILE, "pt"):
                 pass
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
@@ -23,7 +22,7 @@ from app.tracking.model_usage import (
 from app.tracking.record import RunRecord, main_scores
 from app.tracking.run_folder import RunFolder
 from app.utils.class_paths import bare_name
-from app.utils.files import read_json
+from app.utils.files import read_json, read_yaml
 
 CARD_FILE = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -51,7 +50,7 @@ LORA_ONE = "LoRA-One: Zhang, Liu and Chen, ICML 2025, arXiv:2502.01235"
 
 def write_run_card(run: RunFolder, folder: Path) -> None:
     """Write the card of what a finished run has trained into `folder`, from the files of the run."""
-    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    config = read_yaml(run.config, "--run")
     # An export may have changed the kind of adapter.
     adapter = read_json(folder / ADAPTER_CONFIG) or read_json(run.adapter / ADAPTER_CONFIG)
     write_card(folder, RunRecord.read(run.summary), config, adapter)

@@ -1,5 +1,6 @@
 """The LightningModule: a pretrained language model, its adapter, its loss, its optimizer."""
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,8 +80,8 @@ class LoraModule(LightningModule):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if warmup_steps < 0:
-            raise InputError(f"model.warmup_steps must be >= 0, got {warmup_steps}")
+        if not 0 <= warmup_steps < math.inf:
+            raise InputError(f"model.warmup_steps must be finite and >= 0, got {warmup_steps}")
         if adapter_path is not None:
             check_adapter_folder(Path(adapter_path))
         self.name = name
