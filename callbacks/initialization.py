@@ -19,6 +19,10 @@ SMALLEST_GAMMA, LARGEST_GAMMA = 1e-6, 1e12
 """Beyond these the factors are lost in the rounding of the weights, or these in that of the factors."""
 
 
+NAMED = 8
+"""Layers that a warning names; the run's record has all of them."""
+
+
 class AdapterInit(Callback):
     """Fill a new adapter when fitting starts, once; a resumed run has it already."""
 
@@ -123,9 +127,12 @@ class GradientInit(AdapterInit):
             self.kept.update(svds)
         without = [name for name, svd in svds.items() if float(svd.S[0]) == 0]
         if without:
+            routed = sum(pair.is_expert and pair.name in without for pair in module.lora_pairs())
+            names = ", ".join(without[:NAMED]) + (", ..." if len(without) > NAMED else "")
             rank_zero_warn(
                 f"the one-step gradient is zero in {len(without)} layers, which keep the usual LoRA "
-                f"initialization: {', '.join(without)}"
+                f"initialization ({routed} are experts that none of the {self.num_samples} samples was "
+                f"routed to; more init.num_samples reach more): {names}"
             )
         rank = "/".join(map(str, sorted(set(ranks.values()))))
         report = self._report(result, title, rank)
@@ -134,8 +141,10 @@ class GradientInit(AdapterInit):
 
     def _report(self, result: OneStepResult, title: str, rank: str) -> dict[str, Any]:
         """Print how exactly the gradients are known and what that took; return it for the run's record."""
-        energy = {name: e.captured_energy for name, e in result.estimates.items()}
-        errors = {name: e.rank_error for name, e in result.estimates.items()}
+        # Of a gradient that is zero there is nothing to capture.
+        known = {n: e for n, e in result.estimates.items() if e.norm > 0} or result.estimates
+        energy = {name: e.captured_energy for name, e in known.items()}
+        errors = {name: e.rank_error for name, e in known.items()}
         least, worst = min(energy, key=energy.__getitem__), max(errors, key=errors.__getitem__)
         mean_energy = sum(energy.values()) / len(energy)
         mean_error = sum(errors.values()) / len(errors)

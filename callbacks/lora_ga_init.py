@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from app.initialization.factors import lora_ga_factors
 from app.initialization.one_step_gradient import Estimator
-from app.training.protocols import AdaptedModule
+from app.models.lora import lora_pairs
+from app.training.protocols import AdaptedModule, adapted
 from app.utils.errors import InputError
 from callbacks.initialization import GradientInit, check_gamma
 
@@ -45,10 +46,10 @@ class LoraGaInit(GradientInit):
         super().__init__(num_samples, micro_batch_size, estimator)
         self.gamma = check_gamma(gamma)
 
-    def install_init(self, trainer: Trainer, module: AdaptedModule) -> dict[str, Any]:
-        """Install the factors and subtract their product from the base; return how, for the run's record."""
-        pairs = module.lora_pairs()
-        for pair in pairs:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a rank that a layer has too few singular vectors for, before weights are loaded."""
+        super().setup(trainer, pl_module, stage)
+        for pair in lora_pairs(adapted(pl_module).blueprint):
             smaller = min(pair.lora_B.shape[0], pair.lora_A.shape[1])
             if 2 * pair.rank > smaller:
                 raise InputError(
@@ -56,6 +57,10 @@ class LoraGaInit(GradientInit):
                     f"{smaller}: set model.adapter.r to at most {smaller // 2}, or leave the "
                     "layer out of model.adapter.target_modules"
                 )
+
+    def install_init(self, trainer: Trainer, module: AdaptedModule) -> dict[str, Any]:
+        """Install the factors and subtract their product from the base; return how, for the run's record."""
+        pairs = module.lora_pairs()
         ranks = {pair.name: 2 * pair.rank for pair in pairs}
         gradients, report = self.observe(trainer, module, self.batches(trainer), ranks, "LoRA-GA")
         factors = {

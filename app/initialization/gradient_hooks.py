@@ -2,7 +2,8 @@
 
 For a linear layer the weight gradient is a sum over tokens, G = sum_t delta_t x_t^T, where x_t is the
 layer's input and delta_t the loss gradient at its output. Whoever sees (x, delta) can therefore build
-G, or any sketch of it, whether the weight is frozen, sharded or quantised.
+G, or any sketch of it, whether the weight is frozen, sharded or quantised. A weight that is no linear layer's,
+such as the fused experts of a mixture, has its own gradient observed, G itself.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 Listener = Callable[[Tensor, Tensor], None]
 """Called with x of shape (tokens, n) and delta of shape (tokens, m) once per use of a layer."""
+WeightListener = Callable[[Tensor], None]
+"""Called with the gradient of a weight, of the weight's shape, once for each forward pass of its module."""
 
 
 class _Tap(torch.autograd.Function):
@@ -57,6 +60,63 @@ def observe(layers: Mapping[str, nn.Module], listeners: Mapping[str, Listener]) 
         return tap
 
     handles = [layer.register_forward_hook(hook(listeners[n])) for n, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _WeightTap(torch.autograd.Function):
+    """Identity in the forward pass; hands the weight's gradient to the listener in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, anchor: Tensor, listener: WeightListener) -> Tensor:
+        ctx.listener = listener
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None]:
+        ctx.listener(*grad_outputs)
+        return None, None, None
+
+
+@contextmanager
+def observe_weights(
+    weights: Mapping[str, tuple[nn.Module, str]], listeners: Mapping[str, WeightListener]
+) -> Iterator[None]:
+    """Call `listeners[name](G)` with a weight's gradient whenever the backward pass goes through its module.
+
+    During a forward pass of the module a tap stands in the weight's place: so the weight is one tensor in the
+    graph however often it is read, and its gradient lives until the listener has had it. Works under activation
+    checkpointing without re-entry.
+
+    Args:
+        weights: Modules and the names of their parameters, by name. Not modified.
+        listeners: One callable for each name.
+    """
+    anchor = torch.zeros((), requires_grad=True)
+    handles = []
+
+    def hook(module: nn.Module, parameter: str, listener: WeightListener) -> None:
+        held: list[Tensor | None] = []
+
+        def tap(*_: Any) -> None:
+            if torch.is_grad_enabled():
+                weight = module._parameters[parameter]
+                held.append(weight)
+                # Not by setattr, which takes nothing but a Parameter here.
+                module._parameters[parameter] = _WeightTap.apply(weight, anchor, listener)
+
+        def restore(*_: Any) -> None:
+            if held:
+                module._parameters[parameter] = held.pop()  # type: ignore[assignment]
+
+        handles.append(module.register_forward_pre_hook(tap))
+        handles.append(module.register_forward_hook(restore, always_call=True))
+
+    for name, (module, parameter) in weights.items():
+        hook(module, parameter, listeners[name])
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """The one-step full gradient of every adapted layer, over a fixed set of samples."""
 
+import itertools
 import math
 import time
 import zlib
@@ -9,16 +10,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from app.distributed.collectives import gather_numbers, sum_over_processes
 from app.initialization.gradient_estimators import GradientEstimate
 from app.initialization.gradient_exchange import Layer
-from app.initialization.gradient_hooks import frozen, observe
+from app.initialization.gradient_hooks import (
+    Listener,
+    WeightListener,
+    frozen,
+    observe,
+    observe_weights,
+)
 from app.initialization.gradient_store import ExactStore, GradientStore, SketchStore
 from app.models.activation_checkpointing import recomputing
 from app.models.batch import IGNORED_LABEL, Batch
+from app.models.experts import FusedParameter, fused_parameter
 from app.models.lora import LoraPair, without_adapters
 from app.models.loss import summed_loss, supervised_logits
 from app.utils.errors import InputError
@@ -107,21 +115,22 @@ def one_step_gradients(
     Raises:
         InputError: If a loss or a layer's gradient is not finite (names the batch and the layer), or a
             layer's sum is not.
-        RuntimeError: If a layer was not reached by the backward pass, on any process.
+        RuntimeError: If a layer was not reached by the backward pass, on any process. An expert that no token
+            is routed to has a gradient of zero.
     """
     device = pairs[0].lora_A.device
     ranks = rank if isinstance(rank, Mapping) else {pair.name: rank for pair in pairs}
     store = make_store(pairs, ranks, estimator, device)
     tokens = _supervised_tokens(batches, device)
     began = time.perf_counter()
-    with PeakMemory(device) as memory, _observed(model, pairs, store):
+    with PeakMemory(device) as memory, observed(model, pairs, store.listener):
         losses = []
         for number in range(1, estimator.passes + 1):
             if number > 1:
                 store.next_pass()
             shown = progress(batches, f"one-step gradient, pass {number}/{estimator.passes}")
             losses.append(_one_pass(model, base, shown, store, device, forward_context))
-        _check_reached(store)
+        _check_reached(store, pairs)
         estimates = store.estimates(ranks, 1 / tokens)
     return OneStepResult(
         estimates=estimates,
@@ -139,16 +148,60 @@ def _supervised_tokens(batches: Sequence[Batch], device: torch.device) -> int:
 
 
 @contextmanager
-def _observed(model: nn.Module, pairs: Sequence[LoraPair], store: GradientStore) -> Iterator[None]:
-    """Run the untouched model, frozen, with the store's listeners on the pairs' layers."""
-    layers = {pair.name: pair.layer for pair in pairs}
-    listeners = {name: store.listener(name) for name in layers}
-    with frozen(model), recomputing(model), without_adapters(model), observe(layers, listeners):
+def observed(
+    model: nn.Module, pairs: Sequence[LoraPair], listener: Callable[[str], Listener] | None
+) -> Iterator[None]:
+    """Run the untouched model, frozen, with `listener(pair.name)` on each pair; None hears nothing."""
+    linear, linear_listeners = {}, {}
+    weights, weight_listeners = {}, {}
+    for layer, group in itertools.groupby(pairs, key=lambda pair: pair.layer):
+        experts = list(group)
+        name = experts[0].name
+        listeners = [listener(pair.name) if listener else _ignore for pair in experts]
+        if (parameter := fused_parameter(layer)) is None:
+            linear[name], linear_listeners[name] = layer, listeners[0]
+        else:
+            weights[name] = parameter
+            spread = _spread(parameter, experts, listeners) if listener else _ignore
+            weight_listeners[name] = spread
+    with (
+        frozen(model),
+        recomputing(model),
+        without_adapters(model),
+        observe(linear, linear_listeners),
+        observe_weights(weights, weight_listeners),
+    ):
         yield
 
 
-def _check_reached(store: GradientStore) -> None:
-    if unreached := store.unreached():
+def _ignore(*_: Tensor) -> None:
+    pass
+
+
+def _spread(
+    parameter: FusedParameter, pairs: Sequence[LoraPair], listeners: Sequence[Listener]
+) -> WeightListener:
+    """Hand each expert's part G of a fused parameter's gradient to its listener.
+
+    As the (x, delta) of min(m, n) tokens: G = I G = G I. An expert without tokens hears nothing.
+    """
+
+    def listen(gradient: Tensor) -> None:
+        matrices = parameter.matrices(gradient)
+        reached = matrices.flatten(1).any(dim=1).tolist()
+        eye = torch.eye(min(matrices.shape[1:]), dtype=gradient.dtype, device=gradient.device)
+        for pair, hear in zip(pairs, listeners, strict=True):
+            G = matrices[pair.expert or 0]
+            if reached[pair.expert or 0]:
+                hear(*((G, eye) if len(G) <= G.shape[1] else (eye, G.T)))
+
+    return listen
+
+
+def _check_reached(store: GradientStore, pairs: Sequence[LoraPair]) -> None:
+    """Raise RuntimeError if the loss depends on a layer nowhere, unless no token was routed to it."""
+    experts = {pair.name for pair in pairs if pair.is_expert}
+    if unreached := [name for name in store.unreached() if name not in experts]:
         raise RuntimeError(
             f"the backward pass did not reach {len(unreached)} of {len(store.layers)} layers, first "
             f"{unreached[0]}. Activation checkpointing must be without re-entry (use_reentrant=False); a layer "

@@ -64,6 +64,8 @@ class LoraSettings:
             scaling is lora_alpha over the rank, whatever use_rslora.
         target_modules: `all-linear` (every linear layer but the LM head), a regular expression over
             module names, or a list of name endings such as [q_proj, v_proj].
+        target_parameters: Parameters without a linear layer that are adapted too, a list of name endings such
+            as [mlp.experts.down_proj]: fused experts that `all-linear` does not find.
         exclude_modules: Targets that are left out: a regular expression, or a list of name endings.
         layers_to_transform: Number of the block, or of the blocks, that are adapted; null adapts all. Needs
             a list of target_modules.
@@ -79,6 +81,7 @@ class LoraSettings:
     use_dora: bool = False
     adalora: AdaLoraBudget | None = None
     target_modules: str | list[str] = "all-linear"
+    target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
@@ -95,6 +98,7 @@ class LoraSettings:
         ):
             if not holds:
                 raise InputError(f"model.adapter.{name} must {expected}, got {getattr(self, name)}")
+        self._check_parameters()
         if self.adalora is not None:
             self._check_adalora(self.adalora)
         try:
@@ -102,8 +106,22 @@ class LoraSettings:
         except ValueError as error:
             raise InputError(f"model.adapter cannot be used: {str(error).strip()}") from error
 
+    def _check_parameters(self) -> None:
+        """PEFT adds lora_B @ lora_A to a parameter, whatever its input is."""
+        for name, off in (("lora_dropout", 0.0), ("use_dora", False)):
+            if self.target_parameters and getattr(self, name) != off:
+                raise InputError(
+                    f"model.adapter has {name}: {getattr(self, name)}, which does not work with "
+                    f"target_parameters: set {name} to {off}, or target_parameters to null"
+                )
+
     def _check_adalora(self, budget: AdaLoraBudget) -> None:
-        own = {"rank_pattern": {}, "alpha_pattern": {}, "use_dora": False}
+        own = {
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "use_dora": False,
+            "target_parameters": None,
+        }
         for name in (name for name, off in own.items() if getattr(self, name) != off):
             raise InputError(
                 f"model.adapter has {name}: {getattr(self, name)} and adalora, which exclude each other: "

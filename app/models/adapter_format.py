@@ -71,6 +71,8 @@ def unserved_settings(config: LoraConfig) -> str | None:
     """Say what servers of plain LoRA do not apply of an adapter, and how it is had; None if they apply all."""
     if isinstance(config, AdaLoraConfig):
         return "AdaLoRA is read by PEFT alone: for vLLM, SGLang or llama.cpp give --as lora"
+    if config.target_parameters:
+        return "the adapter of fused experts is read by PEFT alone: for vLLM, SGLang or llama.cpp give --merge"
     if config.use_dora:
         return "vLLM, SGLang and llama.cpp do not apply DoRA (use_dora): for them give --merge"
     names = [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name)]

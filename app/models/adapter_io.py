@@ -14,7 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.models.adapter_format import factor_of, fold_scaling, layer_names
-from app.models.lora import ADAPTER, adapted_layers
+from app.models.experts import split_columns, split_rows, stack_columns, stack_rows
+from app.models.lora import (
+    ADAPTER,
+    UNMATCHED_PATTERNS,
+    LoraPair,
+    adapted_layers,
+    pairs_by_module,
+)
 from app.utils.errors import InputError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -49,7 +56,7 @@ def save_adapter(
     config.base_model_name_or_path, config.revision = base_name, revision
     config.inference_mode = True
     if subtracted_factors:
-        state = _with_subtracted(state, subtracted_factors)
+        state = _with_subtracted(state, subtracted_factors, pairs_by_module(model))
         config.r *= 2
         config.lora_alpha *= 2
         config.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
@@ -77,18 +84,28 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
 
 
 def _with_subtracted(
-    state: Mapping[str, Tensor], factors: Mapping[str, tuple[Tensor, Tensor]]
+    state: Mapping[str, Tensor],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    layers: Mapping[str, LoraPair],
 ) -> dict[str, Tensor]:
-    """Return [A; A_0] and [B, -B_0] for the factors of each layer, with zeros where none were subtracted."""
+    """Return [A; A_0] and [B, -B_0] for the factors of each layer, with zeros where none were subtracted.
+
+    Of stacked experts each has its own; `layers` says which they are, by the layer's name in the state.
+    """
     wide = dict(state)
     for key, value in state.items():
         if (factor := factor_of(key)) is None:
             continue
         name, side = factor
-        other = torch.zeros_like(value)
-        if name in factors:
-            other = factors[name][0] if side == "A" else -factors[name][1]
-        wide[key] = torch.cat([value.cpu(), other.cpu()], dim=0 if side == "A" else 1)
+        names = layers[name].expert_names if name in layers else [name]
+        split, index = (split_rows, 0) if side == "A" else (split_columns, 1)
+        parts = split(value.cpu(), len(names))
+        others = [factors[n][index].cpu() if n in factors else None for n in names]
+        joined = []
+        for part, other in zip(parts, others, strict=True):
+            other = torch.zeros_like(part) if other is None else other
+            joined.append(torch.cat([part, -other if index else other], dim=index))
+        wide[key] = stack_rows(joined) if side == "A" else stack_columns(joined)
     return wide
 
 
@@ -116,6 +133,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
     with _reading(folder), warnings.catch_warnings():
         # Of torch, on the meta device: its numbers have nowhere to go.
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+        warnings.filterwarnings("ignore", message=UNMATCHED_PATTERNS)
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 
 

@@ -3,49 +3,73 @@
 Legend, here and everywhere: W (m, n) is a weight with m = out_features and n = in_features; r is the
 rank; lora_A (r, n), lora_B (m, r); Delta W = scaling * lora_B @ lora_A. The LoRA-One paper writes W as
 input x output, so its A is lora_A^T, its B is lora_B^T, and left and right singular spaces change places.
+
+The experts of a mixture are pairs of their own, with a W each, also where the model holds them in one parameter
+and PEFT has their factors stacked (`app.models.experts`).
 """
 
-from collections import Counter, defaultdict
+import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, NoMatchingPeftModuleError, PeftModel, TaskType, get_peft_model
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from app.models.adapter_config import LoraSettings, fsdp_incompatible_options
+from app.models.experts import fused_parameter, number_of_experts, split_columns, split_rows
 from app.models.modalities import excluding, modules_beside_text
+from app.models.target_checks import check_targets, no_target, unfit
 from app.utils.errors import InputError
-from app.utils.text import did_you_mean
 
 ADAPTER = "default"
 """PEFT's name of the adapter that is trained."""
+UNMATCHED_PATTERNS = ".*pattern keys did not match any"
+"""A warning of PEFT's, which looks for the names of modules only; `check_targets` knows those of parameters."""
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One adapted layer."""
+    """The factors of one adapted weight: a layer's, or one expert's of a fused parameter."""
 
-    name: str  # the layer's in the base model
-    layer: nn.Module  # PEFT's wrapper, a map from (..., n) to (..., m)
-    lora_A: nn.Parameter  # (r, n)
-    lora_B: nn.Parameter  # (m, r)
+    name: (
+        str  # the layer's in the base model; of a fused parameter its own, and the expert's number
+    )
+    layer: nn.Module  # PEFT's wrapper: of a linear layer a map from (..., n) to (..., m)
+    lora_A: Tensor  # (r, n)
+    lora_B: Tensor  # (m, r)
     scaling: float  # factor of lora_B @ lora_A in the forward pass
+    experts: int = 1  # that share the layer's parameters
+    expert: int | None = (
+        None  # which of them; None where both factors are the layer's whole parameters
+    )
 
     @property
     def rank(self) -> int:
         """Rank r of the pair, which a rank pattern may set for each layer."""
         return self.lora_A.shape[0]
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of the pairs of the experts that are stacked in this one; its own where there is one."""
+        return (
+            [f"{self.name}.{e}" for e in range(self.experts)] if self.experts > 1 else [self.name]
+        )
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether tokens are routed past the weight, so that some batches do not reach it."""
+        return self.experts > 1 or "experts" in self.name.split(".")
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
@@ -65,11 +89,14 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     )
     _leave_out_other_modalities(model, config)
     try:
-        wrapped = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=UNMATCHED_PATTERNS)
+            wrapped = get_peft_model(model, config)
+    except NoMatchingPeftModuleError as error:
+        raise InputError(no_target(model, settings.target_modules, str(error))) from error
     except ValueError as error:
-        raise InputError(_no_target(model, settings.target_modules, str(error))) from error
-    _check_patterns(wrapped, settings)
-    _check_ranks(wrapped, settings)
+        raise InputError(unfit(str(error))) from error
+    check_targets(_lora_layers(wrapped), settings)
     return wrapped
 
 
@@ -95,47 +122,6 @@ def _leave_out_other_modalities(model: PreTrainedModel, config: LoraConfig) -> N
         )
 
 
-def _check_ranks(model: PeftModel, settings: LoraSettings) -> None:
-    name_of_rank = "r" if settings.adalora is None else "adalora.init_r"
-    for name, layer in _lora_layers(model):
-        rank, shape = layer.r[ADAPTER], (int(layer.out_features or 0), int(layer.in_features or 0))
-        if rank > min(shape):
-            setting = name_of_rank if rank not in settings.rank_pattern.values() else "rank_pattern"
-            raise InputError(
-                f"model.adapter.{setting} is {rank}, but {name} has shape {shape}: set "
-                f"model.adapter.{setting} to at most {min(shape)}, or leave the layer out of "
-                "model.adapter.target_modules"
-            )
-
-
-def _check_patterns(model: PeftModel, settings: LoraSettings) -> None:
-    """Raise InputError for a pattern that no adapted layer fits; PEFT would ignore it."""
-    names = [name for name, _ in _lora_layers(model)]
-    for setting in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(settings, setting):
-            if not any(get_pattern_key([pattern], name) == pattern for name in names):
-                raise InputError(
-                    f"model.adapter.{setting} names {pattern!r}, which fits no adapted layer: expected the "
-                    f"end of a name or a regular expression, such as {names[0]}"
-                )
-
-
-def _no_target(model: nn.Module, targets: str | list[str], reason: str) -> str:
-    kinds = Counter(
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    )
-    wanted = [targets] if isinstance(targets, str) else targets
-    hint = "".join(did_you_mean(name, kinds, 0.4) for name in wanted if name not in kinds)
-    listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
-    return (
-        f"model.adapter.target_modules is {targets!r}, which fits no layer of this model{hint} "
-        f"Its linear layers end in: {listed}. Set model.adapter.target_modules to some of these or to "
-        f"all-linear. (PEFT: {reason.splitlines()[0]})"
-    )
-
-
 def base_model(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore
@@ -158,24 +144,26 @@ def fsdp_incompatible_settings(model: nn.Module) -> list[str]:
     return fsdp_incompatible_options(config) if isinstance(config, LoraConfig) else []
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield the adapted layers in module order, by their names in the base model."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
-            yield name.removeprefix("base_model.model."), module
-
-
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """Yield all adapted layers, also embeddings and parameters, by the names that PEFT's patterns match."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and ADAPTER in module.scaling:
+            # PEFT nests the wrappers of several parameters of a module.
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            parameter = getattr(module, "parameter_name", None)  # of a ParamWrapper
-            yield f"{name}.{parameter}" if parameter else name, module
+            fused = fused_parameter(module)
+            yield f"{name}.{fused.name}" if fused else name, module
 
 
-def lora_pairs(model: nn.Module) -> list[LoraPair]:
-    """List the LoRA layers of a PEFT model in module order; empty for any other model, and for AdaLoRA."""
+def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """List the adapted layers but for embeddings, in module order."""
+    return [(name, layer) for name, layer in adapted_layers(model) if ADAPTER in layer.lora_A]
+
+
+def stacked_pairs(model: nn.Module) -> list[LoraPair]:
+    """List each adapted layer's own parameters, in which a fused parameter's experts are stacked.
+
+    As `lora_pairs` otherwise: what an optimizer is given.
+    """
     return [
         LoraPair(
             name=name,
@@ -183,10 +171,38 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
             lora_A=layer.lora_A[ADAPTER].weight,  # type: ignore[arg-type]
             lora_B=layer.lora_B[ADAPTER].weight,  # type: ignore[arg-type]
             scaling=layer.scaling[ADAPTER],
+            experts=number_of_experts(layer),
         )
         for name, layer in _lora_layers(model)
         if not isinstance(layer, AdaLoraLayer)  # has triplets, not pairs
     ]
+
+
+def lora_pairs(model: nn.Module) -> list[LoraPair]:
+    """List the LoRA pairs of a PEFT model in module order, each expert as its own, with views of its factors.
+
+    Empty for any other model, and for AdaLoRA.
+    """
+    return [pair for stacked in stacked_pairs(model) for pair in _split(stacked)]
+
+
+def _split(stacked: LoraPair) -> list[LoraPair]:
+    if stacked.experts == 1:
+        return [stacked]
+    lora_A = split_rows(stacked.lora_A.detach(), stacked.experts)
+    lora_B = split_columns(stacked.lora_B.detach(), stacked.experts)
+    return [
+        replace(stacked, name=name, lora_A=lora_A[e], lora_B=lora_B[e], expert=e)
+        for e, name in enumerate(stacked.expert_names)
+    ]
+
+
+def pairs_by_module(model: nn.Module) -> dict[str, LoraPair]:
+    """Return `stacked_pairs` by the names of PEFT's modules, under which their factors are saved."""
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        names[pair.layer].removeprefix("base_model.model."): pair for pair in stacked_pairs(model)
+    }
 
 
 @contextmanager
@@ -236,8 +252,10 @@ def tied_target_layers(model: nn.Module) -> dict[str, str]:
 
 
 def base_weight(pair: LoraPair) -> Tensor:
-    """Return the frozen weight W (m, n) of a pair's layer, a view of it also where it is stored transposed."""
+    """Return the frozen weight W (m, n) of a pair, a view of it also where it is stored transposed or fused."""
     layer: Any = pair.layer
+    if (fused := fused_parameter(pair.layer)) is not None:
+        return fused.matrices(layer.get_param().detach())[pair.expert or 0]
     weight: Tensor = layer.get_base_layer().weight.detach()
     return weight.T if layer.fan_in_fan_out else weight
 

@@ -1,8 +1,8 @@
 """Base of the optimizers of LoRA pairs: AdamW on gradients that are replaced for the length of a step."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,66 @@ def check_pairs(params: Sequence[Tensor]) -> None:
                 f"lora_pairs, pair {i}: expected lora_A (r, n) and lora_B (m, r), "
                 f"got {tuple(a.shape)} and {tuple(b.shape)}"
             )
+
+
+class Expert(NamedTuple):
+    """Factors of one expert and their gradients; of a pair that is not stacked, the parameters themselves."""
+
+    pair: int  # the place of its parameters in the group
+    number: int  # of the expert among those stacked there
+    lora_A: Tensor  # (r, n)
+    lora_B: Tensor  # (m, r)
+    grad_A: Tensor | None
+    grad_B: Tensor | None
+
+
+def split_experts(group: dict[str, Any]) -> list[Expert]:
+    """View a `lora_pairs` group as pairs of one expert each.
+
+    The group may say under `experts` how many are stacked in each of its pairs: lora_A (experts * r, n) has its
+    rows expert by expert, lora_B (m, r * experts) its columns in turn, as PEFT has them.
+    """
+    split = []
+    for i, (A, B, experts) in enumerate(_pairs(group)):
+        parts: list[Sequence[Tensor | None]] = [[t] for t in (A, B, A.grad, B.grad)]
+        if experts > 1:
+            parts = [
+                [None] * experts if t is None else view(t, experts)
+                for t, view in ((A, _rows), (B, _columns), (A.grad, _rows), (B.grad, _columns))
+            ]
+        split += [Expert(i, e, *tensors) for e, tensors in enumerate(zip(*parts, strict=True))]  # type: ignore[arg-type]
+    return split
+
+
+def _rows(lora_A: Tensor, experts: int) -> Sequence[Tensor]:
+    return lora_A.unflatten(0, (experts, -1)).unbind()
+
+
+def _columns(lora_B: Tensor, experts: int) -> Sequence[Tensor]:
+    return lora_B.unflatten(1, (-1, experts)).unbind(-1)
+
+
+def set_gradients(
+    group: dict[str, Any], grad_A: Sequence[Tensor | None], grad_B: Sequence[Tensor | None]
+) -> None:
+    """Set `.grad` of a `lora_pairs` group's parameters from gradients in the order of `split_experts`."""
+    start = 0
+    for A, B, experts in _pairs(group):
+        parts = (g[start : start + experts] for g in (grad_A, grad_B))
+        new_A, new_B = ([g for g in part if g is not None] for part in parts)
+        if experts == 1:
+            A.grad, B.grad = grad_A[start], grad_B[start]
+        else:
+            A.grad = torch.cat(new_A) if new_A else None
+            B.grad = torch.stack(new_B, dim=-1).flatten(1) if new_B else None
+        start += experts
+
+
+def _pairs(group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield lora_A, lora_B and the number of experts stacked in them, of each pair of a group."""
+    params = group["params"]
+    experts = group.get("experts") or [1] * (len(params) // 2)
+    yield from zip(params[::2], params[1::2], experts, strict=True)
 
 
 class LoraPairAdamW(torch.optim.AdamW):

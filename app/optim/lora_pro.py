@@ -6,13 +6,19 @@ the scaling, hold all of it that matters.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from app.optim.lora_pairs import LoraPairAdamW, check_pairs
+from app.optim.lora_pairs import (
+    Expert,
+    LoraPairAdamW,
+    check_pairs,
+    set_gradients,
+    split_experts,
+)
 from app.optim.preconditioner import damped_inverse
 
 
@@ -84,12 +90,6 @@ def solve_sylvester(left: Tensor, right: Tensor, target: Tensor) -> Tensor:
     return Q @ torch.where(sums > 0, rotated / sums, 0) @ R.mT
 
 
-class _Pair(NamedTuple):
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-
-
 class _Stack(NamedTuple):
     """Factors and raw gradients of P pairs of equal shape, and their scalings (P,)."""
 
@@ -111,9 +111,10 @@ class LoraProAdamW(LoraPairAdamW):
         lora_A, lora_B <- sqrt(1 - lr wd) (lora_A, lora_B) - lr adjusted(s lora_B^T U, s U lora_A^T)
 
     so that weight decay shrinks the product by 1 - lr wd. `efficient` is plain AdamW on adj_A and adj_B.
-    A parameter group with `lora_pairs: True` lists lora_A_0, lora_B_0, lora_A_1, ..., and under `scaling` the
-    scaling of each pair; any other group is plain AdamW. `.grad` holds the raw gradient before and after a
-    step. A pair of which a factor has no gradient is left alone.
+    A parameter group with `lora_pairs: True` lists lora_A_0, lora_B_0, lora_A_1, ..., under `scaling` the
+    scaling of each pair, and under `experts` the number of experts that are stacked in it, which are pairs of
+    their own (`split_experts`). Any other group is plain AdamW. `.grad` holds the raw gradient before and after
+    a step. A pair of which a factor has no gradient is left alone.
 
     Args:
         params: Parameters or groups, as torch's optimizers take them.
@@ -165,63 +166,77 @@ class LoraProAdamW(LoraPairAdamW):
 
     def replace_gradients(self, index: int, group: dict[str, Any]) -> None:
         """Adjust the gradients of a group; mode `full` takes the whole step and leaves AdamW none."""
-        for pairs, stack in _stacks(group):
+        experts = split_experts(group)
+        grad_A: list[Tensor | None] = [None] * len(experts)
+        grad_B: list[Tensor | None] = [None] * len(experts)
+        for places, stack in _stacks(experts, group["scaling"]):
             adjusted = adjusted_gradients(*stack, self.damping)
             if self.mode == "full":
-                self._step_in_weight_space(pairs, stack, adjusted, group)
+                self._step_in_weight_space([experts[i] for i in places], stack, adjusted, group)
             else:
-                for pair, adj_A, adj_B in zip(pairs, *adjusted, strict=True):
-                    pair.lora_A.grad, pair.lora_B.grad = adj_A, adj_B
-        for A, B in zip(group["params"][::2], group["params"][1::2], strict=True):
-            if self.mode == "full" or A.grad is None or B.grad is None:
-                A.grad = B.grad = None
+                for i, adj_A, adj_B in zip(places, *adjusted, strict=True):
+                    grad_A[i], grad_B[i] = adj_A, adj_B
+        set_gradients(group, grad_A, grad_B)
 
     def _step_in_weight_space(
-        self, pairs: list[_Pair], stack: _Stack, adjusted: Adjusted, group: dict[str, Any]
+        self, experts: list[Expert], stack: _Stack, adjusted: Adjusted, group: dict[str, Any]
     ) -> None:
         onto_A, onto_B = [], []
-        for pair, adj_A, adj_B in zip(pairs, *adjusted, strict=True):  # (m, n) matrices are large
+        for pair, adj_A, adj_B in zip(experts, *adjusted, strict=True):  # (m, n) matrices are large
+            scaling = group["scaling"][pair.pair]
             equivalent = torch.cat([pair.lora_B, adj_B], dim=1) @ torch.cat([adj_A, pair.lora_A])
-            update = self._normalised(pair.lora_B, equivalent.mul_(pair.scaling), group)
-            onto_A.append(pair.scaling * (pair.lora_B.T @ update))
-            onto_B.append(pair.scaling * (update @ pair.lora_A.T))
+            update = self._normalised(pair, equivalent.mul_(scaling), group)
+            onto_A.append(scaling * (pair.lora_B.T @ update))
+            onto_B.append(scaling * (update @ pair.lora_A.T))
         projected = stack._replace(grad_A=torch.stack(onto_A), grad_B=torch.stack(onto_B))
         keep = (1 - group["lr"] * group["weight_decay"]) ** 0.5
         back = adjusted_gradients(*projected, self.damping)
-        for pair, adj_A, adj_B in zip(pairs, *back, strict=True):
+        for pair, adj_A, adj_B in zip(experts, *back, strict=True):
             pair.lora_A.mul_(keep).add_(adj_A, alpha=-group["lr"])
             pair.lora_B.mul_(keep).add_(adj_B, alpha=-group["lr"])
 
-    def _normalised(self, param: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        """Take a gradient (m, n) into the moments kept for `param`; return the update, in its memory."""
-        state = self.state[param]
+    def _normalised(self, pair: Expert, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Take a gradient (m, n) into the moments kept for the pair; return the update, in its memory.
+
+        The moments are the state of the parameter lora_B, (m, n) or of stacked experts (experts, m, n).
+        """
+        param = group["params"][2 * pair.pair + 1]
+        state, experts = self.state[param], param.shape[1] // pair.lora_B.shape[1]
         if not state:
+            shape = gradient.shape if experts == 1 else (experts, *gradient.shape)
             state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(gradient)
-            state["exp_avg_sq"] = torch.zeros_like(gradient)
+            state["exp_avg"] = gradient.new_zeros(shape)
+            state["exp_avg_sq"] = gradient.new_zeros(shape)
         beta1, beta2 = group["betas"]
-        state["step"] += 1
+        state["step"] += pair.number == 0
         t = int(state["step"])
-        state["exp_avg"].lerp_(gradient, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = torch.sqrt(state["exp_avg_sq"], out=gradient)
+        exp_avg, exp_avg_sq = (
+            state[name] if experts == 1 else state[name][pair.number]
+            for name in ("exp_avg", "exp_avg_sq")
+        )
+        exp_avg.lerp_(gradient, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root = torch.sqrt(exp_avg_sq, out=gradient)
         root.div_((1 - beta2**t) ** 0.5).add_(group["eps"])
-        return torch.div(state["exp_avg"], root, out=root).div_(1 - beta1**t)
+        return torch.div(exp_avg, root, out=root).div_(1 - beta1**t)
 
 
-def _stacks(group: dict[str, Any]) -> Iterator[tuple[list[_Pair], _Stack]]:
-    """Stack the pairs that have both gradients by shape, dtype and device."""
-    alike: dict[Any, list[_Pair]] = defaultdict(list)
-    params = group["params"]
-    for A, B, scaling in zip(params[::2], params[1::2], group["scaling"], strict=True):
-        if A.grad is not None and B.grad is not None:
-            alike[A.shape, B.shape, A.dtype, A.device].append(_Pair(A, B, float(scaling)))
-    for pairs in alike.values():
+def _stacks(
+    experts: Sequence[Expert], scaling: Sequence[float]
+) -> Iterator[tuple[list[int], _Stack]]:
+    """Stack the pairs that have both gradients by shape, dtype and device; yield their places, too."""
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for i, pair in enumerate(experts):
+        if pair.grad_A is not None and pair.grad_B is not None:
+            A, B = pair.lora_A, pair.lora_B
+            alike[A.shape, B.shape, A.dtype, A.device].append(i)
+    for places in alike.values():
+        pairs = [experts[i] for i in places]
         stack = _Stack(
             torch.stack([pair.lora_A for pair in pairs]),
             torch.stack([pair.lora_B for pair in pairs]),
-            torch.stack([g for pair in pairs if (g := pair.lora_A.grad) is not None]),
-            torch.stack([g for pair in pairs if (g := pair.lora_B.grad) is not None]),
-            torch.tensor([pair.scaling for pair in pairs], device=pairs[0].lora_A.device),
+            torch.stack([g for pair in pairs if (g := pair.grad_A) is not None]),
+            torch.stack([g for pair in pairs if (g := pair.grad_B) is not None]),
+            torch.tensor([scaling[pair.pair] for pair in pairs], device=pairs[0].lora_A.device),
         )
-        yield pairs, stack
+        yield places, stack

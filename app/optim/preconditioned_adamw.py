@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.optim.lora_pairs import LoraPairAdamW, check_pairs
+from app.optim.lora_pairs import LoraPairAdamW, check_pairs, set_gradients, split_experts
 from app.optim.preconditioner import Cache, precondition_pairs
 
 
@@ -17,7 +17,8 @@ class PreconditionedAdamW(LoraPairAdamW):
         P_B = grad_B (lora_A lora_A^T + damping I)^-1          then AdamW on P_A and P_B
 
     A parameter group with `lora_pairs: True` lists its parameters as lora_A_0, lora_B_0, lora_A_1,
-    lora_B_1, ...; any other group is plain AdamW, bit for bit. `.grad` holds the raw gradient
+    lora_B_1, ..., and under `experts` the number of experts that are stacked in each pair, which are pairs of
+    their own (`split_experts`); any other group is plain AdamW, bit for bit. `.grad` holds the raw gradient
     before and after a step. A factor without a gradient (frozen, or unused in this step) is left
     alone and still preconditions its partner.
 
@@ -101,16 +102,16 @@ class PreconditionedAdamW(LoraPairAdamW):
         Raises:
             RuntimeError: damping is 0 and a Gram matrix is singular; every parameter is as it was.
         """
-        lora_A, lora_B = group["params"][::2], group["params"][1::2]
-        grad_A, grad_B = [p.grad for p in lora_A], [p.grad for p in lora_B]
+        _, _, lora_A, lora_B, grad_A, grad_B = map(list, zip(*split_experts(group), strict=True))
         state = [g if g is None else (g.dtype, g.device) for g in grad_A + grad_B]
         if index not in self._caches or self._caches[index][0] != state:
             self._caches[index] = (state, {})
-        new_A, new_B = precondition_pairs(
-            lora_A, lora_B, grad_A, grad_B, group["damping"], self._caches[index][1]
+        set_gradients(
+            group,
+            *precondition_pairs(
+                lora_A, lora_B, grad_A, grad_B, group["damping"], self._caches[index][1]
+            ),
         )
-        for param, new in zip(lora_A + lora_B, new_A + new_B, strict=True):
-            param.grad = new
 
 
 def _suits_fused(p: Tensor) -> bool:

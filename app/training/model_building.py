@@ -1,5 +1,6 @@
 """Build what is trained: the base model with its adapter."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -55,6 +56,24 @@ def build_model(
     )
     # Checkpoints load in evaluation mode and Lightning leaves modes alone: dropout belongs to training.
     return model.train(), record
+
+
+def empty_adapted(settings: ModelSettings) -> nn.Module:
+    """Build what will be trained on the meta device, without a word: shapes and names without the weights.
+
+    Raises:
+        InputError: The adapter does not fit the model.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)  # the same is said of the model that is loaded
+    try:
+        with torch.device("meta"):
+            dtype = getattr(torch, settings.dtype_name)
+            return adapt(
+                empty_model(settings.source, dtype, settings.attn_implementation), settings
+            )
+    finally:
+        logging.disable(before)
 
 
 def adapt(base: PreTrainedModel, settings: ModelSettings, trainable: bool = True) -> nn.Module:

@@ -36,7 +36,7 @@ from app.optim.preconditioned_adamw import PreconditionedAdamW
 from app.tracking.record import RunRecord
 from app.training.checkpoint_state import check_trained, keep_trained, saved_factors
 from app.training.checks import check_length, check_optimizer, check_sharded
-from app.training.model_building import build_model
+from app.training.model_building import build_model, empty_adapted
 from app.training.optimization import check_gradients, check_loss, pair_optimizer, parameter_groups
 from app.training.protocols import AdaptedModule, Factors, data_of
 from app.training.token_mean import TokenMean
@@ -119,6 +119,9 @@ class LoraModule(LightningModule):
         """The model's configuration, loaded on first use and without the weights."""
         return load_config(self.source)
 
+    blueprint = cached_property(empty_adapted)
+    """The model with its adapter on the meta device: what does not fit is known without the weights."""
+
     @property
     def is_encoder_decoder(self) -> bool:
         """Whether the model reads a prompt and writes an answer apart (T5), known without the weights."""
@@ -162,7 +165,7 @@ class LoraModule(LightningModule):
             check_sharded(self.adapter)
 
     def lora_pairs(self) -> list[LoraPair]:
-        """List the adapted layers in module order."""
+        """List the LoRA pairs in module order."""
         return lora_pairs(self.model)
 
     def install_and_subtract(self, factors: Factors) -> None:
@@ -202,7 +205,7 @@ class LoraModule(LightningModule):
         return Scoring(self, identity, labels, benchmarks, folder, self.is_sharded)
 
     def setup(self, stage: str) -> None:
-        """Check the length of training and the optimizer, before any weights are loaded."""
+        """Check the length of training, the optimizer and a new adapter, before any weights are loaded."""
         if stage == "fit":
             if self.merged:
                 raise InputError(
@@ -213,6 +216,8 @@ class LoraModule(LightningModule):
             check_length(new, self.trainer.max_steps, self.trainer.max_epochs)
             has_pairs = self.adapter is not None and self.adapter.adalora is None
             check_optimizer(self._pair_optimizer, has_pairs or self.adapter_path is not None)
+            if new is not None:
+                _ = self.blueprint
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return a loss whose gradients, summed over a step, are the token mean's; see `TokenMean`."""
@@ -267,7 +272,7 @@ class LoraModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""
         check_optimizer(self._pair_optimizer, bool(self.lora_pairs()))
-        optimizer = self.make_optimizer(parameter_groups(self.lora_pairs(), self.parameters()))
+        optimizer = self.make_optimizer(parameter_groups(self.model))
         total = int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
         scheduler = get_scheduler(self.lr_scheduler_type, optimizer, round(warmup), total)

@@ -1,13 +1,13 @@
 """What the optimizer is given, and what it must not be given."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from app.models.lora import LoraPair
+from app.models.lora import stacked_pairs
 from app.optim.lora_plus import LoraPlusAdamW
 from app.optim.lora_pro import LoraProAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW
@@ -35,22 +35,22 @@ def pair_optimizer(make: Callable[[list[nn.Parameter]], Optimizer]) -> str | Non
     return type(probe).__name__ if isinstance(probe, PAIR_OPTIMIZERS) else None
 
 
-def parameter_groups(
-    pairs: Sequence[LoraPair], parameters: Iterable[nn.Parameter]
-) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: the LoRA pairs, and whatever else is trained.
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: the LoRA pairs of a model, and whatever else of it is trained.
 
-    Args:
-        pairs: The adapted layers; the group has lora_A and lora_B of each in turn, and the scalings.
-        parameters: All of the module.
+    The group of pairs has lora_A and lora_B of each layer in turn, the scalings, and the numbers of experts
+    whose factors are stacked in them.
     """
+    pairs = stacked_pairs(model)
     in_pairs = [p for pair in pairs for p in (pair.lora_A, pair.lora_B)]
     known = {id(p) for p in in_pairs}
-    others = [p for p in parameters if p.requires_grad and id(p) not in known]
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     groups: list[dict[str, Any]] = []
     if pairs:
-        scaling = [pair.scaling for pair in pairs]
-        groups.append({"params": in_pairs, "lora_pairs": True, "scaling": scaling})
+        scaling, experts = [pair.scaling for pair in pairs], [pair.experts for pair in pairs]
+        groups.append(
+            {"params": in_pairs, "lora_pairs": True, "scaling": scaling, "experts": experts}
+        )
     if others:
         groups.append({"params": others})
     return groups

@@ -58,6 +58,10 @@ class AdaptedModule(ModelSettings, Protocol):
         """The model's configuration, known without the weights."""
 
     @property
+    def blueprint(self) -> nn.Module:
+        """The model with its adapter on the meta device, known without the weights."""
+
+    @property
     def is_sharded(self) -> bool:
         """Whether the strategy shards the base weights."""
 

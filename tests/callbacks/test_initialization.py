@@ -10,11 +10,14 @@ from torch import nn
 
 from app.initialization.factors import SVD, spectral_factors, truncated_svd
 from app.initialization.gradient_estimators import GradientEstimate
+from app.initialization.one_step_gradient import Estimator
 from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora, lora_pairs
 from app.utils.errors import InputError
 from callbacks.lora_one_init import LoraOneInit
 from tests.support.initialize import initialize
+from tests.support.mixtures import build_mixture, gradients_by_pair
+from tests.support.one_step_oracle import make_batches
 
 
 @pytest.mark.parametrize("gamma", [0.0, -128.0, 1e13, math.inf])
@@ -53,3 +56,29 @@ def test_a_layer_without_gradient_keeps_the_usual_start(tiny_llama, monkeypatch)
     wanted = spectral_factors(SVD(svd.U[:, :4], svd.S[:4], svd.V[:, :4]), 128.0)
     assert torch.equal(pairs[0].lora_B, wanted.lora_B)
     assert isinstance(pairs[0].lora_A, nn.Parameter)
+
+
+def test_an_expert_without_tokens_keeps_the_usual_start():
+    """One warning counts them; the record has their names. Every other pair is LoRA-One's."""
+    plain = build_mixture("mixtral")
+    model = add_lora(build_mixture("mixtral"), LoraSettings(r=2, lora_alpha=3))
+    batch = {k: v[:, :4] for k, v in make_batches(False, rows=1)[0].items() if k != "index"}
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, 0] = -100
+    loss, gradients = gradients_by_pair(plain, batch)
+    pairs = lora_pairs(model)
+    usual = [(p.lora_A.clone(), p.lora_B.clone()) for p in pairs]
+    idle = [pair.name for pair in pairs if not gradients[pair.name].any()]
+    assert 0 < len(idle) < 16
+    with pytest.warns(UserWarning, match=f"zero in {len(idle)} layers.*{len(idle)} are experts"):
+        record = initialize(LoraOneInit(estimator=Estimator("exact")), model, [batch])
+    assert record.model_extra["loss"] == pytest.approx(loss, rel=1e-5)
+    assert record.model_extra["layers_without_gradient"] == idle
+    for pair, (lora_A, lora_B) in zip(pairs, usual, strict=True):
+        if pair.name in idle:
+            assert torch.equal(pair.lora_A, lora_A)
+            assert torch.equal(pair.lora_B, lora_B)
+            continue
+        U, S, V = truncated_svd(gradients[pair.name], pair.rank)
+        wanted = -(U * (S / S[0])) @ V.T / 128
+        assert torch.allclose(pair.lora_B @ pair.lora_A, wanted, atol=1e-6), pair.name

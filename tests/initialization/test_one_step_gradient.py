@@ -6,16 +6,19 @@ from app.initialization.one_step_gradient import Estimator, one_step_gradients
 from app.models.adapter_config import LoraSettings
 from app.models.lora import LoraPair, add_lora, base_model, lora_pairs
 from app.utils.errors import InputError
+from tests.support.mixtures import MIXTURES, TARGETS, build_mixture, gradients_by_pair
 from tests.support.one_step_oracle import (
     BUILDERS,
     EXACT,
     assert_same,
+    assert_untouched,
     checkpointed,
     make_batches,
     matrix,
     oracle,
     run,
     run_whole,
+    snapshot,
 )
 
 
@@ -38,6 +41,31 @@ def test_exact_gradient_is_autograds_for_every_layer_and_micro_batch(build, chec
         assert result.tokens == sum(int((b["labels"] != -100).sum()) for b in make_batches(False))
     assert result.seconds > 0
     assert result.peak_bytes[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"), [*((kind, False) for kind in MIXTURES), ("mixtral", True)]
+)
+def test_the_gradient_of_each_expert_is_autograds(kind, checkpointing):
+    """Whether the experts are fused, fused and transposed, or modules; an expert without tokens has none."""
+    model = build_mixture(kind)
+    rows = {"rows": 12 if kind == "mixtral" else 4}
+    loss, gradients = gradients_by_pair(model, make_batches(kind == "switch", **rows, size=12)[0])
+    wrapped = add_lora(model, LoraSettings(r=2, **TARGETS.get(kind, {})))
+    if checkpointing:
+        checkpointed(model)
+    before = snapshot(wrapped)
+    experts = [pair.name for pair in lora_pairs(wrapped) if pair.is_expert]
+    idle = {name for name in experts if not gradients[name].any()}
+    assert len({float(gradients[name].norm()) for name in experts}) > 8
+    estimators = [EXACT, Estimator(oversampling=64)] if kind == "mixtral" else [EXACT]
+    for estimator in estimators:
+        result = run_whole(wrapped, make_batches(kind == "switch", **rows, size=3), estimator)
+        assert {name for name in experts if result.estimates[name].norm == 0} == idle
+        for name in idle:
+            del result.estimates[name]
+        assert_same(result, loss, gradients)
+    assert_untouched(wrapped, before)
 
 
 def test_trained_adapters_do_not_enter_the_gradient(tiny_llama):

@@ -8,10 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from app.models.adapter_config import LoraSettings
+from app.models.lora import add_lora, install, lora_pairs
 from app.optim.lora_plus import LoraPlusAdamW
 from app.optim.lora_pro import LoraProAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW
-from tests.support.lora_pairs import make_pairs, pair_group, set_grads
+from app.training.optimization import parameter_groups
+from tests.support.lora_pairs import TextbookAdamW, make_pairs, pair_group, set_grads
+from tests.support.mixtures import TARGETS, build_mixture
+from tests.support.one_step_oracle import make_batches, model_inputs
 
 OPTIMIZERS = [PreconditionedAdamW, LoraProAdamW, LoraPlusAdamW]
 
@@ -71,3 +76,59 @@ def test_a_state_dict_goes_on_bit_for_bit(kind):
     for pair in ((params, optimizer), (twins, resumed)):
         train(*pair, range(3, 6))
     assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("method", ["preconditioned", "full", "efficient"])
+def test_a_step_of_stacked_experts_is_that_of_each_expert_in_float64(kind, method):
+    """The oracle is a loop over pairs whose factors PEFT's own product says are the experts'."""
+    model = add_lora(build_mixture(kind), LoraSettings(r=2, **TARGETS.get(kind, {})))
+    [batch] = make_batches(False)
+    pairs = lora_pairs(model)
+    for pair in pairs:
+        install(pair, 0.3 * torch.randn(pair.lora_A.shape), 0.3 * torch.randn(pair.lora_B.shape))
+    groups = parameter_groups(model)
+    options = {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1, "damping": 1e-3}
+    if method == "preconditioned":
+        optimizer = PreconditionedAdamW(groups, **options)
+    else:
+        optimizer = LoraProAdamW(groups, mode=method, **options)
+    alone = [
+        nn.Parameter(factor.detach().double().clone())
+        for pair in pairs
+        for factor in (pair.lora_A, pair.lora_B)
+    ]
+    if method == "preconditioned":
+        oracle = TextbookAdamW(
+            alone, 0.01, 1e-3, betas=options["betas"], weight_decay=options["weight_decay"]
+        )
+    else:
+        scaling = [pair.scaling for pair in pairs]
+        oracle = LoraProAdamW(
+            [pair_group(alone, scaling=scaling)], mode=method, **options
+        )  # tested against its own float64 loop
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**model_inputs(batch)).loss.backward()
+        grads = [g for pair in pairs for g in gradients_of(model, pair)]
+        optimizer.step()
+        if method == "preconditioned":
+            oracle.step(grads)
+            continue
+        for p, grad in zip(alone, grads, strict=True):
+            p.grad = grad
+        oracle.step()
+    wanted = oracle.p if method == "preconditioned" else [p.detach() for p in alone]
+    ours = [factor for pair in lora_pairs(model) for factor in (pair.lora_A, pair.lora_B)]
+    for name, got, want in zip([p.name for p in pairs for _ in "AB"], ours, wanted, strict=True):
+        assert torch.allclose(got.detach().double(), want, atol=1e-5), name
+
+
+def gradients_of(model, pair):
+    """Return the gradients of an expert's lora_A and lora_B from the gradient of PEFT's product."""
+    if pair.experts == 1:
+        return [pair.lora_A.grad.double(), pair.lora_B.grad.double()]
+    whole_A, whole_B = (getattr(pair.layer, f)["default"].weight.grad for f in ("lora_A", "lora_B"))
+    A = whole_A.reshape(pair.experts, -1, whole_A.shape[-1])[pair.expert]
+    B = whole_B.reshape(whole_B.shape[0], -1, pair.experts)[:, :, pair.expert]
+    return [A.double(), B.double()]

@@ -249,7 +249,7 @@ def test_a_run_has_the_adapters_own_scaling(method, mode, run_models):
     assert options["mode"] == mode
     module = LoraModule(str(run_models / "llama"), adapter=LoraSettings(r=4, lora_alpha=6))
     configured(module)
-    groups = parameter_groups(module.lora_pairs(), module.parameters())
+    groups = parameter_groups(module.model)
     [pairs] = LoraProAdamW(groups, **options).param_groups
     assert pairs["scaling"] == pytest.approx([6 / 4**0.5] * 14)
     factors = [p for pair in module.lora_pairs() for p in (pair.lora_A, pair.lora_B)]

@@ -163,7 +163,7 @@ def run_memory(
             exact=memory.exact_bytes(pairs, world),
             estimator=init.estimator.kind,
         )
-    groups = parameter_groups(module.lora_pairs(), module.parameters())
+    groups = parameter_groups(model)
     return memory.RunMemory(
         frozen=frozen,
         loading=loading,

@@ -4,14 +4,14 @@ The model is built on the meta device and every operation of its forward and bac
 torch's FakeTensorMode, which allocates nothing. So any architecture, attention, precision and activation
 checkpointing is measured as it is, and not by a formula for one kind of model.
 
-The one file of this room with private parts of torch: `FakeTensorMode` has no public name. `LiveBytes` could
-be torch.distributed's MemTracker, once that is public and can be told the number of rows that a boolean
-mask selects.
+The one file of this room with private parts of torch and transformers: `FakeTensorMode` has no public name.
+`LiveBytes` could be torch.distributed's MemTracker, once that is public and can be told the number of rows that
+a boolean mask selects.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
+from transformers.integrations import moe
 
-from app.initialization.gradient_hooks import frozen, observe
-from app.models.activation_checkpointing import recomputing
+from app.initialization.one_step_gradient import observed
 from app.models.batch import IGNORED_LABEL, Batch
-from app.models.lora import LoraPair, without_adapters
+from app.models.lora import LoraPair
 from app.models.loss import summed_loss, supervised_logits
 
 
@@ -82,19 +82,14 @@ class FakeModel:
 
     def observation(self, batch: Batch, pairs: Sequence[LoraPair]) -> PassMemory:
         """Measure the pass of the one-step gradient, without what is kept of the gradient."""
-        layers = {pair.name: pair.layer for pair in pairs}
-        with ExitStack() as stack:
-            stack.enter_context(frozen(self.model))
-            stack.enter_context(recomputing(self.model))
-            stack.enter_context(without_adapters(self.model))
-            stack.enter_context(observe(layers, dict.fromkeys(layers, lambda x, delta: None)))
+        with observed(self.model, pairs, listener=None):
             return self._measure(batch)
 
     def _measure(self, batch: Batch) -> PassMemory:
         causal = not self.base.config.is_encoder_decoder
         labels = batch["labels"][:, 1:] if causal else batch["labels"]
         supervised = int((labels != IGNORED_LABEL).sum())
-        with self._mode:
+        with self._mode, _shapes_of_experts():
             fake = {k: torch.empty(v.shape, dtype=v.dtype, device="cpu") for k, v in batch.items()}
             held = [*self.model.parameters(), *self.model.buffers(), *fake.values()]
             with LiveBytes(held, supervised) as live:
@@ -104,6 +99,20 @@ class FakeModel:
                 if loss.requires_grad:
                     loss.backward()
         return PassMemory(kept, live.peak)
+
+
+@contextmanager
+def _shapes_of_experts() -> Iterator[None]:
+    """Let fused experts be multiplied by transformers' own operation, which knows shapes in every type.
+
+    torch's `grouped_mm` takes float32 on every device, but without content bfloat16 alone.
+    """
+    known = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda *_: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = known
 
 
 class LiveBytes(TorchDispatchMode):

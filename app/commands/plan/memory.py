@@ -158,7 +158,7 @@ def optimizer_bytes(make_optimizer: OptimizerCallable, groups: Iterable[dict[str
     Args:
         make_optimizer: From parameters or groups to an optimizer.
         groups: Of the parameters it will train, also on the meta device; a group with `lora_pairs` lists
-            lora_A (r, n) and lora_B (m, r) in turn.
+            lora_A (r, n) and lora_B (m, r) in turn, and the number of experts that are stacked in each pair.
     """
     total = 0
     for group in groups:
@@ -166,12 +166,19 @@ def optimizer_bytes(make_optimizer: OptimizerCallable, groups: Iterable[dict[str
         together = 2 if group.get("lora_pairs") else 1
         for i in range(0, len(params), together):
             shapes = [p.shape for p in params[i : i + together]]
+            experts = group["experts"][i // 2] if together == 2 else 1
+            if experts > 1:
+                (rows, n), (m, columns) = shapes
+                shapes = [torch.Size((rows // experts, n)), torch.Size((m, columns // experts))]
             sides = sorted({side for shape in shapes for side in shape})
             small = {side: 2 + place for place, side in enumerate(sides)}
             large = {2 + place: side for place, side in enumerate(sides)}
             made = tuple(tuple(small[side] for side in shape) for shape in shapes)
+            # One count of steps stands for all experts.
             total += sum(
-                itemsize * math.prod(large.get(side, side) for side in shape)
+                (experts if shape else 1)
+                * itemsize
+                * math.prod(large.get(side, side) for side in shape)
                 for itemsize, shape in _states(make_optimizer, made, params[i].dtype)
             )
     return total

@@ -113,13 +113,13 @@ def check_activations(name, rel, **settings):
 def check_after_a_step(name, optimizer, **settings):
     """Compare weights, adapter and states with what torch holds after one optimizer step."""
     real = loaded(name, optimizer=optimizer, **settings)
-    made = real.make_optimizer(parameter_groups(real.lora_pairs(), real.parameters()))
+    made = real.make_optimizer(parameter_groups(real.model))
     summed_loss(real.supervised_logits(batch_for(real))).backward()
     made.step()
     states = [s for state in made.state.values() for s in state.values() if torch.is_tensor(s)]
     plan = planned(name, optimizer=optimizer, **settings)
     trained = [p for p in plan.model.parameters() if p.requires_grad]
-    groups = parameter_groups(plan.lora_pairs(), plan.parameters())
+    groups = parameter_groups(plan.model)
     assert optimizer_bytes(plan.make_optimizer, groups) == tensor_bytes(states)
     whole = frozen_bytes(plan.model, Placement("auto")) + tensor_bytes(trained)
     assert whole == tensor_bytes([*real.model.parameters(), *real.model.buffers()])
