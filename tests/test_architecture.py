@@ -55,3 +55,12 @@ def test_no_files_import_each_other_in_a_circle():
     imported = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     assert len(imported) > 100
     TopologicalSorter(imported).prepare()
+
+
+def test_files_and_functions_are_of_one_idea():
+    """At most 300 and 60 lines."""
+    for path in files("app", "callbacks", "data_modules"):
+        assert len(path.read_text().splitlines()) <= 300, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"

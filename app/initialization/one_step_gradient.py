@@ -113,8 +113,7 @@ def one_step_gradients(
         OneStepResult; its gradients are those of the token mean.
 
     Raises:
-        InputError: If a loss or a layer's gradient is not finite (names the batch and the layer), or a
-            layer's sum is not.
+        InputError: If a loss, a layer's gradient (names the batch and the layer) or its sum is not finite.
         RuntimeError: If a layer was not reached by the backward pass, on any process. An expert that no token
             is routed to has a gradient of zero.
     """
