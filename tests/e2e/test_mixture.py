@@ -7,18 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.support.mixtures import build_mixture
+from tests.support.mixtures import save_mixture
 from tests.support.run_folders import summary
 from tests.support.watched_fit import logits
 
 
 @pytest.fixture
 def mixture(tmp_path, run_models):
-    folder = tmp_path / "mixtral"
-    build_mixture("mixtral").save_pretrained(folder)
-    for file in run_models.glob("llama/token*"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+    return save_mixture("mixtral", tmp_path / "mixtral", run_models / "llama")
 
 
 @pytest.mark.slow

@@ -81,18 +81,17 @@ def test_a_state_dict_goes_on_bit_for_bit(kind):
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("method", ["preconditioned", "full", "efficient"])
 def test_a_step_of_stacked_experts_is_that_of_each_expert_in_float64(kind, method):
-    """The oracle is a loop over pairs whose factors PEFT's own product says are the experts'."""
+    """Over three steps, each from a saved state."""
     model = add_lora(build_mixture(kind), LoraSettings(r=2, **TARGETS.get(kind, {})))
     [batch] = make_batches(False)
     pairs = lora_pairs(model)
     for pair in pairs:
         install(pair, 0.3 * torch.randn(pair.lora_A.shape), 0.3 * torch.randn(pair.lora_B.shape))
-    groups = parameter_groups(model)
     options = {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1, "damping": 1e-3}
+    make = partial(LoraProAdamW, mode=method, **options)
     if method == "preconditioned":
-        optimizer = PreconditionedAdamW(groups, **options)
-    else:
-        optimizer = LoraProAdamW(groups, mode=method, **options)
+        make = partial(PreconditionedAdamW, **options)
+    optimizer = make(parameter_groups(model))
     alone = [
         nn.Parameter(factor.detach().double().clone())
         for pair in pairs
@@ -104,14 +103,15 @@ def test_a_step_of_stacked_experts_is_that_of_each_expert_in_float64(kind, metho
         )
     else:
         scaling = [pair.scaling for pair in pairs]
-        oracle = LoraProAdamW(
-            [pair_group(alone, scaling=scaling)], mode=method, **options
-        )  # tested against its own float64 loop
+        # Which is itself tested against a loop in numpy.
+        oracle = make([pair_group(alone, scaling=scaling)])
     for _ in range(3):
         optimizer.zero_grad()
         model(**model_inputs(batch)).loss.backward()
         grads = [g for pair in pairs for g in gradients_of(model, pair)]
         optimizer.step()
+        state, optimizer = optimizer.state_dict(), make(parameter_groups(model))
+        optimizer.load_state_dict(state)
         if method == "preconditioned":
             oracle.step(grads)
             continue
@@ -125,7 +125,7 @@ def test_a_step_of_stacked_experts_is_that_of_each_expert_in_float64(kind, metho
 
 
 def gradients_of(model, pair):
-    """Return the gradients of an expert's lora_A and lora_B from the gradient of PEFT's product."""
+    """Return the gradients of an expert's lora_A and lora_B, by PEFT's layout, written out once more."""
     if pair.experts == 1:
         return [pair.lora_A.grad.double(), pair.lora_B.grad.double()]
     whole_A, whole_B = (getattr(pair.layer, f)["default"].weight.grad for f in ("lora_A", "lora_B"))

@@ -81,6 +81,14 @@ def build_mixture(kind, seed=0, **config):
     return built
 
 
+def save_mixture(kind, folder, tokenizer):
+    """Write a model of a family, with the tokenizer of another folder; return the folder."""
+    build_mixture(kind).save_pretrained(folder)
+    for file in tokenizer.glob("token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
 def weights_by_pair(model):
     """View every weight of a plain model as W (m, n) by the name of its pair."""
     return _by_pair(model, {name: p.detach() for name, p in model.named_parameters()})

@@ -31,6 +31,7 @@ from app.optim.preconditioned_adamw import PreconditionedAdamW
 from app.training.module import LoraModule
 from app.training.optimization import parameter_groups
 from tests.support.configured import configured
+from tests.support.mixtures import save_mixture
 
 KINDS = ("llama", "t5", "gpt2")
 CPU = torch.device("cpu")
@@ -190,6 +191,21 @@ def test_bytes_of_full_fine_tuning_and_of_accumulators(kind, run_models):
     for dtype in ("float32", "bfloat16"):
         check_after_a_step(run_models / kind, torch.optim.AdamW, adapter=None, dtype=dtype)
     check_accumulators(planned(run_models / kind).lora_pairs())
+
+
+def test_fused_experts_are_planned_for(run_models, tmp_path):
+    """Factors, states and passes; the gradient of a layer's experts is whole in that of the initialization."""
+    save_mixture("mixtral", tmp_path, run_models / "llama")
+    for optimizer in (PreconditionedAdamW, LoraProAdamW):
+        check_after_a_step(tmp_path, optimizer)
+    check_activations(tmp_path, 0.2)
+    plan = planned(tmp_path)
+    check_accumulators(plan.lora_pairs())
+    batch = batch_for(plan)
+    forward = FakeModel(plan.model, plan.base).observation(batch, [])
+    plan = planned(tmp_path)
+    observed = FakeModel(plan.model, plan.base).observation(batch, plan.lora_pairs())
+    assert observed.peak >= forward.peak + 4 * 48 * 16 * 4  # of gate_up_proj, float32
 
 
 @pytest.mark.smollm2
