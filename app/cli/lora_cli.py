@@ -30,7 +30,7 @@ from app.tracking.loggers import (
     run_folder_of,
 )
 from app.tracking.run_folder import RunFolder
-from app.training.checkpoint_io import CheckpointFiles
+from app.training.checkpoint_io import NEEDED, TRAINED, CheckpointFiles
 from app.training.checks import check_precision, check_trainer
 from app.training.module import LoraModule
 from app.training.resume import ResumePoint, find_resume_point, run_to_continue
@@ -174,13 +174,13 @@ class LoraCLI(LightningCLI):
         if settings.get("ckpt_path") is None:
             return
         ckpt_path, fits = str(settings.ckpt_path), self.config.subcommand == "fit"
+        fixed, needed = (TRAINING, NEEDED) if fits else (ADAPTER, TRAINED)
         runs = Path(settings.output.root) / settings.output.name
         if fits:
             self._hold(run_to_continue(ckpt_path, runs))
-        self.resume_point = find_resume_point(ckpt_path, runs, settings.model.method)
+        self.resume_point = find_resume_point(ckpt_path, runs, settings.model.method, needed)
         settings.ckpt_path = None  # LightningCLI would read the file again, for hyperparameters
         if self.resume_point is not None and (fits or settings.model.adapter_path is None):
-            fixed = TRAINING if fits else ADAPTER
             check_settings(self.resume_point, yaml.safe_load(self._dumped()), fixed)
 
     def _hold(self, folder: RunFolder | None) -> None:

@@ -59,7 +59,7 @@ class CheckpointFiles(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint as `read_checkpoint` does, whatever the other arguments."""
-        checkpoint = read_checkpoint(Path(path))
+        checkpoint = read_checkpoint(Path(path), TRAINED)  # `find_resume_point` asks for more
         self.complete = Path(path)
         return checkpoint
 

@@ -1,5 +1,6 @@
 """Find the checkpoint to resume from, and its run folder; called where the command line reads `ckpt_path`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.tracking.run_folder import RunFolder, checkpoints_to_resume, run_folders
-from app.training.checkpoint_io import read_checkpoint
+from app.training.checkpoint_io import NEEDED, read_checkpoint
 from app.utils.errors import InputError
 
 LAST = "last"
@@ -40,13 +41,16 @@ def run_to_continue(ckpt_path: str, runs: Path) -> RunFolder | None:
     )
 
 
-def find_resume_point(ckpt_path: str, runs: Path, method: str) -> ResumePoint | None:
+def find_resume_point(
+    ckpt_path: str, runs: Path, method: str, needed: Sequence[str] = NEEDED
+) -> ResumePoint | None:
     """Find what `ckpt_path` names, and read it once, so that damage is noticed before any work.
 
     Args:
         ckpt_path: A file, or `last` for the newest complete one of the newest run below `runs`.
         runs: The folder of version_0, version_1, ...
         method: `model.method`; a checkpoint of another one is refused.
+        needed: What the file must hold: `NEEDED`, or `TRAINED` where it is only scored.
 
     Returns:
         None if `last` finds no checkpoint: the run starts anew.
@@ -68,7 +72,7 @@ def find_resume_point(ckpt_path: str, runs: Path, method: str) -> ResumePoint | 
                 f"ckpt_path is {ckpt_path!r}, which {what}: expected `last` or a checkpoint file, such as "
                 "runs/NAME/version_0/checkpoints/resume-step=100.ckpt"
             )
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, needed)
     if checkpoint["method"] != method:
         raise InputError(
             f"the checkpoint {str(path)!r} belongs to the method {checkpoint['method']!r}, but model.method "
@@ -77,7 +81,8 @@ def find_resume_point(ckpt_path: str, runs: Path, method: str) -> ResumePoint | 
     settings = checkpoint.get("settings")
     if settings is None and run is not None:
         settings = run.config.read_text(encoding="utf-8")
-    groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
+    states = checkpoint.get("optimizer_states", [])
+    groups = [group for state in states for group in state["param_groups"]]
     return ResumePoint(
         path,
         run,

@@ -30,7 +30,7 @@ def check_same(written, left, name="adapter"):
     assert config == expected_config
 
 
-def test_one_of_the_users_own_checkpoints(fit, command, tmp_path, capsys):
+def test_one_of_the_users_own_checkpoints(fit, command, tmp_path, capsys, logged):
     """Without its optimizer, and of a run that never ended: as a run that ended at its step."""
     own = tmp_path / "own.yaml"
     own.write_text(
@@ -38,9 +38,12 @@ def test_one_of_the_users_own_checkpoints(fit, command, tmp_path, capsys):
         "      {filename: '{step}', save_top_k: -1, every_n_train_steps: 2, save_weights_only: true}\n"
     )
     short, folder = fit("--trainer.max_steps=2"), fit("--config", own, "--trainer.max_steps=5")
+    file = folder / "checkpoints" / "step=2.ckpt"
+    # It can be scored, too.
+    assert command("validate", "--config", folder / "config.yaml", "--ckpt_path", file) == 0
+    assert logged["val/loss"] == pytest.approx(summary(short)["metrics"]["final"]["loss"], abs=1e-6)
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "adapter")
-    file = folder / "checkpoints" / "step=2.ckpt"
     assert command("export", "--run", folder, "--ckpt_path", file) == 0
     assert f"wrote {folder / 'exported_adapter'}" in capsys.readouterr().out
     check_same(folder / "exported_adapter", short / "adapter")
