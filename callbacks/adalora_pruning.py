@@ -13,7 +13,7 @@ from app.models.adalora import (
     set_total_steps,
 )
 from app.models.lora import adalora_tuner
-from app.training.lightning_internals import step_has_ended
+from app.training.lightning_internals import step_has_ended, total_steps
 from app.training.protocols import adapted
 
 
@@ -40,7 +40,7 @@ class AdaLoraPruning(Callback):
         self._tuner = adalora_tuner(adapted(pl_module).model)
         if self._tuner is None:
             return
-        set_total_steps(self._tuner, int(trainer.estimated_stepping_batches))
+        set_total_steps(self._tuner, total_steps(trainer))
         if self._state:
             load_allocator_state(self._tuner, self._state, pl_module.device)
 

@@ -10,8 +10,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from app.tracking.loggers import run_folder_of
 from app.tracking.run_folder import checkpoint_files, checkpoint_name
 from app.training.checkpoint_io import CheckpointFiles
-from app.training.lightning_internals import step_has_ended
+from app.training.lightning_internals import step_has_ended, total_steps
 from app.training.protocols import adapted
+from app.training.trainer_checks import is_misconfiguration
 
 
 class Checkpoints(Checkpoint):
@@ -48,7 +49,7 @@ class Checkpoints(Checkpoint):
         """Save if an optimizer step has just been made and it is time."""
         step = trainer.global_step
         # A validation may follow the last step, and the final scores do: both can take long.
-        last = step >= trainer.estimated_stepping_batches
+        last = step >= total_steps(trainer)
         if step_has_ended(trainer) and (last or step % self.every_n_steps == 0):
             self.save(trainer)
 
@@ -60,6 +61,13 @@ class Checkpoints(Checkpoint):
         """Save the finished run with its scores, so that it can be trained further."""
         if not self._scored:
             self.save(trainer, again=True)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save what has been trained where a callback misses the metric that it monitors."""
+        if isinstance(exception, Exception) and is_misconfiguration(exception):
+            self.save(trainer)
 
     def save(self, trainer: Trainer, again: bool = False) -> Path | None:
         """Write a checkpoint of this step unless that has been tried; all processes call it.

@@ -91,7 +91,7 @@ class MidEpochResume(Callback):
         checkpoint["random"] = gather_states(self._random or random_state())
         checkpoint["validation_due"] = not self._validated and loops.validation_is_due(trainer)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its connector
-        logged = trainer.logged_metrics if trainer.global_step % every == 0 else {}
+        logged = trainer.logged_metrics if every and trainer.global_step % every == 0 else {}
         checkpoint["logged"] = {
             name: float(value) for name, value in logged.items() if name.startswith("train/")
         }
@@ -133,6 +133,7 @@ class MidEpochResume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what the interrupted run had left to do for its batch."""
         if self._pending is not None:
+            loops.resume_accumulation(trainer)
             ended = loops.epoch_has_ended(trainer)
             self._run_pending(trainer, self._pending)
             if ended:

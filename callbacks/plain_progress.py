@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
+from app.training.lightning_internals import total_steps
 from app.training.protocols import adapted
 from app.utils.console import SECONDS_BETWEEN_LINES
 
@@ -35,7 +36,7 @@ class PlainProgress(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Print epoch, step and metrics when it is time."""
         now = time.perf_counter()
-        total = trainer.estimated_stepping_batches
+        total = total_steps(trainer)
         if now - self._last >= SECONDS_BETWEEN_LINES or trainer.global_step == total:
             self._last = now
             elapsed = now - self._start

@@ -32,7 +32,6 @@ from app.utils.console import warn_on_failure
 from app.utils.errors import InputError, reason
 from app.utils.files import atomic_folder, read_json
 from app.utils.memory import PeakMemory
-from app.utils.signals import Stopped
 
 
 class RunReport(Callback):
@@ -127,7 +126,7 @@ class RunReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Remove the folder of a run that ended before anything was measured."""
-        if isinstance(exception, InputError | Stopped) and not adapted(pl_module).record.metrics:
+        if not adapted(pl_module).record.metrics:
             remove_unused_folder(trainer.loggers)
 
     @rank_zero_only

@@ -6,9 +6,14 @@ import sys
 from collections.abc import Callable
 
 from app.distributed.collectives import is_first_process, world_size
-from app.distributed.shutdown import abort_after_peer_failure, is_peer_failure, shutdown
+from app.distributed.shutdown import (
+    abort_after_peer_failure,
+    is_peer_failure,
+    shutdown,
+    wait_for_same_failure,
+)
 from app.utils.console import warn_on_failure
-from app.utils.errors import DivergedError, InputError, causes, reason
+from app.utils.errors import InputError, causes, reason
 from app.utils.signals import Stopped, StopSignals
 
 
@@ -25,7 +30,9 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
     """
     status = 1
     lost: RuntimeError | None = None
-    alone = False  # whether this process ends where others may wait for it
+    leaves_at_once = (
+        False  # where others may wait for this process, or a launcher for the first that ends
+    )
     try:
         try:
             ended = command()
@@ -46,11 +53,9 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
         if wrong is None:
             raise
         print(f"error: {wrong}", file=sys.stderr, flush=True)
-        status = wrong.exit_status
-        if isinstance(wrong, DivergedError):
-            # All processes diverge together; a launcher kills those that are left behind.
-            _finish_wandb(status)
-            shutdown()
+        status, leaves_at_once = wrong.exit_status, world_size() > 1
+        _finish_wandb(status)
+        wait_for_same_failure()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -62,14 +67,15 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
         lost = error
     except Stopped as stopped:
         print(stopped.line, file=sys.stderr, flush=True)
-        status, alone = stopped.status, world_size() > 1
+        status, leaves_at_once = stopped.status, world_size() > 1
     finally:
         signals.ending = True
         _finish_wandb(status)
     if lost is not None:
         abort_after_peer_failure(lost)
-    if alone:
-        os._exit(status)  # leaving in order would wait for the others
+    if leaves_at_once:
+        sys.stdout.flush()
+        os._exit(status)
     return status
 
 

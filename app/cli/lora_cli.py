@@ -4,18 +4,18 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import LambdaCallback, TQDMProgressBar
+from lightning.pytorch.callbacks import LambdaCallback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from app.cli.known_classes import import_known_classes
@@ -30,12 +30,12 @@ from app.tracking.loggers import (
     run_folder_of,
 )
 from app.tracking.run_folder import RunFolder
+from app.training import trainer_checks
 from app.training.checkpoint_io import NEEDED, TRAINED, CheckpointFiles
-from app.training.checks import check_precision, check_trainer
 from app.training.module import LoraModule
 from app.training.resume import ResumePoint, find_resume_point, run_to_continue
 from app.training.resume_checks import ADAPTER, TRAINING, check_rows_per_step, check_settings
-from app.utils.arguments import Parser, PlainHelp, wrong_reference
+from app.utils.arguments import Parser, PlainHelp, listed, wrong_reference
 from app.utils.class_paths import failed_import
 from app.utils.console import on_terminal
 from app.utils.errors import InputError
@@ -95,7 +95,10 @@ class LoraCLI(LightningCLI):
         self.status = 0  # of the command, for the program to exit with
         if os.getcwd() not in sys.path:  # a class of the user's in the current folder
             sys.path.append(os.getcwd())
-        with ExitStack() as self.held:  # the run folder, until the command ends
+        with (
+            ExitStack() as self.held,
+            trainer_checks.misconfiguration_in_one_line(),
+        ):  # the run folder, until the command ends
             super().__init__(
                 LoraModule,
                 TextDataModule,
@@ -196,30 +199,26 @@ class LoraCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with the run's loggers and the project's callbacks."""
         given = self.made.trainer
-        if isinstance(given.strategy, FSDPStrategy) or str(given.strategy).startswith("fsdp"):
-            raise InputError(
-                f"trainer.strategy is {given.strategy!r}, which is FSDP1: give --config strategies/fsdp.yaml, "
-                "which is FSDP2, instead"
-            )
+        trainer_checks.check_trainer_settings(given, str(self.subcommand))
         loggers = self._run_loggers() if self.subcommand == "fit" else []
         try:
             if self.subcommand == "plan":
                 trainer: Trainer = plan_trainer(given, self.made.init)
-                check_precision(trainer)
+                trainer_checks.check_precision(trainer)
                 return trainer
-            kwargs["logger"] = [*loggers, *_listed(given.logger)] or bool(
+            kwargs["logger"] = [*loggers, *listed(given.logger)] or bool(
                 given.logger and self.subcommand != "fit"
             )
-            kwargs["callbacks"] = [*_listed(given.callbacks), *self._callbacks()]
-            kwargs["plugins"] = _listed(given.plugins)
+            kwargs["callbacks"] = [*listed(given.callbacks), *self._callbacks()]
+            kwargs["plugins"] = listed(given.plugins)
             if not any(isinstance(plugin, CheckpointIO) for plugin in kwargs["plugins"]):
                 kwargs["plugins"].append(CheckpointFiles())
             trainer = super().instantiate_trainer(**kwargs)
-            check_trainer(trainer)
+            trainer_checks.check_trainer(trainer)
             if self.subcommand == "fit" and self.resume_point is not None:
                 settings = yaml.safe_load(self._dumped())
                 check_rows_per_step(self.resume_point, settings, trainer.world_size)
-        except (ValueError, ImportError, RuntimeError, MisconfigurationException) as error:
+        except trainer_checks.ERRORS as error:
             if self.resume_point is None:
                 remove_unused_folder(loggers)
             if isinstance(error, InputError):
@@ -230,11 +229,14 @@ class LoraCLI(LightningCLI):
     def _run_loggers(self) -> list[Logger]:
         """Make the run folder, or go on in that of the checkpoint."""
         if self.made.trainer.fast_dev_run:
-            return []
+            return [DummyLogger()]  # writes nothing; callbacks may ask for a logger
         point = self.resume_point
         folder, wandb_id = (None, None) if point is None else (point.folder, point.wandb_id)
         tags = (self.settings.model.method, f"seed {self.settings.seed_everything}")
-        loggers = make_loggers(self.made.output, folder, wandb_id, self.made.data.task_name, tags)
+        output = self.made.output
+        if any(isinstance(logger, WandbLogger) for logger in listed(self.made.trainer.logger)):
+            output = replace(output, wandb="disabled")  # W&B knows one run of a process: the user's
+        loggers = make_loggers(output, folder, wandb_id, self.made.data.task_name, tags)
         if folder is None:
             self._hold(run_folder_of(loggers))
         return loggers
@@ -245,7 +247,10 @@ class LoraCLI(LightningCLI):
         callbacks: list[Callback] = [
             LambdaCallback(setup=lambda *_, **__: check_same_settings(self._dumped))
         ]
-        if self.made.trainer.enable_progress_bar is not False:
+        shown = any(
+            isinstance(callback, ProgressBar) for callback in listed(self.made.trainer.callbacks)
+        )
+        if self.made.trainer.enable_progress_bar is not False and not shown:
             callbacks.append(TQDMProgressBar() if on_terminal() else PlainProgress())
         if self.subcommand != "fit":
             return [*callbacks, BenchmarkResults(self._test_folder(), self.made.output)]
@@ -291,10 +296,3 @@ class LoraCLI(LightningCLI):
         """Let the exit status say whether the run fits."""
         assert isinstance(self.trainer, PlanTrainer)
         self.status = 0 if self.trainer.fits else 1
-
-
-def _listed(value: Any) -> list[Any]:
-    """Return one or several objects of the trainer as a list; switches (null, true, false) count as none."""
-    if value is None or isinstance(value, bool):
-        return []
-    return list(value) if isinstance(value, list) else [value]

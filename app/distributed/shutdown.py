@@ -1,13 +1,23 @@
-"""How the processes of a run end: together, or soon after one of them is lost."""
+"""How the processes of a run end: together, or soon after one of them is lost.
+
+A private name of torch stands here alone: `_get_default_store`, the process group's key-value store. Through it
+processes meet whatever collectives they are in; no public API of torch 2.13 returns it.
+"""
 
 import os
 import sys
+import time
 import traceback
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import NoReturn
 
 import torch.distributed as dist
 
-from app.distributed.collectives import world_size
+from app.distributed.collectives import global_rank, world_size
+
+GRACE = 10.0
+"""Seconds that a process that has failed waits for the others to fail likewise."""
 
 
 def shutdown() -> None:
@@ -15,6 +25,31 @@ def shutdown() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def wait_for_same_failure() -> None:
+    """Wait until all processes have come here, which most errors of input lead to, at most GRACE.
+
+    Launchers kill all processes once one has ended with a bad status: the first to end would take from the
+    others their last lines, and under Lightning's launcher from the command its exit status.
+    """
+    if world_size() == 1:
+        return
+    store, others = dist.distributed_c10d._get_default_store(), range(1, world_size())
+    ends = time.monotonic() + GRACE
+
+    def come(name: str, ranks: Iterable[int]) -> None:
+        # `store.wait` prints a warning of its own when its time is over.
+        while not store.check([f"{name}/{rank}" for rank in ranks]) and time.monotonic() < ends:
+            time.sleep(0.05)
+
+    with suppress(RuntimeError):  # the first process, which keeps the store, is gone
+        store.set(f"failed/{global_rank()}", "")
+        come("failed", (0, *others))
+        if global_rank() > 0:
+            store.set(f"left/{global_rank()}", "")
+        else:
+            come("left", others)  # so that the others do not lose the store
 
 
 def is_peer_failure(error: BaseException) -> bool:

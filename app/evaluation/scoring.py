@@ -14,6 +14,18 @@ from app.models.batch import Batch
 from app.models.protocols import ScoredModel
 
 
+def score_names(
+    label_token_ids: Sequence[int], rows: bool, benchmarks: Sequence[PreparedBenchmark]
+) -> list[str]:
+    """Return the names of what `Scoring.compute` returns of rows, if there are any, and of benchmarks."""
+    names = ["loss", *LabelScores(label_token_ids).metrics] if rows else []
+    for prepared in benchmarks:
+        benchmark, questions = prepared.benchmark, [each.question for each in prepared.questions]
+        means = dict.fromkeys(benchmark.score_names(questions), 0.0)
+        names += [f"{benchmark.name}/{name}" for name in benchmark.combine(means)]
+    return names
+
+
 class Scoring:
     """Accumulate the scores of batches of rows and of batches of questions.
 

@@ -144,9 +144,11 @@ def make_loggers(
 def run_folder_of(loggers: Sequence[Logger]) -> RunFolder | None:
     """Return the folder that a run's loggers write to.
 
-    None without loggers: under `fast_dev_run`, and on other processes than the first.
+    None without that of the table: under `fast_dev_run`, and on other processes than the first.
     """
-    return RunFolder(Path(str(loggers[0].log_dir))) if loggers else None
+    tables = (logger for logger in loggers if isinstance(logger, MetricsTable))
+    table = next(tables, None)
+    return None if table is None else RunFolder(Path(table.log_dir))
 
 
 def remove_unused_folder(loggers: Sequence[Logger]) -> None:

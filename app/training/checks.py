@@ -2,12 +2,9 @@
 
 from collections.abc import Sequence
 
-from lightning.pytorch import Trainer
 from torch import nn
 from transformers import PreTrainedConfig
 
-from app.distributed.fsdp import Fsdp2Strategy
-from app.distributed.rendezvous import check_number_of_processes
 from app.models.adalora import check_schedule
 from app.models.adapter_config import LoraSettings, fsdp_incompatible_options
 from app.models.lora import tied_target_layers
@@ -144,43 +141,4 @@ def check_untied(init: str, model: nn.Module) -> None:
             f"init is {init}, which changes the weight of {layer}, but that is the weight of {other} too "
             f"(tie_word_embeddings): leave {layer} out of model.adapter.target_modules, or use --config "
             "methods/lora_one.yaml, which leaves the base weights as they are"
-        )
-
-
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
-
-
-def check_precision(trainer: Trainer) -> None:
-    """Raise InputError if the precision would convert the LoRA factors, which are float32 always."""
-    precision = getattr(trainer.precision_plugin, "precision", PRECISIONS[0])
-    if precision not in PRECISIONS:
-        raise InputError(
-            f"trainer.precision is {precision}, which would convert the LoRA factors, too; they are float32 "
-            "always. Set model.dtype for the base model's weights (bfloat16, float16), and "
-            "trainer.precision bf16-mixed to compute in 16 bits"
-        )
-
-
-def check_trainer(trainer: Trainer) -> None:
-    """Raise InputError for settings that cannot work.
-
-    Raises:
-        ValueError: What Lightning says of the launcher's environment, which it would look at too late.
-    """
-    check_precision(trainer)
-    check_number_of_processes(trainer.num_nodes, trainer.num_devices)
-    strategy = trainer.strategy
-    environment = getattr(strategy, "cluster_environment", None)
-    if environment is not None:  # Slurm's tasks
-        environment.validate_settings(trainer.num_devices, trainer.num_nodes)
-    if strategy.root_device.type == "mps":
-        # Scores and decompositions are in float64.
-        raise InputError(
-            "trainer.accelerator is mps (Apple's GPU), which has no float64: set trainer.accelerator cpu"
-        )
-    fsdp = strategy if isinstance(strategy, Fsdp2Strategy) else None
-    if fsdp and fsdp.cpu_offload and fsdp.process_group_backend == "nccl":
-        raise InputError(
-            "trainer.strategy.process_group_backend is nccl, which sends nothing that cpu_offload keeps in "
-            "host memory: leave process_group_backend null, or set it to cpu:gloo,cuda:nccl"
         )

@@ -7,9 +7,11 @@ the counters, asks whether a validation is due, or runs the validation loop; `Tr
 resumes exactly from any moment would replace this file.
 """
 
+import math
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 Loops = dict[str, Any]
 """A checkpoint's `loops`."""
@@ -74,6 +76,32 @@ def leave_ended_epoch(trainer: Trainer) -> None:
     loop.restarting = False
     fit.reset_restart_stage()
     loop._batches_that_stepped += 1
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Return the optimizer steps of the whole training.
+
+    Lightning's estimate takes all epochs to accumulate as many batches as the present one.
+    """
+    estimated, schedulers = int(trainer.estimated_stepping_batches), _schedulers(trainer)
+    if not schedulers or trainer.max_epochs in (None, -1):
+        return estimated
+    steps = sum(
+        math.ceil(trainer.num_training_batches / schedulers[0].get_accumulate_grad_batches(epoch))
+        for epoch in range(max(trainer.max_epochs, 1))
+    )
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+def resume_accumulation(trainer: Trainer) -> None:
+    """Accumulate as GradientAccumulationScheduler says for this epoch: in one that goes on it is not asked."""
+    for scheduler in _schedulers(trainer):
+        scheduler.on_train_epoch_start(trainer)
+
+
+def _schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
+    return [each for each in callbacks if isinstance(each, GradientAccumulationScheduler)]
 
 
 def run_validation(trainer: Trainer) -> None:

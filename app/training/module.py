@@ -36,10 +36,12 @@ from app.optim.preconditioned_adamw import PreconditionedAdamW
 from app.tracking.record import RunRecord
 from app.training.checkpoint_state import check_trained, keep_trained, saved_factors
 from app.training.checks import check_length, check_optimizer, check_sharded
+from app.training.lightning_internals import total_steps
 from app.training.model_building import build_model, empty_adapted
 from app.training.optimization import check_gradients, check_loss, pair_optimizer, parameter_groups
 from app.training.protocols import AdaptedModule, Factors, data_of
 from app.training.token_mean import TokenMean
+from app.training.trainer_checks import check_loops
 from app.utils.errors import InputError
 
 
@@ -206,6 +208,7 @@ class LoraModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the length of training, the optimizer and a new adapter, before any weights are loaded."""
+        check_loops(self.trainer, data_of(self.trainer), self.adapter, stage)
         if stage == "fit":
             if self.merged:
                 raise InputError(
@@ -273,7 +276,7 @@ class LoraModule(LightningModule):
         """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""
         check_optimizer(self._pair_optimizer, bool(self.lora_pairs()))
         optimizer = self.make_optimizer(parameter_groups(self.model))
-        total = int(self.trainer.estimated_stepping_batches)
+        total = total_steps(self.trainer)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
         scheduler = get_scheduler(self.lr_scheduler_type, optimizer, round(warmup), total)
         return {

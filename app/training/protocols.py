@@ -90,8 +90,14 @@ class DataModule(Protocol):
     def label_token_ids(self) -> list[int]:
         """Return the first token of each label word; empty where rows have no classes."""
 
+    def train_dataloader(self) -> Any:
+        """Return batches of the training rows."""
+
     def val_dataloader(self) -> list[Any]:
         """Return batches of the validation rows and of each benchmark's questions."""
+
+    def test_dataloader(self) -> list[Any]:
+        """Return batches of the test rows and of each benchmark's questions."""
 
     def describe(self) -> dict[str, Any]:
         """Return where the rows come from and how many there are."""

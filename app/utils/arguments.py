@@ -6,14 +6,21 @@ import re
 from typing import Any, ClassVar
 
 import torch
+import yaml
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning_utilities.core.enums import StrEnum
 from omegaconf.errors import OmegaConfBaseException
 
 from app.utils.class_paths import bare_name, exists, failed_import
 from app.utils.errors import InputError, causes
 from app.utils.text import did_you_mean, nearest
+
+# Defaults of Lightning's classes, such as Timer's interval, are texts that YAML's dumper does not know.
+yaml.SafeDumper.add_multi_representer(
+    StrEnum, lambda dumper, text: dumper.represent_str(text.value)
+)
 
 
 class PlainHelp(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -89,6 +96,15 @@ class Parser(LightningArgumentParser):
             ) from ex
         raise InputError(text) from ex
 
+    def instantiate(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the objects; say in one line why one cannot be made, such as a package that is missing."""
+        try:
+            return super().instantiate(*args, **kwargs)
+        except ValueError as error:
+            if any(isinstance(cause, InputError) for cause in causes(error)):
+                raise
+            raise InputError(_cannot_be_made(error)) from error
+
     def _named(self, error: WrongSetting) -> WrongSetting:
         """Return the error, or a better one of a setting that is known not to be supported."""
         for name, message in self.unsupported.items():
@@ -153,6 +169,18 @@ def _wrong_value(key: str, text: str) -> WrongSetting:
     return WrongSetting(key, f": {text}")
 
 
+def _cannot_be_made(error: ValueError) -> str:
+    """Say why the parser could not make an object of a class; its error names the class among much else."""
+    told = r"Problem with given class_path '([^']+)':\s*(.+?)(?=\n\s*- |\nGiven value|\Z)"
+    named = re.search(told, str(error), re.DOTALL)  # an import, or what a class says of its import
+    if named is not None:
+        reason = " ".join(named[2].split())
+        return f"{named[1]} cannot be made, which may need another package: {reason}"
+    named = re.search(r"class_path='([^']+)'", str(error))
+    reason = " ".join(str(list(causes(error))[-1]).split())
+    return f"{named[1] if named else 'a class'} cannot be made: {reason}"
+
+
 def _kinds(text: str) -> str:
     words = {"int": "a whole number", "float": "a number", "bool": "true or false"}
     words |= {"str": "text", "NoneType": "null"}
@@ -180,3 +208,10 @@ def _known_classes() -> dict[str, type]:
     for kind in known:
         known += kind.__subclasses__()
     return {kind.__name__: kind for kind in known}
+
+
+def listed(value: Any) -> list[Any]:
+    """Return one or several objects of the trainer as a list; switches (null, true, false) count as none."""
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list) else [value]

@@ -55,6 +55,12 @@ CASES = {
     "steps": ("--trainer.max_steps=13", *LONG[2:], *DROPOUT),
     # 5 batches an epoch: windows of 2, 2 and 1
     "accumulation": (*LONG, *DROPOUT, "--trainer.accumulate_grad_batches=2"),
+    # the same, and from the third epoch on windows of 3 and 2
+    "scheduled_accumulation": (
+        *(*LONG, *DROPOUT, "--model.lr_scheduler_type=cosine"),
+        "--trainer.callbacks+=GradientAccumulationScheduler",
+        "--trainer.callbacks.scheduling={0: 2, 2: 3}",
+    ),
     "validation": (*LONG, *DROPOUT, "--trainer.val_check_interval=2"),
     "validation_of_iterations": (
         *("--trainer.max_steps=14", "--output.checkpoint_every_n_steps=3", *DROPOUT),

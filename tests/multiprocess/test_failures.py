@@ -148,9 +148,18 @@ def test_lightnings_launcher(ends, status, message, tiny_run, tmp_path):
     assert killed or (ended == status and message in output), output
 
 
-def test_a_diverged_run_has_its_own_status_under_lightnings_launcher(tiny_run, tmp_path):
-    """All processes diverge together, so they leave together, however long the first one has to finish."""
-    options = ("--trainer.max_steps=9", "--model.optimizer.lr=1e38")
-    status, output = run_worker(tmp_path, [job(tiny_run, tmp_path, *options, slow_finish=7)])
-    assert status == 3, output
-    assert "error: the loss is nan" in output
+@pytest.mark.parametrize(
+    ("option", "status", "message"),
+    [
+        ("--model.optimizer.lr=1e38", 3, "error: the loss is nan"),
+        ("--model.adapter.target_modules=[q_prj]", 2, "which fits no layer of this model"),
+    ],
+)
+def test_an_error_of_all_has_its_own_status_under_lightnings_launcher(
+    option, status, message, tiny_run, tmp_path
+):
+    """All processes fail together, so they leave together, however long the first one has to finish."""
+    options = ("--trainer.max_steps=9", option)
+    ended, output = run_worker(tmp_path, [job(tiny_run, tmp_path, *options, slow_finish=7)])
+    assert ended == status, output
+    assert message in output

@@ -5,8 +5,9 @@ import warnings
 from contextlib import contextmanager
 
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 
-from app.tracking.loggers import MetricsTable, OutputSettings, make_loggers
+from app.tracking.loggers import MetricsTable, OutputSettings, make_loggers, run_folder_of
 from tests.support.run_folders import table
 
 
@@ -68,6 +69,14 @@ def test_a_table_that_cannot_be_begun(logger, folder):
 
 def loggers(tmp_path, **settings):
     return make_loggers(OutputSettings(name="x", root=str(tmp_path), **settings), task="glue/sst2")
+
+
+def test_the_run_folder_is_that_of_the_runs_own_table(tmp_path):
+    """On other processes, and in a dry run, there are the user's loggers alone."""
+    own = CSVLogger(str(tmp_path))
+    [table] = loggers(tmp_path, wandb="disabled")
+    assert run_folder_of([own]) is None
+    assert run_folder_of([own, table]).path == tmp_path / "x" / "version_0"
 
 
 def test_the_group_is_the_task_unless_it_is_named(no_key, tmp_path):
