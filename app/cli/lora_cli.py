@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import CheckpointIO
 from omegaconf.errors import OmegaConfBaseException
@@ -206,9 +205,8 @@ class LoraCLI(LightningCLI):
                 trainer: Trainer = plan_trainer(given, self.made.init)
                 trainer_checks.check_precision(trainer)
                 return trainer
-            kwargs["logger"] = [*loggers, *listed(given.logger)] or bool(
-                given.logger and self.subcommand != "fit"
-            )
+            own = listed(given.logger)
+            kwargs["logger"] = [*loggers, *own] or bool(given.logger and self.subcommand != "fit")
             kwargs["callbacks"] = [*listed(given.callbacks), *self._callbacks()]
             kwargs["plugins"] = listed(given.plugins)
             if not any(isinstance(plugin, CheckpointIO) for plugin in kwargs["plugins"]):
@@ -233,10 +231,8 @@ class LoraCLI(LightningCLI):
         point = self.resume_point
         folder, wandb_id = (None, None) if point is None else (point.folder, point.wandb_id)
         tags = (self.settings.model.method, f"seed {self.settings.seed_everything}")
-        output = self.made.output
-        if any(isinstance(logger, WandbLogger) for logger in listed(self.made.trainer.logger)):
-            output = replace(output, wandb="disabled")  # W&B knows one run of a process: the user's
-        loggers = make_loggers(output, folder, wandb_id, self.made.data.task_name, tags)
+        task, own = self.made.data.task_name, listed(self.made.trainer.logger)
+        loggers = make_loggers(self.made.output, folder, wandb_id, task, tags, own)
         if folder is None:
             self._hold(run_folder_of(loggers))
         return loggers
@@ -247,10 +243,9 @@ class LoraCLI(LightningCLI):
         callbacks: list[Callback] = [
             LambdaCallback(setup=lambda *_, **__: check_same_settings(self._dumped))
         ]
-        shown = any(
-            isinstance(callback, ProgressBar) for callback in listed(self.made.trainer.callbacks)
-        )
-        if self.made.trainer.enable_progress_bar is not False and not shown:
+        given = self.made.trainer
+        bars = [each for each in listed(given.callbacks) if isinstance(each, ProgressBar)]
+        if given.enable_progress_bar is not False and not bars:
             callbacks.append(TQDMProgressBar() if on_terminal() else PlainProgress())
         if self.subcommand != "fit":
             return [*callbacks, BenchmarkResults(self._test_folder(), self.made.output)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
@@ -104,6 +104,7 @@ def make_loggers(
     wandb_id: str | None = None,
     task: str | None = None,
     tags: Sequence[str] = (),
+    own: Sequence[Logger] = (),
 ) -> list[Logger]:
     """Make the run folder's CSV logger, and W&B's beside it.
 
@@ -113,6 +114,7 @@ def make_loggers(
         wandb_id: The W&B run that goes on; None for a new one.
         task: W&B group where the settings name none.
         tags: W&B tags beside those of the settings.
+        own: The user's loggers. A WandbLogger among them is the run's: W&B knows one of a process.
 
     Returns:
         The CSV logger first: its `log_dir` is the run folder. Only the first process has one.
@@ -122,7 +124,8 @@ def make_loggers(
     """
     if not is_first_process():
         return []
-    mode = wandb_mode(settings.wandb)
+    given = any(isinstance(logger, WandbLogger) for logger in own)
+    mode = "disabled" if given else wandb_mode(settings.wandb)
     folder = (continued or new_run_folder(Path(settings.root) / settings.name)).path
     table = MetricsTable(str(folder.parent.parent), folder.parent.name, folder.name)
     loggers: list[Logger] = [table]

@@ -5,7 +5,7 @@ import warnings
 from contextlib import contextmanager
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from app.tracking.loggers import MetricsTable, OutputSettings, make_loggers, run_folder_of
 from tests.support.run_folders import table
@@ -77,6 +77,13 @@ def test_the_run_folder_is_that_of_the_runs_own_table(tmp_path):
     [table] = loggers(tmp_path, wandb="disabled")
     assert run_folder_of([own]) is None
     assert run_folder_of([own, table]).path == tmp_path / "x" / "version_0"
+
+
+def test_a_wandb_logger_of_the_users_own_takes_the_place_of_the_runs(tmp_path):
+    settings = OutputSettings(name="x", root=str(tmp_path), wandb="offline")
+    assert len(make_loggers(settings)) == 2
+    [only] = make_loggers(settings, own=[WandbLogger(save_dir=tmp_path, offline=True)])
+    assert isinstance(only, MetricsTable)
 
 
 def test_the_group_is_the_task_unless_it_is_named(no_key, tmp_path):
