@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -134,6 +141,11 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
         # Of torch, on the meta device: its numbers have nowhere to go.
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
         warnings.filterwarnings("ignore", message=UNMATCHED_PATTERNS)
+        config = PeftConfig.from_pretrained(str(folder))
+        if model.device.type == "meta" and isinstance(config, AdaLoraConfig):
+            # PEFT selects the triplets that are left by a mask, which needs numbers: here all are there.
+            config.rank_pattern, config.inference_mode = None, not trainable
+            return get_peft_model(model, config)
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 
 

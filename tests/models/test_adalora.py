@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from app.models.adalora import AVERAGES
+from app.models.adapter_io import load_adapter
+from app.models.loading import empty_model
+from app.models.source import resolve_model
 from app.training.module import LoraModule
 from callbacks.adalora_pruning import AdaLoraPruning
 from tests.support.alpha_r_reader import with_adapter
@@ -103,6 +106,11 @@ def test_peft_loads_what_is_left_and_servers_what_is_exported(
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora"),
     ):
         assert torch.allclose(logits(model), watched_fit["logits"], atol=1e-5)
+    # Without numbers, as `plan` and the checks of a merge read it, no triplet is pruned.
+    empty = empty_model(resolve_model(str(run_models / "llama")))
+    read = load_adapter(empty, folder / "adapter", trainable=True)
+    triplets = sum(p.numel() for name, p in read.named_parameters() if "lora_" in name)
+    assert triplets == summary["model"]["trainable_parameters"]
 
 
 @pytest.mark.slow
