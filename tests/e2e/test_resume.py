@@ -58,6 +58,7 @@ CASES = {
     # the same, and from the third epoch on windows of 3 and 2
     "scheduled_accumulation": (
         *(*LONG, *DROPOUT, "--model.lr_scheduler_type=cosine"),
+        "--output.checkpoint_every_n_steps=1",  # so that one is in the middle of an epoch
         "--trainer.callbacks+=GradientAccumulationScheduler",
         "--trainer.callbacks.scheduling={0: 2, 2: 3}",
     ),
