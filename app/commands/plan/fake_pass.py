@@ -26,6 +26,7 @@ from app.initialization.one_step_gradient import observed
 from app.models.batch import IGNORED_LABEL, Batch
 from app.models.lora import LoraPair
 from app.models.loss import summed_loss, supervised_logits
+from app.utils.errors import InputError
 
 
 class PassMemory(NamedTuple):
@@ -92,13 +93,26 @@ class FakeModel:
         with self._mode, _shapes_of_experts():
             fake = {k: torch.empty(v.shape, dtype=v.dtype, device="cpu") for k, v in batch.items()}
             held = [*self.model.parameters(), *self.model.buffers(), *fake.values()]
-            with LiveBytes(held, supervised) as live:
+            with _without_numbers(), LiveBytes(held, supervised) as live:
                 with self.forward_context():
                     loss = summed_loss(supervised_logits(self.model, self.base, fake))
                 kept = live.now if loss.requires_grad else 0
                 if loss.requires_grad:
                     loss.backward()
         return PassMemory(kept, live.peak)
+
+
+@contextmanager
+def _without_numbers() -> Iterator[None]:
+    """Turn the error of a model whose operations look at numbers into an InputError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            "plan cannot measure this model, whose forward or backward pass depends on the numbers in it "
+            f"({type(error).__name__}: {reason}): run `fit` with --trainer.max_steps 1 and look at its memory"
+        ) from error
 
 
 @contextmanager

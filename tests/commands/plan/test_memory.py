@@ -30,6 +30,7 @@ from app.optim.lora_pro import LoraProAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW
 from app.training.module import LoraModule
 from app.training.optimization import parameter_groups
+from app.utils.errors import InputError
 from tests.support.configured import configured
 from tests.support.mixtures import save_mixture
 
@@ -206,6 +207,14 @@ def test_fused_experts_are_planned_for(run_models, tmp_path):
     plan = planned(tmp_path)
     observed = FakeModel(plan.model, plan.base).observation(batch, plan.lora_pairs())
     assert observed.peak >= forward.peak + 4 * 48 * 16 * 4  # of gate_up_proj, float32
+
+
+def test_a_model_that_looks_at_its_numbers_is_refused(run_models, tmp_path):
+    """Switch Transformers ask which experts have tokens before they run them."""
+    plan = planned(save_mixture("switch", tmp_path, run_models / "llama"))
+    with pytest.raises(InputError, match="plan cannot measure this model") as error:
+        FakeModel(plan.model, plan.base).training(batch_for(plan))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.smollm2
