@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from app.models.adapter_config import AdaLoraBudget, LoraSettings
-from app.models.adapter_io import load_adapter, save_adapter
+from app.models.adapter_format import unserved_settings
+from app.models.adapter_io import load_adapter, read_adapter, save_adapter
 from app.models.lora import (
     add_lora,
     base_weight,
@@ -48,6 +49,8 @@ def test_the_forward_pass_is_that_of_w_plus_delta_w_of_each_expert(kind, tmp_pat
     assert not torch.allclose(wanted, logits(build_mixture(kind)), atol=1e-2)
     assert torch.allclose(logits(model), wanted, atol=1e-5)
     save_adapter(model, tmp_path, "base")
+    told = unserved_settings(read_adapter(tmp_path)[0])
+    assert told is None if kind == "switch" else "fused experts is read by PEFT alone" in str(told)
     assert torch.allclose(
         logits(load_adapter(build_mixture(kind), tmp_path, trainable=False)), wanted, atol=1e-5
     )
