@@ -40,6 +40,7 @@ VOCAB_SIZE = 128
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the slow tests, too")
+    parser.addoption("--write-support", action="store_true", help="write docs/support.md anew")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -197,12 +198,9 @@ def command(monkeypatch):
     """Return `command(*argv)`, which runs `python train.py ARGV` in process and returns its status."""
     from app.cli.main import main  # 10 s of imports, which most tests do without
 
-    def run(*argv):
-        return main([str(argument) for argument in argv])
-
     # Pictures take most of the time of a tiny run.
     monkeypatch.setattr("callbacks.run_report.write_plots", lambda *_: [])
-    return run
+    return lambda *argv: main([str(argument) for argument in argv])
 
 
 @pytest.fixture

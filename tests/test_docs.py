@@ -9,6 +9,7 @@ import pytest
 
 from app.cli.lora_cli import LoraCLI
 from app.utils.command_parser import CommandParser
+from tests.support import support_page
 from tests.support.paths import ROOT
 
 PAGES = [
@@ -93,6 +94,13 @@ def test_numbered_walks(page):
         own = re.sub(r"\(by `.*?`:\s+`\w+`\)", "", rest)
         for name in re.findall(r"`(\w+)`", own):
             assert name in defined(ROOT / file), f"{name} in {file}"
+
+
+def test_the_page_of_what_works_has_every_cell_and_counts_them():
+    page = support_page.PAGE.read_text()
+    outcomes = support_page.read(page)
+    assert list(outcomes) == support_page.keys()
+    assert support_page.write(outcomes) == page
 
 
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py"))

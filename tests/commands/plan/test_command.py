@@ -7,6 +7,8 @@ import pytest
 import yaml
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from tests.support.matrix_data import ROWS, rows_of
+
 
 @pytest.fixture
 def plan(command, tiny_run, capsys, monkeypatch, tmp_path):
@@ -46,20 +48,6 @@ def test_the_command_on_t5_without_initialization(plan, run_models):
     assert "initialization" not in printed
 
 
-CODE = "```python\ndef f(x):\n    return x\n```"
-ROWS = {
-    "Gsm8kDataModule": {"question": "What is {i} + 1?", "answer": "One more.\n#### {i}"},
-    "MetaMathQADataModule": {"query": "What is {i}?", "response": "It is {i}.", "type": "GSM_SV"},
-    "CodeFeedbackDataModule": {"query": "Write f{i}.", "answer": CODE},
-    "InstructionDataModule": {"instruction": "Add {i}.", "input": "", "output": "one more"},
-    "CommonsenseDataModule": {
-        "instruction": "Is {i} true? Answer format: true/false",
-        "input": "",
-        "output": "the correct answer is true",
-    },
-}
-
-
 def data_file(folder, name, **arguments):
     """Write a configuration of a data module that reads the file `rows`."""
     arguments["path"] = str(folder / "rows")
@@ -71,8 +59,7 @@ def data_file(folder, name, **arguments):
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_that_the_tokenizer_chooses(name, plan, tmp_path):
     """Sources of free answers keep rows by their tokens, so that their rows need the tokenizer."""
-    rows = [{k: v.replace("{i}", str(i)) for k, v in ROWS[name].items()} for i in range(20)]
-    (tmp_path / "rows").write_text(json.dumps(rows))
+    (tmp_path / "rows").write_text(json.dumps(rows_of(ROWS[name], 20)))
     printed = plan("--config", data_file(tmp_path, name, max_length=512, validation_size=4))
     assert "train rows                                  16" in printed
     assert "validation rows                              4" in printed
