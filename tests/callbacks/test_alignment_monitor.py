@@ -31,7 +31,7 @@ def test_the_start_lies_in_the_gradients_spans_and_the_end_is_that_of_the_adapte
         assert float(row["captured"]) == pytest.approx(1, abs=1e-4)
     adapter = weights(folder)
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    scaling = config["lora_alpha"] / math.sqrt(config["r"])
+    scaling = config["lora_alpha"] / config["r"]
     for row in found[-len(layers) :]:
         name = f"base_model.model.{row['layer']}"
         A, B = (adapter[f"{name}.lora_{side}.weight"].double().numpy() for side in "AB")

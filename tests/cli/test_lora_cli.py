@@ -219,7 +219,7 @@ def test_misspelt_settings(wrong, meant, old, new, refused, tiny_run):
         ("model.adapter.r", "2.5", "model.adapter.r is 2.5: expected a whole number"),
         ("model.adapter", "5", "model.adapter is 5: expected LoraSettings or null"),
         ("data.batch_size", "two", "data.batch_size is two: expected a whole number"),
-        ("init.gamma", "big", "init.gamma is big: expected a number"),
+        ("init.gamma", "big", "init.gamma is big: expected auto or a number"),
         ("model.optimizer.lr", "big", "model.optimizer.lr is big: expected a number"),
         ("seed_everything", "abc", "seed_everything is abc: expected true or false or a whole"),
         ("model.dtype", "float23", "model.dtype is float23: expected one of float32, bfloat16,"),

@@ -145,7 +145,7 @@ def test_unknown_sets(task):
     ("content", "message"),
     [
         ([ROW, {"instruction": "Is it?"}], "row 1 of .* has instruction: expected the fields"),
-        ([{**ROW, "answer": True}], "row 0 of .* expected the fields instruction, answer as text"),
+        ([{**ROW, "answer": True}], "row 0 of .* has true as answer: expected text"),
         ([{**ROW, "answer": "answer1"}], "row 0 of .* has the answer 'answer1'"),
         ([{**ROW, "answer": "true!"}], "row 0 of .* has the answer 'true!'"),
         ([{**ROW, "input": "a passage"}], "the input 'a passage'"),

@@ -172,7 +172,7 @@ ROW = {name: name for name in ("task_id", "prompt", "entry_point", "canonical_so
     ("content", "message"),
     [
         ([], "has no problems"),
-        ([ROW, {**ROW, "test": None}], "line 2 of .* expected the fields"),
+        ([ROW, {**ROW, "test": None}], "line 2 of .* has null as test: expected text"),
     ],
 )
 def test_bad_files(tmp_path, content, message):
