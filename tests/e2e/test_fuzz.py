@@ -1,0 +1,100 @@
+"""Random single mistakes in command lines and files: one line that names each, before weights are loaded."""
+
+import gzip
+import json
+import shutil
+import warnings
+
+import pytest
+import yaml
+
+import app.training.model_building
+from tests.support.mistakes import RUN, Mistakes, is_one_line
+from tests.support.report_runs import grid_run, manifest
+from tests.support.tiny_run import CONFIG
+
+ACCEPTED = {
+    "out of range": "a number that is large or small, and no mistake to the program",
+    "name of nothing": "a name that is free to choose, or of a part that the command does not use",
+    "field": "a field that has a default, or that the command does not read",
+    "row": "a row that is text all the same",
+}
+"""Kinds of mistakes of which some cannot be told from a choice."""
+SPARED = ("tokenizer_config.json", "metrics.csv", "compare.json", "dev.tsv")
+"""Files that a command does without: with defaults, or with a warning."""
+FAST = 30
+CHUNKS = [range(FAST), *(range(start, start + 45) for start in range(FAST, 300, 45))]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory, run_models, sst2_folder):
+    """Return a folder with a model, data, configurations, a finished run and a comparison."""
+    from app.cli.main import main
+
+    folder = tmp_path_factory.mktemp("fuzz") / "template"
+    folder.mkdir()
+    shutil.copytree(run_models / "llama", folder / "model")
+    shutil.copytree(sst2_folder, folder / "data")
+    text = CONFIG.format(model="model", data="data", root="runs")
+    (folder / "config.yaml").write_text(text)
+    rows = [{"instruction": f"add {i}", "input": "", "output": f"x + {i}"} for i in range(12)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text(lines)
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    config = yaml.safe_load(text)
+    sizes = {"validation_size": 4, "batch_size": 4, "eval_batch_size": 4}
+    config["data"] = {
+        "class_path": "InstructionDataModule",
+        "init_args": {"path": "rows.jsonl", **sizes},
+    }
+    config["init"]["init_args"]["num_samples"] = 4
+    (folder / "rows.yaml").write_text(yaml.safe_dump(config))
+    for rate in (1e-3, 1e-2):
+        grid_run(folder / "grid", "lora", rate, 0)
+    manifest(folder / "grid", [["lora", 1e-3, 0], ["lora", 1e-2, 0]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("WANDB_MODE", "offline")
+        assert main(["fit", "--config", "config.yaml"]) == 0
+    shutil.copy(folder / RUN / "config.yaml", folder / "config.yaml")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [pytest.param(seeds, marks=pytest.mark.slow if i else ()) for i, seeds in enumerate(CHUNKS)],
+    ids=lambda seeds: f"{seeds[0]}-{seeds[-1]}",
+)
+def test_mistakes(seeds, template, command, monkeypatch, tmp_path, capsys):
+    loads = []
+    load_model = app.training.model_building.load_model
+
+    def counted(*arguments, **options):
+        model = load_model(*arguments, **options)
+        loads.append(model)
+        return model
+
+    monkeypatch.setattr("app.training.model_building.load_model", counted)
+    warnings.simplefilter("ignore")
+    config = yaml.safe_load((template / "config.yaml").read_text())
+    wrong = []
+    for seed in seeds:
+        folder = tmp_path / str(seed)
+        shutil.copytree(template, folder)
+        monkeypatch.chdir(folder)
+        mistake = Mistakes(config, folder).make(seed)
+        loads.clear()
+        status = command(*mistake.argv)
+        told = capsys.readouterr().err
+        if status == 0:
+            spared = mistake.kind.startswith("file ") and any(f in mistake.what for f in SPARED)
+            fine = spared or mistake.kind in ACCEPTED
+        else:
+            line = next((line for line in told.splitlines() if line.startswith("error: ")), "")
+            named = any(name in line for name in mistake.named)
+            fine = status == 2 and is_one_line(told) and named and not loads
+        if not fine:
+            wrong.append((seed, mistake.what, mistake.argv, status, told[-300:], len(loads)))
+        shutil.rmtree(folder)
+    assert wrong == []
