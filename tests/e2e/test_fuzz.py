@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 import app.training.model_building
-from tests.support.mistakes import RUN, Mistakes, is_one_line
+from tests.support.mistakes import Mistakes, is_one_line
 from tests.support.report_runs import grid_run, manifest
 from tests.support.tiny_run import CONFIG
+from tests.support.wrong_command_lines import RUN
 
 ACCEPTED = {
     "out of range": "a number that is large or small, and no mistake to the program",

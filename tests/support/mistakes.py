@@ -11,8 +11,12 @@ from typing import Any
 
 import yaml
 
-RUN = "runs/tiny/version_0"
-CHECKPOINT = f"{RUN}/checkpoints/resume-step=3.ckpt"
+from tests.support.wrong_command_lines import (
+    COMMANDS_OF_FIELDS,
+    COMMANDS_OF_FILES,
+    RUN,
+    WRONG_COMMAND_LINES,
+)
 
 
 @dataclass(frozen=True)
@@ -175,114 +179,14 @@ class Mistakes:
         return self._of_config("name of nothing", path, value, rng)
 
     def _make_wrong_command_line(self, rng: random.Random) -> Mistake:
-        argv, *named = rng.choice(
-            [
-                ("fti --config config.yaml", "fti"),
-                ("fit --config confg.yaml", "confg.yaml"),
-                ("fit --config methods/lora_on", "methods/lora_on"),
-                ("fit --confg config.yaml", "confg"),
-                ("fit --config config.yaml stray", "stray"),
-                ("fit --config", "--config"),
-                ("fit", "--config"),
-                ("fit --config config.yaml --ckpt_path nothing.ckpt", "ckpt_path"),
-                ("fit --config config.yaml --ckpt_path model", "ckpt_path"),
-                ("plan --config config.yaml --run", "run"),
-                ("test --run nothing", "--run"),
-                ("test --run model", "--run"),
-                ("test", "--run", "--config"),
-                ("validate --run runs", "--run"),
-                ("export", "--run"),
-                ("export --run nothing", "--run"),
-                ("export --run model", "--run"),
-                (f"export --run {RUN} --output model", "--output"),
-                (f"export --run {RUN} --megre", "megre"),
-                (f"export --run {RUN} --dtype bfloat16", "--dtype"),
-                (f"export --run {RUN} --merge --dtype int4", "--dtype"),
-                (f"export --run {RUN} --as dora", "--as"),
-                (f"export --run {RUN} --ckpt_path nothing.ckpt", "ckpt_path"),
-                (f"test --run {RUN} --model.merged int4", "merged"),
-                ("init", "--config"),
-                ("init --config confg.yaml", "confg.yaml"),
-                ("init --config config.yaml --output model", "--output"),
-                ("init --config config.yaml --config methods/pissa", "PissaInit"),
-                ("init --config config.yaml --config methods/full", "model.adapter"),
-                ("report", "runs"),
-                ("report nothing", "nothing"),
-                ("report model", "model"),
-                (f"report {RUN} --scroe accuracy", "scroe"),
-                (f"report {RUN} --score acuracy", "acuracy"),
-                ("compare", "--methods"),
-                ("compare --config config.yaml --methods lor --learning_rates 1e-3", "lor"),
-                ("compare --config config.yaml --methods lora --learning_rates fast", "fast"),
-                ("compare --config config.yaml --methods lora --learning_rates -1", "-1"),
-                (
-                    "compare --config config.yaml --methods lora --learning_rates 1e-3 --seeds x",
-                    "x",
-                ),
-                (
-                    "compare --config config.yaml --methods lora --learning_rates 1e-3 --jobs 0",
-                    "jobs",
-                ),
-                (
-                    "compare --config config.yaml --methods lora --learning_rates 1e-3 --score no",
-                    "no",
-                ),
-                (
-                    "compare --config nothing.yaml --methods lora --learning_rates 1e-3",
-                    "nothing.yaml",
-                ),
-                (
-                    "compare --config config.yaml --methods lora --learning_rates 1e-3 --launch x",
-                    "launch",
-                ),
-                ("dashboard", "--entity"),
-                ("dashboard --entity me --task a'b --output d.json", "--task"),
-                ("dashboard --entity me --output no/such/d.json", "--output"),
-                ("theory --config theory/lineer.yaml", "theory/lineer.yaml"),
-                ("theory --config theory/linear.yaml --problem.kapa 3", "kapa"),
-                ("theory --config theory/linear.yaml --problem.kappa 0.1", "kappa"),
-                ("theory --config theory/linear.yaml --problem.kappa x", "kappa"),
-                ("theory --config config.yaml", "seed_everything", "model", "trainer"),
-            ]
-        )
+        argv, *named = rng.choice(WRONG_COMMAND_LINES)
         return Mistake("wrong command line", tuple(argv.split()), tuple(named), argv)
 
     def _make_damaged_file(self, rng: random.Random) -> Mistake:
-        commands = {
-            "config.yaml": ["fit --config config.yaml", "plan --config config.yaml"],
-            "data/SST-2/train.tsv": ["fit --config config.yaml", "plan --config config.yaml"],
-            "data/SST-2/dev.tsv": [f"test --run {RUN}"],
-            "rows.jsonl": ["fit --config rows.yaml", "plan --config rows.yaml"],
-            "rows.json": ["fit --config rows.yaml --data.path rows.json"],
-            "rows.jsonl.gz": ["fit --config rows.yaml --data.path rows.jsonl.gz"],
-            "model/config.json": ["fit --config config.yaml", "plan --config config.yaml"],
-            "model/tokenizer.json": ["fit --config config.yaml", "plan --config config.yaml"],
-            "model/tokenizer_config.json": ["fit --config config.yaml"],
-            "model/model.safetensors": ["fit --config config.yaml"],
-            CHECKPOINT: [
-                f"fit --config config.yaml --ckpt_path {CHECKPOINT} --trainer.max_steps 4"
-            ],
-            f"{RUN}/config.yaml": [
-                f"test --run {RUN}",
-                f"export --merge --run {RUN}",
-                "report runs",
-            ],
-            f"{RUN}/summary.json": [f"export --merge --run {RUN}", f"report {RUN}"],
-            f"{RUN}/metrics.csv": ["report runs"],
-            f"{RUN}/adapter/adapter_config.json": [
-                f"test --run {RUN}",
-                f"export --merge --run {RUN}",
-            ],
-            f"{RUN}/adapter/adapter_model.safetensors": [
-                f"test --run {RUN}",
-                f"export --merge --run {RUN}",
-            ],
-            "grid/compare.json": ["report grid"],
-        }
-        name = rng.choice(sorted(commands))
+        name = rng.choice(sorted(COMMANDS_OF_FILES))
         damage = rng.choice(["truncated", "bytes", "UTF-16", "empty", "absent", "folder", "other"])
         self._damage(self.folder / name, damage, rng)
-        argv = rng.choice(commands[name])
+        argv = rng.choice(COMMANDS_OF_FILES[name])
         last = Path(name).name
         named = (name, last, str(Path(name).parent), *(["data.path"] if "rows" in name else []))
         return Mistake(f"file {damage}", tuple(argv.split()), named, f"{name} {damage}")
@@ -312,15 +216,7 @@ class Mistakes:
 
     def _make_field(self, rng: random.Random) -> Mistake:
         """Remove a field of a JSON file, or give it a value of another type."""
-        commands = {
-            "model/config.json": ["fit --config config.yaml"],
-            "model/tokenizer_config.json": ["fit --config config.yaml"],
-            f"{RUN}/summary.json": [f"export --merge --run {RUN}", f"report {RUN}"],
-            f"{RUN}/adapter/adapter_config.json": [f"test --run {RUN}"],
-            "grid/compare.json": ["report grid"],
-            "rows.json": ["fit --config rows.yaml --data.path rows.json"],
-        }
-        name = rng.choice(sorted(commands))
+        name = rng.choice(sorted(COMMANDS_OF_FIELDS))
         file = self.folder / name
         content = json.loads(file.read_text())
         holders = [content] if isinstance(content, dict) else [rng.choice(content)]
@@ -335,7 +231,7 @@ class Mistakes:
             holder[key] = rng.choice([None, 5, "x", [1], {"a": 1}, -1, True])
             what = f"{name} with {key} {holder[key]!r}"
         file.write_text(json.dumps(content))
-        argv = rng.choice(commands[name])
+        argv = rng.choice(COMMANDS_OF_FIELDS[name])
         return Mistake(
             "field", tuple(argv.split()), (name, file.name, key, name.split("/")[0]), what
         )
