@@ -182,7 +182,7 @@ class LoraCLI(LightningCLI):
             self._hold(run_to_continue(ckpt_path, runs))
         self.resume_point = find_resume_point(ckpt_path, runs, settings.model.method, needed)
         settings.ckpt_path = None  # LightningCLI would read the file again, for hyperparameters
-        if self.resume_point is not None and (fits or settings.model.adapter_path is None):
+        if self.resume_point is not None:
             check_settings(self.resume_point, yaml.safe_load(self._dumped()), fixed)
 
     def _hold(self, folder: RunFolder | None) -> None:

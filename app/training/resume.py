@@ -1,6 +1,6 @@
 """Find the checkpoint to resume from, and its run folder; called where the command line reads `ckpt_path`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,8 @@ def find_resume_point(
     Raises:
         InputError: There is no such file, it is damaged, or it belongs to another method.
     """
-    run = run_to_continue(ckpt_path, runs)
     if ckpt_path == LAST:
-        newest = _newest(run, runs)
+        newest = _newest(run_to_continue(LAST, runs), runs)
         if newest is None:
             return None
         path, checkpoint = newest
@@ -73,6 +72,16 @@ def find_resume_point(
                 "runs/NAME/version_0/checkpoints/resume-step=100.ckpt"
             )
         checkpoint = read_checkpoint(path, needed)
+    return resume_point(path, checkpoint, method)
+
+
+def resume_point(path: Path, checkpoint: Mapping[str, Any], method: str) -> ResumePoint:
+    """Return what a checkpoint that was read says of its run.
+
+    Raises:
+        InputError: It belongs to another method.
+    """
+    run = run_to_continue(str(path), Path())
     if checkpoint["method"] != method:
         raise InputError(
             f"the checkpoint {str(path)!r} belongs to the method {checkpoint['method']!r}, but model.method "

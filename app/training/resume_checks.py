@@ -12,6 +12,8 @@ from app.utils.errors import InputError
 
 ADAPTER = ("model.adapter",)
 """What a checkpoint that is only scored must agree with."""
+WRITTEN = (*ADAPTER, "model.adapter_path", "init")
+"""What a checkpoint that is exported must agree with: its factors, their scaling, what they are added to."""
 TRAINING = (
     *("seed_everything", "model", "data", "init", "trainer.precision", "trainer.overfit_batches"),
     *("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm"),
@@ -38,7 +40,7 @@ def check_settings(point: ResumePoint, settings: Settings, fixed: tuple[str, ...
     Args:
         point: The checkpoint.
         settings: Of the command, resolved.
-        fixed: Names or sections that must agree, `TRAINING` or `ADAPTER`.
+        fixed: Names or sections that must agree, `TRAINING`, `ADAPTER` or `WRITTEN`.
     """
     overruled: list[str] = []
     refused: list[str] = []
@@ -48,9 +50,14 @@ def check_settings(point: ResumePoint, settings: Settings, fixed: tuple[str, ...
             listed = overruled if restored else refused
             listed.append(f"{name} {_shown(then)} (now {_shown(now)})")
     if refused:
+        remedy = (
+            "Give those of that run, or leave ckpt_path out for a new one"
+            if fixed is TRAINING
+            else "Give that run, or another ckpt_path"
+        )
         raise InputError(
             f"the checkpoint {str(point.checkpoint)!r} is of a run with other settings: {', '.join(refused)}. "
-            "Give those of that run, or leave ckpt_path out for a new one"
+            f"{remedy}"
         )
     if overruled:
         rank_zero_warn(

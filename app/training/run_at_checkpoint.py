@@ -18,6 +18,8 @@ from app.training.checkpoint_io import TRAINED, read_checkpoint
 from app.training.checkpoint_state import check_trained, saved_factors
 from app.training.model_building import adapt
 from app.training.module import LoraModule
+from app.training.resume import resume_point
+from app.training.resume_checks import WRITTEN, check_settings
 from app.utils.errors import InputError
 from app.utils.files import read_yaml
 
@@ -33,10 +35,12 @@ def write_run_at_checkpoint(run: RunFolder, file: Path, target: RunFolder) -> No
         target: A folder that is there.
 
     Raises:
-        InputError: There is no such run, or the checkpoint is damaged, another model's or another adapter's.
+        InputError: There is no such run, or the checkpoint is damaged, another model's or another run's.
     """
-    settings = read_yaml(run.config, "--run")["model"]
+    config = read_yaml(run.config, "--run")
+    settings = config["model"]
     checkpoint = read_checkpoint(file, TRAINED)
+    check_settings(resume_point(file, checkpoint, settings["method"]), config, WRITTEN)
     module = LoraModule(
         name=settings["name"],
         method=settings["method"],

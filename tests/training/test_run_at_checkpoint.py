@@ -81,3 +81,21 @@ def test_another_file_is_refused(fit, error_of, tmp_path):
     told = error_of("export", "--run", folder, "--ckpt_path", folder / "summary.json")
     assert "which cannot be read as a checkpoint" in told
     assert not (folder / "exported_adapter").exists()
+
+
+def test_the_checkpoint_of_another_run_is_refused(fit, error_of, tmp_path, monkeypatch):
+    """Of the same shapes, which this run's scaling would make another adapter of."""
+    own, options = fit(), ("--model.adapter.lora_alpha=64", "--init=null")
+    [file] = (fit(*options) / "checkpoints").iterdir()
+    monkeypatch.setattr("app.training.model_building.load_model", None)
+    other = f"the checkpoint {str(file)!r} is of a run with other settings: "
+    alpha = "model.adapter.lora_alpha 64.0 (now 16.0). Give that run, or another ckpt_path"
+    for merge in ((), ("--merge",)):
+        told = error_of("export", "--run", own, "--ckpt_path", file, *merge)
+        assert told == f"{other}init null (now LoraOneInit), {alpha}"
+    for name in ("validate", "test"):
+        assert error_of(name, "--run", own, "--ckpt_path", file) == other + alpha
+    content = torch.load(file, weights_only=True)
+    torch.save(content | {"method": "lora"}, file)
+    told = error_of("export", "--run", own, "--ckpt_path", file)
+    assert "belongs to the method 'lora', but model.method is 'lora_one'" in told
