@@ -51,18 +51,22 @@ class RunReport(Callback):
         self._trained = False
         self._memory: PeakMemory | None = None
         self._peak_bytes = 0
-        self._device = ""
+        self._device, self._host = "", platform.node()
         self._began = self._ended = 0.0
         self._saved = False  # whether the trained weights are in the folder
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep what the parts of an interrupted run add up to."""
+        """Keep what the parts of an interrupted run add up to, and where and when it has trained."""
         self._count()
         return {
             "seconds": self._now(),
             "samples": self._samples,
             "steps": self._steps,
-            "peak_bytes": self._peak_bytes,
+            "peak_bytes": self._largest_peak(),
+            "device": self._device,
+            "host": self._host,
+            "began": self._began,
+            "ended": self._ended or time.time(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -70,6 +74,17 @@ class RunReport(Callback):
         self._seconds, self._samples = state_dict["seconds"], state_dict["samples"]
         self._steps = state_dict["steps"]
         self._peak_bytes = state_dict.get("peak_bytes", 0)
+        # Those of a part that trains are set again; an earlier version has kept none.
+        self._device = state_dict.get("device", "")
+        self._host = state_dict.get("host", self._host)
+        self._began, self._ended = state_dict.get("began", 0.0), state_dict.get("ended", 0.0)
+
+    def _largest_peak(self) -> int:
+        """Return the peak of all parts so far, of the process that needs most; all processes call it."""
+        if self._memory is not None:
+            peak = largest_over_processes(self._memory.peak_bytes, self._memory.device)
+            self._peak_bytes = max(self._peak_bytes, peak)
+        return self._peak_bytes
 
     def _now(self) -> float:
         running = 0.0 if self._clock is None else time.perf_counter() - self._clock
@@ -85,10 +100,11 @@ class RunReport(Callback):
         device = pl_module.device
         on_gpu = device.type == "cuda"
         self._device = torch.cuda.get_device_name(device) if on_gpu else device.type
+        self._host = platform.node()
         self._memory = PeakMemory(device)
         self._memory.__enter__()
         self._clock = time.perf_counter()
-        self._began = time.time()
+        self._began, self._ended = time.time(), 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -114,8 +130,8 @@ class RunReport(Callback):
         self._count()
         if self._memory is not None:
             self._memory.__exit__(None, None, None)
-            peak = largest_over_processes(self._memory.peak_bytes, pl_module.device)
-            self._peak_bytes = max(self._peak_bytes, peak)
+            self._largest_peak()
+            self._memory = None  # the final scores do not count
         folder = run_folder_of(trainer.loggers)
         if folder is not None:
             again = "it is tried again after the final scores. Make room, or allow writing there"
@@ -175,7 +191,7 @@ class RunReport(Callback):
             samples_per_second=self._samples / self._seconds if self._seconds else 0.0,
             peak_bytes=self._peak_bytes,
             device=self._device,
-            host=platform.node(),
+            host=self._host,
             began=self._began,
             ended=self._ended,
         )

@@ -104,7 +104,13 @@ def test_what_is_trained_is_saved_before_it_is_scored(
     weights = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     assert command("export", "--run", folder) == 0
     assert fit("--ckpt_path=last") == folder
-    assert list(summary(folder)["metrics"]) == ["zero_shot", "after_init", "final"]
+    after = summary(folder)
+    assert list(after["metrics"]) == ["zero_shot", "after_init", "final"]
+    kept = ("device", "host", "began", "steps", "samples")
+    assert {k: after["train"][k] for k in kept} == {k: before["train"][k] for k in kept}
+    assert after["train"]["peak_bytes"] == pytest.approx(before["train"]["peak_bytes"], rel=0.1)
+    for name in ("seconds", "ended"):
+        assert after["train"][name] == pytest.approx(before["train"][name], abs=2)
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == weights
 
 
