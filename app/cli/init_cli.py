@@ -60,13 +60,15 @@ class InitCLI(LoraCLI):
         self.target = target
         super().__init__(["fit", *arguments], signals)
 
+    def _resume_from(self, ckpt_path: str) -> None:
+        """Refuse a checkpoint, whether or not there is one."""
+        raise InputError("ckpt_path is set, but init writes an untrained adapter: leave it out")
+
     def before_instantiate_classes(self) -> None:
         """Refuse a folder that is there, and leave out what belongs to training."""
         output = self.settings.output
         self.target = self.target or Path(output.root) / output.name / "init"
         _check_target(self.target)
-        if self.resume_point is not None:
-            raise InputError("ckpt_path is set, but init writes an untrained adapter: leave it out")
         self.settings.trainer.update(Namespace(WITHOUT_TRAINING))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:

@@ -173,9 +173,12 @@ class LoraCLI(LightningCLI):
             raise InputError(
                 f"seed_everything is {settings.seed_everything}: expected 0 to 4294967295"
             )
-        if settings.get("ckpt_path") is None:
-            return
-        ckpt_path, fits = str(settings.ckpt_path), self.config.subcommand == "fit"
+        if settings.get("ckpt_path") is not None:
+            self._resume_from(str(settings.ckpt_path))
+
+    def _resume_from(self, ckpt_path: str) -> None:
+        """Find the checkpoint, and refuse settings that are not those of its run."""
+        settings, fits = self.settings, self.config.subcommand == "fit"
         fixed, needed = (TRAINING, NEEDED) if fits else (ADAPTER, TRAINED)
         runs = Path(settings.output.root) / settings.output.name
         if fits:
