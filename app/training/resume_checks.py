@@ -1,7 +1,8 @@
 """Refuse to resume a run with settings that change what is computed; say what its checkpoint overrules."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -26,7 +27,21 @@ FREE = (
     "data.path",  # its rows have a digest
     "data.batch_size",  # see `check_rows_per_step`
     *("data.eval_batch_size", "data.num_workers", "data.evals", "data.long_prompts"),
+    "init.micro_batch_size",  # memory and speed of a pass that is over
 )
+PRECISIONS = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+"""Lightning's short names, and what they are short for; null is `32`."""
+COMPUTES: Mapping[str, Callable[[Any], Any]] = {
+    "trainer.precision": lambda value: PRECISIONS.get(str(value or 32), value),
+    "trainer.gradient_clip_val": lambda value: value or 0,
+    "trainer.gradient_clip_algorithm": lambda value: value or "norm",
+    # A fraction of the rows, or a number of batches: 1.0 is all of them, 1 is one.
+    "trainer.limit_train_batches": lambda value: repr(1.0 if value is None else value),
+    "trainer.overfit_batches": lambda value: repr(value or 0),
+    # Another folder may have another scaling, which no checkpoint holds.
+    "model.adapter_path": lambda value: None if value is None else Path(value).resolve(),
+}
+"""What a value of a setting stands for: values that stand for the same are not different."""
 OPTIMIZER = "model.optimizer."
 
 Settings = Mapping[str, Any]
@@ -119,7 +134,8 @@ def differences(then: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any
     them, without `init_args`.
     """
     if not (isinstance(then, Mapping) and isinstance(now, Mapping)) or name.endswith("_pattern"):
-        return {} if then == now else {name: (then, now)}
+        same = COMPUTES.get(name, lambda value: value)
+        return {} if same(then) == same(now) else {name: (then, now)}
     kinds = [bare_name(str(side["class_path"])) for side in (then, now) if "class_path" in side]
     if len(set(kinds)) == 2:
         return {name: (kinds[0], kinds[1])}

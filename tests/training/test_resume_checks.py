@@ -5,10 +5,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
 
 from app.training.resume import ResumePoint
 from app.training.resume_checks import (
     ADAPTER,
+    PRECISIONS,
     TRAINING,
     check_rows,
     check_rows_per_step,
@@ -20,8 +22,16 @@ from data_modules.rows import TextRow
 
 SETTINGS = {
     "seed_everything": 0,
-    "trainer": {"max_steps": 4, "precision": None, "accumulate_grad_batches": 2, "callbacks": None},
+    "trainer": {
+        "max_steps": 4,
+        "accumulate_grad_batches": 2,
+        "callbacks": None,
+        **dict.fromkeys(("precision", "gradient_clip_val", "gradient_clip_algorithm")),
+        "limit_train_batches": None,
+        "overfit_batches": 0.0,
+    },
     "model": {
+        "adapter_path": "there",
         "name": "a/b",
         "dtype": "float32",
         "adapter": {"lora_alpha": 8.0, "lora_dropout": 0.0, "adalora": None, "rank_pattern": {}},
@@ -35,7 +45,7 @@ SETTINGS = {
         "class_path": "GlueDataModule",
         "init_args": {"path": "here", "batch_size": 4, "max_length": 128, "num_workers": 0},
     },
-    "init": {"class_path": "LoraOneInit", "init_args": {"gamma": 128.0}},
+    "init": {"class_path": "LoraOneInit", "init_args": {"gamma": 128.0, "micro_batch_size": 8}},
     "output": {"name": "x"},
 }
 
@@ -81,6 +91,11 @@ def changed(setting, value):
         ("init.init_args.gamma", 64.0, "init.gamma 128.0 (now 64.0)"),
         ("seed_everything", 1, "seed_everything 0 (now 1)"),
         ("trainer.precision", "bf16-mixed", "trainer.precision null (now bf16-mixed)"),
+        ("trainer.gradient_clip_val", 1.0, "trainer.gradient_clip_val null (now 1.0)"),
+        ("trainer.limit_train_batches", 1, "trainer.limit_train_batches null (now 1)"),  # one batch
+        ("trainer.overfit_batches", 1, "trainer.overfit_batches 0.0 (now 1)"),
+        ("model.adapter_path", "elsewhere", "model.adapter_path there (now elsewhere)"),
+        ("model.adapter_path", None, "model.adapter_path there (now null)"),
     ],
 )
 def test_what_changes_the_computation_is_refused(setting, value, told):
@@ -108,6 +123,8 @@ def test_all_that_differ_are_named_at_once():
         ("data.init_args.num_workers", 2),
         ("data.init_args.batch_size", 8),  # counted with the processes
         ("data.init_args.of_another_version", 1),
+        ("model.adapter_path", Path("there").absolute()),
+        ("init.init_args.micro_batch_size", 2),
         # bare names and full paths of the project's classes
         ("model.optimizer.class_path", "LoraPlusAdamW"),
     ],
@@ -116,6 +133,39 @@ def test_the_rest_may_change(setting, value):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_settings(point(), changed(setting, value), TRAINING)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("precision", each) for each in ("32-true", "32", 32)),
+        *(("gradient_clip_val", each) for each in (0, 0.0)),
+        ("gradient_clip_algorithm", "norm"),
+        ("limit_train_batches", 1.0),
+        ("overfit_batches", 0),
+    ],
+)
+def test_values_that_lightning_takes_for_the_same(setting, value):
+    check_settings(point(), changed(f"trainer.{setting}", value), TRAINING)
+
+
+def test_one_batch_is_not_all_of_them():
+    with pytest.raises(InputError, match=r"limit_train_batches 1 \(now 1\.0\)"):
+        check_settings(
+            point(settings=changed("trainer.limit_train_batches", 1)),
+            changed("trainer.limit_train_batches", 1.0),
+            TRAINING,
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16")
+@pytest.mark.parametrize(("short", "whole"), [(None, "32-true"), *PRECISIONS.items()])
+def test_short_names_of_a_precision_are_those_of_lightning(short, whole):
+    made = [
+        Trainer(accelerator="cpu", precision=each, logger=False, enable_checkpointing=False)
+        for each in (short, whole)
+    ]
+    assert made[0].precision == made[1].precision
 
 
 def test_what_the_optimizers_state_brings_back_is_told():
