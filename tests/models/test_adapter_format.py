@@ -43,6 +43,15 @@ def trained(base, settings):
     return model
 
 
+def subtracted(model):
+    """Subtract PiSSA's factors from the base of a model; return them."""
+    factors = {}
+    for pair in lora_pairs(model):
+        factors[pair.name] = pissa_factors(base_weight(pair).float(), pair.rank, pair.scaling)
+        subtract_from_base(pair, *factors[pair.name])
+    return factors
+
+
 def check(folder, base, wanted):
     """Check that PEFT and the merged model compute what was trained."""
     assert (logits(base) - wanted).abs().max() > 0.02
@@ -81,8 +90,11 @@ def test_every_kind_of_adapter(kind, build, request, tmp_path):
     assert torch.allclose(logits(with_adapter(base, tmp_path / "plain")), wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize(("build", "use_rslora"), [("tiny_llama", True), ("tiny_gpt2", False)])
-def test_each_layer_keeps_its_rank_and_scaling(build, use_rslora, request, tmp_path):
+@pytest.mark.parametrize(
+    ("build", "use_rslora", "subtracts"),
+    [("tiny_llama", True, False), ("tiny_gpt2", False, False), ("tiny_llama", True, True)],
+)
+def test_each_layer_keeps_its_rank_and_scaling(build, use_rslora, subtracts, request, tmp_path):
     """PEFT's patterns in the adapter as it is written, one rank and one scaling in that for servers."""
     base = request.getfixturevalue(build)()
     first, second, _ = LAYERS[build]
@@ -91,10 +103,12 @@ def test_each_layer_keeps_its_rank_and_scaling(build, use_rslora, request, tmp_p
         "alpha_pattern": {second: 5.0, f"0.*{first}": 1.0},
     }
     model = trained(base, LoraSettings(r=4, use_rslora=use_rslora, **patterns))
-    scalings = {pair.name: (pair.rank, pair.scaling) for pair in lora_pairs(model)}
+    times = 2 if subtracts else 1  # the ranks of the adapter that is written
+    factors = subtracted(model) if subtracts else {}
+    scalings = {pair.name: (times * pair.rank, pair.scaling) for pair in lora_pairs(model)}
     assert len(set(scalings.values())) > 4
     wanted = logits(model)
-    save_adapter(model, tmp_path / "adapter", "somewhere")
+    save_adapter(model, tmp_path / "adapter", "somewhere", factors)
     config, state = read_adapter(tmp_path / "adapter")
     assert config.use_rslora is False
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
@@ -104,10 +118,11 @@ def test_each_layer_keeps_its_rank_and_scaling(build, use_rslora, request, tmp_p
             pytest.approx(scalings[pair.name][1]),
         )
     check(tmp_path / "adapter", base, wanted)
-    assert largest_rank(config, layer_names(state)) == 6
+    assert largest_rank(config, layer_names(state)) == times * 6
     assert "ignore rank_pattern and alpha_pattern" in str(unserved_settings(config))
     config, state = plain_lora(config, state)
-    assert (config.r, config.lora_alpha, unserved_settings(config)) == (6, 6, None)
+    assert (config.r, config.lora_alpha) == (times * 6, times * 6)
+    assert unserved_settings(config) is None
     write_adapter(config, state, tmp_path / "plain")
     check(tmp_path / "plain", base, wanted)
     assert torch.allclose(logits(with_adapter(base, tmp_path / "plain")), wanted, atol=1e-5)
@@ -121,10 +136,10 @@ def test_an_embedding_among_the_targets(build, subtracts, request, tmp_path):
     targets = [LAYERS[build][0], LAYERS[build][2]]
     model = add_lora(copy.deepcopy(base), LoraSettings(r=4, target_modules=targets))
     factors = {}
-    for pair in lora_pairs(model) if subtracts else []:
-        factors[pair.name] = pissa_factors(base_weight(pair).float(), 4, pair.scaling)
-        subtract_from_base(pair, *factors[pair.name])
-        install(pair, *factors[pair.name])
+    if subtracts:
+        factors = subtracted(model)
+        for pair in lora_pairs(model):
+            install(pair, *factors[pair.name])
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
