@@ -20,7 +20,6 @@ from app.training.model_building import adapt
 from app.training.module import LoraModule
 from app.training.resume import resume_point
 from app.training.resume_checks import WRITTEN, check_settings
-from app.utils.errors import InputError
 from app.utils.files import read_yaml
 
 
@@ -75,11 +74,6 @@ def _load(module: LoraModule, checkpoint: dict[str, Any]) -> None:
     check_trained(checkpoint, module, module.record.model)
     module.load_state_dict(checkpoint["state_dict"], strict=False, assign=is_lora)
     tuner = adalora_tuner(module.model)
-    if tuner is not None:
-        pruned = checkpoint["callbacks"].get("AdaLoraPruning")
-        if not pruned:
-            raise InputError(
-                "the checkpoint does not say which of AdaLoRA's triplets are left: give one that was saved "
-                "with its optimizer (not save_weights_only)"
-            )
+    pruned = checkpoint["callbacks"].get("AdaLoraPruning")
+    if tuner is not None and pruned:  # else (save_weights_only) what is pruned is written, as zeros
         load_allocator_state(tuner, pruned, torch.device("cpu"))

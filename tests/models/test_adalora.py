@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from app.models.adalora import AVERAGES
-from app.models.adapter_io import load_adapter
+from app.models.adapter_io import WEIGHTS_FILE, load_adapter
 from app.models.loading import empty_model
 from app.models.source import resolve_model
 from app.training.module import LoraModule
@@ -106,6 +106,19 @@ def test_peft_loads_what_is_left_and_servers_what_is_exported(
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora"),
     ):
         assert torch.allclose(logits(model), watched_fit["logits"], atol=1e-5)
+    # A checkpoint without the pruning's state, as save_weights_only leaves it, has what is pruned as zeros.
+    [file] = (folder / "checkpoints").iterdir()
+    content = torch.load(file, weights_only=True)
+    for part in ("callbacks", "loops", "optimizer_states", "lr_schedulers"):
+        del content[part]
+    torch.save(content, tmp_path / "weights.ckpt")
+    for name, kind in (("weights", ()), ("plain", ("--as", "lora"))):
+        given = ("--ckpt_path", tmp_path / "weights.ckpt", *kind, "--output", tmp_path / name)
+        assert command("export", "--run", folder, *given) == 0
+        own = AutoPeftModelForCausalLM.from_pretrained(tmp_path / name)
+        assert torch.allclose(logits(own), watched_fit["logits"], atol=1e-5)
+    served, wanted = (load_file(tmp_path / n / WEIGHTS_FILE) for n in ("plain", "lora"))
+    assert all(torch.equal(served[name], wanted[name]) for name in {**served, **wanted})
     # Without numbers, as `plan` and the checks of a merge read it, no triplet is pruned.
     empty = empty_model(resolve_model(str(run_models / "llama")))
     read = load_adapter(empty, folder / "adapter", trainable=True)
