@@ -102,8 +102,9 @@ def _export_adapter(folder: RunFolder, target: Path, given: Namespace) -> None:
         shutil.copytree(folder.adapter, part, dirs_exist_ok=True)
         write_adapter(config, state, part)
         write_run_card(folder, part)
-    if unserved := unserved_settings(config):
-        say(f"warning: {unserved}")
+    if unserved := unserved_settings(config.to_dict()):
+        what, option = unserved
+        say(f"warning: vLLM, SGLang and llama.cpp do not apply {what}: for them give {option}")
     else:
         rank = largest_rank(config, layer_names(state))
         print(f"servers need a max_lora_rank of {rank} or more (vLLM: --max-lora-rank)")

@@ -3,10 +3,10 @@
 import copy
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([ABE])(?:\.weight)?")
@@ -67,15 +67,20 @@ def largest_rank(config: LoraConfig, layers: Iterable[str]) -> int:
     return max([config.r, *(rank_and_alpha(config, name)[0] for name in layers)])
 
 
-def unserved_settings(config: LoraConfig) -> str | None:
-    """Say what servers of plain LoRA do not apply of an adapter, and how it is had; None if they apply all."""
-    if isinstance(config, AdaLoraConfig):
-        return "AdaLoRA is read by PEFT alone: for vLLM, SGLang or llama.cpp give --as lora"
-    if config.target_parameters:
-        return "the adapter of fused experts is read by PEFT alone: for vLLM, SGLang or llama.cpp give --merge"
-    if config.use_dora:
-        return "vLLM, SGLang and llama.cpp do not apply DoRA (use_dora): for them give --merge"
-    names = [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name)]
-    if names:
-        return f"vLLM, SGLang and llama.cpp ignore {' and '.join(names)}: for them give --as lora"
-    return None
+def unserved_settings(adapter: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return what servers of plain LoRA do not apply of an adapter, and the option of `export` for it.
+
+    Args:
+        adapter: PEFT's configuration, as a mapping.
+
+    Returns:
+        None if they apply all.
+    """
+    if adapter["peft_type"] == "ADALORA":
+        return "AdaLoRA", "--as lora"
+    if adapter.get("target_parameters"):
+        return "LoRA of fused experts (target_parameters)", "--merge"
+    if adapter.get("use_dora"):
+        return "DoRA (use_dora)", "--merge"
+    names = [name for name in ("rank_pattern", "alpha_pattern") if adapter.get(name)]
+    return (" and ".join(names), "--as lora") if names else None

@@ -22,7 +22,7 @@ from app.tracking.model_usage import (
 from app.tracking.record import RunRecord, main_scores
 from app.tracking.run_folder import RunFolder
 from app.utils.class_paths import bare_name
-from app.utils.files import read_json, read_yaml
+from app.utils.files import atomic_write, read_json, read_yaml
 
 CARD_FILE = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -102,7 +102,8 @@ def write_card(
         serving=serving_text(base, whole, encodes, adapter),
         papers=_papers(config, adapter),
     )
-    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+    with atomic_write(folder / CARD_FILE) as stream:
+        stream.write(text.encode())
 
 
 def _summary(kind: str | None, whole: bool, is_initial: bool, base: BaseName) -> str:
@@ -149,7 +150,8 @@ def _facts(
     yield "training", done
     yield "seed", str(record.seed)
     precision = trainer.get("precision") or "32-true"
-    yield "precision", f"trained on weights in {model['dtype']}, `trainer.precision` {precision}"
+    weights = f"{'trained on ' if train.steps else ''}weights in {model['dtype']}"
+    yield "precision", f"{weights}, `trainer.precision` {precision}"
     rows = ", ".join(f"{count} {split}" for split, count in record.data.rows.items() if count)
     yield "data", f"`{record.data.name}`: {rows} rows of {_data_source(config, record)}"
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from app.models.adapter_format import unserved_settings
 from app.tracking.record import ModelRecord
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -76,18 +77,6 @@ def loading_code(
     )
 
 
-def _export_for_servers(adapter: Mapping[str, Any]) -> str | None:
-    """Return the option of `export` that writes what servers of plain LoRA apply; None if they apply this."""
-    if adapter.get("use_dora"):
-        return "--merge"
-    parts = (
-        adapter["peft_type"] == "ADALORA",
-        adapter.get("rank_pattern"),
-        adapter.get("alpha_pattern"),
-    )
-    return "--as lora" if any(parts) else None
-
-
 def serving_text(
     base: BaseName, whole: bool, encodes: bool, adapter: Mapping[str, Any] | None
 ) -> str:
@@ -100,9 +89,10 @@ def serving_text(
             "python convert_hf_to_gguf.py FOLDER --outfile model.gguf  # llama.cpp",
             "llama-server -m model.gguf",
         )
-    elif instead := _export_for_servers(adapter):
-        command = f"python train.py export --run RUN {instead}"
-        return f"vLLM, SGLang and llama.cpp read plain LoRA alone: `{command}`."
+    elif unserved := unserved_settings(adapter):
+        what, option = unserved
+        command = f"python train.py export --run RUN {option}"
+        return f"vLLM, SGLang and llama.cpp do not apply {what}: `{command}`."
     else:
         rank = adapter["r"]
         most = next((size for size in VLLM_RANKS if size >= rank), rank)

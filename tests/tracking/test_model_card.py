@@ -103,6 +103,10 @@ def test_a_base_from_files(name, shown, card):
         ({"r": 40}, "vllm serve org/base --enable-lora --max-lora-rank 64 "),
         ({"rank_pattern": {"v_proj": 40}}, "`python train.py export --run RUN --as lora`"),
         ({"use_dora": True}, "`python train.py export --run RUN --merge`"),
+        (
+            {"target_parameters": ["mlp.experts.down_proj"], "rank_pattern": {"v_proj": 40}},
+            "fused experts (target_parameters): `python train.py export --run RUN --merge`",
+        ),
         ({"task_type": "SEQ_2_SEQ_LM"}, "With transformers"),
     ],
 )
@@ -142,5 +146,6 @@ def test_an_adapter_to_begin_with(card):
     made = card(LORA, steps=0)
     assert "is_trainable=True" in code(made)[0]
     assert "| training | none |" in made.text
+    assert "| precision | weights in bfloat16, `trainer.precision` 32-true |" in made.text
     assert "| LLaMA-Factory | `adapter_name_or_path: FOLDER` |" in made.text
     assert "## Scores" not in made.text
