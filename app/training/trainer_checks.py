@@ -56,9 +56,31 @@ REFUSED: dict[type[Callback], str] = {
 }
 """Callbacks of Lightning that are refused, and why."""
 
-
 ERRORS = (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError, OSError)
-"""What Lightning raises of settings and of a launcher's environment while it makes a trainer."""
+"""What Lightning raises of settings and of a launcher's environment while `LoraCLI` makes a trainer."""
+
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+"""Those that leave float32 factors as they are."""
+
+KNOWN = frozenset(
+    f"callbacks.{name}"
+    for name in (
+        "adalora_pruning.AdaLoraPruning",
+        "alignment_monitor.AlignmentMonitor",
+        "benchmark_results.BenchmarkResults",
+        "checkpoints.Checkpoints",
+        "lora_ga_init.LoraGaInit",
+        "lora_one_init.LoraOneInit",
+        "mid_epoch_resume.MidEpochResume",
+        "pissa_init.PissaInit",
+        "plain_progress.PlainProgress",
+        "preemption.Preemption",
+        "run_report.RunReport",
+        "save_config.SaveConfig",
+        "score_at.ScoreAt",
+    )
+)
+"""The project's callbacks, of which `logged_names` has all that they log."""
 
 
 def check_trainer_settings(settings: Mapping[str, Any], command: str) -> None:
@@ -187,14 +209,15 @@ def check_monitors(trainer: Trainer, logged: Sequence[str]) -> None:
     """Raise InputError if a callback monitors a metric that nothing logs.
 
     Args:
-        trainer: With all callbacks. A callback that is neither Lightning's nor the project's may log anything;
-            where there is one, a missing metric is an error of the first validation.
+        trainer: With all callbacks. One that is neither Lightning's nor in `KNOWN` may log anything; where
+            there is one, a missing metric is an error of the first validation.
         logged: From `logged_names`.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
-    own = ("lightning.", "callbacks.", "app.")
-    if not all(type(callback).__module__.startswith(own) for callback in callbacks):
-        return
+    for kind in map(type, callbacks):
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        if not path.startswith("lightning.") and path not in KNOWN:
+            return
     known = [*logged, "epoch", "step"]  # the last two for ModelCheckpoint
     rates = any(isinstance(callback, LearningRateMonitor) for callback in callbacks)
     for callback in callbacks:
@@ -207,9 +230,6 @@ def check_monitors(trainer: Trainer, logged: Sequence[str]) -> None:
                 f"{type(callback).__name__}.monitor is {monitor!r}, which nothing logs"
                 f"{did_you_mean(monitor, known) or '.'} There are {', '.join(logged)}"
             )
-
-
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
 def check_precision(trainer: Trainer) -> None:

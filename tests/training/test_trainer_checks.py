@@ -1,5 +1,6 @@
 """Features of Lightning work with an adapter, or are refused in one line before the weights are loaded."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from app.training.lightning_internals import total_steps
 from app.training.trainer_checks import (
+    KNOWN,
     REFUSED,
     check_callbacks,
     check_monitors,
@@ -21,8 +23,11 @@ from app.training.trainer_checks import (
     check_trainer_settings,
 )
 from app.utils.errors import InputError
+from callbacks.adalora_pruning import AdaLoraPruning
+from tests.support.paths import ROOT
 from tests.support.run_folders import same_weights, summary, table
 
+FILES = sorted((ROOT / "callbacks").glob("[a-z]*.py"))
 EARLY_STOPPING = "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor={}"
 
 
@@ -140,6 +145,21 @@ class Silent(Callback):
     """A callback of a user's own, which might log anything."""
 
 
+# Written to the project's folder of callbacks.
+Beside = type("Beside", (Callback,), {"__module__": "callbacks.beside"})
+
+
+def test_the_known_callbacks_are_those_of_the_project():
+    """Each with a Callback of that name; base classes and what `init` alone has are left out."""
+    made = set()
+    for module in map(importlib.import_module, [f"callbacks.{p.stem}" for p in FILES]):
+        kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
+        own = [kind for kind in kinds if kind.__module__ == module.__name__]
+        made |= {f"{k.__module__}.{k.__name__}" for k in own if issubclass(k, Callback)}
+    bases = {"callbacks.initialization.AdapterInit", "callbacks.initialization.GradientInit"}
+    assert made - bases - {"callbacks.write_init.WriteInit"} == KNOWN
+
+
 @pytest.mark.parametrize(
     ("callbacks", "ok"),
     [
@@ -150,6 +170,8 @@ class Silent(Callback):
         ([EarlyStopping("lr-AdamW"), LearningRateMonitor()], True),
         ([EarlyStopping("lr-AdamW")], False),
         ([EarlyStopping("val/los"), Silent()], True),
+        ([EarlyStopping("val/los"), Beside()], True),
+        ([EarlyStopping("val/los"), AdaLoraPruning()], False),
     ],
 )
 def test_monitors(callbacks, ok):
