@@ -33,8 +33,18 @@ WITHOUT_TRAINING = {
     "num_sanity_val_steps": 0,
     "fast_dev_run": False,
     "min_epochs": None,
+    "max_epochs": None,
+    "max_time": None,
     "min_steps": None,
     "max_steps": 1,  # an end for the schedule of the learning rate
+    "overfit_batches": 0.0,
+    **{f"limit_{split}_batches": None for split in ("train", "val", "test", "predict")},
+    "val_check_interval": None,
+    "check_val_every_n_epoch": 1,
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": None,
+    "gradient_clip_algorithm": None,
+    "log_every_n_steps": None,
 }
 """Settings of the trainer, whatever the configuration has."""
 

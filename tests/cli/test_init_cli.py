@@ -89,7 +89,13 @@ def test_transformers_trains_on_from_the_first_loss_of_fit(
     run = fit(*options, "--trainer.limit_val_batches=0")
     target = tmp_path / "init"
     # What belongs to training is left out, a callback of the user's that would fail too.
-    training = ("--trainer.min_steps=3", "--trainer.callbacks=DeviceStatsMonitor")
+    training = (
+        *("--trainer.callbacks=DeviceStatsMonitor", "--trainer.min_steps=3"),
+        "--trainer.max_epochs=0",
+        *("--trainer.val_check_interval=99", "--trainer.limit_train_batches=0.01"),
+        *("--trainer.limit_val_batches=0.01", "--trainer.accumulate_grad_batches=0"),
+        *("--trainer.log_every_n_steps=-1", "--trainer.gradient_clip_algorithm=none"),
+    )
     assert command("init", "--config", tiny_run, *options, *training, "--output", target) == 0
     printed = capsys.readouterr().out
     assert not list((tmp_path / "runs" / "tiny").glob("*1")), "init makes no run folder"
