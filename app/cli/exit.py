@@ -30,9 +30,8 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
     """
     status = 1
     lost: RuntimeError | None = None
-    leaves_at_once = (
-        False  # where others may wait for this process, or a launcher for the first that ends
-    )
+    # True where others may wait for this process, or a launcher for the first that ends.
+    leaves_at_once = False
     try:
         try:
             ended = command()

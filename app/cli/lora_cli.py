@@ -94,10 +94,8 @@ class LoraCLI(LightningCLI):
         self.status = 0  # of the command, for the program to exit with
         if os.getcwd() not in sys.path:  # a class of the user's in the current folder
             sys.path.append(os.getcwd())
-        with (
-            ExitStack() as self.held,
-            trainer_checks.misconfiguration_in_one_line(),
-        ):  # the run folder, until the command ends
+        # Holds the run folder until the command ends.
+        with ExitStack() as self.held, trainer_checks.misconfiguration_in_one_line():
             super().__init__(
                 LoraModule,
                 TextDataModule,
