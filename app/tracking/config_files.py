@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from app.tracking.run_folder import RunFolder
-from app.utils.class_paths import exists, shorten_class_paths, without_dropped_settings
+from app.utils.class_paths import bare_name, exists, shorten_class_paths, without_dropped_settings
 from app.utils.errors import InputError
 from app.utils.files import read_yaml
 from app.utils.text import did_you_mean
@@ -29,7 +31,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
 
     `--merged DTYPE` makes it the model that `export --merge --dtype DTYPE` writes, computed in that type.
     Of several overlays in `configs/methods/` the last one counts: what another one has set to null, such as
-    the initialization, could not be had back. Those in `configs/callbacks/` come behind all other files.
+    the initialization, could not be had back. Those in `configs/callbacks/` come behind all other files, and
+    add nothing where their callbacks are listed already.
 
     Raises:
         InputError: A file is missing or is no YAML, or an option sets what a file has switched off.
@@ -37,7 +40,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
     expanded: list[str] = []
     merged: list[str] = []
     off: dict[str, Path] = {}
-    lists: dict[str, dict[str, Path]] = {}
+    lists: dict[str, dict[str, str]] = {}
     named = _appended_last(_named_files(arguments))
     methods = [
         i
@@ -52,7 +55,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
         if option == "--run":
             run = RunFolder(Path(value))
             run.check_finished()
-            read_yaml(run.config, "--run")
+            _note_lists(lists, f"--config {run.config}", read_yaml(run.config, "--run"))
             whole = run.model.is_dir()
             trained = f"name={run.model}" if whole else f"adapter_path={run.adapter}"
             expanded += [f"--config={_current(run.config)}", f"--model.{trained}"]
@@ -61,12 +64,18 @@ def expand(arguments: Sequence[str]) -> list[str]:
         elif option == "--config":
             path = find_config(value)
             content = read_yaml(path, "--config")
+            if _is_overlay("callbacks", value) and _appends_nothing(lists, content):
+                continue  # on the configuration of a run that had the overlay
             _note_null(off, path, content)
-            _note_lists(lists, path, content)
+            _note_lists(lists, f"--config {path}", content)
             expanded.append(f"--config={_current(path)}")
         else:
             expanded.append(value)
             _check_not_off(off, value)
+            name, equals, given = value.removeprefix("--").partition("=")
+            if value.startswith("--trainer.") and name.count(".") == 1:
+                given = given if equals else "".join(v for _, v in named[i + 1 : i + 2])
+                _note_lists(lists, value.partition("=")[0], _section(name, given))
     return expanded + merged
 
 
@@ -114,26 +123,61 @@ def _appended_last(named: list[tuple[str | None, str]]) -> list[tuple[str | None
     return others + appended
 
 
-def _note_lists(lists: dict[str, dict[str, Path]], path: Path, content: dict[str, Any]) -> None:
-    """Note the classes in the trainer's lists; warn of those that a file drops by setting the list anew."""
+def _section(name: str, given: str) -> dict[str, Any]:
+    """Return what an option `trainer.KEY` sets, as a file has it."""
+    try:
+        value = yaml.safe_load(given)
+    except yaml.YAMLError:
+        value = given  # which the parser refuses
+    section, key = name.split(".")
+    return {section: {key: value}}
+
+
+def _note_lists(lists: dict[str, dict[str, str]], source: str, content: dict[str, Any]) -> None:
+    """Note the classes in the trainer's lists; warn of those that a file or option drops by setting one anew.
+
+    Args:
+        lists: Of each list its classes so far, by name, with the source of each.
+        source: `--config FILE`, or an option.
+        content: Of the file, or what the option sets.
+    """
     trainer = content.get("trainer")
     for key, value in trainer.items() if isinstance(trainer, dict) else ():
         name = key.removesuffix("+")
-        parts = value if isinstance(value, list) else [value]
-        named = (part.get("class_path") if isinstance(part, dict) else part for part in parts)
-        kinds = [kind for kind in named if isinstance(kind, str)]
+        kinds = _classes(value)
         if name not in LISTS or not kinds:
             continue
         before = lists.get(name, {})
-        dropped = [kind for kind in before if kind not in kinds and name == key]
+        new = {_last(kind) for kind in kinds}
+        dropped = [kind for kind in before if _last(kind) not in new and name == key]
         if dropped:
             from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # not for `report`
 
+            instead = f"{name}+ there" if source.startswith("--config") else f"--trainer.{name}+"
             rank_zero_warn(
-                f"--config {path} sets trainer.{name}, which drops {', '.join(dropped)} of "
-                f"{before[dropped[0]]}: write {name}+ there to append to the list"
+                f"{source} sets trainer.{name}, which drops {', '.join(dropped)} of "
+                f"{before[dropped[0]].removeprefix('--config ')}: write {instead} to append to the list"
             )
-        lists[name] = {**(before if name != key else {}), **dict.fromkeys(kinds, path)}
+        lists[name] = {**(before if name != key else {}), **dict.fromkeys(kinds, source)}
+
+
+def _classes(value: Any) -> list[str]:
+    """Return the classes that a list of the trainer names, or one entry of it."""
+    parts = value if isinstance(value, list) else [value]
+    named = (part.get("class_path") if isinstance(part, dict) else part for part in parts)
+    return [kind for kind in named if isinstance(kind, str)]
+
+
+def _appends_nothing(lists: dict[str, dict[str, str]], content: dict[str, Any]) -> bool:
+    """Return whether all callbacks that an overlay appends are listed already."""
+    there = {_last(kind) for kind in lists.get("callbacks", ())}
+    appended = {_last(kind) for kind in _classes(content.get("trainer", {}).get("callbacks+"))}
+    return bool(appended) and appended <= there
+
+
+def _last(kind: str) -> str:
+    """Return the name of a class without its module, as an earlier version or a user may have written that."""
+    return bare_name(kind).rpartition(".")[2]
 
 
 def _note_null(

@@ -97,8 +97,46 @@ def test_a_file_that_drops_the_callbacks_of_another_is_named(parsed, tiny_run, t
     assert len(config.trainer.callbacks) == 2
 
 
+@pytest.mark.parametrize("kind", ["AlignmentMonitor", "callbacks.inside_training.InsideTraining"])
+def test_an_overlay_of_callbacks_adds_nothing_to_the_configuration_of_a_run_that_had_it(
+    kind, parsed, tiny_run, tmp_path
+):
+    config = tmp_path / "config.yaml"
+    listed = f"callbacks: [{{class_path: {kind}, init_args: {{num_samples: 4}}}}]"
+    config.write_text(f"trainer: {{{listed}}}\n")
+    [watch] = parsed("--config", tiny_run, "--config", config, *WATCH[:2]).trainer.callbacks
+    assert watch.class_path == "callbacks.alignment_monitor.AlignmentMonitor"
+    assert watch.init_args.num_samples == 4  # as the run had it
+
+
+JSON = '[{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}}]'
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss"),
+        ("--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss"),
+        (f"--trainer.callbacks={JSON}",),
+    ],
+)
+def test_an_option_that_drops_the_callbacks_of_a_file_is_named(option, parsed, tiny_run):
+    with pytest.warns(UserWarning, match="which drops") as told:
+        [left] = parsed("--config", tiny_run, *WATCH[:2], *option).trainer.callbacks
+    [message] = [str(warning.message) for warning in told if "drops" in str(warning.message)]
+    assert message.startswith("--trainer.callbacks sets trainer.callbacks, which drops AlignmentM")
+    assert message.endswith("alignment.yaml: write --trainer.callbacks+ to append to the list")
+    assert left.class_path == "lightning.pytorch.callbacks.EarlyStopping"
+    appended = (option[0].replace("callbacks", "callbacks+", 1), *option[1:])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*which drops")
+        config = parsed("--config", tiny_run, *WATCH[:2], *appended)
+    assert len(config.trainer.callbacks) == 2
+
+
 def test_a_callback_that_is_listed_twice_is_refused(refused, tiny_run):
-    told = refused("fit", "--config", tiny_run, *WATCH, *WATCH)
+    again = "--trainer.callbacks+=AlignmentMonitor"
+    told = refused("fit", "--config", tiny_run, *WATCH, again)
     assert "more than one stateful callback of type `AlignmentMonitor`" in told
 
 
