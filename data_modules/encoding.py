@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import tokenizers
+import transformers
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
@@ -59,7 +61,7 @@ class TextEncoder:
             turns = [self._turns([{"role": "user", "content": text}], ask=True) for text in texts]
             ids = tokenizer(turns, add_special_tokens=False)["input_ids"]
             for i in self._with_special_tokens(texts):
-                ids[i] = self._around(turns[i], texts[i].strip())
+                ids[i] = self._around(turns[i], texts[i])
             return ids
         if self.is_encoder_decoder:
             return tokenizer(texts, split_special_tokens=True)["input_ids"]
@@ -79,14 +81,17 @@ class TextEncoder:
 
     def _around(self, turn: str, text: str) -> list[int]:
         """Tokenize a turn of the chat template, whose special tokens are none inside the text."""
-        before, inside, after = turn.rpartition(text)
-        if not inside:
+        content = "CONTENT"
+        empty = self._turns([{"role": "user", "content": content}], ask=True)
+        before, _, after = empty.rpartition(content)
+        kept = [inside for inside in (text, text.strip()) if before + inside + after == turn]
+        if not kept:
             raise InputError(
                 f"the chat template changes {text!r}, which has the characters of a special token: expected "
                 "that it keeps the text; correct the data, or set --data.chat_template=false"
             )
         begin, end = self.tokenizer([before, after], add_special_tokens=False)["input_ids"]
-        return [*begin, *self._text_ids([text])[0], *end]
+        return [*begin, *self._text_ids(kept)[0], *end]
 
     @cached_property
     def prefix(self) -> list[int]:
@@ -224,15 +229,18 @@ class TextEncoder:
                 )
         return encoded, num_long
 
-    @property
-    def identity(self) -> tuple[str, ...]:
-        """Return what tells apart encoders that make other tokens of the same rows."""
+    def identity(self, *limits: int | None) -> tuple[str, ...]:
+        """Return what tells apart encoders, and limits, that make other tokens of the same rows."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = json.dumps(tokenizer.get_vocab()) if backend is None else backend.to_str()
-        template = str(tokenizer.chat_template) if self.chat_template else ""
-        ends = f"{tokenizer.eos_token_id} {self.is_encoder_decoder} {self.chat_template}"
-        return type(tokenizer).__name__, vocabulary, template, ends
+        # A template may write today's date.
+        turn = (
+            self._turns([{"role": "user", "content": "a"}], ask=True) if self.chat_template else ""
+        )
+        probe = f"{tokenizer('a')['input_ids']} {tokenizer.eos_token_id} {self.is_encoder_decoder}"
+        versions = f"{transformers.__version__} {tokenizers.__version__}"
+        return type(tokenizer).__name__, vocabulary, turn, probe, versions, str(limits)
 
     def warn_of_special_tokens(self, rows_of: Mapping[str, Sequence[TextRow]]) -> None:
         """Say how many rows have the characters of special tokens, which some tools read as such."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -85,8 +86,8 @@ class GenerativeDataModule(TextDataModule):
     def _short_enough(self) -> list[TextRow]:
         """Return the rows that are short enough, up to those needed, and keep their tokens."""
         limits = (self.max_length, self.keep_below, self.max_rows, self.validation_size)
-        depends_on = (str(limits), *self.encoder.identity)
-        encoded, num_read = cached(self._candidates, depends_on, self._encode_candidates)
+        identity = partial(self.encoder.identity, *limits)
+        encoded, num_read = cached(self._candidates, identity, self._encode_candidates)
         kept = [self._candidates[row.index] for row in encoded]
         self._tokens = dict(zip(kept, encoded, strict=True))
         self.dropped_rows["too_long"] = num_read - len(kept)

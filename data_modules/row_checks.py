@@ -65,7 +65,7 @@ def check_rows(rows: Iterable[Any], name: str, label_words: Sequence[str] = ()) 
         if not isinstance(row, TextRow):
             raise InputError(
                 f"{where} is {_shown(row)}: expected a TextRow(prompt, answer, target) of "
-                "data_modules.encoding; correct the data module that data.class_path names"
+                "data_modules.rows; correct the data module that data.class_path names"
             )
         _check_text(row.prompt, "prompt", where)
         _check_text(row.answer, "answer", where)

@@ -180,8 +180,8 @@ class TextDataModule(LightningDataModule):
         if split not in self._encoded:
             rows, name = self.rows(split), f"{self.task_name} {split}"
             make = partial(self.encoder.rows, rows, self.max_length, name)
-            depends_on = (str(self.max_length), *self.encoder.identity)
-            self._encoded[split], num_cut = cached(rows, depends_on, make)
+            identity = partial(self.encoder.identity, self.max_length)
+            self._encoded[split], num_cut = cached(rows, identity, make)
             self.cut_prompts[split] = num_cut
             if num_cut:
                 rank_zero_warn(

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from app.utils.console import warn_on_failure
 from app.utils.errors import InputError
 from app.utils.files import atomic_write, cache_root, locked
 from data_modules.rows import EncodedRow, TextRow
@@ -25,7 +26,7 @@ Encoded = tuple[list[EncodedRow], int]
 
 
 def cached(
-    rows: Sequence[TextRow], settings: Iterable[str], encode: Callable[[], Encoded]
+    rows: Sequence[TextRow], settings: Callable[[], Iterable[str]], encode: Callable[[], Encoded]
 ) -> Encoded:
     """Return what `encode` makes of rows; of many rows, what it made at an earlier start.
 
@@ -33,12 +34,12 @@ def cached(
 
     Args:
         rows: Their text and classes name the file.
-        settings: What else the tokens depend on, such as the tokenizer.
+        settings: Returns what else the tokens depend on, such as the tokenizer.
         encode: Called where there is no such file.
     """
     if sum(len(row.prompt) + len(row.answer) for row in rows) < CACHED_FROM:
         return encode()
-    file = cache_root() / "tokens" / f"{_name(rows, settings)}.safetensors"
+    file = cache_root() / "tokens" / f"{_name(rows, settings())}.safetensors"
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(file))
@@ -49,7 +50,8 @@ def cached(
             return _unpacked(load_file(file))
         except (OSError, SafetensorError, KeyError, ValueError):
             encoded = encode()
-            with atomic_write(file) as stream:
+            again = "the next start makes them again"
+            with warn_on_failure("keeping the tokens", again), atomic_write(file) as stream:
                 stream.write(save(_packed(*encoded)))
             return encoded
 

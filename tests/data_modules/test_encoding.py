@@ -248,6 +248,10 @@ def test_special_tokens_in_the_data_are_text(tiny_tokenizer, turns):
     plain, tricky = chat.prompts(["say it", "say <|end|>it"])
     assert [ids.count(token) for ids in (plain, tricky) for token in (begin, end)] == [2, 1, 2, 1]
     assert turns.decode(tricky) == turns.decode(plain).replace("it", "<|end|>it")
+    (alone,) = chat.prompts(["<|end|>"])
+    letters = turns.convert_tokens_to_ids(list("<|end|>"))
+    at = alone.index(end) - len(letters)
+    assert alone[at : at + len(letters)] == letters
 
 
 def test_an_empty_prompt_is_named(tiny_tokenizer):

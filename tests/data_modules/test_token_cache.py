@@ -20,7 +20,7 @@ def encode(monkeypatch, tmp_path):
             run.times += 1
             return encoder.rows(rows, length)
 
-        return token_cache.cached(rows, (str(length), *encoder.identity), make)
+        return token_cache.cached(rows, lambda: encoder.identity(length), make)
 
     run.times = 0
     return run
@@ -54,5 +54,15 @@ def test_whatever_changes_the_tokens_makes_them_anew(encode, tiny_tokenizer):
 def test_a_folder_that_cannot_be_written_costs_nothing(encode, tiny_tokenizer, monkeypatch):
     monkeypatch.setenv("LORA_ONE_CACHE", "/proc/none")
     with pytest.warns(UserWarning, match="tokens are not kept"):
+        rows, _ = encode(TextEncoder(tiny_tokenizer))
+    assert len(rows) == 12
+
+
+def test_a_full_disk_costs_nothing_that_is_made(encode, tiny_tokenizer, monkeypatch):
+    def full(arrays):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(token_cache, "save", full)
+    with pytest.warns(UserWarning, match="keeping the tokens failed"):
         rows, _ = encode(TextEncoder(tiny_tokenizer))
     assert len(rows) == 12

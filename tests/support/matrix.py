@@ -60,7 +60,6 @@ CONFIG = {
     "output": {"name": "m", "wandb": "disabled"},
 }
 CONFIG["model"]["optimizer"]["class_path"] = "PreconditionedAdamW"
-SIZE = {"batch_size": 4, "eval_batch_size": 4, "validation_size": 4, "max_length": 512}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}<eos>{% endfor %}"
@@ -209,9 +208,9 @@ class Trial:
             return RUNS
         assert status == 2, (argv, status, err)
         [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert not self.loaded, "refused when the weights were loaded"
         if name in ("plan", "init", "fit"):
             assert not self.run.exists(), "a run that never began left its folder"
-            assert not self.loaded, "refused when the weights were loaded"
         whole = err[err.index(line) :].removeprefix("error: ")
         for text, stands_for in self.placeholders.items():
             whole = whole.replace(text, stands_for)

@@ -16,6 +16,7 @@ from tests.support.wrong_command_lines import (
     COMMANDS_OF_FILES,
     RUN,
     WRONG_COMMAND_LINES,
+    setting_of,
 )
 
 
@@ -131,7 +132,8 @@ class Mistakes:
             argv = (command, *base, f"--{'.'.join(path) if rng.random() < 0.5 else name}={text}")
         section = name.removesuffix(".class_path").rpartition(".")[0]
         # Lightning and optimizers name no setting, so that the section stands for it.
-        return Mistake(kind, argv, (path[-1], section), f"{name}={value!r}")
+        named = (name, path[-1], section, name.removesuffix(".class_path"))
+        return Mistake(kind, argv, named, f"{name}={value!r}")
 
     def _make_misspelt_setting(self, rng: random.Random) -> Mistake:
         path = rng.choice(sorted(self.leaves))
@@ -187,8 +189,7 @@ class Mistakes:
         damage = rng.choice(["truncated", "bytes", "UTF-16", "empty", "absent", "folder", "other"])
         self._damage(self.folder / name, damage, rng)
         argv = rng.choice(COMMANDS_OF_FILES[name])
-        last = Path(name).name
-        named = (name, last, str(Path(name).parent), *(["data.path"] if "rows" in name else []))
+        named = (name, Path(name).name, setting_of(name))
         return Mistake(f"file {damage}", tuple(argv.split()), named, f"{name} {damage}")
 
     @staticmethod
@@ -232,9 +233,8 @@ class Mistakes:
             what = f"{name} with {key} {holder[key]!r}"
         file.write_text(json.dumps(content))
         argv = rng.choice(COMMANDS_OF_FIELDS[name])
-        return Mistake(
-            "field", tuple(argv.split()), (name, file.name, key, name.split("/")[0]), what
-        )
+        named = (name, file.name, key, setting_of(name))
+        return Mistake("field", tuple(argv.split()), named, what)
 
     def _make_row(self, rng: random.Random) -> Mistake:
         """Break one line of a data file."""
@@ -270,7 +270,7 @@ class Mistakes:
             lines[at] = rng.choice(broken)
             argv = rng.choice(["fit", "plan"]) + " --config config.yaml"
         (self.folder / name).write_text("\n".join(lines) + "\n")
-        named = (f"{at}", f"{at + 1}", name)
+        named = (f"line {at + 1}", f"row {at}", f"row {at - 1}")
         return Mistake("row", tuple(argv.split()), named, f"line {at + 1} of {name}: {lines[at]!r}")
 
     def _make_option_of_grid(self, rng: random.Random) -> Mistake:
@@ -288,3 +288,9 @@ class Mistakes:
 def is_one_line(told: str) -> bool:
     """Return whether the standard error has one line that begins with `error: ` and no traceback."""
     return "Traceback" not in told and len(re.findall("^error: ", told, re.MULTILINE)) == 1
+
+
+def is_named(line: str, mistake: Mistake) -> bool:
+    """Return whether a message has one of a mistake's names as a whole word; a letter alone is none."""
+    names = [name for name in mistake.named if len(name) > 1]
+    return any(re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", line) for name in names)

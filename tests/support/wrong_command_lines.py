@@ -14,7 +14,7 @@ WRONG_COMMAND_LINES = [
     ("fit", "--config"),
     ("fit --config config.yaml --ckpt_path nothing.ckpt", "ckpt_path"),
     ("fit --config config.yaml --ckpt_path model", "ckpt_path"),
-    ("plan --config config.yaml --run", "run"),
+    ("plan --config config.yaml --run", "--run"),
     ("test --run nothing", "--run"),
     ("test --run model", "--run"),
     ("test", "--run", "--config"),
@@ -42,7 +42,7 @@ WRONG_COMMAND_LINES = [
     ("compare", "--methods"),
     ("compare --config config.yaml --methods lor --learning_rates 1e-3", "lor"),
     ("compare --config config.yaml --methods lora --learning_rates fast", "fast"),
-    ("compare --config config.yaml --methods lora --learning_rates -1", "-1"),
+    ("compare --config config.yaml --methods lora --learning_rates -1", "--learning_rates"),
     (
         "compare --config config.yaml --methods lora --learning_rates 1e-3 --seeds x",
         "x",
@@ -113,3 +113,9 @@ COMMANDS_OF_FIELDS = {
     "grid/compare.json": ["report grid"],
     "rows.json": ["fit --config rows.yaml --data.path rows.json"],
 }
+
+
+def setting_of(file):
+    """Return the setting that a message may name instead of a file."""
+    folder = file.split("/")[0]
+    return {"model": "model.name", "runs": "--run", "grid": "grid"}.get(folder, "data.path")
