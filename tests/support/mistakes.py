@@ -270,7 +270,7 @@ class Mistakes:
             lines[at] = rng.choice(broken)
             argv = rng.choice(["fit", "plan"]) + " --config config.yaml"
         (self.folder / name).write_text("\n".join(lines) + "\n")
-        named = (f"line {at + 1}", f"row {at}", f"row {at - 1}")
+        named = (f"line {at + 1}", f"row {at}", f"row {at - 1}", name)
         return Mistake("row", tuple(argv.split()), named, f"line {at + 1} of {name}: {lines[at]!r}")
 
     def _make_option_of_grid(self, rng: random.Random) -> Mistake:

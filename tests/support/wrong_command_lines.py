@@ -28,7 +28,7 @@ WRONG_COMMAND_LINES = [
     (f"export --run {RUN} --merge --dtype int4", "--dtype"),
     (f"export --run {RUN} --as dora", "--as"),
     (f"export --run {RUN} --ckpt_path nothing.ckpt", "ckpt_path"),
-    (f"test --run {RUN} --model.merged int4", "merged"),
+    (f"test --run {RUN} --model.merged int4", "model.merged"),
     ("init", "--config"),
     ("init --config confg.yaml", "confg.yaml"),
     ("init --config config.yaml --output model", "--output"),
@@ -67,9 +67,9 @@ WRONG_COMMAND_LINES = [
     ("dashboard --entity me --task a'b --output d.json", "--task"),
     ("dashboard --entity me --output no/such/d.json", "--output"),
     ("theory --config theory/lineer.yaml", "theory/lineer.yaml"),
-    ("theory --config theory/linear.yaml --problem.kapa 3", "kapa"),
-    ("theory --config theory/linear.yaml --problem.kappa 0.1", "kappa"),
-    ("theory --config theory/linear.yaml --problem.kappa x", "kappa"),
+    ("theory --config theory/linear.yaml --problem.kapa 3", "problem.kapa"),
+    ("theory --config theory/linear.yaml --problem.kappa 0.1", "problem.kappa", "kappa"),
+    ("theory --config theory/linear.yaml --problem.kappa x", "problem.kappa"),
     ("theory --config config.yaml", "seed_everything", "model", "trainer"),
 ]
 
@@ -117,5 +117,7 @@ COMMANDS_OF_FIELDS = {
 
 def setting_of(file):
     """Return the setting that a message may name instead of a file."""
+    if "/adapter/" in file:
+        return "model.adapter_path"
     folder = file.split("/")[0]
     return {"model": "model.name", "runs": "--run", "grid": "grid"}.get(folder, "data.path")
