@@ -109,7 +109,9 @@ def run(jobs: list[dict]) -> None:
     shutdown = app.cli.exit.shutdown
     callbacks.run_report.write_plots = lambda *_: []
     untouched = ExactStore.estimates, LoraCLI.instantiate_trainer
+    environment = dict(os.environ)
     for job in jobs:
+        os.environ.update(environment)  # Lightning removes WORLD_SIZE when a job ends
         ExactStore.estimates, LoraCLI.instantiate_trainer = untouched
         keep_from_now_on(Path(job["keep"]))
         # One process group for all jobs.
