@@ -29,8 +29,8 @@ SPARED = (
     "config.yaml truncated",
 )
 """Files that a command does without, with defaults or a warning; a part of a YAML file may be one, too."""
-FAST = 30
-CHUNKS = [range(FAST), *(range(start, start + 45) for start in range(FAST, 300, 45))]
+FAST = 12
+CHUNKS = [range(FAST), *(range(start, start + 48) for start in range(FAST, 300, 48))]
 
 
 @pytest.fixture(scope="module")
