@@ -31,6 +31,7 @@ from app.models.decoding import Decoding
 from app.models.generation import generate
 from app.models.loading import load_model, load_tokenizer
 from app.models.source import resolve_model
+from benchmarks import history
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -151,7 +152,7 @@ def main() -> None:
         f"written, at most {args.max_new_tokens} each; batches of {args.batch_size}, {args.rounds} rounds, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}.\n"
     )
-    report(seconds, cpu_seconds, len(prompts), tokens)
+    history.append("generation", vars(args), report(seconds, cpu_seconds, len(prompts), tokens))
 
 
 def write_oracle(file: Path, written: dict[int, list[int]]) -> None:
@@ -165,8 +166,12 @@ def report(
     cpu_seconds: dict[str, list[float]],
     samples: int,
     tokens: int,
-) -> None:
-    """Print medians, and how many times as fast as the loop and as `batched` each is, as a Markdown table."""
+) -> dict[str, float]:
+    """Print medians, and how many times as fast as the loop and as `batched` each is, as a Markdown table.
+
+    Returns:
+        The others' CPU time over ours.
+    """
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     cpu = {name: statistics.median(times) for name, times in cpu_seconds.items()}
     print(
@@ -178,6 +183,7 @@ def report(
             f"| {LABELS[name]} | {median:.1f} | {samples / median:.3f} | {tokens / median:.1f} | "
             f"{cpu[name]:.1f} | {cpu['loop'] / cpu[name]:.2f} | {cpu['batched'] / cpu[name]:.2f} |"
         )
+    return {f"{name} / ours": cpu[name] / cpu["ours"] for name in cpu if name != "ours"}
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from app.models.lora import add_lora, base_model, install, lora_pairs
 from app.models.loss import summed_loss, supervised_logits
 from app.models.source import resolve_model
 from app.utils.memory import PeakMemory
+from benchmarks import history
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -257,13 +258,13 @@ def main() -> None:
         f"in micro-batches of {args.micro_batch_size}, r = {args.rank}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}\n"
     )
-    report(measured)
+    history.append("init", vars(args), report(measured))
     if args.json:
         args.json.write_text(json.dumps(measured, indent=2) + "\n")
 
 
-def report(measured: dict[str, list[dict[str, float]]]) -> None:
-    """Print medians, and ratios to plain LoRA, as a Markdown table."""
+def report(measured: dict[str, list[dict[str, float]]]) -> dict[str, float]:
+    """Print medians, and ratios to plain LoRA, as a Markdown table; return the ratios."""
     medians: dict[str, dict[str, Any]] = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         for name, runs in measured.items()
@@ -280,6 +281,12 @@ def report(measured: dict[str, list[dict[str, float]]]) -> None:
             f"{median['cpu_seconds'] / unit['cpu_seconds']:.2f} | {median['peak_mib']:.0f} | "
             f"{median['peak_mib'] / unit['peak_mib']:.2f} | {median['excess_mib']:.0f} |"
         )
+    return {
+        f"{name}, {key}": median[key] / unit[key]
+        for name, median in medians.items()
+        for key in ("seconds", "peak_mib")
+        if median is not unit
+    }
 
 
 if __name__ == "__main__":

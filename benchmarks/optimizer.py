@@ -22,6 +22,7 @@ from torch import nn
 
 from app.optim.lora_pro import LoraProAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW
+from benchmarks import history
 
 # Linear layers of one block as (out_features, in_features), and the number of blocks.
 MODELS = {
@@ -176,6 +177,12 @@ def main() -> None:
             )
         print(f"  ours / fused AdamW {result['ours_over_adamw']:.2f}", end="")
         print(f"   PEFT / ours {result['peft_over_ours']:.2f}", flush=True)
+    figures = {
+        f"{result['shapes']}, {key}": result[key]
+        for result in results
+        for key in ("ours_over_adamw", "peft_over_ours")
+    }
+    history.append("optimizer", vars(args), figures)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 
