@@ -4,14 +4,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from app.distributed.collectives import is_first_process
+from app.distributed.processes import is_first_process
 from app.initialization.alignment import measure_alignment
 from app.initialization.factors import SVD
 from app.initialization.one_step_gradient import Estimator, one_step_gradients
@@ -229,6 +228,8 @@ def _alignment(table: Path) -> Any:
 
     A step at which no layer has an angle is left out: the chart's JSON has no word for it.
     """
+    import pandas as pd  # slow
+
     angles = pd.read_csv(table).groupby("step")[["angle_A", "angle_B"]]
     # As torch.nanmedian: of two in the middle the lower one.
     medians = angles.quantile(0.5, interpolation="lower")

@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import functools
 import gzip
 import io
 import json
@@ -11,7 +12,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -77,11 +77,11 @@ def hub_rows(
     types: tuple[type, ...] = (str, int, list),
 ) -> Iterator[LocatedRow]:
     """Read a set of the Hub; without a network it comes from its cache. See `file_rows`."""
+    import datasets  # slow, as pandas comes with it; other rows are read without
+
     offline = datasets.config.HF_HUB_OFFLINE
-    try:
-        HfApi().dataset_info(hub_id, timeout=PROBE_TIMEOUT_S)
-    except (OSError, HTTPError):
-        datasets.config.HF_HUB_OFFLINE = True  # else the library retries for half a minute
+    # Without the Hub the library would retry for half a minute.
+    datasets.config.HF_HUB_OFFLINE = offline or not _reachable(hub_id)
     try:
         rows = datasets.load_dataset(hub_id, config, split=split)
     except (OSError, ValueError, HTTPError, datasets.exceptions.DatasetsError) as error:
@@ -94,6 +94,16 @@ def hub_rows(
     for number, row in enumerate(rows):
         where = f"row {number} of {hub_id} {split}"
         yield where, with_fields(row, fields, where, setting, types)
+
+
+@functools.cache
+def _reachable(hub_id: str) -> bool:
+    """Ask the Hub for a set, once for all of its splits; return whether it answers."""
+    try:
+        HfApi().dataset_info(hub_id, timeout=PROBE_TIMEOUT_S)
+    except (OSError, HTTPError):
+        return False
+    return True
 
 
 def file_content(file: pathlib.Path, setting: str) -> bytes:

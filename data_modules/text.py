@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from app.distributed.collectives import is_first_process
+from app.distributed.processes import is_first_process
 from app.evaluation.benchmark import Benchmark, PreparedBenchmark
 from app.models.batch import Batch
 from app.models.protocols import TokenizedModel

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from app.distributed.collectives import is_first_process, world_size
+from app.distributed.processes import is_first_process, world_size
 from app.distributed.shutdown import (
     abort_after_peer_failure,
     is_peer_failure,

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
@@ -14,6 +13,7 @@ from app.cli.lora_cli import LoraCLI
 from app.training.checks import check_init_alone
 from app.utils.command_parser import CommandParser
 from app.utils.errors import InputError
+from app.utils.files import load_yaml
 from app.utils.signals import StopSignals
 from callbacks.save_config import config_text
 from callbacks.write_init import WriteInit
@@ -96,7 +96,7 @@ class InitCLI(LoraCLI):
     def _fit_callbacks(self) -> list[Callback]:
         """List the initialization and what writes it."""
         assert self.target is not None  # from `before_instantiate_classes`
-        config = yaml.safe_load(config_text(self.parser, self.config))["fit"]
+        config = load_yaml(config_text(self.parser, self.config))["fit"]
         init = [] if self.made.init is None else [self.made.init]
         return [*init, WriteInit(self.target, self.settings.seed_everything, config)]
 

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from app.cli.known_classes import import_known_classes
 from app.commands.plan.command import PlanTrainer, plan_trainer
-from app.distributed.collectives import is_first_process
+from app.distributed.processes import is_first_process
 from app.distributed.rendezvous import check_same_settings
 from app.tracking.config_files import expand
 from app.tracking.loggers import (
@@ -38,6 +38,7 @@ from app.utils.arguments import Parser, PlainHelp, listed, wrong_reference
 from app.utils.class_paths import failed_import
 from app.utils.console import on_terminal
 from app.utils.errors import InputError
+from app.utils.files import load_yaml
 from app.utils.signals import StopSignals
 from callbacks.adalora_pruning import AdaLoraPruning
 from callbacks.benchmark_results import BenchmarkResults
@@ -50,20 +51,6 @@ from callbacks.run_report import RunReport
 from callbacks.save_config import SaveConfig
 from callbacks.score_at import ScoreAt
 from data_modules.text import TextDataModule
-
-DESCRIPTION = """Fine-tune a language model with LoRA-One.
-
-  python train.py fit --config quickstart.yaml            train; writes runs/quickstart/version_0
-  python train.py fit --config glue_sst2.yaml --config methods/lora.yaml     later files win
-  python train.py plan --config quickstart.yaml           does it fit? no weights are loaded
-  python train.py test --run runs/quickstart/version_0    score a finished run's adapter
-  python train.py export --run runs/quickstart/version_0 --merge    write a merged model
-  python train.py init --config quickstart.yaml           the initialization alone, for TRL and others to train
-  python train.py dashboard --entity me                   make a W&B workspace that compares methods
-  python train.py theory --config theory/linear.yaml      the paper's theorems and figures, in a minute
-  python train.py compare --config glue_sst2.yaml --methods lora,lora_one --learning_rates 1e-4,1e-3
-  python train.py report runs/quickstart                  tables and pictures of any runs
-"""
 
 COMMANDS = {
     "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
@@ -118,15 +105,12 @@ class LoraCLI(LightningCLI):
             )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the command that is given, whose parser alone is made, or all of them for help and errors."""
-        command = self.arguments[0] if self.arguments else ""
-        return {command: COMMANDS[command]} if command in COMMANDS else COMMANDS
+        """Return the command that is given, whose parser alone is made; none where nothing is run."""
+        return {name: COMMANDS[name] for name in self.arguments[:1] if name in COMMANDS}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make the parser; that of all commands describes the program."""
-        kwargs = {"description": DESCRIPTION, **kwargs}
-        kwargs["formatter_class"] = PlainHelp
-        return super().init_parser(**kwargs)
+        """Make the parser, whose help has descriptions as they are."""
+        return super().init_parser(**kwargs, formatter_class=PlainHelp)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections `init` and `output`, and one seed for everything."""
@@ -184,7 +168,7 @@ class LoraCLI(LightningCLI):
         self.resume_point = find_resume_point(ckpt_path, runs, settings.model.method, needed)
         settings.ckpt_path = None  # LightningCLI would read the file again, for hyperparameters
         if self.resume_point is not None:
-            check_settings(self.resume_point, yaml.safe_load(self._dumped()), fixed)
+            check_settings(self.resume_point, load_yaml(self._dumped()), fixed)
 
     def _hold(self, folder: RunFolder | None) -> None:
         """Keep other processes from training in a run folder."""
@@ -215,7 +199,7 @@ class LoraCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
             trainer_checks.check_trainer(trainer)
             if self.subcommand == "fit" and self.resume_point is not None:
-                settings = yaml.safe_load(self._dumped())
+                settings = load_yaml(self._dumped())
                 check_rows_per_step(self.resume_point, settings, trainer.world_size)
         except trainer_checks.ERRORS as error:
             if self.resume_point is None:
@@ -275,7 +259,7 @@ class LoraCLI(LightningCLI):
 
     def _dumped(self) -> str:
         """Return the resolved settings of the command as YAML."""
-        dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        dumped = load_yaml(self.parser.dump(self.config, skip_unset=False))
         return yaml.safe_dump(dumped[self.config.subcommand])
 
     def _test_folder(self) -> Path:

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from app.cli.lora_cli import LoraCLI
 from app.training.checks import check_length
 from app.utils.arguments import class_named
+from app.utils.files import load_yaml
 from app.utils.signals import StopSignals
 from callbacks.save_config import config_text
 
@@ -28,7 +28,7 @@ class ResolvedFit(LoraCLI):
 
     def instantiate_classes(self) -> None:
         """Make nothing."""
-        self.resolved = yaml.safe_load(config_text(self.parser, self.config))
+        self.resolved = load_yaml(config_text(self.parser, self.config))
 
     @cached_property
     def made(self) -> Namespace:

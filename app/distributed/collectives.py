@@ -1,6 +1,5 @@
 """Collectives of the processes of a run; with one process, nothing is sent."""
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -8,34 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from app.distributed.processes import global_rank, world_size
 from app.utils.errors import InputError
 
 T = TypeVar("T")
-
-
-def world_size() -> int:
-    """Return the number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def global_rank() -> int:
-    """Return this process's number, 0 to world_size - 1."""
-    return dist.get_rank() if world_size() > 1 else 0
-
-
-def is_first_process() -> bool:
-    """Return whether this is the first process of the run, also before there is a process group.
-
-    Launchers say so in the environment: torchrun by RANK, Slurm by SLURM_PROCID, Lightning by NODE_RANK
-    and LOCAL_RANK.
-    """
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank() == 0
-    for names in (("RANK",), ("NODE_RANK", "LOCAL_RANK"), ("SLURM_PROCID",)):
-        numbers = [int(os.environ[name]) for name in names if name in os.environ]
-        if numbers:
-            return not any(numbers)
-    return True
 
 
 def raise_on_all_ranks(make: Callable[[], T]) -> T:

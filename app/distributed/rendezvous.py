@@ -4,10 +4,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
 import yaml
 
-from app.distributed.collectives import is_first_process, world_size
+from app.distributed.processes import is_first_process, process_group, world_size
 from app.utils.errors import InputError
 
 RANKS = ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID")
@@ -78,7 +77,7 @@ def check_same_settings(settings: Callable[[], str]) -> None:
     if world_size() == 1:
         return
     everyone: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyone, settings())
+    process_group().all_gather_object(everyone, settings())
     for number, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             raise InputError(

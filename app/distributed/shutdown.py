@@ -12,9 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import NoReturn
 
-import torch.distributed as dist
-
-from app.distributed.collectives import global_rank, world_size
+from app.distributed.processes import global_rank, process_group, world_size
 
 GRACE = 10.0
 """Seconds that a process that has failed waits for the others to fail likewise."""
@@ -22,7 +20,7 @@ GRACE = 10.0
 
 def shutdown() -> None:
     """Wait for all processes and destroy the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+    if (dist := process_group()) is not None:
         dist.barrier()
         dist.destroy_process_group()
 
@@ -35,7 +33,7 @@ def wait_for_same_failure() -> None:
     """
     if world_size() == 1:
         return
-    store, others = dist.distributed_c10d._get_default_store(), range(1, world_size())
+    store, others = process_group().distributed_c10d._get_default_store(), range(1, world_size())
     ends = time.monotonic() + GRACE
 
     def come(name: str, ranks: Iterable[int]) -> None:
@@ -60,6 +58,8 @@ def is_peer_failure(error: BaseException) -> bool:
     """
     if world_size() == 1 or not isinstance(error, RuntimeError):
         return False
+    import torch.distributed as dist  # there, as there are other processes
+
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 

@@ -8,12 +8,8 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from app.distributed.collectives import (
-    from_first_process,
-    global_rank,
-    is_first_process,
-    world_size,
-)
+from app.distributed.collectives import from_first_process
+from app.distributed.processes import global_rank, is_first_process, world_size
 from app.evaluation.benchmark import EncodedQuestion
 from app.utils.errors import InputError
 from app.utils.files import atomic_write, digest

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from app.distributed.collectives import sum_over_processes, world_size
+from app.distributed.collectives import sum_over_processes
+from app.distributed.processes import world_size
 from app.evaluation.answers import Answer, AnswersFile
 from app.evaluation.benchmark import Benchmark, EncodedQuestion, PreparedBenchmark
 from app.evaluation.metrics import MeanScores

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from app.distributed.collectives import global_rank, world_size
+from app.distributed.processes import global_rank, world_size
 from app.initialization.factors import SVD
 from app.initialization.gradient_estimators import GradientEstimate
 

@@ -13,12 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from app.distributed.collectives import (
-    global_rank,
     largest_over_processes,
     raise_on_all_ranks,
     sum_over_processes,
-    world_size,
 )
+from app.distributed.processes import global_rank, world_size
 from app.initialization.gradient_estimators import (
     ExactGradient,
     GradientEstimate,

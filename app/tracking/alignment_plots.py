@@ -1,14 +1,17 @@
 """Draw heat maps over layers and steps of what `callbacks.alignment_monitor` has measured."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 
 from app.tracking.plots import kind_of, panels
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAPS = {
     "angle_A": ("Angle between lora_A and the one-step gradient, input side", "degrees"),
@@ -35,6 +38,8 @@ def write_heat_maps(table: Path, folder: Path) -> list[Path]:
     Returns:
         The files written.
     """
+    import pandas as pd  # slow, and of no use to a run without AlignmentMonitor
+
     rows = pd.read_csv(table)
     names = pd.Series(rows["layer"].unique())
     kinds = pd.factorize(names.map(kind_of))[0]
@@ -51,7 +56,7 @@ def write_heat_maps(table: Path, folder: Path) -> list[Path]:
     return written
 
 
-def _draw(axes: Axes, grid: pd.DataFrame, measure: str) -> None:
+def _draw(axes: Axes, grid: "pd.DataFrame", measure: str) -> None:
     title, unit = MAPS[measure]
     low, high = grid.min().min(), grid.max().max()  # without the cells that have no value
     # Conditions and norms span decades.

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from app.distributed.collectives import global_rank, is_first_process
+from app.distributed.processes import global_rank, is_first_process
 from app.tracking.metrics_table import append_rows, read_table, write_table
 from app.tracking.run_folder import RunFolder, new_run_folder
 from app.tracking.wandb_logger import RunWandbLogger, Setting, wandb_mode

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from app.distributed.collectives import world_size
+from app.distributed.processes import world_size
 from app.tracking.record import ModelRecord, RunRecord
 from app.training.protocols import Factors
 from app.utils.errors import InputError

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from app.distributed.collectives import from_first_process, global_rank
+from app.distributed.collectives import from_first_process
 from app.distributed.fsdp import Fsdp2Strategy
+from app.distributed.processes import global_rank
 from app.models.adapter_io import load_adapter
 from app.models.loading import empty_model, load_model, model_fingerprint
 from app.models.lora import add_lora, fsdp_incompatible_settings

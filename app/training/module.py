@@ -14,8 +14,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from app.distributed.collectives import broadcast, sum_in_one_buffer, sum_over_processes, world_size
+from app.distributed.collectives import broadcast, sum_in_one_buffer, sum_over_processes
 from app.distributed.fsdp import Fsdp2Strategy
+from app.distributed.processes import world_size
 from app.evaluation.scoring import Scoring
 from app.models.adalora import add_orthogonality
 from app.models.adapter_config import LoraSettings

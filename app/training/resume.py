@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.tracking.run_folder import RunFolder, checkpoints_to_resume, run_folders
 from app.training.checkpoint_io import NEEDED, read_checkpoint
 from app.utils.errors import InputError
+from app.utils.files import load_yaml
 
 LAST = "last"
 
@@ -96,7 +96,7 @@ def resume_point(path: Path, checkpoint: Mapping[str, Any], method: str) -> Resu
         path,
         run,
         checkpoint.get("wandb_id") if run else None,
-        None if settings is None else yaml.safe_load(settings),
+        None if settings is None else load_yaml(settings),
         checkpoint.get("rows"),
         len(checkpoint.get("random", [None])),
         frozenset(name for group in groups for name in group),

@@ -79,12 +79,6 @@ class Parser(LightningArgumentParser):
         )
         if unknown:
             raise self._unknown(unknown[1] or unknown[2], text) from ex
-        choice = re.search(r"invalid choice: '([^']*)'", text)
-        if choice or '"subcommand"' in text:
-            got = f"there is no command {choice[1]!r}" if choice else "no command is given"
-            raise InputError(
-                f"{got}: expected fit, plan, init, validate, test, export, dashboard, theory, compare or report"
-            ) from ex
         extra = re.match("unrecognized arguments: (.*)", text)
         if extra:
             raise InputError(f"{extra[1]!r} belongs to no setting: expected --NAME VALUE") from ex

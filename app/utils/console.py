@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
-from tqdm.auto import tqdm
-
 from app.utils.errors import reason
 
 T = TypeVar("T")
@@ -29,6 +26,10 @@ def track(items: Sequence[T], label: str, note: Callable[[], str] = str) -> Iter
     A terminal gets a bar. A log file gets a plain line every few seconds, and at the end: tqdm would write
     carriage returns there, whatever its `mininterval`.
     """
+    # Lightning takes seconds to import, which a command that shows no progress does not spend.
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+    from tqdm.auto import tqdm
+
     if rank_zero_only.rank > 0:  # type: ignore[attr-defined]
         yield from items
         return
@@ -59,6 +60,8 @@ def warn_on_failure(what: str, then: str = "the run goes on without") -> Iterato
     try:
         yield
     except Exception as error:
+        from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # slow
+
         rank_zero_warn(f"{what} failed ({reason(error)}): {then}")
 
 

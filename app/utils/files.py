@@ -35,6 +35,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+def load_yaml(text: str) -> Any:
+    """Return what a YAML text holds, read by libyaml, which is ten times as fast as PyYAML's own parser."""
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def read_yaml(path: Path, setting: str) -> dict[str, Any]:
     """Return the sections of a YAML file.
 
@@ -46,7 +51,7 @@ def read_yaml(path: Path, setting: str) -> dict[str, Any]:
         InputError: The file cannot be read, or is no YAML mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).replace('"<unicode string>"', "it").split())
         raise InputError(f"{setting} {path} cannot be read as YAML: {reason}") from error

@@ -3,11 +3,11 @@
 import difflib
 from collections.abc import Iterable
 
-import numpy as np
-
 
 def rate_text(rate: float) -> str:
     """Write a learning rate as the field does, 1e-4, without losing a digit."""
+    import numpy as np  # a tenth of a second, which `--help` does not need
+
     return np.format_float_scientific(rate, trim="-", exp_digits=1).replace("+", "")
 
 

@@ -10,6 +10,7 @@ import yaml
 
 import app.cli.lora_cli
 import app.tracking.config_files
+from app.cli.main import COMMANDS
 from app.utils.errors import DivergedError
 
 
@@ -192,12 +193,9 @@ def test_print_config_is_resolved(command, tiny_run, capsys):
 
 @pytest.mark.parametrize("argv", [(), ("--help",)])
 def test_help_names_all_commands(argv, command, capsys):
-    with pytest.raises(SystemExit) as end:
-        command(*argv)
-    assert end.value.code == 0
+    assert command(*argv) == 0
     told = capsys.readouterr().out
-    fit = "train.py fit --config quickstart.yaml"
-    assert all(name in told for name in (fit, "validate", "train.py test --run", "export"))
+    assert all(f"train.py {name} " in told for name in COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -304,10 +302,9 @@ def test_training_without_an_end(refused, tiny_run):
 
 
 def test_commands_and_stray_words(refused, tiny_run):
-    assert (
-        refused("ftt") == "there is no command 'ftt': expected fit, plan, init, validate, test, "
-        "export, dashboard, theory, compare or report"
-    )
+    told = "there is no command 'ftt'; did you mean fit? Expected one of fit, init, validate, test, plan, "
+    assert refused("ftt").startswith(told)
+    assert refused("--config", tiny_run, "fit").startswith("there is no command '--config'")
     assert refused("fit", "--config", tiny_run, "extra").startswith("'extra' belongs to no setting")
     assert "no value is given for model.name, data: name a file with --config" in refused("fit")
 

@@ -175,6 +175,7 @@ def test_the_hub(monkeypatch, tmp_path):
     assert texts(data) == [(prompt, "entailment", 0)]
     assert texts(data, "test") == [(prompt, "neutral", 1)]
     assert data.describe()["source"] == hub.asked[0][0] == "nyu-mll/glue"
+    assert hub.probed == ["nyu-mll/glue"]  # once for all splits
     with pytest.raises(InputError, match="has no labels, which GLUE withholds"):
         GlueDataModule("mnli", test_split="test").rows("test")
     unplug_hub(monkeypatch, tmp_path)

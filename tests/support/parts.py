@@ -11,10 +11,10 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 
 from app.distributed.collectives import (
     from_first_process,
-    global_rank,
     largest_over_processes,
     raise_on_all_ranks,
 )
+from app.distributed.processes import global_rank
 from app.distributed.shutdown import shutdown
 from app.initialization import gradient_exchange
 from app.initialization.gradient_exchange import Layer

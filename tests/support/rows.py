@@ -6,6 +6,8 @@ from typing import Any
 
 import datasets
 
+from data_modules import readers
+
 LOAD_DATASET = datasets.load_dataset
 
 
@@ -44,12 +46,15 @@ class Hub:
     def __init__(self, monkeypatch: Any, **rows: list[dict[str, Any]]) -> None:
         self.rows = rows
         self.asked: list[tuple[str, ...]] = []
+        self.probed: list[str] = []
+        readers._reachable.cache_clear()
         monkeypatch.setattr("data_modules.readers.HfApi", lambda: self)
-        monkeypatch.setattr("data_modules.readers.datasets.load_dataset", self.load_dataset)
+        monkeypatch.setattr("datasets.load_dataset", self.load_dataset)
 
     def dataset_info(self, name: str, timeout: float) -> None:
-        """Answer, if asked not to take long."""
+        """Answer, if asked not to take long, and remember the name."""
         assert timeout < 10
+        self.probed.append(name)
 
     def load_dataset(self, *name: str, split: str) -> datasets.Dataset:
         """Return a set, and remember its name."""
@@ -64,6 +69,7 @@ def unplug_hub(monkeypatch: Any, cache: Path) -> None:
         def dataset_info(self, *_: Any, **__: Any) -> None:
             raise ConnectionError("no network")
 
+    readers._reachable.cache_clear()
     monkeypatch.setattr("data_modules.readers.HfApi", Unreachable)
-    monkeypatch.setattr("data_modules.readers.datasets.load_dataset", LOAD_DATASET)
+    monkeypatch.setattr("datasets.load_dataset", LOAD_DATASET)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)

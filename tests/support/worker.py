@@ -29,7 +29,7 @@ import app.training.module
 import callbacks.run_report
 from app.cli.lora_cli import LoraCLI
 from app.cli.main import main
-from app.distributed.collectives import global_rank
+from app.distributed.processes import global_rank
 from app.evaluation.runner import BenchmarkRunner
 from app.initialization.gradient_store import ExactStore, SketchStore
 from app.training.module import LoraModule

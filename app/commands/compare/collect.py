@@ -23,6 +23,7 @@ from app.tracking.metrics_table import read_metrics
 from app.tracking.record import RunRecord
 from app.tracking.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder, run_folders
 from app.utils.errors import InputError
+from app.utils.files import load_yaml
 
 State = Literal[
     "finished", "failed", "diverged", "missing", "unfinished", "repeated", "unreadable", "withdrawn"
@@ -160,7 +161,7 @@ def read_run(folder: Path) -> Run | None:
     """Read a run folder; None if it is no folder of a `fit`."""
     files = RunFolder(folder)
     try:
-        config = yaml.safe_load(files.config.read_text(encoding="utf-8"))
+        config = load_yaml(files.config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = f"{CONFIG_FILE} cannot be read: {' '.join(str(error).split())}"
         return Run(folder, "unreadable", reason)

@@ -8,10 +8,8 @@ from typing import Literal
 
 from app.commands.compare import resolve as resolving
 from app.commands.compare.cells import CELLS_FOLDER, Cell, CellState, Rate, Seed, grid, parse_list
-from app.commands.compare.collect import collect
 from app.commands.compare.launch import check_array, write_launch_file
 from app.commands.compare.manifest import GridManifest, update_manifest
-from app.commands.compare.report import write_report
 from app.commands.compare.resolve import ResolvedRun, Resolver
 from app.commands.compare.scheduler import GridRun
 from app.commands.compare.settings import method_settings
@@ -89,7 +87,7 @@ def compare(arguments: Sequence[str], resolve: Resolver) -> int:
     run.work()
     states = [state.state for state in run.states.values()]
     if "finished" in states:
-        print(write_report(collect([folder]), folder, given.score))
+        _report([folder], folder, given.score)
     return 1 if "failed" in states or "finished" not in states else 0
 
 
@@ -175,5 +173,14 @@ def report(arguments: Sequence[str]) -> int:
     given = parser.parse_args(list(arguments))
     is_grid = len(given.runs) == 1 and (given.runs[0] / CELLS_FOLDER).is_dir()
     usual = given.runs[0] if is_grid else Path("runs") / "report"
-    print(write_report(collect(given.runs), given.output or usual, given.score))
+    _report(given.runs, given.output or usual, given.score)
     return 0
+
+
+def _report(runs: Sequence[Path], folder: Path, score: str | None) -> None:
+    """Write a report; print its tables and where it is."""
+    # pandas and matplotlib take a second to import, which help and wrong options need not wait for.
+    from app.commands.compare.collect import collect
+    from app.commands.compare.report import write_report
+
+    print(write_report(collect(runs), folder, score))

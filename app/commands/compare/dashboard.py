@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from app.commands.compare.selection import is_loss
 from app.commands.compare.settings import RATE
-from app.tracking.alignment_plots import MAPS
 from app.utils.command_parser import CommandParser
 from app.utils.errors import InputError
 
@@ -70,7 +68,9 @@ def workspace(entity: str, project: str, name: str, score: str, task: str | None
             "the name of a task or of a W&B group, such as glue/sst2, without any of ' \\ = < >"
         )
         raise InputError(f"--task is {task!r}: expected {expected}")
-    import wandb_workspaces.workspaces as ws  # slow, and of no use to any other command
+    import wandb_workspaces.workspaces as ws  # slow, as pandas and matplotlib below are
+
+    from app.commands.compare.selection import is_loss
 
     shown: Any = []
     if task is not None:  # a group of another name is known from the start, the task at the end
@@ -100,6 +100,8 @@ def workspace(entity: str, project: str, name: str, score: str, task: str | None
 def _panels(score: str) -> dict[str, list[Any]]:
     """Return the panels by the title of their section."""
     import wandb_workspaces.reports.v2 as wr
+
+    from app.tracking.alignment_plots import MAPS
 
     mean: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
     mean["groupby"] = wr.Config("cell")

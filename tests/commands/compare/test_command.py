@@ -1,15 +1,12 @@
 """`python train.py compare`: the grid, what is resumed, what is refused."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
 
 from app.commands.compare.cells import Cell
 from tests.support.compare_runs import OPTIONS
-from tests.support.paths import ROOT
 from tests.support.run_folders import table
 from tests.support.toy_benchmarks import Writing
 
@@ -176,11 +173,3 @@ def test_finished_runs_are_asked_a_benchmark_that_is_added(compare, started, tmp
     assert compare(*asked) == 2
     message = "other settings of the benchmark writing: limit (None, 1) (then, now)"
     assert message in capsys.readouterr().err
-
-
-def test_reports_need_neither_torch_nor_lightning():
-    code = (
-        "import sys, app.commands.compare.command, app.commands.compare.dashboard;"
-        "sys.exit(bool({'torch', 'lightning', 'transformers'} & set(sys.modules)))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

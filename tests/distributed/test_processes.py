@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.distributed.collectives import is_first_process
+from app.distributed.processes import is_first_process
 
 
 @pytest.mark.parametrize(
