@@ -1,5 +1,6 @@
 """Fixtures for all tests: tiny models and a tokenizer built in code, and the real SmolLM2-135M."""
 
+import gc
 import os
 import random
 import string
@@ -53,6 +54,11 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if _is_fast(item)]
 
 
+def pytest_collection_finish():
+    """Keep the collector from walking through all that has been imported, again and again."""
+    gc.freeze()
+
+
 def _is_fast(item):
     real = item.get_closest_marker("smollm2")
     if real is not None and not real.kwargs.get("fast", False):
@@ -62,13 +68,14 @@ def _is_fast(item):
 
 @pytest.fixture(autouse=True)
 def _settled_environment(monkeypatch):
-    """Seed every generator; let nothing talk to Weights & Biases."""
+    """Seed every generator; let nothing talk to Weights & Biases, or wait for the disk."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test use the global generator
     torch.manual_seed(0)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def _builder(model_class, config_class, **defaults):
