@@ -1,5 +1,6 @@
 """Fixtures for all tests: tiny models and a tokenizer built in code, and the real SmolLM2-135M."""
 
+import functools
 import gc
 import os
 import random
@@ -253,5 +254,23 @@ def fit(command, tiny_run, tmp_path):
     def run(*argv):
         assert command("fit", "--config", tiny_run, *argv) == 0
         return max((tmp_path / "runs" / "tiny").iterdir(), key=lambda path: int(path.name[8:]))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory, run_models, sst2_folder):
+    """Return `fitted(*argv)`, the folder of the tiny run with these options, which tests read only."""
+
+    @functools.cache
+    def run(*argv):
+        from app.cli.main import main
+
+        root = tmp_path_factory.mktemp("fitted")
+        config = write_tiny_run(root / "tiny.yaml", run_models / "llama", sst2_folder, root)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("callbacks.run_report.write_plots", lambda *_: [])
+            assert main(["fit", "--config", str(config), *argv]) == 0
+        return root / "tiny" / "version_0"
 
     return run

@@ -59,15 +59,15 @@ def test_plain_lora_is_watched_by_a_pass_of_the_callbacks_own(fit, passes):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [(), LORA])
 def test_watching_changes_nothing_of_the_training_and_a_resumed_run_has_the_same_table(
-    method, fit, passes, killed_at
+    method, fitted, fit, passes, killed_at
 ):
     """Also if the interrupted run was of an earlier version, which had other names for file and callback."""
-    plain, whole = fit(*MORE, *method), fit(*MORE, *method, *WATCH)
+    plain, whole = fitted(*MORE, *method), fit(*MORE, *method, *WATCH)
     assert same_weights(plain, whole)
     with killed_at(3):
         fit(*MORE, *method, *WATCH)
     made = len(passes)
-    parts = whole.parent / "version_2"
+    parts = whole.parent / "version_1"
     (parts / "alignment.csv").rename(parts / "inside.csv")
     [checkpoint] = parts.glob("checkpoints/*.ckpt")
     content = torch.load(checkpoint, weights_only=True)
@@ -99,9 +99,9 @@ def test_a_model_without_pairs_is_left_alone(method, fit, passes, caplog):
 
 
 @pytest.mark.slow
-def test_the_reference_has_the_rank_of_the_adapter(fit):
+def test_the_reference_has_the_rank_of_the_adapter(fitted, fit):
     """Of one that comes from a folder, which model.adapter says nothing of."""
-    adapter = fit(*LORA) / "adapter"
+    adapter = fitted(*LORA) / "adapter"
     own = ("--init=null", f"--model.adapter_path={adapter}", *WATCH)
     tables = [(fit(*own, f"--model.adapter.r={r}") / "alignment.csv").read_text() for r in (4, 2)]
     assert tables[0] == tables[1]

@@ -182,9 +182,9 @@ def test_a_finished_run_is_asked_and_keeps_the_scores(benchmarks, fit, command):
 
 
 @pytest.mark.slow
-def test_asking_leaves_training_as_it_was(overlay, fit):
+def test_asking_leaves_training_as_it_was(overlay, fitted, fit):
     with_benchmarks = fit(f"--config={overlay}", "--trainer.val_check_interval=1")
-    without = fit("--trainer.val_check_interval=1")
+    without = fitted("--trainer.val_check_interval=1")
 
     def losses(folder):
         with (folder / "metrics.csv").open(newline="") as stream:

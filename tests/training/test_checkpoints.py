@@ -36,8 +36,8 @@ def plain(value):
     return value is None or isinstance(value, str | int | float | bool | torch.Tensor)
 
 
-def test_contents(fit):
-    folder = fit(*OFTEN)
+def test_contents(fitted):
+    folder = fitted(*OFTEN)
     path = newest(folder)
     assert path.name == "resume-step=5.ckpt"
     content = torch.load(path, weights_only=True)
@@ -127,8 +127,8 @@ def test_a_kill_at_any_point_of_writing_leaves_the_last_checkpoint(point, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["open", "write", "fsync", "replace"])
-def test_a_full_disk_is_told_and_training_goes_on(point, fit, monkeypatch):
-    whole = fit(*OFTEN)
+def test_a_full_disk_is_told_and_training_goes_on(point, fitted, fit, monkeypatch):
+    whole = fitted(*OFTEN)
     original = CheckpointFiles.save_checkpoint
 
     def save(files, checkpoint, path, storage_options=None):
@@ -176,8 +176,9 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
 
 
 @pytest.fixture
-def finished(fit):
-    return fit(*OFTEN)
+def finished(fitted, tmp_path):
+    """Return a run's folder below the root of `tiny_run`."""
+    return shutil.copytree(fitted(*OFTEN), tmp_path / "runs" / "tiny" / "version_0")
 
 
 def metrics(folder):

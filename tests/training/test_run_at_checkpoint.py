@@ -69,8 +69,8 @@ def test_the_last_checkpoint_is_what_the_run_has_left(method, fit, command):
     assert summary(folder)["metrics"]["final"]
 
 
-def test_another_file_is_refused(fit, error_of, tmp_path):
-    folder = fit()
+def test_another_file_is_refused(fitted, error_of, tmp_path):
+    folder = fitted()
     [file] = (folder / "checkpoints").iterdir()
     content = torch.load(file, weights_only=True)
     first = next(iter(content["state_dict"]))
@@ -83,9 +83,9 @@ def test_another_file_is_refused(fit, error_of, tmp_path):
     assert not (folder / "exported_adapter").exists()
 
 
-def test_the_checkpoint_of_another_run_is_refused(fit, error_of, tmp_path, monkeypatch):
+def test_the_checkpoint_of_another_run_is_refused(fitted, fit, error_of, tmp_path, monkeypatch):
     """Of the same shapes, which this run's scaling would make another adapter of."""
-    own, options = fit(), ("--model.adapter.lora_alpha=64", "--init=null")
+    own, options = fitted(), ("--model.adapter.lora_alpha=64", "--init=null")
     [file] = (fit(*options) / "checkpoints").iterdir()
     monkeypatch.setattr("app.training.model_building.load_model", None)
     other = f"the checkpoint {str(file)!r} is of a run with other settings: "
