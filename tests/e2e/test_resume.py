@@ -26,14 +26,13 @@ DROPOUT = ("--model.adapter.lora_dropout=0.3",)
 
 
 @pytest.fixture
-def two_runs(command, tiny_run, tmp_path):
-    """Return `run(name, *options)`, which goes on in `parts` and returns the status; and both folders."""
+def in_parts(command, tiny_run, tmp_path):
+    """Return `run(*options)`, which goes on with the run and returns the status; and the run's folder."""
 
-    def run(name, *options):
-        last = ("--ckpt_path=last",) if name == "parts" else ()
-        return command("fit", "--config", tiny_run, f"--output.name={name}", *options, *last)
+    def run(*options):
+        return command("fit", "--config", tiny_run, *options, "--ckpt_path=last")
 
-    return run, *(tmp_path / "runs" / name / "version_0" for name in ("whole", "parts"))
+    return run, tmp_path / "runs" / "tiny" / "version_0"
 
 
 MOMENTS = ("zero_shot/loss", "after_init/loss", "final/loss")
@@ -77,16 +76,16 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_at_any_step_has_the_losses_of_one_that_was_not(
-    case, two_runs, killed_at, passes
+    case, fitted, in_parts, killed_at, passes
 ):
-    run, whole, parts = two_runs
-    assert run("whole", *CASES[case]) == 0
+    whole, (run, parts) = fitted(*CASES[case]), in_parts
+    passes.clear()
     steps = len(values(whole, "train/loss")) if case != "rare_logs" else 15
     for moment in sorted(random.Random(zlib.crc32(case.encode())).sample(range(4, steps), 2)):
         with killed_at(moment):
-            run("parts", *CASES[case])
-    assert run("parts", *CASES[case]) == 0
-    assert passes == ["callbacks.initialization"] * 2
+            run(*CASES[case])
+    assert run(*CASES[case]) == 0
+    assert passes == ["callbacks.initialization"]
     assert [path.name for path in parts.parent.iterdir()] == ["version_0"]
     check_same(parts, whole, *MOMENTS, *(["val/loss"] if "val/loss" in table(whole)[0] else []))
     assert [path.name for path in (parts / "checkpoints").iterdir()] == [
@@ -97,18 +96,18 @@ def test_a_run_killed_at_any_step_has_the_losses_of_one_that_was_not(
 @pytest.mark.slow
 @pytest.mark.parametrize(("setting", "short", "long"), [("max_steps", 7, 12), ("max_epochs", 1, 2)])
 def test_a_run_that_is_trained_further_is_the_longer_run(
-    setting, short, long, two_runs, passes, monkeypatch
+    setting, short, long, fitted, in_parts, passes, monkeypatch
 ):
     """The shorter run ends in the middle of an epoch, or with one; nothing is initialized again."""
-    run, whole, parts = two_runs
     options = (*DROPOUT, "--trainer.max_steps=-1")
-    assert run("whole", *options, f"--trainer.{setting}={long}") == 0
-    assert run("parts", *options, f"--trainer.{setting}={short}") == 0
+    whole, (run, parts) = fitted(*options, f"--trainer.{setting}={long}"), in_parts
+    passes.clear()
+    assert run(*options, f"--trainer.{setting}={short}") == 0
     first, [checkpoint] = summary(parts), parts.glob("checkpoints/*.ckpt")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == first["train"]["steps"]
     monkeypatch.setattr(callbacks.lora_one_init, "install", None)
-    assert run("parts", *options, f"--trainer.{setting}={long}") == 0
-    assert len(passes) == 2
+    assert run(*options, f"--trainer.{setting}={long}") == 0
+    assert len(passes) == 1
     check_same(parts, whole)
     assert summary(parts)["init"] == first["init"]
     assert summary(parts)["train"]["steps"] > first["train"]["steps"]
@@ -141,30 +140,28 @@ def at_step(step):
     ("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 128 + signal.SIGUSR1)]
 )
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_signal_saves_and_stops(name, status, accumulate, two_runs, signalled, capfd):
-    run, whole, parts = two_runs
+def test_a_signal_saves_and_stops(name, status, accumulate, fitted, in_parts, signalled, capfd):
     options = (*DROPOUT, "--trainer.max_steps=8", f"--trainer.accumulate_grad_batches={accumulate}")
+    whole, (run, parts) = fitted(*options), in_parts
     before = {number: signal.getsignal(number) for number in STOPPING}
-    assert run("whole", *options) == 0
 
     def once(module, batch, batch_idx):
         return module.global_step == 3 and batch_idx % accumulate == 0
 
     signalled("training_step", signal.Signals[name], once)
-    assert run("parts", *options) == status
+    assert run(*options) == status
     told = capfd.readouterr().err
     assert f"{name}: stopped after step 4; the last checkpoint is" in told
     assert "resume-step=4.ckpt; the same command with `--ckpt_path last` goes on from it" in told
     assert {number: signal.getsignal(number) for number in STOPPING} == before
-    assert run("parts", *options) == 0
+    assert run(*options) == 0
     check_same(parts, whole)
 
 
 @pytest.mark.slow
-def test_a_signal_during_validation_stops_there(two_runs, signalled):
-    run, whole, parts = two_runs
+def test_a_signal_during_validation_stops_there(fitted, in_parts, signalled):
     options = (*DROPOUT, "--trainer.max_steps=8", "--trainer.val_check_interval=2")
-    assert run("whole", *options) == 0
+    whole, (run, parts) = fitted(*options), in_parts
     seen = []
 
     def at_four(module, batch, batch_idx):
@@ -172,9 +169,9 @@ def test_a_signal_during_validation_stops_there(two_runs, signalled):
         return module.global_step == 4 and len(seen) == 4
 
     signalled("validation_step", signal.SIGTERM, at_four)
-    assert run("parts", *options) == 143
+    assert run(*options) == 143
     assert seen == [0, 1, 2, 0]
-    assert run("parts", *options) == 0
+    assert run(*options) == 0
     check_same(parts, whole, "val/loss", "final/loss")
 
 
@@ -210,13 +207,14 @@ ENDS = {
         ("report", "kill"),
     ],
 )
-def test_what_is_trained_is_kept_when_the_end_is_interrupted(moment, ending, two_runs, monkeypatch):
+def test_what_is_trained_is_kept_when_the_end_is_interrupted(
+    moment, ending, fitted, in_parts, monkeypatch
+):
     """Scores may take hours: a run that stops in them has them alone left to make."""
-    run, whole, parts = two_runs
     options = (*DROPOUT, "--trainer.max_steps=9")
     if moment == "last validation":
         options += ("--trainer.val_check_interval=2",)
-    assert run("whole", *options) == 0
+    whole, (run, parts) = fitted(*options), in_parts
     kind, method, when = ENDS[moment]
     original = getattr(kind, method)
 
@@ -231,12 +229,12 @@ def test_what_is_trained_is_kept_when_the_end_is_interrupted(moment, ending, two
         patched.setattr(kind, method, interrupted)
         if ending == "kill":
             with pytest.raises(Killed):
-                run("parts", *options)
+                run(*options)
         else:
-            assert run("parts", *options) == 143
+            assert run(*options) == 143
     steps = []
     monkeypatch.setattr(LoraModule, "training_step", lambda *_: steps.append(1))
-    assert run("parts", *options) == 0
+    assert run(*options) == 0
     assert steps == []
     validated = ("val/loss",) if moment == "last validation" else ()
     check_same(parts, whole, "final/loss", *validated)
@@ -311,11 +309,10 @@ def test_the_wandb_run_goes_on(command, tiny_run, tmp_path, signalled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [("--rounds=1",), ("--rounds=1", "--signal=TERM")])
-def test_rounds_of_real_kills(arguments):
+def test_rounds_of_real_kills():
     """Real processes: the benchmark that anyone can run, shortened."""
-    command = [sys.executable, "-m", "benchmarks.kill_rounds", "--steps=80", "--every=10"]
-    command += arguments
+    command = [sys.executable, "-m", "benchmarks.kill_rounds", "--rounds=1"]
+    command += ["--steps=80", "--every=10"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the same, bit for bit; adapter file: the same bytes" in done.stdout

@@ -15,7 +15,6 @@ from tests.support.two_nodes import two_nodes
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 LAUNCH = ROOT / "launch"
-STRATEGIES = ("ddp", "fsdp")
 STEPS = 4  # of those of the reference, whose learning rate is constant
 
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -44,30 +43,26 @@ def run_argv(parity_config, models_without_dropout, tmp_path):
     os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and ip"
 )
 def test_two_nodes(reference, run_argv, tmp_path):
-    for strategy in STRATEGIES:
-        with two_nodes() as nodes:
-            own = [
-                environment(
-                    NODES="2",
-                    NODE_RANK=str(i),
-                    MASTER_ADDR=nodes[0].address,
-                    GLOO_SOCKET_IFNAME=node.interface,
-                )
-                for i, node in enumerate(nodes)
-            ]
-            script = [str(LAUNCH / "node.sh"), "1", *run_argv(strategy)]
-            (status_0, output_0), (status_1, output_1) = ends(
-                *(
-                    node.popen(script, env=env, **PIPES)
-                    for node, env in zip(nodes, own, strict=True)
-                )
+    """FSDP2; the other recipes train with DDP."""
+    with two_nodes() as nodes:
+        own = [
+            environment(
+                NODES="2",
+                NODE_RANK=str(i),
+                MASTER_ADDR=nodes[0].address,
+                GLOO_SOCKET_IFNAME=node.interface,
             )
-        assert (status_0, status_1) == (0, 0), output_0[-4000:] + output_1[-4000:]
-        assert "run folder" in output_0
-        assert "run folder" not in output_1
-        assert losses(tmp_path / strategy) == pytest.approx(
-            losses(reference("llama"))[:STEPS], rel=1e-4
-        )
+            for i, node in enumerate(nodes)
+        ]
+        script = [str(LAUNCH / "node.sh"), "1", *run_argv("fsdp")]
+        started = [
+            node.popen(script, env=env, **PIPES) for node, env in zip(nodes, own, strict=True)
+        ]
+        (status_0, output_0), (status_1, output_1) = ends(*started)
+    assert (status_0, status_1) == (0, 0), output_0[-4000:] + output_1[-4000:]
+    assert "run folder" in output_0
+    assert "run folder" not in output_1
+    assert losses(tmp_path / "fsdp") == pytest.approx(losses(reference("llama"))[:STEPS], rel=1e-4)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "lightning"])

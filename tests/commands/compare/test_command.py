@@ -14,10 +14,10 @@ from tests.support.toy_benchmarks import Writing
 @pytest.mark.slow
 def test_a_grid_from_end_to_end_and_again(compare, started, tmp_path, capsys):
     folder = tmp_path / "runs" / "compare_tiny"
-    wanted = ("--methods=lora,lora_one", "--learning_rates=0.01,1e-1", "--seeds=0,1")
+    wanted = ("--methods=lora,lora_one", "--learning_rates=0.01,1e-1", "--seeds=0")
     assert compare(*wanted) == 0
-    assert [argv[0] for argv in started] == ["fit", "test"] * 8
-    assert "[8/8 finished]" in capsys.readouterr().out
+    assert [argv[0] for argv in started] == ["fit", "test"] * 4
+    assert "[4/4 finished]" in capsys.readouterr().out
 
     # Every number of the report is that of the runs.
     for row in table(folder, "runs.csv"):
@@ -29,17 +29,17 @@ def test_a_grid_from_end_to_end_and_again(compare, started, tmp_path, capsys):
         assert float(row["selection_score"]) == scores["final"]["accuracy"]
         assert int(row["peak_bytes"]) >= train["peak_bytes"] > 2**20
         assert float(row["step_seconds"]) == pytest.approx(train["seconds"] / 2)
-    assert [row["seeds"] for row in table(folder, "table.csv")] == ["2", "2"]
+    assert [row["seeds"] for row in table(folder, "table.csv")] == ["1", "1"]
 
     # Again nothing is trained; a wider grid trains what is new, in any spelling of the rates.
     started.clear()
     assert compare(*wanted) == 0
     assert started == []
-    wider = ("--methods=lora", "--learning_rates=1e-2,2e-2", "--seeds=1")
+    wider = ("--methods=lora", "--learning_rates=1e-2,2e-2", "--seeds=0")
     assert compare(*wider) == 0
     assert [argv[0] for argv in started] == ["fit", "test"]
-    assert "--output.name=lora-lr2e-2-seed1" in started[0]
-    assert len(table(folder, "runs.csv")) == 9
+    assert "--output.name=lora-lr2e-2-seed0" in started[0]
+    assert len(table(folder, "runs.csv")) == 5
 
     # Another task, and another method of the same name, do not get into the same folder, also with cells
     # that are new; what is refused leaves no trace.
