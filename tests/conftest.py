@@ -208,6 +208,7 @@ def command(monkeypatch):
 
     # Pictures take most of the time of a tiny run.
     monkeypatch.setattr("callbacks.run_report.write_plots", lambda *_: [])
+    monkeypatch.setattr("callbacks.alignment_monitor.write_heat_maps", lambda *_: [])
     return lambda *argv: main([str(argument) for argument in argv])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.tracking.alignment_plots import MAPS
+from app.tracking.alignment_plots import MAPS, write_heat_maps
 from tests.support.run_folders import same_weights, table, weights
 
 WATCH = ("--config", "callbacks/alignment.yaml", "--trainer.callbacks.every_n_steps=2")
@@ -17,7 +17,10 @@ MORE = ("--trainer.max_steps=5", "--output.checkpoint_every_n_steps=1")
 
 
 @pytest.mark.slow
-def test_the_start_lies_in_the_gradients_spans_and_the_end_is_that_of_the_adapter(fit, passes):
+def test_the_start_lies_in_the_gradients_spans_and_the_end_is_that_of_the_adapter(
+    fit, passes, monkeypatch
+):
+    monkeypatch.setattr("callbacks.alignment_monitor.write_heat_maps", write_heat_maps)
     folder = fit(*MORE, *WATCH)
     assert passes == ["callbacks.initialization"]
     found = table(folder, "alignment.csv")

@@ -125,22 +125,22 @@ def test_validate_and_test_reproduce_the_final_scores(method, fit, command, tiny
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
-def test_accumulated_batches_of_different_sizes_make_one_token_mean(clip, fit):
+def test_accumulated_batches_of_different_sizes_make_one_token_mean(clip, fitted, fit):
     """Twelve rows as 5 + 5 + 2 and as one batch: the same loss, and the same step of plain SGD."""
+    clipped = f"--trainer.gradient_clip_val={clip}"
     options = (
         "--trainer.max_steps=1",
-        f"--trainer.gradient_clip_val={clip}",
         "--data.train_size=12",
         "--init.num_samples=8",
         "--model.optimizer=torch.optim.SGD",
         "--model.optimizer.lr=1.0",
     )
-    whole = fit("--data.batch_size=12", *options)
-    parts = fit("--data.batch_size=5", "--trainer.accumulate_grad_batches=3", *options)
+    whole = fit("--data.batch_size=12", *options, clipped)
+    parts = fit("--data.batch_size=5", "--trainer.accumulate_grad_batches=3", *options, clipped)
     train = summary(parts)["train"]
     assert (train["steps"], train["samples"]) == (1, 12)
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-6)
-    start = weights(fit("--data.batch_size=12", *options, "--model.optimizer.lr=0.0"))
+    start = weights(fitted("--data.batch_size=12", *options, "--model.optimizer.lr=0.0"))
     one, other = weights(whole), weights(parts)
     for name, value in start.items():
         moved, wanted = other[name] - value, one[name] - value

@@ -8,7 +8,7 @@ import wandb
 import yaml
 
 from app.commands.compare.dashboard import workspace
-from app.tracking import plots
+from app.tracking import alignment_plots, plots
 from app.tracking.loggers import OutputSettings
 from app.tracking.record import InitRecord, RunRecord
 from app.tracking.run_folder import RunFolder
@@ -22,6 +22,8 @@ from tests.support.wandb_file import read
 @pytest.mark.slow
 def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("callbacks.run_report.write_plots", plots.write_plots)
+    drawn = alignment_plots.write_heat_maps
+    monkeypatch.setattr("callbacks.alignment_monitor.write_heat_maps", drawn)
     options = ("--output.wandb=auto", "--output.wandb_group=g", "--output.wandb_tags=[one, two]")
     options += ("--config", "callbacks/alignment.yaml", "--trainer.callbacks.every_n_steps=1")
     options += ("--trainer.val_check_interval=1",)

@@ -74,6 +74,12 @@ def test_the_page(report, runs, tmp_path):
     assert f"({heat_map}.png)" in text
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("app.commands.compare.report.comparison_plots", lambda _: [])
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_what_is_printed_and_written(report, runs, tmp_path):
     fail(runs, "pissa", 1e-3, 0, "why pissa failed")
     manifest(runs, [["pissa", 1e-3, 0], ["pissa", 1e-2, 0]])
@@ -94,6 +100,7 @@ def test_what_is_printed_and_written(report, runs, tmp_path):
     assert printed.endswith(f"report: {out / 'report.html'}\n")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_tasks_share_no_table(report, runs, tmp_path):
     write_run(tmp_path / "other" / "version_0", "lora", data=OTHER_DATA)
     printed = report(runs, tmp_path / "other")
