@@ -60,7 +60,7 @@ def init_errors(kept: Path, reference: Path, processes: int = 2) -> list[float]:
     ]
 
 
-def assert_alike(root: Path, reference: Path, processes: int) -> None:
+def assert_alike(root: Path, reference: Path, processes: int, steps: int = STEPS) -> None:
     """Compare a run on several processes with the same one on one process."""
     kept = root / "kept"
     shares = [torch.load(kept / f"gradients_{rank}.pt") for rank in range(processes)]
@@ -74,7 +74,7 @@ def assert_alike(root: Path, reference: Path, processes: int) -> None:
     assert max(init_errors(kept, reference / "kept", processes)) < 1e-4
     assert_equal_on_all(kept, "trained", processes)
     assert losses(root) == pytest.approx(losses(reference), rel=1e-4)
-    assert len(losses(root)) == STEPS
+    assert len(losses(root)) == steps
     ours, theirs = (run_folders.summary(at / "tiny" / "version_0") for at in (root, reference))
     for moment, scores in theirs["metrics"].items():
         assert ours["metrics"][moment] == pytest.approx(scores, rel=1e-4), moment
