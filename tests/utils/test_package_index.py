@@ -128,7 +128,7 @@ def test_bad_url(message):
             parse_package_url(f"pypi://{url}")
 
 
-def test_wheel_is_fetched_once_and_mended(index, tmp_path, capsys):
+def test_wheel_is_fetched_once_and_mended(index, tmp_path, capsys, monkeypatch):
     digest = make_wheel(index)
     url = f"pypi://toy==1.0/toy/data.bin#sha256={digest}"
     path = fetch_package_file(url)
@@ -144,11 +144,12 @@ def test_wheel_is_fetched_once_and_mended(index, tmp_path, capsys):
     assert fetch_package_file(url) == path  # from the cache: the index is empty
     assert capsys.readouterr().err == ""
 
-    hidden.rename(wheel)
+    monkeypatch.setattr(package_file, "_download", lambda *_: hidden.rename(wheel))
     for damage in (lambda: path.write_bytes(b"damaged"), recorded.unlink):
         damage()
         assert fetch_package_file(url).read_bytes() == b"wheel data"
         assert "does not have its recorded checksum" in capsys.readouterr().err
+        wheel.rename(hidden)
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
@@ -212,6 +213,7 @@ def test_an_interrupted_write_leaves_no_target(index, monkeypatch):
     def interrupted(path):
         raise OSError("interrupted")
 
+    monkeypatch.setattr(package_file, "_download", lambda *_: next(index.iterdir()))
     with monkeypatch.context() as patched:
         patched.setattr(package_file, "file_sha256", interrupted)
         with pytest.raises(OSError, match="interrupted"):
