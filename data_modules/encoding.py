@@ -127,9 +127,12 @@ class TextEncoder:
         """
         if self.is_encoder_decoder or self.chat_template or prompt.rstrip(" ").endswith("\n"):
             return ""
+        return "" if self._marks_words else " "
+
+    @cached_property
+    def _marks_words(self) -> bool:
         first_id = self.tokenizer("a", add_special_tokens=False)["input_ids"][0]
-        first = str(self.tokenizer.convert_ids_to_tokens(first_id))
-        return "" if first.startswith(("▁", "Ġ")) else " "
+        return str(self.tokenizer.convert_ids_to_tokens(first_id)).startswith(("▁", "Ġ"))
 
     def answer_end(self) -> list[int]:
         """Return the tokens that end an answer: EOS, and before it what ends a turn of the chat template.
@@ -224,9 +227,8 @@ class TextEncoder:
                         f"--data.max_length={max_length} has no room for any text of row {index} of {name} "
                         "beside its last line and its answer: expected more; raise --data.max_length"
                     )
-                encoded.append(
-                    EncodedRow(array("i", prompt), array("i", answer), index, row.target)
-                )
+                ids = array("i", prompt), array("i", answer)
+                encoded.append(EncodedRow(*ids, index, row.target))
         return encoded, num_long
 
     def identity(self, *limits: int | None) -> tuple[str, ...]:
@@ -235,9 +237,8 @@ class TextEncoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = json.dumps(tokenizer.get_vocab()) if backend is None else backend.to_str()
         # A template may write today's date.
-        turn = (
-            self._turns([{"role": "user", "content": "a"}], ask=True) if self.chat_template else ""
-        )
+        user = {"role": "user", "content": "a"}
+        turn = self._turns([user], ask=True) if self.chat_template else ""
         probe = f"{tokenizer('a')['input_ids']} {tokenizer.eos_token_id} {self.is_encoder_decoder}"
         versions = f"{transformers.__version__} {tokenizers.__version__}"
         return type(tokenizer).__name__, vocabulary, turn, probe, versions, str(limits)
@@ -277,9 +278,8 @@ class TextEncoder:
                 split_special_tokens=True,
                 return_offsets_mapping=True,
             )
-            starts = [
-                begin for begin, end in encoding["offset_mapping"] if begin < end <= len(text)
-            ]
+            spans = encoding["offset_mapping"]
+            starts = [begin for begin, end in spans if begin < end <= len(text)]
             text = text[: starts[-excess]].rstrip() if excess < len(starts) else ""
         return []
 

@@ -116,9 +116,13 @@ def _resolve_run(options: Sequence[str]) -> "ResolvedFit":
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """Collect no garbage: imports make millions of objects to look through and nothing to collect."""
+    """Look for garbage neither while modules are imported nor later among the million objects they are."""
+    collects, before = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if len(sys.modules) > before:
+            gc.freeze()
+        if collects:
+            gc.enable()

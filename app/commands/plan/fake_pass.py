@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.integrations import moe
 
@@ -148,12 +147,20 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if (
+            func is torch.ops.prim.device.default
+        ):  # two of three calls, of which none makes a tensor
+            return args[0].device
+        if func is torch.ops.aten._unsafe_view.default:  # FakeTensorMode caches the safe one only
+            func = torch.ops.aten.view.default
         if func is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool:
             source, (mask, *_) = args
             result = source.new_empty((self._supervised, *source.shape[mask.ndim :]))
         else:
             result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, result)
+        for made in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(made, Tensor):
+                self._see(made)
         return result
 
     def _see(self, tensor: Tensor) -> None:
