@@ -55,11 +55,10 @@ class Contender(NamedTuple):
     grouped: bool
 
 
+OURS = "parts.our_step"
 CONTENDERS = {
-    "ours": Contender("ours, LoRA", ("parts.our_step", "lora"), True),
-    "preconditioned": Contender(
-        "ours, LoRA-One's optimizer", ("parts.our_step", "preconditioned"), True
-    ),
+    "ours": Contender("ours, LoRA", (OURS, "lora"), True),
+    "preconditioned": Contender("ours, LoRA-One's optimizer", (OURS, "preconditioned"), True),
     "trainer": Contender("Trainer + PEFT", ("peers.trainer", "trainer"), False),
     "trainer_grouped": Contender("Trainer + PEFT, grouped", ("peers.trainer", "trainer"), True),
     "trl": Contender("TRL SFTTrainer", ("peers.trainer", "trl"), False),
@@ -135,20 +134,22 @@ def write_task(task: str, args: argparse.Namespace, folder: Path, tokenizer: Any
 
 
 class Process:
-    """A contender's process, which trains an epoch when it is told to."""
+    """A contender's process, which trains an epoch when it is told to.
 
-    def __init__(self, name: str, task: str, args: argparse.Namespace, folder: Path) -> None:
-        contender = CONTENDERS[name]
-        file = folder / f"{task}_{'grouped' if contender.grouped else 'plain'}.json"
-        python = sys.executable if contender.program[0] == "parts.our_step" else args.peers
-        program, *words = contender.program
-        command = [str(python), "-m", f"benchmarks.{program}", *words, str(file)]
-        self.name, self.log = name, folder / f"{task}_{name}.log"
-        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    Args:
+        name: The contender's.
+        command: Its command line.
+        log: File for what it prints.
+        threads: Of torch.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, threads: int) -> None:
+        self.name, self.log = name, log
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         here, there = socket.socketpair()
-        with self.log.open("w") as log, there:
+        with log.open("w") as stream, there:
             self.process = subprocess.Popen(
-                command, stdin=there, stdout=log, stderr=log, cwd=ROOT, env=environment
+                command, stdin=there, stdout=stream, stderr=stream, cwd=ROOT, env=environment
             )
         with here:
             self.line = here.makefile("rw")
@@ -185,7 +186,12 @@ def measure(task: str, args: argparse.Namespace, folder: Path) -> dict[str, list
     processes: list[Process] = []
     try:
         for name in args.contenders:
-            processes.append(Process(name, task, args, folder))
+            _, (program, *words), grouped = CONTENDERS[name]
+            python = sys.executable if program == OURS else str(args.peers)
+            file = folder / f"{task}_{'grouped' if grouped else 'plain'}.json"
+            command = [python, "-m", f"benchmarks.{program}", *words, str(file)]
+            log = folder / f"{task}_{name}.log"
+            processes.append(Process(name, command, log, args.threads))
         check_losses({each.name: each.ready["loss"] for each in processes})
         for number in range(args.rounds):
             first = number % len(processes)
@@ -276,7 +282,7 @@ def main() -> None:
             epoch = write_task(task, args, folder, tokenizer)
             if args.profile:
                 file = str(folder / f"{task}_grouped.json")
-                program = [sys.executable, "-m", "benchmarks.parts.our_step", "lora", file]
+                program = [sys.executable, "-m", f"benchmarks.{OURS}", "lora", file]
                 subprocess.run([*program, "--profile"], check=True, cwd=ROOT)
                 continue
             results[task] = measure(task, args, folder)

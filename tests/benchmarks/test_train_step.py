@@ -1,35 +1,32 @@
 """The parts of the training step's benchmark: the sample, turns, the table, and the products of a step."""
 
 import json
-import re
-import socket
-import subprocess
 import sys
 from argparse import Namespace
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from benchmarks import train_step
 from benchmarks.parts import our_step
 from benchmarks.parts.limit import Products, operations, time_products
-from benchmarks.peers.turns import read_rows
+from benchmarks.peers import trainer
+from benchmarks.peers.turns import Turns, read_rows
 from data_modules.gsm8k import Gsm8kDataModule
-from tests.support.paths import ROOT
 
 
 @pytest.fixture
 def tiny_task(tmp_path, run_models, tiny_tokenizer, monkeypatch):
-    """Write a task of two steps of two rows for a tiny Llama; return what `measure` is given, and its size."""
+    """Write a task of two steps of two rows for a tiny Llama; return its size."""
     data = tmp_path / "train.jsonl"
     rows = [{"question": "How many? " * (i + 1), "answer": f"{i} #### {i}"} for i in range(8)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     module = Gsm8kDataModule(str(data), validation_size=0, batch_size=2)
     monkeypatch.setattr(train_step, "task_data", lambda *_: module)
-    args = Namespace(data=data, steps=2, threads=1, model=run_models / "llama", rounds=2)
-    args.peers, args.contenders = sys.executable, ["ours", "trainer"]
-    return args, train_step.write_task("gsm8k", args, tmp_path, tiny_tokenizer)
+    args = Namespace(data=data, steps=2, threads=1, model=run_models / "llama")
+    return train_step.write_task("gsm8k", args, tmp_path, tiny_tokenizer)
 
 
 def test_both_orders_have_the_same_rows(tiny_task, tmp_path):
@@ -38,7 +35,7 @@ def test_both_orders_have_the_same_rows(tiny_task, tmp_path):
     assert rows != shuffled
     assert [rows[i] for i in grouped["check"]] == [shuffled[i] for i in plain["check"]] == rows[:2]
     assert sorted(map(str, rows)) == sorted(map(str, shuffled))
-    epoch = tiny_task[1]
+    epoch = tiny_task
     assert (epoch["steps"], epoch["rows"]) == (2, 4)
     assert epoch["tokens"] == sum(len(row["labels"]) for row in rows)
     assert epoch["supervised"] == sum(label >= 0 for row in rows for label in row["labels"])
@@ -54,19 +51,64 @@ def test_our_step_is_profiled(tiny_task, tmp_path, monkeypatch, capfd):
     assert "the pass takes" in told
 
 
-@pytest.mark.slow
-def test_contenders_take_turns_on_the_same_rows(tiny_task, tmp_path, capfd):
-    args, epoch = tiny_task
-    measured = train_step.measure("gsm8k", args, tmp_path)
-    assert [len(rounds) for rounds in measured.values()] == [2, 2]
-    assert set(train_step.report("gsm8k", epoch, measured)) == {
-        "gsm8k, trainer / ours, time",
-        "gsm8k, ours / trainer, peak",
-    }
-    told = capfd.readouterr()
-    ours, theirs = re.search(r"ours ([\d.]+), trainer ([\d.]+)", told.err).groups()
-    assert float(ours) == pytest.approx(float(theirs), abs=1e-4)
-    assert "| Trainer + PEFT |" in told.out
+class Done(BaseException):
+    """The turns that a test wants have been taken."""
+
+
+@pytest.mark.parametrize("contender", ["ours", "trainer"])
+def test_a_contender_trains_an_epoch_a_turn(contender, tiny_task, tmp_path, monkeypatch):
+    told, trained = [], []
+
+    class TwoTurns(Turns):
+        def __init__(self):
+            self._line = None
+
+        def loaded(self, model):
+            trained.extend(p for p in model.parameters() if p.requires_grad)
+            told.append(len(trained))
+
+        def ready(self, loss):
+            told.append(loss)
+
+        def begin(self):
+            told.append([p.detach().clone() for p in trained])
+            if len(told) == 5:
+                raise Done
+
+        def end(self):
+            pass
+
+    if contender == "ours":
+        monkeypatch.setattr(our_step, "Turns", TwoTurns)
+        arguments = our_step.arguments("lora", tmp_path / "gsm8k_grouped.json")
+        with pytest.raises(Done):
+            our_step.train(arguments)
+    else:
+        monkeypatch.setattr(trainer, "Turns", TwoTurns)
+        with pytest.raises(Done):
+            trainer.main("trainer", tmp_path / "gsm8k_plain.json")
+    factors, loss, *weights = told
+    assert factors == 28  # A and B of seven linear layers in each of two blocks
+    settings, rows = read_rows(tmp_path / "gsm8k_plain.json")
+    assert loss == pytest.approx(
+        token_mean([rows[i] for i in settings["check"]], settings), abs=1e-5
+    )
+    first, second, third = (torch.cat([w.flatten() for w in each]) for each in weights)
+    # AdamW at a constant rate of 1e-4 moves a weight by as much in its first step.
+    assert 1e-4 < (second - first).abs().max() < 3e-4
+    assert (third - second).abs().max() > 1e-5
+
+
+def token_mean(rows, settings):
+    """Return the loss of rows, each by itself, in the model as it was loaded."""
+    model = AutoModelForCausalLM.from_pretrained(settings["model"])
+    total, tokens = 0.0, 0
+    for row in rows:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
+        labels = torch.tensor(row["labels"][1:])
+        total += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        tokens += int((labels >= 0).sum())
+    return total / tokens
 
 
 def test_the_sample_has_batches_of_neighbours_at_even_quantiles():
@@ -92,7 +134,7 @@ def test_labels_of_a_task_are_the_answers(tmp_path):
     assert rows == [{"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, -100, 8, 9]}]
 
 
-def test_a_process_trains_when_it_is_told_to():
+def test_a_process_trains_when_it_is_told_to(tmp_path):
     program = """
 from types import SimpleNamespace
 from benchmarks.peers.turns import Turns
@@ -107,26 +149,24 @@ for epoch in range(10):
     turns.end()
     del kept
 """
-    here, there = socket.socketpair()
-    with there:
-        command = [sys.executable, "-uc", program]
-        process = subprocess.Popen(
-            command, stdin=there, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-    with here, here.makefile("rw") as line:
-        ready = json.loads(line.readline())
-        rounds = []
-        for _ in range(2):
-            print("go", file=line, flush=True)
-            rounds.append(json.loads(line.readline()))
-    assert ready["loss"] == 1.25
-    assert process.communicate()[0] == "what a library prints\ntrains 0\ntrains 1\n"
-    assert process.returncode == 0
+    log = tmp_path / "log"
+    process = train_step.Process("fake", [sys.executable, "-uc", program], log, 1)
+    rounds = [process.turn() for _ in range(2)]
+    process.close()
+    assert process.ready["loss"] == 1.25
+    assert process.process.returncode == 0
+    assert log.read_text() == "what a library prints\ntrains 0\ntrains 1\n"
     for number, each in enumerate(rounds):
-        assert each["excess_mib"] == pytest.approx(each["peak_mib"] - ready["loaded_mib"])
+        assert each["excess_mib"] == pytest.approx(each["peak_mib"] - process.ready["loaded_mib"])
         assert abs(each["excess_mib"] - 40 / (number + 1)) < 15
         assert each["cpu_seconds"] > 0
         assert 0 < each["seconds"] < 60
+
+
+def test_a_process_that_fails_ends_the_benchmark(tmp_path):
+    command = [sys.executable, "-c", "raise SystemExit('no such model')"]
+    with pytest.raises(SystemExit, match="fake ended before its turn:\nno such model"):
+        train_step.Process("fake", command, tmp_path / "log", 1)
 
 
 def test_losses_that_differ_end_the_benchmark(capsys):
