@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.evaluation.benchmark import PreparedBenchmark
 from app.models.loading import empty_model
+from app.models.packing import packing_obstacle
 from app.models.protocols import TokenizedModel
 from app.models.text_limits import context_length, has_position_table, num_embeddings
 from app.utils.errors import InputError
@@ -38,6 +39,18 @@ def check_max_length(max_length: int, model: TokenizedModel) -> None:
         f"--data.max_length={max_length}, but model.name has {context} positions and no more: expected at "
         f"most {context}; set --data.max_length={context}"
     )
+
+
+def check_packing(model: TokenizedModel) -> None:
+    """Raise InputError if packed examples would see each other."""
+    obstacle = packing_obstacle(
+        empty_model(model.source, attn_implementation=model.attn_implementation)
+    )
+    if obstacle is not None:
+        raise InputError(
+            f"--data.packing=true, but model.name={model.source.name!r} {obstacle}: expected a causal model "
+            "that keeps packed examples apart, such as Llama, Qwen3 or GPT-2; set --data.packing=false"
+        )
 
 
 def check_encoded(

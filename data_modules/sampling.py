@@ -19,17 +19,20 @@ class LengthGroupedSampler(DistributedSampler):
 
     Of several processes each takes every world_size-th row of the same order, which keeps the global
     batches. Every row is met exactly once an epoch, whatever the number of processes: where a process
-    would run out of rows first it gets `PADDING`. With `shuffle` off, rows are sorted by length.
+    would run out of rows first it gets `PADDING`. With `shuffle` off, rows are sorted by length; with
+    `length_grouping` off, they are shuffled whatever their length.
     Lightning leaves a `DistributedSampler` in place and sets its epoch.
 
     Args:
         lengths: Length of each row.
         batch_size: Rows of a batch on each process.
         shuffle: Whether to draw a new order each epoch, from `seed`.
+        length_grouping: Whether batches hold rows of similar length.
         group_size: Rows of all processes' batches together, which the order is made of; None is
             batch_size * world_size. A run that goes on with other processes keeps the old one.
         done: Rows of the order, of all processes together, that the first epoch leaves out because an
             interrupted run has met them.
+        epoch: The first epoch: worker processes ask for rows before Lightning sets it.
     """
 
     def __init__(
@@ -40,13 +43,17 @@ class LengthGroupedSampler(DistributedSampler):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        length_grouping: bool = True,
         group_size: int | None = None,
         done: int = 0,
+        epoch: int = 0,
     ) -> None:
         super().__init__(lengths, world_size, rank, shuffle, seed)  # type: ignore[arg-type]
         self.lengths = lengths
         self.group_size = group_size or batch_size * world_size
         self.done = done
+        self.epoch = epoch
+        self.length_grouping = length_grouping
 
     def __iter__(self) -> Iterator[int]:
         order = self._shuffled() if self.shuffle else longest_first(self.lengths)
@@ -60,9 +67,11 @@ class LengthGroupedSampler(DistributedSampler):
         return {"epoch": epoch, "done": done, "group_size": self.group_size}
 
     def _shuffled(self) -> list[int]:
-        """Group by length, then shuffle the batches but the longest and an incomplete last one."""
+        """Group by length, then shuffle the batches but the longest and an incomplete last one; or all rows."""
         size = self.group_size
         generator = _generator(self.seed, f"epoch {self.epoch}")
+        if not self.length_grouping:
+            return torch.randperm(len(self.lengths), generator=generator).tolist()
         rows = get_length_grouped_indices(self.lengths, size, generator=generator)
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         num_full = max(len(rows) // size, 1)

@@ -1,9 +1,9 @@
 """The base of all data modules: settings, rows by their use, batches, and the questions of benchmarks.
 
-A data source subclasses `TextDataModule` and writes only `load`: where its rows come from, and what
-prompt and answer they have.
+A data source subclasses `TextDataModule` and writes only `load`: which prompts and answers its rows have.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
@@ -19,19 +19,16 @@ from app.models.protocols import TokenizedModel
 from app.models.text_limits import context_length
 from data_modules.contamination import count_shared
 from data_modules.encoding import TextEncoder
-from data_modules.limits import check_encoded, check_max_length, check_sizes
+from data_modules.limits import check_encoded, check_max_length, check_packing, check_sizes
+from data_modules.packing import PackedRows, collate_packed
 from data_modules.questions import BenchmarkQuestions, question_loaders
 from data_modules.row_checks import SPLITS, all_splits, check_rows, check_stage, splits_of
 from data_modules.rows import EncodedRow, PaddedRows, TextRow
-from data_modules.sampling import (
-    LengthGroupedSampler,
-    check_position,
-    initialization_share,
-    subset,
-)
+from data_modules.sampling import LengthGroupedSampler, check_position, initialization_share, subset
 from data_modules.token_cache import cached
 
-Loaders = list[DataLoader[EncodedRow] | DataLoader[int]]
+Collate = Callable[[Any], Batch]
+Loaders = list[DataLoader[Any]]
 
 
 class TextDataModule(LightningDataModule):
@@ -41,7 +38,7 @@ class TextDataModule(LightningDataModule):
         path: Local file or folder of the data; null takes it from where it is published.
         max_length: Most tokens of an example: of prompt and answer (causal LM), or of the prompt
             (encoder-decoder). A longer prompt loses the end of its text, never its last line.
-        batch_size: Training examples of a batch, on each process.
+        batch_size: Training examples of a batch, or packed rows, on each process.
         eval_batch_size: Rows or questions of a validation or test batch, on each process.
         num_workers: Processes that prepare batches; 0 prepares them in the main process.
         seed: Fixes the order of training, the subset `train_size` and the initialization rows. The
@@ -52,6 +49,8 @@ class TextDataModule(LightningDataModule):
         chat_template: Put every prompt into the tokenizer's chat template, as the user's message.
         long_prompts: What to do with a question that leaves no room for its answer in the model's context:
             `cut` drops its beginning, `refuse` stops before anything is asked.
+        length_grouping: Make training batches of rows of similar length; false shuffles rows of any length.
+        packing: Put training examples that do not see each other into rows of up to `max_length` tokens.
     """
 
     task_name = "text"
@@ -71,6 +70,8 @@ class TextDataModule(LightningDataModule):
         evals: list[Benchmark] | None = None,
         chat_template: bool = False,
         long_prompts: Literal["cut", "refuse"] = "cut",
+        length_grouping: bool = True,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         self.path = path
@@ -82,6 +83,8 @@ class TextDataModule(LightningDataModule):
         self.train_size = train_size
         self.validation_size = validation_size
         self.chat_template = chat_template
+        self.length_grouping = length_grouping
+        self.packing = packing
         check_sizes(vars(self))
         self.evals = list(evals or [])
         self.questions = BenchmarkQuestions(self.evals, long_prompts)
@@ -150,6 +153,8 @@ class TextDataModule(LightningDataModule):
         if self.trainer is not None:
             model = cast(TokenizedModel, self.trainer.lightning_module)
             check_max_length(self.max_length if splits else 0, model)
+            if self.packing and stage == "fit":
+                check_packing(model)
             self.attach(model.tokenizer, model.is_encoder_decoder, context_length(model.config))
         check_stage(stage, list(filter(self.rows, splits)), *about)
         asked = self.prepare_benchmarks("validation" if stage in ("fit", "validate") else "test")
@@ -196,9 +201,19 @@ class TextDataModule(LightningDataModule):
             self._benchmarks[split] = self.questions.prepare(split, self.encoder)
         return self._benchmarks[split]
 
-    def train_dataloader(self) -> DataLoader[EncodedRow]:
-        """Return every training row once an epoch, in an order fixed by seed and epoch."""
-        return self._loader("train", self.batch_size, True, **self._position)
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return every training example once an epoch, in an order fixed by seed and epoch."""
+        encoded, collate = self.encoded("train"), cast(Collate, self.encoder.collate)
+        rows: PaddedRows | PackedRows = PaddedRows(encoded)
+        if self.packing:
+            rows = PackedRows(encoded, self.max_length, self.seed)
+            collate = partial(collate_packed, collate=collate)
+        size, place, workers = self.batch_size, self._rank_and_world_size(), self.num_workers
+        sampler = LengthGroupedSampler(
+            rows.lengths, size, True, self.seed, *place, self.length_grouping, **self._position
+        )
+        self._train_sampler = sampler
+        return DataLoader(rows, size, sampler=sampler, num_workers=workers, collate_fn=collate)
 
     def val_dataloader(self) -> Loaders:
         """Return the validation rows, longest first, and the benchmarks' questions."""
@@ -209,33 +224,15 @@ class TextDataModule(LightningDataModule):
         return self._scored_loaders("test")
 
     def _scored_loaders(self, split: str) -> Loaders:
-        size, loaders = self.eval_batch_size, Loaders()
+        size, place, loaders = self.eval_batch_size, self._rank_and_world_size(), Loaders()
         if self.rows(split):
-            loaders.append(self._loader(split, size))
-        benchmarks = self.prepare_benchmarks(split)
-        return [*loaders, *question_loaders(benchmarks, size, *self._rank_and_world_size())]
-
-    def _loader(
-        self,
-        split: str,
-        batch_size: int,
-        shuffle: bool = False,
-        epoch: int = 0,
-        done: int = 0,
-        group_size: int | None = None,
-    ) -> DataLoader[EncodedRow]:
-        rows, place = PaddedRows(self.encoded(split)), self._rank_and_world_size()
-        sampler = LengthGroupedSampler(
-            rows.lengths, batch_size, shuffle, self.seed, *place, group_size, done
-        )
-        # Worker processes ask for the first rows before Lightning sets the sampler's epoch.
-        sampler.set_epoch(epoch)
-        if split == "train":
-            self._train_sampler = sampler
-        workers, collate = self.num_workers, self.encoder.collate
-        return DataLoader(
-            rows, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate
-        )
+            rows, workers = PaddedRows(self.encoded(split)), self.num_workers
+            order = LengthGroupedSampler(rows.lengths, size, False, self.seed, *place)
+            collate = self.encoder.collate
+            loaders.append(
+                DataLoader(rows, size, sampler=order, num_workers=workers, collate_fn=collate)
+            )
+        return [*loaders, *question_loaders(self.prepare_benchmarks(split), size, *place)]
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         trainer = self.trainer

@@ -45,8 +45,12 @@ def supervised_logits(model: nn.Module, base: PreTrainedModel, batch: Batch) -> 
         batch: See `Batch`. A causal model predicts labels[:, t + 1] at t; a sequence-to-sequence
             model's decoder predicts labels[:, t] at t.
     """
+    if "position_ids" in batch and "flash" in str(base.config._attn_implementation):
+        # It tells packed examples apart in one row only, where none is padded to the longest.
+        batch = {k: v.view(1, -1) if v.ndim == 2 else v for k, v in batch.items()}
     labels = batch["labels"]
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    names = ("input_ids", "attention_mask", "position_ids")
+    inputs = {name: batch[name] for name in names if name in batch}
     if base.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)  # type: ignore
         wanted = labels

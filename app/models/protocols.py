@@ -12,7 +12,13 @@ from app.models.source import ModelSource
 
 
 class TokenizedModel(Protocol):
-    """A model as a data module sees it: how it reads text, known without its weights."""
+    """A model as a data module sees it: how it reads text, known without its weights.
+
+    Attributes:
+        attn_implementation: Attention kernel, in transformers' names; None lets transformers choose.
+    """
+
+    attn_implementation: str | None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

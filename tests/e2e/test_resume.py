@@ -70,6 +70,11 @@ CASES = {
     "short_epochs": (*LONG, *DROPOUT, "--trainer.limit_train_batches=3", "--trainer.max_epochs=4"),
     "rare_logs": (*LONG, *DROPOUT, "--trainer.log_every_n_steps=3"),
     "workers": (*LONG, *DROPOUT, "--data.num_workers=1"),
+    # 7 batches an epoch
+    "packing": (
+        *(*LONG, *DROPOUT, "--data.packing=true", "--data.max_length=200", "--data.batch_size=2"),
+        "--data.length_grouping=false",
+    ),
 }
 
 

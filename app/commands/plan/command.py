@@ -10,12 +10,14 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from app.commands.plan import memory
 from app.commands.plan.fake_pass import FakeModel
 from app.commands.plan.placement import Placement, device_memory, read_placement
-from app.commands.plan.protocols import GradientInitialization, PlannedData
+from app.commands.plan.protocols import GradientInitialization, PlannedData, TrainingRows
 from app.commands.plan.report import data_text, memory_text, model_text, verdict_text
+from app.models.batch import Batch
 from app.models.loading import empty_model
 from app.models.lora import base_model, fsdp_incompatible_settings
 from app.models.source import resolve_model
@@ -147,8 +149,8 @@ def run_memory(
     gathered_as = placement.gather_dtype if placement.sharded else None
     context = trainer.precision_plugin.forward_context
     fake = FakeModel(model, base_model(model), context, gathered_as)
-    # The longest rows come first in all batches, and in the first process's share.
-    training = fake.training(next(iter(data.train_dataloader())))
+    # The longest rows come first in all batches that are grouped by length, and in the first process's share.
+    training = fake.training(longest_batch(data.train_dataloader(), data.length_grouping))
     validation = 0
     if data.encoded("validation"):
         validation = fake.evaluation(next(iter(data.val_dataloader()[0]))).peak
@@ -176,6 +178,15 @@ def run_memory(
         generation=generation_bytes(module, data),
         initialization=initialization,
     )
+
+
+def longest_batch(loader: DataLoader[Any], length_grouping: bool) -> Batch:
+    """Return the training batch that takes most: the first one, or the longest rows where any may meet."""
+    if length_grouping:
+        return cast(Batch, next(iter(loader)))
+    rows = cast(TrainingRows, loader.dataset)
+    numbers = sorted(range(len(rows.lengths)), key=lambda number: -rows.lengths[number])
+    return cast(Batch, loader.collate_fn([rows[i] for i in numbers[: loader.batch_size]]))
 
 
 def generation_bytes(module: LoraModule, data: PlannedData) -> int:

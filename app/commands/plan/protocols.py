@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from app.initialization.one_step_gradient import Estimator
+from app.models.batch import Batch
 from app.training.protocols import DataModule
 
 
@@ -18,15 +19,37 @@ class EncodedRow(Sized, Protocol):
         """The supervised tokens."""
 
 
+class RowEncoder(Protocol):
+    """How rows become a batch that is not packed."""
+
+    def collate(self, rows: Sequence[Any]) -> Batch:
+        """Pad encoded rows to one batch."""
+
+
+class TrainingRows(Protocol):
+    """Rows of training batches by number, which are packed examples where examples are packed."""
+
+    lengths: Sequence[int]
+
+    def __getitem__(self, number: int) -> Any:
+        """Return a row."""
+
+
 class PlannedData(DataModule, Protocol):
     """A data module whose rows are described; the attributes are its settings, and what it has read."""
 
     task_name: str
     source: str
     max_length: int
+    length_grouping: bool
+    packing: bool
     eval_batch_size: int
     cut_prompts: dict[str, int]
     trainer: Trainer | None
+
+    @property
+    def encoder(self) -> RowEncoder:
+        """How the model reads text."""
 
     def prepare_data(self) -> None:
         """Download published data."""
@@ -38,7 +61,7 @@ class PlannedData(DataModule, Protocol):
         """Return the rows of "train" or "validation"."""
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return batches of the training rows."""
+        """Return batches of `TrainingRows`."""
 
 
 class GradientInitialization(Protocol):

@@ -1,13 +1,14 @@
 """What `plan` prints: examples as the model sees them, counts, a table of memory, a verdict."""
 
 import math
+from typing import cast
 
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from app.commands.plan.memory import RunMemory
 from app.commands.plan.placement import Placement
-from app.commands.plan.protocols import PlannedData
+from app.commands.plan.protocols import PlannedData, TrainingRows
 from app.models.batch import IGNORED_LABEL
 from app.models.lora import lora_pairs
 from app.training.module import LoraModule
@@ -55,14 +56,20 @@ def data_text(trainer: Trainer, module: LoraModule, data: PlannedData, placement
         lines.append(_line(prepared.benchmark.name, f"{len(prepared.questions):,} questions", note))
     rows, accumulated = data.encoded("train"), trainer.accumulate_grad_batches
     supervised = sum(len(row.answer_ids) for row in rows)
-    lines.append(_line("tokens an epoch", sum(map(len, rows)), f"{supervised:,} supervised"))
+    tokens = sum(map(len, rows))
+    lines.append(_line("tokens an epoch", tokens, f"{supervised:,} supervised"))
+    loader = data.train_dataloader()
+    num_rows = len(cast(TrainingRows, loader.dataset).lengths)
+    if data.packing:
+        filled = f"of {data.max_length} tokens, {tokens / num_rows / data.max_length:.0%} filled"
+        lines.append(_line("packed rows", num_rows, filled))
     size, world = data.batch_size, placement.world_size
     factors = f"data.batch_size {size} x {world} processes x {accumulated} accumulated"
     lines.append(_line("rows an optimizer step", size * world * accumulated, factors))
-    per_epoch, steps = steps_of(len(rows), size, trainer, world)
+    per_epoch, steps = steps_of(num_rows, size, trainer, world)
     lines.append(_line("optimizer steps", steps, f"{per_epoch:,} an epoch"))
     lines += ["", f"examples as the model sees them, supervised tokens between {OPEN} and {CLOSE}:"]
-    collated = data.train_dataloader().collate_fn(rows[:EXAMPLES])
+    collated = data.encoder.collate(rows[:EXAMPLES])
     for i in range(len(collated["labels"])):
         lines += _example(i, {key: value[i] for key, value in collated.items()}, module)
     return "\n".join(lines)

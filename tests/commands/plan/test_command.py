@@ -42,6 +42,30 @@ def test_the_command(plan):
     assert "memory of each process (one process)" in printed
 
 
+def test_packed_rows(plan, run_models):
+    """40 rows of 62 to 67 tokens, three in a row of 201."""
+    packed = "--data.packing=true", "--data.max_length=201", "--data.batch_size=4"
+    printed = plan(*packed)
+    assert "packed rows                                 14   of 201 tokens, 94% filled" in printed
+    assert "optimizer steps                              3   4 an epoch" in printed
+    assert printed.count("tokens read, 2 supervised") == 3
+    told = plan(*packed, "--model.name", run_models / "t5", status=2)
+    assert "--data.packing=true, but model.name=" in told
+    assert "is a sequence-to-sequence model" in told
+
+
+def test_the_longest_rows_are_measured_whatever_the_order(plan):
+    def activations(*options):
+        [line] = [line for line in plan(*options).splitlines() if "kept for backward" in line]
+        return line
+
+    grouped, shuffled = (
+        activations(f"--data.length_grouping={value}", "--data.batch_size=1")
+        for value in ("true", "false")
+    )
+    assert grouped == shuffled
+
+
 def test_the_command_on_t5_without_initialization(plan, run_models):
     printed = plan("--model.name", run_models / "t5", "--config", "methods/lora.yaml")
     assert ">>>positive<eos><<<" in printed or ">>> positive<eos><<<" in printed

@@ -1,0 +1,158 @@
+"""Packed rows learn what the same rows learn alone."""
+
+import copy
+import gzip
+import random
+from array import array
+from dataclasses import replace
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from app.models.loading import load_model, load_tokenizer
+from app.models.loss import summed_loss, supervised_logits
+from app.models.source import resolve_model
+from data_modules.gsm8k import Gsm8kDataModule
+from data_modules.packing import collate_packed, pack
+from data_modules.rows import EncodedRow, TextRow, collate
+from data_modules.text import TextDataModule
+from tests.support.paths import DATA, needs_data
+
+
+def best_fit_decreasing(lengths, room):
+    """The same by looking at every pack: tokens of each pack."""
+    packs = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [i for i, filled in enumerate(packs) if filled + length <= room]
+        if fitting:
+            packs[max(fitting, key=packs.__getitem__)] += length
+        else:
+            packs.append(length)
+    return sorted(packs)
+
+
+@pytest.mark.parametrize("room", [9, 20, 100])
+def test_packs_are_those_of_best_fit_decreasing(room):
+    lengths = [random.randint(1, 9) for _ in range(200)]
+    packs = pack(lengths, room)
+    assert sorted(row for rows in packs for row in rows) == list(range(200))
+    filled = sorted(sum(lengths[row] for row in rows) for rows in packs)
+    assert filled == best_fit_decreasing(lengths, room)
+    assert max(filled) <= room
+
+
+def test_a_packed_batch():
+    tokens = (([5, 6], [7], 1), ([8], [9, 1], 0), ([4], [1], 0))
+    rows = [
+        EncodedRow(array("i", prompt), array("i", answer), index, target)
+        for index, (prompt, answer, target) in enumerate(tokens)
+    ]
+    padding = replace(rows[2], index=-1, target=-1)
+    batch = collate_packed([rows[:2], [rows[2], padding]], lambda some: collate(some, 3, False))
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[5, 6, 7, 8, 9, 1], [4, 1, 4, 1, 0, 0]],
+        "position_ids": [[0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 0, 0]],
+        "labels": [[-100, -100, 7, -100, 9, 1], [-100, 1, -100, -100, -100, -100]],
+        "index": [0, 1, 2, -1],
+        "target": [1, 0, 0, -1],
+    }
+
+
+class Rows(TextDataModule):
+    """A source in memory: 40 rows of many lengths."""
+
+    def load(self):
+        rows = [TextRow(f"Q: {'a good film ' * (i % 7)}{i}\nA:", f"{i} is {i}") for i in range(40)]
+        return {"train": rows, "validation": rows[:4]}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("length_grouping", [False, True])
+def test_every_example_once_an_epoch_in_an_order_of_its_own(packing, length_grouping, causal):
+    def epoch(number, **options):
+        options = {"packing": packing, "length_grouping": length_grouping, **options}
+        data = Rows(batch_size=3, **options)
+        data.attach(causal, is_encoder_decoder=False)
+        data.load_state_dict({"epoch": number, "done": 0, "group_size": 3})
+        batches = list(data.train_dataloader())
+        assert max(batch["input_ids"].shape[1] for batch in batches) <= data.max_length
+        assert all(len(batch["input_ids"]) <= 3 for batch in batches)
+        return [row for batch in batches for row in batch["index"].tolist()]
+
+    order = epoch(0)
+    assert sorted(order) == list(range(40))
+    assert order == epoch(0, num_workers=1)
+    assert order != epoch(1)
+    assert order != epoch(0, seed=1)
+
+
+def test_rows_that_are_scored_are_not_packed(causal):
+    data = Rows(packing=True)
+    data.attach(causal, is_encoder_decoder=False)
+    for batch in (*data.val_dataloader()[0], *data.gradient_batches(4, 4)):
+        assert "position_ids" not in batch
+        assert len(batch["input_ids"]) == 4
+
+
+def loss_and_gradients(model, data):
+    """Return the token mean over all training rows, its gradients, and the number of rows computed."""
+    model, rows, total, tokens = copy.deepcopy(model), 0, 0.0, 0
+    for batch in data.train_dataloader():
+        found = supervised_logits(model, model, batch)
+        loss = summed_loss(found)
+        loss.backward()
+        total, tokens = total + float(loss.detach()), tokens + found.labels.numel()
+        rows += len(batch["input_ids"])
+    return total / tokens, {n: p.grad / tokens for n, p in model.named_parameters()}, rows
+
+
+@pytest.fixture(scope="module")
+def gsm8k(tmp_path_factory):
+    """Return a file of the first 64 rows of GSM8K."""
+    lines = gzip.decompress((DATA / "gsm8k" / "train.jsonl.gz").read_bytes()).splitlines(True)
+    file = tmp_path_factory.mktemp("gsm8k") / "train.jsonl"
+    file.write_bytes(b"".join(lines[:64]))
+    return file
+
+
+def check_packed(model, tokenizer, file, batch_size):
+    found = []
+    for packing in (False, True):
+        options = {"packing": packing, "batch_size": batch_size, "validation_size": 0}
+        data = Gsm8kDataModule(str(file), max_length=512, **options)
+        data.attach(tokenizer, is_encoder_decoder=False)
+        found.append(loss_and_gradients(model, data))
+    (alone, wanted, rows), (packed, gradients, packs) = found
+    assert (rows, packs < 32) == (64, True)
+    assert packed == pytest.approx(alone, rel=1e-5)
+    for name, gradient in gradients.items():
+        assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+
+
+@pytest.fixture(scope="module")
+def words(gsm8k):
+    """Return a tokenizer of GSM8K's words, so that its rows have about a hundred tokens."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"vocab_size": 1024, "special_tokens": ["<eos>"], "initial_alphabet": alphabet}
+    core.train_from_iterator(gsm8k.read_text().splitlines(), trainers.BpeTrainer(**options))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
+
+
+@needs_data("gsm8k")
+@pytest.mark.parametrize(("build", "attention"), [("tiny_llama", "sdpa"), ("tiny_gpt2", "eager")])
+def test_gsm8k_packed_and_unpacked(build, attention, request, words, gsm8k):
+    model = request.getfixturevalue(build)(attn_implementation=attention, vocab_size=1024)
+    check_packed(model, words, gsm8k, 4)
+
+
+@needs_data("gsm8k")
+@pytest.mark.smollm2
+def test_gsm8k_packed_and_unpacked_on_smollm2(smollm2_dir, gsm8k):
+    source = resolve_model(str(smollm2_dir))
+    model = load_model(source).requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.requires_grad_(True)
+    check_packed(model, load_tokenizer(source), gsm8k, 2)
