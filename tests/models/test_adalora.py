@@ -180,11 +180,10 @@ def test_a_skipped_step_is_not_weighed(fit, monkeypatch):
         assert all(value.isfinite().all() for value in kept[1][average].values()), average
 
 
-def test_no_step_to_weigh_by(fit, command, tiny_run, capfd, monkeypatch):
+def test_no_step_to_weigh_by(error_of, tiny_run, monkeypatch):
     monkeypatch.setattr("app.models.adalora.finite", lambda gradients: False)
-    assert command("fit", "--config", tiny_run, *ADALORA) == 2
-    error = capfd.readouterr().err
-    assert "none of the 8 steps before AdaLoRA's last pruning had finite gradients" in error
+    told = error_of("fit", "--config", tiny_run, *ADALORA)
+    assert "none of the 8 steps before AdaLoRA's last pruning had finite gradients" in told
 
 
 @pytest.mark.parametrize(("steps", "tinit", "tfinal"), [(2, 0, 0), (3, 1, 1), (4, 2, 1)])
@@ -222,11 +221,10 @@ EPOCH = ("--trainer.max_steps=-1", "--trainer.max_epochs=1")
         ([], "the adapter has adalora, which does not work with the sharded"),
     ],
 )
-def test_what_cannot_work(options, message, command, tiny_run, capfd, monkeypatch):
+def test_what_cannot_work(options, message, error_of, tiny_run, monkeypatch):
     if message == TOO_SHORT:  # said before any weights are loaded
         monkeypatch.setattr("app.training.model_building.load_model", None)
     if "sharded" in message:
         monkeypatch.setattr("app.training.module.Fsdp2Strategy", SingleDeviceStrategy)
     method = ("--config=methods/adalora.yaml", f"{OWN}.init_r=6")
-    assert command("fit", "--config", tiny_run, *method, *options) == 2
-    assert message in capfd.readouterr().err
+    assert message in error_of("fit", "--config", tiny_run, *method, *options)

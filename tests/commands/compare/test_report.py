@@ -11,7 +11,6 @@ import subprocess
 import matplotlib.image
 import pytest
 
-from app.cli.main import main
 from tests.support.report_runs import RATES, fail, manifest, write_run
 from tests.support.run_folders import table
 
@@ -110,7 +109,7 @@ def test_tasks_share_no_table(report, runs, tmp_path):
     assert "data.init_args.max_length (128, 64)" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_errors_are_one_line(runs, tmp_path, capsys):
+def test_errors_are_one_line(runs, tmp_path, error_of):
     (tmp_path / "file").write_text("")
     for argv, message in (
         ([tmp_path / "absent"], "does not exist: expected a run folder"),
@@ -118,10 +117,9 @@ def test_errors_are_one_line(runs, tmp_path, capsys):
         ([runs, "--output", tmp_path / "file"], "the report cannot be written into"),
         ([runs, "--scor=loss"], "unrecognized arguments: --scor=loss; see python train.py report"),
     ):
-        assert main(["report", *map(str, argv)]) == 2
-        error = capsys.readouterr().err
+        error = error_of("report", *argv)
         assert message in error
-        assert error.count("\n") == 1
+        assert "\n" not in error
 
 
 BROWSER = (
