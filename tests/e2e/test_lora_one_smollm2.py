@@ -1,12 +1,13 @@
 """LoRA-One's start on the real SmolLM2-135M and real prompts: is the default accurate, does it help."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from app.initialization.gradient_store import ExactStore
-from app.initialization.one_step_gradient import Estimator
+from app.initialization.one_step_gradient import Estimator, make_store
 from app.models.adapter_config import LoraSettings
 from app.models.loading import load_model, load_tokenizer
 from app.models.lora import add_lora, base_model, lora_pairs
@@ -24,24 +25,40 @@ RANK = 8
 
 @pytest.fixture(scope="module")
 def observed(smollm2_dir):
-    """Return the wrapped model, 64 real prompts, G of every layer, and both estimators' results."""
+    """Return the wrapped model, 64 real prompts, G of every layer, and both estimators' results.
+
+    All stores see the same pass, which takes a minute: the exact one, and sketches of two seeds.
+    """
     source = resolve_model(str(smollm2_dir))
     data = MovieReviewsDataModule()
     data.attach(load_tokenizer(source), False)
     batches = data.gradient_batches(64, 8)
     model = add_lora(load_model(source), LoraSettings(r=RANK)).train()
-    gradients = {}
+    gradients, sketches, found = {}, [], []
+
+    def sharing(pairs, ranks, estimator, device):
+        sketches.extend(make_store(pairs, ranks, Estimator(seed=seed), device) for seed in (0, 1))
+        return make_store(pairs, ranks, estimator, device)
+
+    def update(store, name, x, delta):
+        for sketch in sketches:
+            sketch.update(name, x, delta)
+        return store.sums[name].update(x, delta)
+
     estimates = ExactStore.estimates
 
-    def keeping(store, rank_wanted, scale):
-        gradients.update({name: scale * found.total for name, found in store.sums.items()})
-        return estimates(store, rank_wanted, scale)
+    def keeping(store, ranks, scale):
+        gradients.update({name: scale * kept.total for name, kept in store.sums.items()})
+        found.extend(sketch.estimates(ranks, scale) for sketch in sketches)
+        return estimates(store, ranks, scale)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.initialization.one_step_gradient.make_store", sharing)
+        patch.setattr(ExactStore, "update", update)
         patch.setattr(ExactStore, "estimates", keeping)
         exact = run(model, batches, rank=RANK)
-    sketch = run(model, batches, Estimator(), RANK)
-    results = {"gradients": gradients, "exact": exact, "sketch": sketch}
+    sketched = [replace(exact, estimates=each) for each in found]
+    results = {"gradients": gradients, "exact": exact, "sketched": sketched, "sketch": sketched[0]}
     return SimpleNamespace(model=model, batches=batches, **results)
 
 
@@ -54,7 +71,6 @@ def test_default_estimator_is_within_one_percent_of_the_exact_start(observed):
     mean, worst = sum(errors.values()) / len(errors), max(errors, key=errors.__getitem__)
     print(f"\nrelative error: mean {mean:.3%}, worst {errors[worst]:.3%} ({worst})")
     assert len(errors) == 210
-    assert observed.sketch.loss == pytest.approx(observed.exact.loss, rel=1e-6)
     assert mean < 0.01
     assert errors[worst] < 0.05
 
@@ -72,11 +88,8 @@ def test_exact_start_equals_the_float64_svd(observed):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_printed_error_estimates_are_within_a_factor_of_two(observed, seed):
     """What the run prints (mean and worst layer); and 19 of 20 layers each for itself."""
-    sketch = observed.sketch
-    if seed:
-        sketch = run(observed.model, observed.batches, Estimator(seed=seed), RANK)
     estimated, true = [], []
-    for name, estimate in sketch.estimates.items():
+    for name, estimate in observed.sketched[seed].estimates.items():
         G, found = observed.gradients[name].double(), product(estimate.svd, RANK)
         true.append(relative(found, product(observed.exact.estimates[name].svd, RANK)))
         estimated.append(estimate.rank_error)
