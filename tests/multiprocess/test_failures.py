@@ -133,16 +133,23 @@ def test_other_settings_are_an_input_error_on_all_processes(tiny_run, forked, tm
     assert not list(root.glob("tiny/*"))
 
 
+DIVERGES = "--model.optimizer.lr=1e38"
+
+
 @pytest.mark.parametrize(
-    ("ends", "status", "message"),
+    ("ends", "options", "status", "message"),
     [
-        ({"die": [1, "training", 2]}, 1, PEER_FAILURE),
-        ({"term": [0, "training", 2], "slow_finish": 7}, 143, "SIGTERM: stopped after step 2"),
+        ({"die": [1, "training", 2]}, (), 1, PEER_FAILURE),
+        ({"term": [0, "training", 2], "slow_finish": 7}, (), 143, "SIGTERM: stopped after step 2"),
+        ({"slow_finish": 7}, (DIVERGES,), 3, "error: the loss is nan"),
     ],
 )
-def test_lightnings_launcher(ends, status, message, tiny_run, tmp_path):
-    """Its observer may kill the first process within five seconds after another has died."""
-    jobs = [job(tiny_run, tmp_path, "--trainer.max_steps=9", **ends)]
+def test_lightnings_launcher(ends, options, status, message, tiny_run, tmp_path):
+    """Its observer may kill the first process within five seconds after another has died.
+
+    Where all fail together they leave together, however long the first one has to finish.
+    """
+    jobs = [job(tiny_run, tmp_path, "--trainer.max_steps=9", *options, **ends)]
     ended, output = run_worker(tmp_path, jobs)
     killed = "die" in ends and ended == -signal.SIGKILL
     assert killed or (ended == status and message in output), output
@@ -151,15 +158,12 @@ def test_lightnings_launcher(ends, status, message, tiny_run, tmp_path):
 @pytest.mark.parametrize(
     ("option", "status", "message"),
     [
-        ("--model.optimizer.lr=1e38", 3, "error: the loss is nan"),
+        (DIVERGES, 3, "error: the loss is nan"),
         ("--model.adapter.target_modules=[q_prj]", 2, "which fits no layer of this model"),
     ],
 )
-def test_an_error_of_all_has_its_own_status_under_lightnings_launcher(
-    option, status, message, tiny_run, tmp_path
-):
-    """All processes fail together, so they leave together, however long the first one has to finish."""
+def test_an_error_of_all_has_its_own_status(option, status, message, tiny_run, forked, tmp_path):
     options = ("--trainer.max_steps=9", option)
-    ended, output = run_worker(tmp_path, [job(tiny_run, tmp_path, *options, slow_finish=7)])
-    assert ended == status, output
-    assert message in output
+    ends = forked([job(tiny_run, tmp_path, *options, slow_finish=7)])
+    assert [ended for ended, _ in ends] == [status, status], ends
+    assert message in ends[0][1]
