@@ -24,7 +24,7 @@ def run(tmp_path, *options):
 def test_a_short_run_learns_and_peft_loads_its_adapter(tmp_path, smollm2_dir, capsys):
     folder, scores = run(
         tmp_path,
-        *("--trainer.max_steps=4", "--data.validation_size=32", "--init.num_samples=16"),
+        *("--trainer.max_steps=4", "--data.validation_size=16", "--init.num_samples=16"),
         *("--data.batch_size=4", "--output.wandb=disabled"),
     )
     losses = [scores[moment]["loss"] for moment in ("zero_shot", "after_init", "final")]
