@@ -67,19 +67,19 @@ def operations(func: Any, args: tuple[Any, ...]) -> int:
 
 
 def fastest(run: Callable[[], object]) -> float:
-    """Return the seconds of the fastest of a few runs, after one that warms up."""
+    """Return the CPU seconds of the fastest of a few runs, after one that warms up."""
     run()
     seconds = []
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return min(seconds)
 
 
 @torch.no_grad()
 def time_products(calls: Counter[Any]) -> float:
-    """Return the seconds that the counted products take by themselves."""
+    """Return the CPU seconds that the counted products take by themselves."""
     total = 0.0
     for (func, args, given), count in calls.items():
         tensors = tuple(map(make, args))
@@ -88,15 +88,12 @@ def time_products(calls: Counter[Any]) -> float:
     return total
 
 
-def print_limit(module: Any, batch: Any) -> dict[str, float]:
+def print_limit(module: Any, batch: Any) -> None:
     """Print a batch's forward and backward pass beside its matrix products by themselves.
 
     Args:
         module: A LoraModule.
         batch: A batch of its.
-
-    Returns:
-        `seconds` of the pass, `product_seconds`, `operations`.
     """
 
     def step() -> None:
@@ -109,10 +106,9 @@ def print_limit(module: Any, batch: Any) -> dict[str, float]:
     product_seconds = time_products(products.calls)
     count = sum(operations(func, args) * n for (func, args, _), n in products.calls.items())
     print(
-        f"forward and backward: {seconds:.2f} s, {count / 1e9:.0f} billion operations in "
+        f"forward and backward: {seconds:.2f} CPU s, {count / 1e9:.0f} billion operations in "
         f"{sum(products.calls.values())} products, {count / seconds / 1e9:.1f} billion a second\n"
-        f"the same products by themselves: {product_seconds:.2f} s, "
+        f"the same products by themselves: {product_seconds:.2f} CPU s, "
         f"{count / product_seconds / 1e9:.1f} billion a second\n"
         f"the pass takes {seconds / product_seconds:.2f} times as long as its products"
     )
-    return {"seconds": seconds, "product_seconds": product_seconds, "operations": float(count)}
