@@ -59,12 +59,14 @@ OURS = "parts.our_step"
 CONTENDERS = {
     "ours": Contender("ours, LoRA", (OURS, "lora"), True),
     "preconditioned": Contender("ours, LoRA-One's optimizer", (OURS, "preconditioned"), True),
+    "packed": Contender("ours, packed", (OURS, "packed"), True),
     "trainer": Contender("Trainer + PEFT", ("peers.trainer", "trainer"), False),
     "trainer_grouped": Contender("Trainer + PEFT, grouped", ("peers.trainer", "trainer"), True),
     "trl": Contender("TRL SFTTrainer", ("peers.trainer", "trl"), False),
     "trl_grouped": Contender("TRL SFTTrainer, grouped", ("peers.trainer", "trl"), True),
     "litgpt": Contender("litgpt LoRA", ("peers.litgpt",), False),
 }
+DEFAULT = [name for name in CONTENDERS if name != "packed"]
 STEPS = {"reviews": 5, "gsm8k": 3}  # of a turn: five rounds of everything take about 20 minutes
 SAME_LOSS = 1e-4
 HEADINGS = (
@@ -256,7 +258,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="python of the peers' environment")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--tasks", nargs="+", choices=STEPS, default=list(STEPS))
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help=f"steps of a turn; without, {STEPS}")
     parser.add_argument("--threads", type=int, default=1)

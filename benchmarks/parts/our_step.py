@@ -1,6 +1,6 @@
 """Our side of `benchmarks.train_step`: `train.py fit` on given rows in their order.
 
-python -m benchmarks.parts.our_step lora|preconditioned TASK.json [--profile]
+python -m benchmarks.parts.our_step lora|preconditioned|packed TASK.json [--profile]
 """
 
 import sys
@@ -39,12 +39,14 @@ class GivenRows(TextDataModule):
         return {"train": [TextRow(*text) for text in settings["texts"]]}
 
     def train_dataloader(self) -> DataLoader:
-        """Return the rows in their order; their tokens must be those that the others get."""
+        """Return the rows in their order, or packed; their tokens must be those that the others get."""
         encoded = self.encoded("train")
         _, rows = read_rows(Path(str(self.path)))
         assert [[*row.prompt_ids, *row.answer_ids] for row in encoded] == [
             row["input_ids"] for row in rows
         ]
+        if self.packing:
+            return super().train_dataloader()
         return DataLoader(PaddedRows(encoded), self.batch_size, collate_fn=self.encoder.collate)
 
 
@@ -94,7 +96,7 @@ class TakeTurns(Callback):
 
 def arguments(method: str, task: Path) -> list[str]:
     """Return the command line of `train.py`."""
-    settings, _ = read_rows(task)
+    settings, rows = read_rows(task)
     given: dict[str, Any] = {
         "trainer.max_steps": -1,
         "trainer.max_epochs": MANY,
@@ -122,6 +124,11 @@ def arguments(method: str, task: Path) -> list[str]:
     overlays = ["--config", "quickstart.yaml", "--config", "methods/lora.yaml"]
     if method == "preconditioned":
         given["model.optimizer"] = "PreconditionedAdamW"
+    if method == "packed":
+        # Packed rows of a batch, for about as many tokens.
+        tokens = sum(len(row["labels"]) for row in rows) * settings["batch_size"] / len(rows)
+        given["data.packing"] = True
+        given["data.batch_size"] = max(1, round(tokens / settings["max_length"]))
     # A class comes before its arguments.
     ordered = sorted(given.items(), key=lambda item: item[0] not in ("data", "model.optimizer"))
     return ["fit", *overlays, *(f"--{name}={value}" for name, value in ordered)]

