@@ -24,12 +24,24 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_flash_attn_4_available,
+)
 from transformers.utils import logging as transformers_logging
 
 from app.models.source import FOUR_WAYS, ModelSource, gguf_sha256
 from app.utils.console import say
 from app.utils.errors import InputError
 from app.utils.files import atomic_folder, cache_root, file_sha256, locked
+
+FLASH_ATTENTION = {
+    "flash_attention_2": is_flash_attn_2_available,
+    "flash_attention_3": is_flash_attn_3_available,
+    "flash_attention_4": is_flash_attn_4_available,
+}
+"""Kernels of packages of their own, and what says whether they run here."""
 
 _say_once = functools.cache(say)
 
@@ -99,6 +111,23 @@ def empty_model(
     with _loading(source), torch.device("meta"):
         options = {"dtype": dtype, **_attention(attn_implementation)}
         return _auto_class(config).from_config(config, **options).eval()
+
+
+def available_attention(name: str | None) -> str | None:
+    """Return the name of an attention kernel that runs here; None is what transformers chooses.
+
+    Raises:
+        InputError: It is unknown, or not installed.
+    """
+    here = ["eager", "sdpa", "flex_attention"]
+    here += [kernel for kernel, is_available in FLASH_ATTENTION.items() if is_available()]
+    if name is None or name in here:
+        return name
+    wrong = "is not installed here, or finds no GPU" if name in FLASH_ATTENTION else "is unknown"
+    raise InputError(
+        f"model.attn_implementation={name!r} {wrong}: expected {', '.join(here)}, or null for what "
+        "transformers chooses"
+    )
 
 
 def _attention(name: str | None) -> dict[str, str]:

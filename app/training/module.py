@@ -22,7 +22,7 @@ from app.models.adalora import add_orthogonality
 from app.models.adapter_config import LoraSettings
 from app.models.adapter_io import check_adapter_folder
 from app.models.batch import Batch
-from app.models.loading import load_config, load_tokenizer
+from app.models.loading import available_attention, load_config, load_tokenizer
 from app.models.lora import (
     LoraPair,
     adalora_tuner,
@@ -96,7 +96,7 @@ class LoraModule(LightningModule):
         self.lr_scheduler_type = lr_scheduler_type
         self.warmup_steps = warmup_steps
         self.dtype_name: str = merged or dtype
-        self.attn_implementation = attn_implementation
+        self.attn_implementation = available_attention(attn_implementation)
         self.gradient_checkpointing = gradient_checkpointing
         self.record = RunRecord(method=method)
         # Only trainable weights are in checkpoints; the base comes from `name`.

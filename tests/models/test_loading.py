@@ -15,6 +15,7 @@ from app.models.loading import (
     model_fingerprint,
 )
 from app.models.source import resolve_model
+from app.training.module import LoraModule
 from app.utils.errors import InputError
 
 
@@ -54,6 +55,16 @@ def test_dtype_and_attention(tiny_model_dir, tiny_llama):
     model = load_model(source, dtype=torch.bfloat16, attn_implementation="eager")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("spda", "is unknown"), ("flash_attention_2", "is not installed here, or finds no GPU")],
+)
+def test_attention_that_does_not_run_here(name, wrong, monkeypatch):
+    monkeypatch.setitem(pretrained.FLASH_ATTENTION, "flash_attention_2", lambda: False)
+    with pytest.raises(InputError, match=f"attn_implementation='{name}' {wrong}: expected eager"):
+        LoraModule("no-model", attn_implementation=name)
 
 
 def test_padding_token_is_the_end_of_text_token_if_need_be(tiny_model_dir, tiny_tokenizer, capfd):
