@@ -13,9 +13,10 @@ recomputed. Tasks, of each a sample of batches at evenly spaced quantiles of the
 Everybody gets the same token ids. Ours are grouped by length as in a run over the whole data, whose batches are
 of neighbours among hundreds; a peer gets the same batches, or the same rows shuffled.
 Each contender has a process of its own, which loads the model and computes the loss of the longest batch: all
-must agree to 1e-4, or the benchmark ends there. Then they take turns, an epoch over the sample each, for
-`--rounds` rounds; those that wait do nothing. Ratios are taken within a round; the table shows their
-median, least and most. Peaks are resident memory in a turn, as a median; the excess is above the loaded model.
+must agree to 1e-4, or the benchmark ends there. Then they take turns for `--rounds` rounds: a pass that
+warms up, and an epoch over the sample, which is timed; those that wait do nothing. Ratios are taken within a
+round; the table shows their median, least and most. Peaks are resident memory in a turn, as a median; excess
+lies above the loaded model.
 `--profile` prints where our step's time goes instead, and how long its matrix products take by themselves.
 """
 
@@ -255,7 +256,7 @@ def versions(python: Path) -> str:
 def main() -> None:
     """Parse the command line, write the rows, let the contenders take turns, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", type=Path, help="python of the peers' environment")
+    parser.add_argument("--peers", type=lambda name: Path(name).absolute(), help="their python")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--tasks", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT)
@@ -267,10 +268,8 @@ def main() -> None:
     args = parser.parse_args()
     if "ours" not in args.contenders:
         parser.error("--contenders must have ours, which the others are compared with")
-    if args.peers is None and not args.profile:
-        parser.error(
-            "--peers is missing: the python of an environment as benchmarks/peers.txt says"
-        )
+    if not args.profile and not (args.peers and args.peers.is_file()):
+        parser.error(f"--peers={args.peers}: expected the python that benchmarks/peers.txt makes")
     source = resolve_model(model_name())
     args.model = local_directory(source)
     tokenizer, results, figures = load_tokenizer(source), {}, {}

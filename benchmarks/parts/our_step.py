@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from app.cli.main import main as train
@@ -59,20 +60,25 @@ class TakeTurns(Callback):
             self.turns = Turns()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report the loss of the compared batch; its backward pass warms up."""
+        """Report the loss of the compared batch."""
         module: Any = pl_module
-        if not self.profile:
-            self.turns.loaded(module)
         data: Any = trainer.datamodule
         settings, _ = read_rows(Path(data.path))
         rows = PaddedRows(data.encoded("train"))
         batch = data.encoder.collate([rows[i] for i in settings["check"]])
-        loss = module.training_step(batch, 0)
-        loss.backward()
-        module.zero_grad()
-        module._token_mean = TokenMean()
-        if not self.profile:
-            self.turns.ready(float(loss))
+
+        def first_pass() -> Tensor:
+            loss = module.training_step(batch, 0)
+            loss.backward()
+            module.zero_grad()
+            module._token_mean = TokenMean()
+            return loss.detach()
+
+        if self.profile:
+            first_pass()
+        else:
+            self.turns.loaded(module)
+            self.turns.ready(first_pass)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the turn."""

@@ -85,14 +85,18 @@ def checked_fit(turns: Turns, fit: Any, check: list[int]) -> Any:
 
     def run(**given: Any) -> Any:
         data, model = given["data"], given["model"]
+
+        def first_pass() -> torch.Tensor:
+            batch = get_sft_collate_fn()([data.rows[i] for i in check])
+            logits = model(batch["input_ids"], lm_head_chunk_size=128)
+            logits[-1] = logits[-1][..., :-1, :]
+            loss = chunked_cross_entropy(logits, batch["labels"][..., 1:])
+            given["fabric"].backward(loss)
+            given["optimizer"].zero_grad()
+            return loss.detach()
+
         turns.loaded(model)
-        batch = get_sft_collate_fn()([data.rows[i] for i in check])
-        logits = model(batch["input_ids"], lm_head_chunk_size=128)
-        logits[-1] = logits[-1][..., :-1, :]
-        loss = chunked_cross_entropy(logits, batch["labels"][..., 1:])
-        given["fabric"].backward(loss)
-        given["optimizer"].zero_grad()
-        turns.ready(float(loss))
+        turns.ready(first_pass)
         return fit(**given)
 
     return run

@@ -32,14 +32,18 @@ class TakeTurns(TrainerCallback):
         self.trainer: Trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Report the loss of the compared batch; its backward pass warms up."""
+        """Report the loss of the compared batch."""
         self.turns.loaded(self.trainer.model)
+        self.turns.ready(self.first_pass)
+
+    def first_pass(self) -> torch.Tensor:
+        """Compute the loss of the compared batch and its gradients, and drop these."""
         rows = [self.trainer.train_dataset[i] for i in self.check]
         batch = self.trainer.data_collator(rows)
         tokens = (batch["labels"] != -100).sum()
         loss = self.trainer.training_step(self.trainer.model, batch, num_items_in_batch=tokens)
         self.trainer.model.zero_grad()
-        self.turns.ready(float(loss))
+        return loss
 
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
         """Wait for the turn."""

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,18 @@ class Turns:
             float(weight.detach().sum())  # pages of a mapped file are resident once they are read
         self._loaded_mib = resident_mib("VmRSS")
 
-    def ready(self, loss: float) -> None:
-        """Report the loss of the batch that all contenders compare."""
-        self._say({"loss": loss, "loaded_mib": self._loaded_mib})
+    def ready(self, first_pass: Callable[[], Any]) -> None:
+        """Report the loss of the batch that all contenders compare.
+
+        Args:
+            first_pass: Passes forward and backward through that batch and returns its loss; nothing changes. It
+                is called again before each epoch, so that the first step finds memory as later ones do.
+        """
+        self._first_pass = first_pass
+        self._say({"loss": float(first_pass()), "loaded_mib": self._loaded_mib})
 
     def begin(self) -> None:
-        """Report the epoch before, if there was one; wait to be told to train; start the clock."""
+        """Report the epoch before, if there was one; wait to be told to train; warm up; start the clock."""
         if self._measured is not None:
             self._say(self._measured)
         ctypes.CDLL(None).malloc_trim(
@@ -43,6 +50,7 @@ class Turns:
         )  # several that wait would fill the machine with free memory
         if not self._line.readline():
             os._exit(0)  # nothing that a loop does at its end is measured
+        self._first_pass()
         Path("/proc/self/clear_refs").write_text("5")  # the kernel begins a new peak
         self._started = (time.perf_counter(), time.process_time())
 
