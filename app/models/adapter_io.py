@@ -29,6 +29,7 @@ from app.models.lora import (
     adapted_layers,
     pairs_by_module,
 )
+from app.models.lora_linear import use_lora_product
 from app.utils.errors import InputError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -146,7 +147,9 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
             # PEFT selects the triplets that are left by a mask, which needs numbers: here all are there.
             config.rank_pattern, config.inference_mode = None, not trainable
             return get_peft_model(model, config)
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        use_lora_product(adapted)
+        return adapted
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from app.models.adapter_config import LoraSettings, fsdp_incompatible_options
 from app.models.experts import fused_parameter, number_of_experts, split_columns, split_rows
+from app.models.lora_linear import use_lora_product
 from app.models.modalities import excluding, modules_beside_text
 from app.models.target_checks import check_targets, no_target, unfit
 from app.utils.errors import InputError
@@ -97,6 +98,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     except ValueError as error:
         raise InputError(unfit(str(error))) from error
     check_targets(_lora_layers(wrapped), settings)
+    use_lora_product(wrapped)
     return wrapped
 
 

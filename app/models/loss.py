@@ -1,14 +1,15 @@
-"""Compute the training loss: only supervised positions reach the LM head."""
+"""Compute the training loss: only supervised positions reach the LM head, so many at a time."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from app.models.batch import IGNORED_LABEL, Batch
+from app.models.chunked_loss import ChunkedLoss, LogitsTail
 
 
 class SupervisedLogits(NamedTuple):
@@ -20,17 +21,41 @@ class SupervisedLogits(NamedTuple):
 
 
 @contextmanager
-def select_positions_for_lm_head(head: nn.Module, chosen: Tensor) -> Iterator[None]:
-    """Let only the chosen (B, T) positions of the hidden states into the LM head, in row-major order."""
+def select_positions_for_lm_head(
+    head: nn.Module, chosen: Tensor, see: Callable[[Tensor], Tensor] = lambda hidden: hidden
+) -> Iterator[None]:
+    """Let only the chosen (B, T) positions of the hidden states into the LM head, in row-major order.
+
+    Args:
+        head: The LM head.
+        chosen: (B, T) which positions.
+        see: From the hidden states (S, n) of the chosen positions to those that the head is given.
+    """
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][chosen].unsqueeze(0), *args[1:])
+        return (see(args[0][chosen]).unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _inputs_and_wanted(base: PreTrainedModel, batch: Batch) -> tuple[dict[str, Any], Tensor]:
+    """Return what the model is called with, and the token (B, T) that each position should predict."""
+    if "position_ids" in batch and "flash" in str(base.config._attn_implementation):
+        # It tells packed examples apart in one row only, where none is padded to the longest.
+        batch = {k: v.view(1, -1) if v.ndim == 2 else v for k, v in batch.items()}
+    labels = batch["labels"]
+    names = ("input_ids", "attention_mask", "position_ids")
+    inputs = {name: batch[name] for name in names if name in batch}
+    if base.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)  # type: ignore
+        return inputs, labels
+    wanted = torch.full_like(labels, IGNORED_LABEL)
+    wanted[:, :-1] = labels[:, 1:]
+    return inputs, wanted
 
 
 def supervised_logits(model: nn.Module, base: PreTrainedModel, batch: Batch) -> SupervisedLogits:
@@ -45,18 +70,7 @@ def supervised_logits(model: nn.Module, base: PreTrainedModel, batch: Batch) -> 
         batch: See `Batch`. A causal model predicts labels[:, t + 1] at t; a sequence-to-sequence
             model's decoder predicts labels[:, t] at t.
     """
-    if "position_ids" in batch and "flash" in str(base.config._attn_implementation):
-        # It tells packed examples apart in one row only, where none is padded to the longest.
-        batch = {k: v.view(1, -1) if v.ndim == 2 else v for k, v in batch.items()}
-    labels = batch["labels"]
-    names = ("input_ids", "attention_mask", "position_ids")
-    inputs = {name: batch[name] for name in names if name in batch}
-    if base.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)  # type: ignore
-        wanted = labels
-    else:
-        wanted = torch.full_like(labels, IGNORED_LABEL)
-        wanted[:, :-1] = labels[:, 1:]
+    inputs, wanted = _inputs_and_wanted(base, batch)
     chosen = wanted != IGNORED_LABEL
     with select_positions_for_lm_head(base.get_output_embeddings(), chosen):  # type: ignore[arg-type]
         logits = model(**inputs, use_cache=False).logits[0]
@@ -71,3 +85,45 @@ def summed_loss(supervised: SupervisedLogits) -> Tensor:
     """
     logits = supervised.logits.float()
     return nn.functional.cross_entropy(logits, supervised.labels, reduction="sum")
+
+
+def supervised_loss(model: nn.Module, base: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Run the model and return `summed_loss` and the labels (S,), without the (S, vocabulary) logits.
+
+    The model runs with no position for its head; then the head, and what the architecture does with logits,
+    are given the supervised positions in chunks. Each chunk's gradient follows at once, so that neither logits
+    nor their gradient exist for more than a chunk.
+
+    Args:
+        model: As for `supervised_logits`.
+        base: As for `supervised_logits`.
+        batch: As for `supervised_logits`.
+    """
+    inputs, wanted = _inputs_and_wanted(base, batch)
+    chosen = wanted != IGNORED_LABEL
+    labels = wanted[chosen]
+    head: nn.Module = base.get_output_embeddings()  # type: ignore[assignment]
+    tail = LogitsTail()
+    seen: list[Tensor] = []
+
+    def no_rows(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return hidden[:0]
+
+    def record(module: nn.Module, args: Any, logits: Tensor) -> None:
+        tail.value = logits
+        stack.enter_context(tail)
+
+    def loss(module: nn.Module, args: Any, output: Any) -> Tensor:
+        stack.close()
+        tail.check(output.logits)
+        trained = [p for p in head.parameters() if p.requires_grad]
+        vocabulary = output.logits.shape[-1]
+        return ChunkedLoss.apply(head, tail, vocabulary, labels, *seen, *trained)  # type: ignore[no-any-return]
+
+    with ExitStack() as stack:
+        stack.enter_context(select_positions_for_lm_head(head, chosen, no_rows))
+        stack.callback(head.register_forward_hook(record).remove)
+        # Ahead of FSDP2's hook, which frees the head's gathered weights.
+        stack.callback(model.register_forward_hook(loss, prepend=True).remove)
+        return model(**inputs, use_cache=False), labels

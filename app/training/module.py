@@ -31,7 +31,7 @@ from app.models.lora import (
     lora_pairs,
     subtract_from_base,
 )
-from app.models.loss import SupervisedLogits, summed_loss, supervised_logits
+from app.models.loss import SupervisedLogits, supervised_logits, supervised_loss
 from app.models.source import ModelSource, resolve_model
 from app.optim.preconditioned_adamw import PreconditionedAdamW
 from app.tracking.record import RunRecord
@@ -225,9 +225,8 @@ class LoraModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return a loss whose gradients, summed over a step, are the token mean's; see `TokenMean`."""
-        supervised = self.supervised_logits(batch)
-        loss = summed_loss(supervised)
-        tokens = loss.new_tensor(supervised.labels.numel())
+        loss, labels = supervised_loss(self.model, self.base, batch)
+        tokens = loss.new_tensor(labels.numel())
         whole = sum_over_processes(torch.stack([loss.detach(), tokens]))
         check_loss(whole, self.current_epoch, batch_idx, batch["index"])
         # DDP takes the mean over processes, and Lightning that over accumulated batches.
@@ -237,19 +236,19 @@ class LoraModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the gradients those of the token mean, log it; refuse to step on one that is not finite."""
-        parameters = [p for p in self.parameters() if p.grad is not None]
+        gradients = [p.grad for _, p in self._trained if p.grad is not None]
         if self.is_sharded:
-            sum_in_one_buffer([p.grad for p in parameters if p.grad is not None])
+            sum_in_one_buffer(gradients)
         mean, factor = self._token_mean.finish()
         self.log("train/loss", mean, prog_bar=True)
         if factor != 1:
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+            torch._foreach_mul_(gradients, factor)
         tuner = adalora_tuner(self.model)
         if tuner is not None:
             self.log("train/orthogonality", add_orthogonality(tuner))
         # The scaler of float16 overflows on purpose, and skips such steps itself.
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            check_gradients(self.named_parameters(), self.global_step)
+            check_gradients(self._trained, self.global_step)
 
     def on_validation_start(self) -> None:
         """Make ready to score, with answers in a folder of this step."""
@@ -276,6 +275,8 @@ class LoraModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""
         check_optimizer(self._pair_optimizer, bool(self.lora_pairs()))
+        # Found here once, and not in a walk over all modules in each step.
+        self._trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         optimizer = self.make_optimizer(parameter_groups(self.model))
         total = total_steps(self.trainer)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total

@@ -3,10 +3,19 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
+from app.models import chunked_loss
 from app.models.adapter_config import LoraSettings
-from app.models.lora import add_lora
-from app.models.loss import summed_loss, supervised_logits
+from app.models.lora import add_lora, base_model, lora_pairs
+from app.models.loss import summed_loss, supervised_logits, supervised_loss
 from tests.support.one_step_oracle import BUILDERS, make_batches, model_inputs
 
 
@@ -77,3 +86,126 @@ def test_sum_is_taken_in_float32():
     loss = summed_loss(model)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.fixture
+def chunk_rows(monkeypatch):
+    """Set the number of positions of a chunk for a vocabulary of 128."""
+    return lambda rows: monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", rows * 4 * 128)
+
+
+def loss_and_gradients(model, batch, chunked):
+    model.zero_grad()
+    if chunked:
+        loss, labels = supervised_loss(model, base_model(model), batch)
+    else:
+        found = supervised_logits(model, base_model(model), batch)
+        loss, labels = summed_loss(found), found.labels
+    (loss * 0.7).backward()
+    named = model.named_parameters()
+    return loss.item(), labels, {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+
+def assert_chunks_change_nothing(model, batch):
+    loss, labels, gradients = loss_and_gradients(model, batch, chunked=True)
+    wanted, their_labels, theirs = loss_and_gradients(model, batch, chunked=False)
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    assert torch.equal(labels, their_labels)
+    assert gradients.keys() == theirs.keys()
+    assert gradients
+    for name, gradient in gradients.items():
+        assert (gradient - theirs[name]).norm() <= 1e-6 * theirs[name].norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("trained", ["all", "lora", "head"])
+def test_chunks_change_neither_loss_nor_gradients(trained, build, rows, chunk_rows, request):
+    model = request.getfixturevalue(build)()
+    batch = make_batches(model.config.is_encoder_decoder)[0]
+    if trained != "all":
+        # GPT-2's head is its embedding: PEFT's wrapper of it shares the frozen weight.
+        targets = ["lm_head"] if trained == "head" else "all-linear"
+        model = add_lora(model, LoraSettings(r=4, target_modules=targets))
+        for pair in lora_pairs(model):
+            nn.init.normal_(pair.lora_B, std=0.1)
+    chunk_rows(rows)
+    assert_chunks_change_nothing(model.double(), batch)
+
+
+def seen_by(head, call):
+    sizes = []
+    handle = head.register_forward_hook(lambda _, args, out: sizes.append(out.shape[-2]))
+    call()
+    handle.remove()
+    return sizes
+
+
+def test_no_more_positions_at_once_than_a_chunk_has(tiny_llama, chunk_rows):
+    model = add_lora(tiny_llama(), LoraSettings(r=4))
+    batch = make_batches(False)[0]
+    chunk_rows(4)
+    supervised = int((batch["labels"][:, 1:] != -100).sum())
+    assert supervised % 4
+    head = base_model(model).get_output_embeddings()
+    sizes = seen_by(head, lambda: supervised_loss(model, base_model(model), batch))
+    assert sizes == [0] + [4] * (supervised // 4) + [supervised % 4]
+    assert not head._forward_pre_hooks
+    assert not head._forward_hooks
+    assert not model._forward_hooks
+
+
+CAPPED = {
+    "soft-capped": (Gemma2Config, Gemma2ForCausalLM, {"final_logit_softcapping": 0.5}),
+    "divided": (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 0.3}),
+    "multiplied": (CohereConfig, CohereForCausalLM, {"logit_scale": 4.0}),
+}
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_what_an_architecture_does_with_logits_is_done_with_each_chunk(name, chunk_rows):
+    config, architecture, settings = CAPPED[name]
+    torch.manual_seed(0)
+    model = architecture(
+        config(
+            **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8},
+            **{"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2},
+            **{"pad_token_id": 0, "initializer_range": 0.3, **settings},
+        )
+    )
+    chunk_rows(4)
+    batch = make_batches(False)[0]
+    assert_chunks_change_nothing(model.double(), batch)
+    loss, labels = supervised_loss(model, model, batch)
+    wanted = model(**model_inputs(batch)).loss
+    assert loss.item() / len(labels) == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_logits_that_are_not_made_of_the_heads_output_are_refused(tiny_llama, monkeypatch):
+    model = tiny_llama()
+    original = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        return type(output)(logits=torch.zeros(output.logits.shape))
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(RuntimeError, match="not a chain of functions"):
+        supervised_loss(model, model, make_batches(False)[0])
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_chunks_in_16_bits_are_as_near_to_the_exact_gradients(
+    dtype, autocast, tiny_llama, chunk_rows
+):
+    model = tiny_llama()
+    exact = copy.deepcopy(model).double()
+    batch = make_batches(False)[0]
+    *_, wanted = loss_and_gradients(exact, batch, chunked=False)
+    chunk_rows(4)
+    errors = []
+    for chunked in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            *_, found = loss_and_gradients(copy.deepcopy(model).to(dtype), batch, chunked)
+        errors.append(sum((found[n].double() - g).norm() ** 2 for n, g in wanted.items()) ** 0.5)
+    assert errors[0] < 1.1 * errors[1]

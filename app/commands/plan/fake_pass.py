@@ -24,7 +24,7 @@ from transformers.integrations import moe
 from app.initialization.one_step_gradient import observed
 from app.models.batch import IGNORED_LABEL, Batch
 from app.models.lora import LoraPair
-from app.models.loss import summed_loss, supervised_logits
+from app.models.loss import summed_loss, supervised_logits, supervised_loss
 from app.utils.errors import InputError
 
 
@@ -72,20 +72,23 @@ class FakeModel:
     def training(self, batch: Batch) -> PassMemory:
         """Measure a training step's forward and backward pass."""
         self.model.train()
-        return self._measure(batch)
+        return self._measure(batch, lambda fake: supervised_loss(self.model, self.base, fake)[0])
 
     def evaluation(self, batch: Batch) -> PassMemory:
         """Measure a forward pass without gradients."""
         self.model.eval()
         with torch.no_grad():
-            return self._measure(batch)
+            return self._measure(batch, self._whole_loss)
 
     def observation(self, batch: Batch, pairs: Sequence[LoraPair]) -> PassMemory:
         """Measure the pass of the one-step gradient, without what is kept of the gradient."""
         with observed(self.model, pairs, listener=None):
-            return self._measure(batch)
+            return self._measure(batch, self._whole_loss)
 
-    def _measure(self, batch: Batch) -> PassMemory:
+    def _whole_loss(self, batch: Batch) -> Tensor:
+        return summed_loss(supervised_logits(self.model, self.base, batch))
+
+    def _measure(self, batch: Batch, compute_loss: Callable[[Batch], Tensor]) -> PassMemory:
         causal = not self.base.config.is_encoder_decoder
         labels = batch["labels"][:, 1:] if causal else batch["labels"]
         supervised = int((labels != IGNORED_LABEL).sum())
@@ -94,7 +97,7 @@ class FakeModel:
             held = [*self.model.parameters(), *self.model.buffers(), *fake.values()]
             with _without_numbers(), LiveBytes(held, supervised) as live:
                 with self.forward_context():
-                    loss = summed_loss(supervised_logits(self.model, self.base, fake))
+                    loss = compute_loss(fake)
                 kept = live.now if loss.requires_grad else 0
                 if loss.requires_grad:
                     loss.backward()

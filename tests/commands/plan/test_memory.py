@@ -24,7 +24,7 @@ from app.initialization.gradient_exchange import Layer
 from app.initialization.gradient_store import ExactStore
 from app.initialization.one_step_gradient import Estimator, make_store
 from app.models.adapter_config import LoraSettings
-from app.models.loss import summed_loss
+from app.models.loss import summed_loss, supervised_loss
 from app.optim.lora_plus import LoraPlusAdamW
 from app.optim.lora_pro import LoraProAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW
@@ -88,7 +88,7 @@ def saved_bytes(module, batch):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = summed_loss(module.supervised_logits(batch))
+        loss, _ = supervised_loss(module.model, module.base, batch)
     assert loss.requires_grad
     return sum(seen.values())
 
@@ -99,7 +99,7 @@ def real_peak(module, batch):
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     held = [*module.model.parameters(), *module.model.buffers(), *batch.values()]
     with RealLiveBytes(held, 0) as live:
-        summed_loss(module.supervised_logits(batch)).backward()
+        supervised_loss(module.model, module.base, batch)[0].backward()
     return live.peak
 
 
@@ -166,8 +166,8 @@ def test_precision_decides_the_types(run_models):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations(kind, checkpointing, run_models):
-    # What is alive and not saved, such as the loss, weighs more in a model of 10,000 weights.
-    check_activations(run_models / kind, 0.2, gradient_checkpointing=checkpointing)
+    # What is alive and not saved, such as random states, weighs more in a model of 10,000 weights.
+    check_activations(run_models / kind, 0.25, gradient_checkpointing=checkpointing)
 
 
 @pytest.mark.parametrize(

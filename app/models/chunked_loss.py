@@ -1,0 +1,126 @@
+"""The cross-entropy of an LM head in chunks of positions, each with its gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+CHUNK_BYTES = 64 << 20
+"""Size of a chunk's float32 logits; more where the head is trained, whose gradient each chunk makes anew."""
+
+
+class LogitsTail(TorchFunctionMode):
+    """Record what a model does with its LM head's output, such as soft-capping, to do it with other logits.
+
+    Set `value` to the head's output, and enter: each function of it, or of what became of it, is recorded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Any = None
+        self._calls: list[Callable[[Tensor], Any]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function of torch, and record it if it is one of the logits."""
+        options = kwargs or {}
+        result = func(*args, **options)
+        places = [i for i, argument in enumerate(args) if argument is self.value]
+        if places:
+
+            def call(logits: Tensor) -> Any:
+                return func(*(logits if i in places else a for i, a in enumerate(args)), **options)
+
+            self._calls.append(call)
+            if isinstance(result, Tensor):
+                self.value = result
+        return result
+
+    def check(self, logits: Tensor) -> None:
+        """Raise RuntimeError unless the model's logits are what was recorded."""
+        if logits is not self.value:
+            raise RuntimeError(
+                "the logits of this model are not a chain of functions of its LM head's output: "
+                "the loss cannot be computed in chunks"
+            )
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Do with an LM head's output (..., vocabulary) what was recorded."""
+        for call in self._calls:
+            result = call(logits)
+            logits = result if isinstance(result, Tensor) else logits
+        return logits
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The summed cross-entropy of logits = tail(head(hidden)), whose gradient is made in the forward pass.
+
+        loss = sum_s (logsumexp(z_s) - z_s[label_s]),    dloss/dz_s = softmax(z_s) - onehot(label_s)
+
+    A chunk's logits are freed with it: what is kept is the gradient of `hidden` and of the head's parameters.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: nn.Module,
+        tail: Callable[[Tensor], Tensor],
+        vocabulary: int,
+        labels: Tensor,
+        hidden: Tensor,
+        *trained: nn.Parameter,
+    ) -> Tensor:
+        """Compute the loss, a float32 scalar.
+
+        Args:
+            ctx: autograd's context.
+            head: The LM head, from (1, positions, n) to logits.
+            tail: What the architecture does with its output.
+            vocabulary: Logits of a position.
+            labels: (S,) tokens to predict.
+            hidden: (S, n) the head's input.
+            trained: The head's parameters that require a gradient.
+        """
+        loss = torch.zeros((), device=hidden.device)
+        through = ctx.needs_input_grad[4]
+        grad_hidden = torch.empty_like(hidden) if through else None
+        sums: list[Tensor | None] = [None for _ in trained]
+        size = max(CHUNK_BYTES, sum(4 * p.numel() for p in trained))
+        rows = max(1, size // (4 * vocabulary))
+        for start in range(0, len(labels), rows):
+            chosen = labels[start : start + rows, None]
+            part = hidden[start : start + rows].detach().requires_grad_(through)
+            with torch.enable_grad():
+                logits = tail(head(part.unsqueeze(0)))[0]
+            scores = torch.log_softmax(logits.detach().float(), dim=-1)
+            loss -= scores.gather(1, chosen).sum()
+            if not logits.requires_grad:
+                continue
+            slope = scores.exp_().scatter_add_(
+                1, chosen, -torch.ones_like(chosen, dtype=loss.dtype)
+            )
+            inputs = [part, *trained] if through else [*trained]
+            with torch.autocast(hidden.device.type, enabled=False):
+                grads = torch.autograd.grad(logits, inputs, slope.to(logits.dtype))
+            if grad_hidden is not None:
+                grad_hidden[start : start + rows], *grads = grads
+            for i, grad in enumerate(grads):
+                total = sums[i]
+                # In float32 over the chunks, whatever the parameter's type.
+                sums[i] = grad.float() if total is None else total.add_(grad)
+        ctx.save_for_backward(
+            grad_hidden,
+            *(None if s is None else s.to(p.dtype) for s, p in zip(sums, trained, strict=True)),
+        )
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Multiply what the forward pass has made by the loss's gradient, in place."""
+        made = (None if g is None else g.mul_(grad) for g in ctx.saved_tensors)
+        return None, None, None, None, *made

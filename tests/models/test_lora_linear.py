@@ -1,0 +1,165 @@
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from app.models.adapter_config import LoraSettings
+from app.models.lora import add_lora, base_model, lora_pairs
+from app.models.lora_linear import LoraLinear, LoraProduct, use_lora_product
+from app.models.loss import summed_loss, supervised_logits
+from tests.support.one_step_oracle import BUILDERS, make_batches
+
+CASES = [
+    ("linear", torch.float32, False),
+    ("bias", torch.float32, False),
+    ("conv1d", torch.float32, False),
+    ("bias", torch.bfloat16, False),
+    ("bias", torch.float32, True),
+    ("conv1d", torch.bfloat16, True),
+]
+
+
+def peft_layer(kind="linear", dtype=torch.float32, name="default", **settings):
+    torch.manual_seed(0)
+    base = Conv1D(24, 16) if kind == "conv1d" else nn.Linear(16, 24, bias=kind == "bias")
+    base.requires_grad_(False).to(dtype)
+    config = LoraConfig(fan_in_fan_out=kind == "conv1d", **settings)
+    layer = Linear(base, name, config=config, r=4, lora_alpha=6)
+    nn.init.normal_(layer.lora_B[name].weight)
+    for factor in (layer.lora_A, layer.lora_B):
+        factor.float()  # as `get_peft_model` does
+    return layer
+
+
+def with_product(layer):
+    layer = copy.deepcopy(layer)
+    use_lora_product(layer)
+    assert type(layer) is LoraLinear
+    return layer
+
+
+def run(layer, x, autocast=False, seed=1):
+    """Return y and the gradients of x, lora_A and lora_B under one fixed gradient of y."""
+    torch.manual_seed(seed)
+    x = x.detach().clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    return [y, *torch.autograd.grad(y, [x, *trained], grad.to(y.dtype))]
+
+
+def error(found, wanted):
+    found, wanted = found.detach(), wanted.detach()
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize(("kind", "dtype", "autocast"), CASES)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_product_and_gradients_are_those_of_peft(kind, dtype, autocast, p):
+    theirs = peft_layer(kind, dtype, lora_dropout=p)
+    ours = with_product(theirs)
+    x = torch.randn(3, 200, 16, dtype=dtype)
+    found, wanted = run(ours, x, autocast), run(theirs, x, autocast)
+    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in wanted]
+    if dtype == torch.float32 and not autocast:
+        assert all(error(a, b) < 1e-6 for a, b in zip(found, wanted, strict=True))
+        return
+    # PEFT rounds to 16 bits more often: no further from the exact numbers of the same layer than it.
+    exact = copy.deepcopy(theirs).double()
+    for a, b, c in zip(found, wanted, run(exact, x.double()), strict=True):
+        assert error(a, c) < 1.1 * error(b, c), (error(a, c), error(b, c))
+        assert error(b, c) < 0.02  # the same dropout
+
+
+def test_gradients_are_left_out_where_nothing_asks():
+    layer = with_product(peft_layer())
+    x = torch.randn(5, 16)
+    layer.lora_A["default"].weight.requires_grad_(False)
+    layer(x).sum().backward()
+    assert x.grad is None
+    assert layer.lora_A["default"].weight.grad is None
+    assert layer.lora_B["default"].weight.grad is not None
+    with torch.no_grad():
+        assert layer(x).grad_fn is None
+
+
+def otherwise(change):
+    settings = {"dora": {"use_dora": True}, "lora_bias": {"lora_bias": True}}.get(change, {})
+    layer = peft_layer("bias", **settings)
+    if change == "trained":
+        layer.base_layer.weight.requires_grad_()
+    elif change == "hook":
+        layer.base_layer.register_forward_hook(lambda module, args, y: 2 * y)
+    elif change == "second":
+        layer.update_layer("second", 2, 4, config=LoraConfig(init_lora_weights=False))
+        layer.set_adapter(["default", "second"])
+    elif change == "disabled":
+        layer.enable_adapters(False)
+    elif change == "merged":
+        layer.merge()
+    return layer
+
+
+@pytest.mark.parametrize(
+    "change", ["dora", "lora_bias", "trained", "hook", "second", "disabled", "merged"]
+)
+def test_whatever_is_not_plain_stays_with_peft(change, monkeypatch):
+    theirs, x = otherwise(change), torch.randn(3, 16)
+    ours = with_product(theirs)
+    monkeypatch.setattr(LoraProduct, "apply", None)
+    assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_trains_as_with_layers_of_peft(build, checkpointing, request):
+    model = request.getfixturevalue(build)()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    settings = LoraSettings(r=4, rank_pattern={"wi|down_proj|c_fc": 2}, lora_dropout=0.2)
+    ours = add_lora(model, settings).train()
+    for pair in lora_pairs(ours):
+        assert type(pair.layer) is LoraLinear
+        nn.init.normal_(pair.lora_B, std=0.1)
+    theirs = copy.deepcopy(ours)
+    for pair in lora_pairs(theirs):
+        pair.layer.__class__ = Linear
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    batch = make_batches(model.config.is_encoder_decoder)[0]
+    losses = []
+    for wrapped in (ours, theirs):
+        torch.manual_seed(0)
+        losses.append(summed_loss(supervised_logits(wrapped, base_model(wrapped), batch)))
+        losses[-1].backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    pairs = zip(ours.named_parameters(), theirs.parameters(), strict=True)
+    assert all(error(a.grad, b.grad) < 2e-5 for (_, a), b in pairs if a.requires_grad)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)]
+)
+def test_layers_with_one_input_save_it_once(dtype, autocast, p):
+    layers = [with_product(peft_layer(dtype=dtype, lora_dropout=p)) for _ in range(3)]
+    x = torch.randn(64, 16, dtype=dtype, requires_grad=True)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with precision, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = [layer(x) for layer in layers]
+    h = 64 * 4 * (2 if autocast else 4)
+    frozen = {w.untyped_storage().data_ptr() for layer in layers for w in layer.parameters()}
+    activations = sum(size for pointer, size in saved.items() if pointer not in frozen)
+    kept = x.numel() if p else 0  # a byte an entry
+    assert activations == x.nbytes + 3 * (h + kept)
+    assert len(y) == 3
