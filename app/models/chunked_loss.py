@@ -92,22 +92,19 @@ class ChunkedLoss(torch.autograd.Function):
         size = max(CHUNK_BYTES, sum(4 * p.numel() for p in trained))
         rows = max(1, size // (4 * vocabulary))
         for start in range(0, len(labels), rows):
-            chosen = labels[start : start + rows, None]
             part = hidden[start : start + rows].detach().requires_grad_(through)
+            inputs = [part, *trained] if through else [*trained]
             with torch.enable_grad():
                 logits = tail(head(part.unsqueeze(0)))[0]
-            scores = torch.log_softmax(logits.detach().float(), dim=-1)
-            loss -= scores.gather(1, chosen).sum()
-            if not logits.requires_grad:
+            added, slope = _loss_and_slope(logits, labels[start : start + rows, None])
+            loss += added
+            if not inputs:
                 continue
-            slope = scores.exp_().scatter_add_(
-                1, chosen, -torch.ones_like(chosen, dtype=loss.dtype)
-            )
-            inputs = [part, *trained] if through else [*trained]
             with torch.autocast(hidden.device.type, enabled=False):
-                grads = torch.autograd.grad(logits, inputs, slope.to(logits.dtype))
+                grads = list(torch.autograd.grad(logits, inputs, slope))
+            del logits, slope  # before the next chunk's
             if grad_hidden is not None:
-                grad_hidden[start : start + rows], *grads = grads
+                grad_hidden[start : start + rows] = grads.pop(0)
             for i, grad in enumerate(grads):
                 total = sums[i]
                 # In float32 over the chunks, whatever the parameter's type.
@@ -124,3 +121,11 @@ class ChunkedLoss(torch.autograd.Function):
         """Multiply what the forward pass has made by the loss's gradient, in place."""
         made = (None if g is None else g.mul_(grad) for g in ctx.saved_tensors)
         return None, None, None, None, *made
+
+
+def _loss_and_slope(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed loss and its gradient (C, vocabulary) in the type of the logits; labels are (C, 1)."""
+    scores = torch.log_softmax(logits.detach().float(), dim=-1)
+    loss = -scores.gather(1, labels).sum()
+    slope = scores.exp_().scatter_add_(1, labels, -torch.ones_like(labels, dtype=scores.dtype))
+    return loss, slope.to(logits.dtype)

@@ -20,8 +20,7 @@ class LoraLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return W x + bias + scaling * lora_B @ lora_A @ dropout(x), (..., n) to (..., m)."""
-        active = self.active_adapters
-        name = active[0] if len(active) == 1 else None
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else ""
         if args or kwargs or self.disable_adapters or self.merged or name not in self.lora_A:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         base, lora_A, lora_B = self.base_layer, self.lora_A[name], self.lora_B[name]

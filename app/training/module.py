@@ -243,8 +243,7 @@ class LoraModule(LightningModule):
         self.log("train/loss", mean, prog_bar=True)
         if factor != 1:
             torch._foreach_mul_(gradients, factor)
-        tuner = adalora_tuner(self.model)
-        if tuner is not None:
+        if (tuner := adalora_tuner(self.model)) is not None:
             self.log("train/orthogonality", add_orthogonality(tuner))
         # The scaler of float16 overflows on purpose, and skips such steps itself.
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
