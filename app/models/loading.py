@@ -36,12 +36,13 @@ from app.utils.console import say
 from app.utils.errors import InputError
 from app.utils.files import atomic_folder, cache_root, file_sha256, locked
 
-FLASH_ATTENTION = {
+GPU_ATTENTION = {
+    "flex_attention": torch.cuda.is_available,
     "flash_attention_2": is_flash_attn_2_available,
     "flash_attention_3": is_flash_attn_3_available,
     "flash_attention_4": is_flash_attn_4_available,
 }
-"""Kernels of packages of their own, and what says whether they run here."""
+"""Kernels that train on a GPU alone, and what says whether they are installed and find one."""
 
 _say_once = functools.cache(say)
 
@@ -119,11 +120,11 @@ def available_attention(name: str | None) -> str | None:
     Raises:
         InputError: It is unknown, or not installed.
     """
-    here = ["eager", "sdpa", "flex_attention"]
-    here += [kernel for kernel, is_available in FLASH_ATTENTION.items() if is_available()]
+    here = ["eager", "sdpa"]
+    here += [kernel for kernel, is_available in GPU_ATTENTION.items() if is_available()]
     if name is None or name in here:
         return name
-    wrong = "is not installed here, or finds no GPU" if name in FLASH_ATTENTION else "is unknown"
+    wrong = "is not installed here, or finds no GPU" if name in GPU_ATTENTION else "is unknown"
     raise InputError(
         f"model.attn_implementation={name!r} {wrong}: expected {', '.join(here)}, or null for what "
         "transformers chooses"

@@ -62,7 +62,7 @@ def test_dtype_and_attention(tiny_model_dir, tiny_llama):
     [("spda", "is unknown"), ("flash_attention_2", "is not installed here, or finds no GPU")],
 )
 def test_attention_that_does_not_run_here(name, wrong, monkeypatch):
-    monkeypatch.setitem(pretrained.FLASH_ATTENTION, "flash_attention_2", lambda: False)
+    monkeypatch.setitem(pretrained.GPU_ATTENTION, "flash_attention_2", lambda: False)
     with pytest.raises(InputError, match=f"attn_implementation='{name}' {wrong}: expected eager"):
         LoraModule("no-model", attn_implementation=name)
 
