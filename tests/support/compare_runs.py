@@ -37,8 +37,9 @@ def started(monkeypatch):
 
 
 @pytest.fixture
-def compare(command, started, tiny_run):
-    """Return `compare(*argv)`, which compares on the tiny run and returns the exit status."""
+def compare(command, started, tiny_run, monkeypatch):
+    """Return `compare(*argv)`, which compares on the tiny run and returns the exit status; it draws nothing."""
+    monkeypatch.setattr("app.commands.compare.report.comparison_plots", lambda _: [])
     return lambda *argv, options=OPTIONS: command("compare", "--config", tiny_run, *options, *argv)
 
 
