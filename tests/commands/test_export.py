@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from app.training.module import LoraModule
+from tests.support.run_folders import summary
 
 CLASSES = {"llama": AutoModelForCausalLM, "gpt2": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
 
@@ -180,7 +181,7 @@ def test_wrong_runs_and_folders(trained, error_of, tmp_path):
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][0] += 1
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    expected = json.loads((run / "summary.json").read_text())["model"]["fingerprint"]
+    expected = summary(run)["model"]["fingerprint"]
     told = error_of("export", "--run", run, "--merge")
     assert f"but the run was trained on {expected}" in told
     assert not (run / "merged").exists()
@@ -200,10 +201,7 @@ def test_an_adapter_of_another_model(trained, command, error_of, tiny_run, run_m
     assert "LoraOneInit, which would overwrite the adapter in" in told
     # On its own model it is trained further.
     assert command("fit", "--config", tiny_run, *options) == 0
-    first, second = (
-        json.loads((folder / "summary.json").read_text())["metrics"]
-        for folder in (run, run.with_name("version_1"))
-    )
+    first, second = (summary(folder)["metrics"] for folder in (run, run.with_name("version_1")))
     assert second["zero_shot"]["loss"] == pytest.approx(first["final"]["loss"], abs=1e-5)
 
 

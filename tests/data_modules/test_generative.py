@@ -12,6 +12,7 @@ from data_modules.generative import GenerativeDataModule
 from data_modules.gsm8k import Gsm8kDataModule
 from data_modules.instructions import InstructionDataModule
 from data_modules.metamath import MetaMathQADataModule
+from tests.support import run_folders
 from tests.support.paths import DATA, needs_data
 from tests.support.rows import from_file, texts, unplug_hub, write_jsonl
 
@@ -145,7 +146,7 @@ def test_a_run_scores_the_loss_alone(command, tiny_run, tmp_path):
     options = [*data, "--data.validation_size", "4", "--data.batch_size", "4"]
     assert command("fit", "--config", tiny_run, "--data", *options) == 0
     folder = tmp_path / "runs" / "tiny" / "version_0"
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = run_folders.summary(folder)
     assert summary["data"]["rows"] == {"train": 16, "validation": 4, "test": 0}
     assert summary["data"]["dropped_rows"] == {"empty_answer": 0, "too_long": 1}
     assert set(summary["metrics"]["final"]) == {"loss"}

@@ -1,6 +1,5 @@
 """Benchmarks through the whole command: asked once, kept, gone on with, scored in training and alone."""
 
-import csv
 import json
 import shutil
 
@@ -11,32 +10,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 import app.evaluation.answers
 import app.evaluation.runner
 from tests.support.generation import likelihoods_by_hand, one_at_a_time
-from tests.support.toy_benchmarks import Choosing, Writing
-
-CONFIG = """
-trainer: {{accelerator: cpu}}
-model: {{name: {model}, adapter: null}}
-data:
-  class_path: data_modules.benchmark_data.BenchmarkDataModule
-  init_args:
-    eval_batch_size: 5
-    evals:
-      - class_path: tests.support.toy_benchmarks.Writing
-      - class_path: tests.support.toy_benchmarks.Choosing
-output: {{name: toy, root: {root}, wandb: disabled}}
-"""
+from tests.support.run_folders import losses, summary, values
+from tests.support.toy_benchmarks import Choosing, Writing, write_config
 
 
 @pytest.fixture
 def benchmarks(tmp_path, run_models):
     """Return `benchmarks(model)`, which makes a configuration that asks both toy benchmarks."""
-
-    def make(model="llama"):
-        file = tmp_path / "benchmarks.yaml"
-        file.write_text(CONFIG.format(model=run_models / model, root=tmp_path / "runs"))
-        return file
-
-    return make
+    return lambda model="llama": write_config(tmp_path, run_models / model)
 
 
 def results(folder):
@@ -118,9 +99,7 @@ def test_other_settings_are_asked_anew(benchmarks, command, tmp_path):
     file, folder = benchmarks(), tmp_path / "runs" / "toy"
     assert command("test", "--config", file) == 0
     longer = file.with_name("longer.yaml")
-    longer.write_text(
-        file.read_text().replace("Writing", "Writing\n        init_args: {max_new_tokens: 9}")
-    )
+    longer.write_text(file.read_text().replace("num_samples: 1", "max_new_tokens: 9"))
     assert command("test", "--config", longer) == 0
     saved = json.loads((folder / "benchmarks.json").read_text()).values()
     assert sorted(result["name"] for result in saved) == ["choosing", "writing", "writing"]
@@ -129,7 +108,7 @@ def test_other_settings_are_asked_anew(benchmarks, command, tmp_path):
 
 def test_samples_of_a_question_do_not_depend_on_its_batch(benchmarks, command, tmp_path):
     file, folder = benchmarks(), tmp_path / "runs" / "toy"
-    text = file.read_text().replace("Writing", "Writing\n        init_args: {num_samples: 3}")
+    text = file.read_text().replace("num_samples: 1", "num_samples: 3")
     file.write_text(text)
     assert command("test", "--config", file) == 0
     first = answers(folder, "writing")
@@ -158,7 +137,7 @@ data:
 
 def test_benchmarks_are_asked_while_training(overlay, fit):
     folder = fit(f"--config={overlay}", "--trainer.val_check_interval=1")
-    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    metrics = summary(folder)["metrics"]
     for moment in ("zero_shot", "after_init", "final"):
         assert 0 <= metrics[moment]["writing/has_e"] <= 1
         assert "accuracy" in metrics[moment]
@@ -166,9 +145,7 @@ def test_benchmarks_are_asked_while_training(overlay, fit):
         if moment != "final":  # which is the validation of the last step
             (file,) = (folder / "answers" / moment).glob("writing-*.jsonl")
             assert len(file.read_text().splitlines()) == 8
-    with (folder / "metrics.csv").open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row.get("val/writing/has_e")]
-    assert [int(row["step"]) for row in rows] == [0, 1, 2]
+    assert list(values(folder, "val/writing/has_e")) == [0, 1, 2]
     kept = sorted(path.name for path in (folder / "answers").iterdir())
     assert kept == ["after_init", "step_1", "step_2", "step_3", "zero_shot"]
 
@@ -185,16 +162,11 @@ def test_a_finished_run_is_asked_and_keeps_the_scores(benchmarks, fit, command):
 def test_asking_leaves_training_as_it_was(overlay, fitted, fit):
     with_benchmarks = fit(f"--config={overlay}", "--trainer.val_check_interval=1")
     without = fitted("--trainer.val_check_interval=1")
-
-    def losses(folder):
-        with (folder / "metrics.csv").open(newline="") as stream:
-            return [row["train/loss"] for row in csv.DictReader(stream) if row.get("train/loss")]
-
     assert losses(with_benchmarks) == losses(without)
 
 
 WRONG = {
-    "samples": (("Writing", "Writing\n        init_args: {max_new_tokens: 0}"), "max_new_tokens=0"),
+    "samples": (("num_samples: 1", "max_new_tokens: 0"), "max_new_tokens=0"),
     "chat": (("eval_batch_size: 5", "chat_template: true"), "has no chat template"),
 }
 

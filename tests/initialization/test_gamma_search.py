@@ -1,6 +1,5 @@
 """The search of gamma: on curves known by construction, on tiny models, in the real command."""
 
-import json
 import math
 
 import pytest
@@ -10,6 +9,7 @@ from torch import nn
 from app.initialization.gamma_search import MAX_TRIALS, mean_loss, search_gamma
 from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora, base_model, lora_pairs
+from tests.support import run_folders
 from tests.support.one_step_oracle import make_batches
 
 
@@ -83,7 +83,7 @@ def test_the_mean_loss_is_that_of_plain_torch(build, request):
 def test_the_command_starts_from_the_best_gamma(fit, command, tiny_run, caplog):
     caplog.set_level("INFO")
     folder = fit("--init.gamma=auto")
-    init = json.loads((folder / "summary.json").read_text())["init"]
+    init = run_folders.summary(folder)["init"]
     tried = {trial["gamma"]: trial["loss"] for trial in init["gamma_search"]}
     assert 2 <= len(tried) <= MAX_TRIALS
     assert init["gamma"] == min(tried, key=tried.__getitem__)
@@ -91,7 +91,7 @@ def test_the_command_starts_from_the_best_gamma(fit, command, tiny_run, caplog):
     assert f"gamma {init['gamma']:g}: loss {init['loss']:.4f} -> " in caplog.text
     # The same gamma, given, is the same run.
     given = fit(f"--init.gamma={init['gamma']}")
-    metrics = [json.loads((f / "summary.json").read_text())["metrics"] for f in (folder, given)]
+    metrics = [run_folders.summary(f)["metrics"] for f in (folder, given)]
     assert metrics[0] == metrics[1]
     assert command("fit", "--config", tiny_run, "--init.gamma=automatic") == 2
 
@@ -101,6 +101,6 @@ def test_without_a_better_start_training_begins_at_the_untouched_model(fit, monk
     monkeypatch.setattr("callbacks.lora_one_init.mean_loss", lambda *_: 1e9)
     with pytest.warns(UserWarning, match="training starts from the untouched model"):
         folder = fit("--init.gamma=auto")
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = run_folders.summary(folder)
     assert summary["init"]["gamma"] is None
     assert summary["metrics"]["after_init"] == summary["metrics"]["zero_shot"]

@@ -1,8 +1,5 @@
 """AdaLoRA through the command against PEFT's own in a plain loop; its schedule, export and resumption."""
 
-import csv
-import json
-
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -16,6 +13,7 @@ from app.models.loading import empty_model
 from app.models.source import resolve_model
 from app.training.module import LoraModule
 from callbacks.adalora_pruning import AdaLoraPruning
+from tests.support import run_folders
 from tests.support.alpha_r_reader import with_adapter
 from tests.support.watched_fit import logits, train_pefts_own
 
@@ -35,8 +33,7 @@ ADALORA = (
 
 
 def values(folder, name):
-    with (folder / "metrics.csv").open(newline="") as stream:
-        return [float(row[name]) for row in csv.DictReader(stream) if row.get(name)]
+    return [value for _, value in run_folders.values(folder, name).values()]
 
 
 def budget(step):
@@ -86,7 +83,7 @@ def test_peft_loads_what_is_left_and_servers_what_is_exported(
     fit, command, capsys, watched_fit, run_models, tmp_path
 ):
     folder = fit(*ADALORA)
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = run_folders.summary(folder)
     # q, o: 16 + 16; k, v: 16 + 8; gate, up, down: 16 + 32; and a value for each triplet
     assert summary["model"]["trainable_parameters"] == 2 * INIT * (2 * 32 + 2 * 24 + 3 * 48 + 7)
     base = AutoModelForCausalLM.from_pretrained(run_models / "llama")

@@ -6,28 +6,15 @@ import signal
 import pytest
 
 from tests.support.parity import two_processes
+from tests.support.toy_benchmarks import write_config
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
-
-CONFIG = """
-trainer: {{accelerator: cpu}}
-model: {{name: {model}, adapter: null}}
-data:
-  class_path: data_modules.benchmark_data.BenchmarkDataModule
-  init_args:
-    eval_batch_size: {size}
-    evals:
-      - {{class_path: tests.support.toy_benchmarks.Writing, init_args: {{num_samples: 2}}}}
-      - {{class_path: tests.support.toy_benchmarks.Choosing}}
-output: {{name: toy, root: {root}, wandb: disabled}}
-"""
 
 
 def arguments(folder, model, size, strategy=None):
     """Write a configuration into a folder and return the command of a test on it."""
     folder.mkdir(exist_ok=True)
-    file = folder / "benchmarks.yaml"
-    file.write_text(CONFIG.format(model=model, size=size, root=folder / "runs"))
+    file = write_config(folder, model, size, samples=2)
     return ["test", f"--config={file}", *(two_processes(strategy) if strategy else ())]
 
 

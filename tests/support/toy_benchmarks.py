@@ -2,12 +2,34 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 from app.evaluation.benchmark import Benchmark, Question
 from app.models.decoding import Decoding
 from app.utils.errors import InputError
 
+CONFIG = """
+trainer: {{accelerator: cpu}}
+model: {{name: {model}, adapter: null}}
+data:
+  class_path: data_modules.benchmark_data.BenchmarkDataModule
+  init_args:
+    eval_batch_size: {size}
+    evals:
+      - class_path: tests.support.toy_benchmarks.Writing
+        init_args: {{num_samples: {samples}}}
+      - class_path: tests.support.toy_benchmarks.Choosing
+output: {{name: toy, root: {root}, wandb: disabled}}
+"""
 FILMS = ("good", "bad", "awful", "fine", "great and long and longer still")
+
+
+def write_config(folder: Path, model: Path, size: int = 5, samples: int = 1) -> Path:
+    """Write a configuration that asks both in batches of a size; return the file."""
+    file = folder / "benchmarks.yaml"
+    options = {"model": model, "size": size, "samples": samples}
+    file.write_text(CONFIG.format(root=folder / "runs", **options))
+    return file
 
 
 def questions(size: int) -> list[Question]:

@@ -1,13 +1,11 @@
 """`python train.py compare`: the grid, what is resumed, what is refused."""
 
-import json
-
 import pytest
 import yaml
 
 from app.commands.compare.cells import Cell
 from tests.support.compare_runs import OPTIONS
-from tests.support.run_folders import table
+from tests.support.run_folders import summary, table
 from tests.support.toy_benchmarks import Writing
 
 
@@ -21,10 +19,10 @@ def test_a_grid_from_end_to_end_and_again(compare, started, tmp_path, capsys):
 
     # Every number of the report is that of the runs.
     for row in table(folder, "runs.csv"):
-        summary = json.loads((tmp_path / row["folder"] / "summary.json").read_text())
+        record = summary(tmp_path / row["folder"])
         cell = Cell(row["method"], float(row["learning_rate"]), int(row["seed"]))
         assert cell.name in row["folder"]
-        scores, train = summary["metrics"], summary["train"]
+        scores, train = record["metrics"], record["train"]
         assert float(row["reported_score"]) == scores["test"]["accuracy"]
         assert float(row["selection_score"]) == scores["final"]["accuracy"]
         assert int(row["peak_bytes"]) >= train["peak_bytes"] > 2**20
@@ -165,7 +163,7 @@ def test_finished_runs_are_asked_a_benchmark_that_is_added(compare, started, tmp
     assert compare(*asked) == 0
     assert started == []
     run = tmp_path / "runs" / "compare_tiny" / "cells" / "lora-lr1e-3-seed0" / "version_0"
-    test = json.loads((run / "summary.json").read_text())["metrics"]["test"]
+    test = summary(run)["metrics"]["test"]
     assert {"accuracy", "writing/has_e"} <= set(test)
     toy["init_args"]["limit"] = 1
     overlay.write_text(yaml.safe_dump(content))
