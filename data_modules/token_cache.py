@@ -18,8 +18,8 @@ from data_modules.rows import EncodedRow, TextRow
 FORMAT = "1"
 """Changed with whatever changes the tokens of the same rows."""
 
-CACHED_FROM = 2**23
-"""Characters of rows whose tokens are kept: some ten seconds of work."""
+CACHED_FROM = 2**19
+"""Characters of rows whose tokens are kept: half a second of work."""
 
 Encoded = tuple[list[EncodedRow], int]
 """Encoded rows, and a count: how many were cut, or how many were read."""

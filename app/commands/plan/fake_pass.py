@@ -12,6 +12,7 @@ a boolean mask selects.
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -62,8 +63,8 @@ class FakeModel:
             for p in model.parameters():
                 if not p.requires_grad:
                     p.data = p.data.to(compute_dtype)
-        with self._mode:
-            model.to_empty(device="cpu")
+        fake = partial(self._mode.fake_tensor_converter.from_meta_and_device, self._mode)
+        model._apply(lambda tensor: fake(tensor, torch.device("cpu")))
         for p in model.parameters():
             if p.requires_grad:
                 # A gradient is no part of a pass's own memory.
@@ -139,6 +140,10 @@ class LiveBytes(TorchDispatchMode):
         supervised: Number of supervised positions. A selection by a boolean mask is given this many
             rows: how many there are cannot be seen in a mask without content.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
     def __init__(self, known: Sequence[Tensor], supervised: int) -> None:
         super().__init__()
