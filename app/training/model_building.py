@@ -41,7 +41,12 @@ def build_model(
     dtype = getattr(torch, settings.dtype_name)
     base = load(settings.source, dtype, settings.attn_implementation)
     parameters = sum(p.numel() for p in base.parameters())
-    model = adapt(base, settings, trainable)
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)  # the blueprint has said the same
+    try:
+        model = adapt(base, settings, trainable)
+    finally:
+        logging.disable(before)
     if sharding is not None:
         check_sharding(fsdp_incompatible_settings(model))
         sharding.shard(model)
@@ -60,21 +65,14 @@ def build_model(
 
 
 def empty_adapted(settings: ModelSettings) -> nn.Module:
-    """Build what will be trained on the meta device, without a word: shapes and names without the weights.
+    """Build what will be trained on the meta device: shapes, types and names without the weights.
 
     Raises:
         InputError: The adapter does not fit the model.
     """
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)  # the same is said of the model that is loaded
-    try:
-        with torch.device("meta"):
-            dtype = getattr(torch, settings.dtype_name)
-            return adapt(
-                empty_model(settings.source, dtype, settings.attn_implementation), settings
-            )
-    finally:
-        logging.disable(before)
+    dtype = getattr(torch, settings.dtype_name)
+    with torch.device("meta"):
+        return adapt(empty_model(settings.source, dtype, settings.attn_implementation), settings)
 
 
 def adapt(base: PreTrainedModel, settings: ModelSettings, trainable: bool = True) -> nn.Module:

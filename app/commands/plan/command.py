@@ -18,11 +18,9 @@ from app.commands.plan.placement import Placement, device_memory, read_placement
 from app.commands.plan.protocols import GradientInitialization, PlannedData, TrainingRows
 from app.commands.plan.report import data_text, memory_text, model_text, verdict_text
 from app.models.batch import Batch
-from app.models.loading import empty_model
 from app.models.lora import base_model, fsdp_incompatible_settings
 from app.models.source import resolve_model
 from app.training.checks import check_sharding
-from app.training.model_building import adapt
 from app.training.module import LoraModule
 from app.training.optimization import parameter_groups
 
@@ -120,10 +118,7 @@ def build(trainer: PlanTrainer, module: LoraModule) -> nn.Module:
     Raises:
         InputError: No such architecture, or an adapter that does not fit.
     """
-    dtype = getattr(torch, module.dtype_name)
-    base = empty_model(module.source, dtype, module.attn_implementation)
-    with torch.device("meta"):
-        model = adapt(base, module)
+    model = module.blueprint
     if trainer.placement.sharded:
         check_sharding(fsdp_incompatible_settings(model))
     module.model = trainer.precision_plugin.convert_module(model)

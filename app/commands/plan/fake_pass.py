@@ -4,7 +4,8 @@ The model is built on the meta device and every operation of its forward and bac
 torch's FakeTensorMode, which allocates nothing. So any architecture, attention, precision and activation
 checkpointing is measured as it is, and not by a formula for one kind of model.
 
-The one file of this room with private parts of torch and transformers: `FakeTensorMode` has no public name.
+The one file of this room with private parts of torch and transformers: `FakeTensorMode` and its converter have no
+public names, and `_should_skip_dynamo` is a switch of a mode.
 `LiveBytes` could be torch.distributed's MemTracker, once that is public and can be told the number of rows that
 a boolean mask selects.
 """
@@ -143,6 +144,7 @@ class LiveBytes(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
+        """Do without the wrapper that hides every call from torch.compile, which nothing here uses."""
         return False
 
     def __init__(self, known: Sequence[Tensor], supervised: int) -> None:
