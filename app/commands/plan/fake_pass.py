@@ -4,8 +4,8 @@ The model is built on the meta device and every operation of its forward and bac
 torch's FakeTensorMode, which allocates nothing. So any architecture, attention, precision and activation
 checkpointing is measured as it is, and not by a formula for one kind of model.
 
-The one file of this room with private parts of torch and transformers: `FakeTensorMode` and its converter have no
-public names, and `_should_skip_dynamo` is a switch of a mode.
+The one file of this room with private parts of torch and transformers: `FakeTensorMode` and its converter have
+no public names, nor has the switch `_should_skip_dynamo`.
 `LiveBytes` could be torch.distributed's MemTracker, once that is public and can be told the number of rows that
 a boolean mask selects.
 """
