@@ -104,7 +104,11 @@ def loss_and_gradients(model, data):
         loss.backward()
         total, tokens = total + float(loss.detach()), tokens + found.labels.numel()
         rows += len(batch["input_ids"])
-    return total / tokens, {n: p.grad / tokens for n, p in model.named_parameters()}, rows
+    return (
+        total / tokens,
+        {n: p.grad / tokens for n, p in model.named_parameters() if p.requires_grad},
+        rows,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +157,6 @@ def test_gsm8k_packed_and_unpacked(build, attention, request, words, gsm8k):
 def test_gsm8k_packed_and_unpacked_on_smollm2(smollm2_dir, gsm8k):
     source = resolve_model(str(smollm2_dir))
     model = load_model(source).requires_grad_(False)
-    for layer in model.model.layers:
+    for layer in model.model.layers[-6:]:  # what is below them is in the loss
         layer.self_attn.requires_grad_(True)
     check_packed(model, load_tokenizer(source), gsm8k, 2)
