@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from app.initialization.gradient_estimators import SketchedGradient
 from app.initialization.gradient_exchange import (
     BUCKET_NUMBERS,
     Layer,
     assign_buckets,
     assign_owners,
 )
+from app.initialization.gradient_sketch import RandomColumns, SketchedGradient
 from app.initialization.gradient_store import ExactStore, SketchStore
 
 MODELS = {
@@ -97,9 +97,7 @@ def work(
     store: ExactStore | SketchStore = ExactStore(layers, device)
     if kind == "sketch":
         widths = {layer.name: given.rank + given.oversampling for layer in layers}
-        store = SketchStore(
-            layers, widths, device, lambda name: torch.Generator().manual_seed(int(name))
-        )
+        store = SketchStore(layers, widths, device, RandomColumns(device, 0))
     random = torch.Generator().manual_seed(rank)
     rows = -(-given.samples // processes)
     dist.barrier()
@@ -107,8 +105,10 @@ def work(
     for _ in range(-(-rows // given.micro_batch_size)):
         for layer in reversed(layers):
             x = torch.randn(32, layer.n, generator=random)
-            store.update(layer.name, x, torch.randn(32, layer.m, generator=random))
+            delta = torch.randn(32, layer.m, generator=random)
+            store.update(layer.name, x, delta, [layer.name])
         store.end_batch()
+    store.end_pass()
     store.estimates({layer.name: given.rank for layer in layers}, 1.0)
     dist.barrier()
     wire = loopback_bytes() - before

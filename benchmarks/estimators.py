@@ -12,8 +12,8 @@ import argparse
 
 import torch
 
+from app.commands.plan.memory import FLOAT32, sketch_bytes
 from app.initialization.factors import SVD
-from app.initialization.gradient_estimators import SketchedGradient
 from app.initialization.one_step_gradient import Estimator, OneStepResult, one_step_gradients
 from app.models.adapter_config import LoraSettings
 from app.models.loading import load_model, load_tokenizer
@@ -76,10 +76,9 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     print(f"| exact | 1 | 8 | - | - | - | {whole / 1e6:.1f} M |")
     for oversampling, passes, micro_batch_size in SETTINGS:
-        result = observe(Estimator("sketch", passes, oversampling), micro_batch_size)
+        result = observe(Estimator(passes=passes, oversampling=oversampling), micro_batch_size)
         error = errors(result, exact)
-        kept = sum(sum(p.lora_B.shape[:1] + p.lora_A.shape[1:]) for p in pairs)
-        kept *= RANK + oversampling + 2 * SketchedGradient.PROBES
+        kept = sketch_bytes(pairs, oversampling) / FLOAT32
         estimated = torch.tensor([estimate.rank_error for estimate in result.estimates.values()])
         near = ((estimated / error > 0.5) & (estimated / error < 2)).float().mean()
         print(

@@ -7,7 +7,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.initialization.factors import SVD
-from app.initialization.one_step_gradient import Estimator, OneStepResult, one_step_gradients
+from app.initialization.one_step_gradient import (
+    Estimator,
+    OneStepResult,
+    mean_rank_error,
+    one_step_gradients,
+)
 from app.models.batch import Batch
 from app.tracking.record import InitRecord
 from app.training.checks import check_new_adapter, check_subtraction, check_untied
@@ -147,16 +152,26 @@ class GradientInit(AdapterInit):
         errors = {name: e.rank_error for name, e in known.items()}
         least, worst = min(energy, key=energy.__getitem__), max(errors, key=errors.__getitem__)
         mean_energy = sum(energy.values()) / len(energy)
-        mean_error = sum(errors.values()) / len(errors)
+        mean_error, tolerance = mean_rank_error(result.estimates), self.estimator.tolerance
+        passes = f"{result.passes} pass" + ("es" if result.passes > 1 else "")
+        if self.estimator.is_adaptive and mean_error <= tolerance:
+            passes += f", which the tolerance of {tolerance:.2%} took"
         rank_zero_info(
-            f"{title} initialization: {len(energy)} layers, {self.num_samples} samples, "
+            f"{title} initialization: {len(energy)} layers, {self.num_samples} samples, {passes}, "
             f"loss {result.loss:.4f}; captured energy {mean_energy:.1%} on average, {energy[least]:.1%} at "
             f"least ({least}); estimated error of the rank-{rank} part {mean_error:.2%} on average, "
             f"{errors[worst]:.2%} at most ({worst}); {result.seconds:.1f} s"
         )
+        if self.estimator.is_adaptive and mean_error > tolerance:
+            rank_zero_warn(
+                f"after {passes} the estimated error of the rank-{rank} part is {mean_error:.2%} on "
+                f"average, above init.estimator.tolerance ({tolerance:.2%}): the gradients' singular values "
+                "fall slowly. More init.estimator.oversampling lowers it"
+            )
         return {
             "estimator": self.estimator.kind,
-            "passes": self.estimator.passes,
+            "passes": result.passes,
+            "tolerance": tolerance if self.estimator.is_adaptive else None,
             "oversampling": self.estimator.oversampling,
             "samples": self.num_samples,
             "tokens": result.tokens,

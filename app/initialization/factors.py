@@ -1,11 +1,17 @@
 """Truncated SVDs, and the factors that each initialization makes of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _DIRECT_SVD_BELOW = 192  # a matrix whose smaller side is below this takes milliseconds
+_ROUNDS = 24  # of subspace iteration at most
+_FALL = (
+    0.9  # times the residual of the round before: above it, hundreds of rounds would settle nothing
+)
 
 
 class SVD(NamedTuple):
@@ -27,14 +33,31 @@ def fix_signs(svd: SVD) -> SVD:
     return SVD(svd.U * signs, svd.S, svd.V * signs)
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 matrices in float32, also where the run lets them be rounded to TF32 or bfloat16."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    held = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, held, strict=True):
+            backend.fp32_precision = precision
+
+
+@full_float32()
 def truncated_svd(matrix: Tensor, rank: int) -> SVD:
     """Compute the leading `rank` singular triplets of a dense matrix.
 
         matrix ~ U diag(S) V^T, the best rank-`rank` approximation
 
     Small matrices are decomposed directly in float64. Larger ones go through subspace iteration with
-    oversampling, which stops when the residuals |matrix^T u_i - s_i v_i| of the kept triplets fall to
-    float32 rounding (1e-6 of s_1), and through the direct decomposition when they do not within 24 rounds.
+    oversampling, which stops when the residuals |matrix v_i - s_i u_i| of the kept triplets fall to float32
+    rounding (1e-6 of s_1), or do not fall any more, or after 24 rounds. Where the spectrum is flat, the
+    triplets are then those of a matrix that differs from the given one by the residuals; the other half,
+    matrix^T u_i = s_i v_i, holds always.
 
     Args:
         matrix: Shape (m, n), any float dtype and device. Not modified.
@@ -55,27 +78,29 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
     width = rank + max(8, rank)
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     if dtype == torch.float32 and smaller > _DIRECT_SVD_BELOW and 2 * width < smaller:
-        svd = _subspace_iteration(matrix.float(), rank, width)
-        if svd is not None:
-            return fix_signs(svd)
+        return fix_signs(_subspace_iteration(matrix.float(), rank, width))
     U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     return fix_signs(SVD(U[:, :rank].to(dtype), S[:rank].to(dtype), Vh[:rank].T.to(dtype)))
 
 
-def _subspace_iteration(matrix: Tensor, rank: int, width: int) -> SVD | None:
+def _subspace_iteration(matrix: Tensor, rank: int, width: int) -> SVD:
     generator = torch.Generator(matrix.device).manual_seed(0)
     basis = torch.randn(
         matrix.shape[1], width, generator=generator, device=matrix.device, dtype=matrix.dtype
     )
-    for _ in range(24):
+    least = float("inf")
+    for _ in range(_ROUNDS):
         left = torch.linalg.qr(matrix @ torch.linalg.qr(basis)[0])[0]
         basis = matrix.T @ left
         svd = low_rank_svd(left, basis, rank)
         # matrix^T u_i = s_i v_i holds by construction; the other half says whether u_i has settled.
-        residual = (matrix @ svd.V - svd.U * svd.S).norm(dim=0)
-        if bool((residual <= 1e-6 * svd.S[0] + torch.finfo(matrix.dtype).tiny).all()):
-            return svd
-    return None
+        residuals = (matrix @ svd.V - svd.U * svd.S).norm(dim=0)
+        settled = (residuals <= 1e-6 * svd.S[0] + torch.finfo(matrix.dtype).tiny).all()
+        residual = float(residuals.norm())
+        if bool(settled) or not residual < _FALL * least:
+            break
+        least = residual
+    return svd
 
 
 def low_rank_svd(left: Tensor, right: Tensor, rank: int) -> SVD:

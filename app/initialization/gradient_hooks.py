@@ -6,15 +6,19 @@ G, or any sketch of it, whether the weight is frozen, sharded or quantised. A we
 such as the fused experts of a mixture, has its own gradient observed, G itself.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Listener = Callable[[Tensor, Tensor], None]
-"""Called with x of shape (tokens, n) and delta of shape (tokens, m) once per use of a layer."""
+Listener = Callable[[Tensor, Tensor, Sequence[str]], None]
+"""Called with x (tokens, n), delta (tokens, m) and the names of x's readers, once per use of a layer.
+
+The layers that read one x, such as q, k and v, get one sequence, the object itself.
+"""
 WeightListener = Callable[[Tensor], None]
 """Called with the gradient of a weight, of the weight's shape, once for each forward pass of its module."""
 
@@ -23,22 +27,29 @@ class _Tap(torch.autograd.Function):
     """Identity in the forward pass; hands (x, delta) to the listener in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, listener: Listener) -> Tensor:
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        x: Tensor,
+        anchor: Tensor,
+        listener: Listener,
+        readers: Sequence[str],
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.listener = listener
+        ctx.listener, ctx.readers = listener, readers
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x,) = ctx.saved_tensors
         (delta,) = grad_outputs
-        ctx.listener(x.reshape(-1, x.shape[-1]), delta.reshape(-1, delta.shape[-1]))
-        return delta, None, None, None
+        ctx.listener(x.reshape(-1, x.shape[-1]), delta.reshape(-1, delta.shape[-1]), ctx.readers)
+        return delta, None, None, None, None
 
 
 @contextmanager
 def observe(layers: Mapping[str, nn.Module], listeners: Mapping[str, Listener]) -> Iterator[None]:
-    """Call `listeners[name](x, delta)` whenever the backward pass goes through `layers[name]`.
+    """Call `listeners[name](x, delta, readers)` whenever the backward pass goes through `layers[name]`.
 
     The layer's output enters the autograd graph here even when nothing before it requires a gradient
     (the first block of a frozen model), so no layer is missed and no embedding has to be unfrozen. Works
@@ -50,16 +61,22 @@ def observe(layers: Mapping[str, nn.Module], listeners: Mapping[str, Listener]) 
     """
     # A tap's output requires a gradient only if one of its tensor inputs does: this one always does.
     anchor = torch.zeros((), requires_grad=True)
+    last: weakref.ref[Tensor] | None = None  # the input that was read last
+    readers: list[str] = []  # of it
 
-    def hook(listener: Listener) -> Callable[..., Tensor]:
+    def hook(name: str) -> Callable[..., Tensor]:
         def tap(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            nonlocal last, readers
             if not torch.is_grad_enabled():
                 return output
-            return _Tap.apply(output, args[0].detach(), anchor, listener)
+            if last is None or last() is not args[0]:
+                last, readers = weakref.ref(args[0]), []
+            readers.append(name)
+            return _Tap.apply(output, args[0].detach(), anchor, listeners[name], readers)
 
         return tap
 
-    handles = [layer.register_forward_hook(hook(listeners[n])) for n, layer in layers.items()]
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
         yield
     finally:

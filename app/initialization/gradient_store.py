@@ -5,7 +5,7 @@ end holds its sum over all processes and decomposes it; then all get every layer
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,12 +18,8 @@ from app.distributed.collectives import (
     sum_over_processes,
 )
 from app.distributed.processes import global_rank, world_size
-from app.initialization.gradient_estimators import (
-    ExactGradient,
-    GradientEstimate,
-    SketchedGradient,
-    extremes,
-)
+from app.initialization.factors import full_float32
+from app.initialization.gradient_estimators import ExactGradient, GradientEstimate, largest
 from app.initialization.gradient_exchange import (
     Layer,
     assign_buckets,
@@ -33,6 +29,7 @@ from app.initialization.gradient_exchange import (
     unpack,
 )
 from app.initialization.gradient_hooks import Listener
+from app.initialization.gradient_sketch import RandomColumns, SharedInput, SketchedGradient
 from app.utils.errors import InputError
 
 
@@ -58,23 +55,26 @@ class GradientStore(ABC):
         self.widths = widths
         self.sent_bytes = 0  # by this process to others
         self._reached: set[str] = set()
-        self._finite: dict[str, Tensor] = {}
+        self._largest: dict[str, Tensor] = {}  # finite only if all x and delta are
+        self._own: Mapping[str, ExactGradient | SketchedGradient] = {}
 
     def listener(self, name: str) -> Listener:
         """Return the listener of a layer: `update`, which also records whether all was finite."""
 
-        def listen(x: Tensor, delta: Tensor) -> None:
+        def listen(x: Tensor, delta: Tensor, readers: Sequence[str]) -> None:
             self._reached.add(name)
-            finite = self.update(name, x, delta).isfinite().all()
-            self._finite[name] = finite & self._finite.pop(name, finite)
+            with full_float32():
+                found = self.update(name, x, delta, readers)
+            self._largest[name] = torch.maximum(found, self._largest.get(name, found))
 
         return listen
 
     @abstractmethod
-    def update(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
-        """Add delta^T x to a layer; what is returned is finite only if x and delta are."""
+    def update(self, name: str, x: Tensor, delta: Tensor, readers: Sequence[str]) -> Tensor:
+        """Add delta^T x to a layer; the number that is returned is finite only if x and delta are."""
 
-    def end_batch(self) -> None:  # noqa: B027 (a sketch is sent after a pass)
+    @abstractmethod
+    def end_batch(self) -> None:
         """Finish a micro-batch; every process does so equally often."""
 
     def next_pass(self) -> None:
@@ -85,17 +85,21 @@ class GradientStore(ABC):
     def merge(self) -> Mapping[str, ExactGradient | SketchedGradient]:
         """Sum what is left over processes; return the gradients of the layers that this process owns."""
 
+    def end_pass(self) -> None:
+        """Finish a pass over the samples, on every process."""
+        self._own = self.merge()
+
     def estimates(self, ranks: Mapping[str, int], scale: float) -> dict[str, GradientEstimate]:
-        """Decompose the own layers, scaled, and share the results, which are the same on every process.
+        """Decompose the own layers after a pass, scaled, and share the results: the same on every process.
 
         Raises:
             InputError: On every process, if a layer's gradient cannot be decomposed.
         """
-        own = self.merge()
 
+        @full_float32()
         def decompose() -> dict[str, GradientEstimate]:
             estimates = {}
-            for name, gradient in own.items():
+            for name, gradient in self._own.items():
                 with _naming(name):
                     estimates[name] = gradient.estimate(ranks[name], scale)
             return estimates
@@ -109,11 +113,11 @@ class GradientStore(ABC):
 
     def pop_non_finite(self) -> str | None:
         """Name the layer, on any process, where the last backward pass first met what is not finite."""
-        true = torch.ones((), dtype=torch.bool, device=self.device)
-        finite = torch.stack([self._finite.get(layer.name, true) for layer in self.layers])
-        self._finite = {}
+        none = torch.zeros((), device=self.device)
+        sizes = torch.stack([self._largest.get(layer.name, none) for layer in self.layers])
+        self._largest = {}
         # The host waits for the device here, once a micro-batch.
-        counts = sum_over_processes((~finite).float()).tolist()
+        counts = sum_over_processes((~sizes.isfinite()).float()).tolist()
         # Backwards: the layers below inherit it.
         backward = zip(reversed(self.layers), reversed(counts), strict=True)
         return next((layer.name for layer, count in backward if count), None)
@@ -157,7 +161,7 @@ class ExactStore(GradientStore):
         self._next = 0  # the bucket that is sent next
         self._waiting = [{layer.name for layer in members} for _, members in self.buckets]
 
-    def update(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
+    def update(self, name: str, x: Tensor, delta: Tensor, readers: Sequence[str]) -> Tensor:
         """Add delta^T x, here or, with several processes, to the bucket under way."""
         if world_size() == 1:
             return self.sums[name].update(x, delta)
@@ -168,7 +172,7 @@ class ExactStore(GradientStore):
         while self._next < len(self.buckets) and not self._waiting[self._next]:
             self._send(self._next)
             self._next += 1
-        return extremes(x, delta)
+        return largest(x, delta)
 
     def _stage(self, bucket: int) -> tuple[Tensor, dict[str, Tensor]]:
         if bucket not in self._staged:
@@ -208,8 +212,7 @@ class SketchStore(GradientStore):
 
     Args:
         widths: Columns of each layer's sketch.
-        generator: Makes a layer's generator from its name, the same on every process: the probes have to
-            be equal.
+        columns: Makes the random matrices, the same on every process: the probes have to be equal.
     """
 
     def __init__(
@@ -217,22 +220,35 @@ class SketchStore(GradientStore):
         layers: Sequence[Layer],
         widths: Mapping[str, int],
         device: torch.device,
-        generator: Callable[[str], torch.Generator],
+        columns: RandomColumns,
     ) -> None:
         super().__init__(layers, device, assign_owners(layers, world_size()), widths)
         self.sketches = {
-            name: SketchedGradient(m, n, widths[name], device, generator(name))
-            for name, m, n in layers
+            name: SketchedGradient(m, n, widths[name], columns) for name, m, n in layers
         }
+        # Inputs that wait for readers, by the identity of the sequence of readers, which is kept with them.
+        self._inputs: dict[int, tuple[SharedInput, Sequence[str]]] = {}
 
-    def update(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
-        """Add one micro-batch of (x, delta) to the layer's sketch."""
-        return self.sketches[name].update(x, delta)
+    def update(self, name: str, x: Tensor, delta: Tensor, readers: Sequence[str]) -> Tensor:
+        """Add one micro-batch of (x, delta) to the layer's sketch, when all readers of x have had theirs."""
+        if id(readers) not in self._inputs:
+            shared = SharedInput(x, [self.sketches[reader] for reader in readers])
+            self._inputs[id(readers)] = shared, readers
+        shared, _ = self._inputs[id(readers)]
+        found = shared.update(self.sketches[name], delta)
+        if shared.missing == 0:
+            del self._inputs[id(readers)]
+        return found
+
+    def end_batch(self) -> None:
+        """Finish the inputs with readers that the loss does not depend on."""
+        for shared, _ in self._inputs.values():
+            shared.finish()
+        self._inputs = {}
 
     def next_pass(self) -> None:
         """Send every process the merged sketches, and take the next half step from them."""
         if world_size() > 1:
-            self.merge()
             sides = {name: (kept.left, kept.right) for name, kept in self.sketches.items()}
             self.sent_bytes += broadcast_from_owners(sides, self.owners)
         for sketch in self.sketches.values():

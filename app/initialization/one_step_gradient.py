@@ -3,7 +3,6 @@
 import itertools
 import math
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from app.initialization.gradient_hooks import (
     observe,
     observe_weights,
 )
+from app.initialization.gradient_sketch import RandomColumns
 from app.initialization.gradient_store import ExactStore, GradientStore, SketchStore
 from app.models.activation_checkpointing import recomputing
 from app.models.batch import IGNORED_LABEL, Batch
@@ -32,6 +32,7 @@ from app.models.loss import summed_loss, supervised_logits
 from app.utils.errors import InputError
 from app.utils.memory import PeakMemory
 
+MAX_PASSES = 4
 ForwardContext = Callable[[], AbstractContextManager[None]]
 Progress = Callable[[Sequence[Batch], str], Iterable[Batch]]
 
@@ -43,26 +44,47 @@ class Estimator:
     Args:
         kind: `sketch` keeps a low-rank form of (m + n) * (r + oversampling) numbers a layer and never a
             full gradient; `exact` keeps the whole sum, m * n numbers a layer.
-        passes: Passes of the sketch over the samples, 1 to 4; each makes it more exact.
+        passes: Passes of the sketch over the samples, 1 to 4; each makes it more exact. `auto` makes as many of
+            them as the mean over layers of `rank_error` takes to fall to `tolerance`.
+        tolerance: Largest such error, between 0 and 1.
         oversampling: Columns of the sketch beyond the rank.
         seed: Seed of the sketch's random first basis and probes.
     """
 
     kind: Literal["sketch", "exact"] = "sketch"
-    passes: int = 1
+    passes: int | Literal["auto"] = "auto"
+    tolerance: float = 0.02
     oversampling: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.passes <= 4:
-            raise InputError(f"init.estimator.passes must lie in 1..4, got {self.passes}")
-        if self.kind == "exact" and self.passes != 1:
+        if self.passes != "auto" and not 1 <= self.passes <= MAX_PASSES:
+            raise InputError(
+                f"init.estimator.passes must lie in 1..{MAX_PASSES} or be auto, got {self.passes}"
+            )
+        if self.kind == "exact" and self.passes not in (1, "auto"):
             raise InputError(
                 f"init.estimator.kind is exact, which takes one pass, but init.estimator.passes is "
-                f"{self.passes}: leave passes at 1 or set kind to sketch"
+                f"{self.passes}: leave passes at auto or set kind to sketch"
+            )
+        if not 0 < self.tolerance < 1:
+            raise InputError(
+                f"init.estimator.tolerance must lie between 0 and 1, got {self.tolerance:g}"
             )
         if self.oversampling < 0:
             raise InputError(f"init.estimator.oversampling must be >= 0, got {self.oversampling}")
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the error decides how many passes are made."""
+        return self.kind == "sketch" and self.passes == "auto"
+
+    @property
+    def most_passes(self) -> int:
+        """Passes after which the error is what it is."""
+        if self.is_adaptive:
+            return MAX_PASSES
+        return 1 if self.passes == "auto" else self.passes
 
 
 @dataclass(frozen=True)
@@ -70,12 +92,11 @@ class OneStepResult:
     """The observed gradients and what observing them took."""
 
     estimates: dict[str, GradientEstimate]  # by layer
+    passes: int  # over the samples
     loss: float  # token mean over the whole set, before any step
     tokens: int  # supervised ones in the set
     seconds: float  # wall time of all passes and decompositions
-    peak_bytes: list[
-        int
-    ]  # on each process meanwhile: allocated on the accelerator, or resident on the CPU
+    peak_bytes: list[int]  # on each process: allocated on the accelerator, or resident on the CPU
     sent_bytes: list[int]  # by each process to others
 
 
@@ -114,8 +135,7 @@ def one_step_gradients(
 
     Raises:
         InputError: If a loss, a layer's gradient (names the batch and the layer) or its sum is not finite.
-        RuntimeError: If a layer was not reached by the backward pass, on any process. An expert that no token
-            is routed to has a gradient of zero.
+        RuntimeError: If a layer that is no expert was not reached by the backward pass, on any process.
     """
     device = pairs[0].lora_A.device
     ranks = rank if isinstance(rank, Mapping) else {pair.name: rank for pair in pairs}
@@ -124,21 +144,40 @@ def one_step_gradients(
     began = time.perf_counter()
     with PeakMemory(device) as memory, observed(model, pairs, store.listener):
         losses = []
-        for number in range(1, estimator.passes + 1):
-            if number > 1:
-                store.next_pass()
-            shown = progress(batches, f"one-step gradient, pass {number}/{estimator.passes}")
+        for shown in _passes(batches, estimator, store, progress):
             losses.append(_one_pass(model, base, shown, store, device, forward_context))
-        _check_reached(store, pairs)
-        estimates = store.estimates(ranks, 1 / tokens)
+            _check_reached(store, pairs)
+            if estimator.is_adaptive or len(losses) == estimator.most_passes:
+                estimates = store.estimates(ranks, 1 / tokens)
+                if mean_rank_error(estimates) <= estimator.tolerance:
+                    break
     return OneStepResult(
         estimates=estimates,
+        passes=len(losses),
         loss=losses[0] / tokens,
         tokens=tokens,
         seconds=time.perf_counter() - began,
         peak_bytes=gather_numbers(memory.peak_bytes, device),
         sent_bytes=gather_numbers(store.sent_bytes, device),
     )
+
+
+def _passes(
+    batches: Sequence[Batch], estimator: Estimator, store: GradientStore, progress: Progress
+) -> Iterator[Iterable[Batch]]:
+    """Yield the batches for each pass, as `progress` shows them."""
+    most = estimator.most_passes
+    of = f" of at most {most}" if estimator.is_adaptive else f"/{most}"
+    for number in range(1, most + 1):
+        if number > 1:
+            store.next_pass()
+        yield progress(batches, f"one-step gradient, pass {number}{of}")
+
+
+def mean_rank_error(estimates: Mapping[str, GradientEstimate]) -> float:
+    """Average the estimated errors of the layers' leading parts; of a gradient that is zero there is none."""
+    errors = [estimate.rank_error for estimate in estimates.values() if estimate.norm > 0]
+    return sum(errors) / max(len(errors), 1)
 
 
 def _supervised_tokens(batches: Sequence[Batch], device: torch.device) -> int:
@@ -173,7 +212,7 @@ def observed(
         yield
 
 
-def _ignore(*_: Tensor) -> None:
+def _ignore(*_: object) -> None:
     pass
 
 
@@ -192,7 +231,7 @@ def _spread(
         for pair, hear in zip(pairs, listeners, strict=True):
             G = matrices[pair.expert or 0]
             if reached[pair.expert or 0]:
-                hear(*((G, eye) if len(G) <= G.shape[1] else (eye, G.T)))
+                hear(*((G, eye) if len(G) <= G.shape[1] else (eye, G.T)), [pair.name])
 
     return listen
 
@@ -233,6 +272,7 @@ def _one_pass(
         if layer := store.pop_non_finite():
             raise InputError(_not_finite(f"the gradient at {layer}", i, batch))
         total += whole
+    store.end_pass()
     return total
 
 
@@ -246,14 +286,8 @@ def make_store(
     layers = [Layer(pair.name, pair.lora_B.shape[0], pair.lora_A.shape[1]) for pair in pairs]
     if estimator.kind == "exact":
         return ExactStore(layers, device)
-
-    def generator(name: str) -> torch.Generator:
-        # A seed for each layer: its random numbers do not depend on which other layers are adapted.
-        seed = zlib.crc32(f"{estimator.seed}:{name}".encode())
-        return torch.Generator(device).manual_seed(seed)
-
     widths = {name: rank + estimator.oversampling for name, rank in ranks.items()}
-    return SketchStore(layers, widths, device, generator)
+    return SketchStore(layers, widths, device, RandomColumns(device, estimator.seed))
 
 
 def _not_finite(what: str, number: int, batch: Batch) -> str:

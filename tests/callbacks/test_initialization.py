@@ -36,7 +36,13 @@ def test_a_layer_without_gradient_keeps_the_usual_start(tiny_llama, monkeypatch)
         G = torch.randn(pair.lora_B.shape[0], pair.lora_A.shape[1]) * (number != 1)
         estimates[pair.name] = GradientEstimate(truncated_svd(G, 5), float(G.norm()), 0.0, 0.0)
     result = SimpleNamespace(
-        estimates=estimates, loss=1.0, tokens=2, seconds=0.0, peak_bytes=[0], sent_bytes=[0]
+        estimates=estimates,
+        passes=1,
+        loss=1.0,
+        tokens=2,
+        seconds=0.0,
+        peak_bytes=[0],
+        sent_bytes=[0],
     )
     monkeypatch.setattr("callbacks.initialization.one_step_gradients", lambda *_, **__: result)
     with warnings.catch_warnings(record=True) as caught:
@@ -82,3 +88,26 @@ def test_an_expert_without_tokens_keeps_the_usual_start():
         U, S, V = truncated_svd(gradients[pair.name], pair.rank)
         wanted = -(U * (S / S[0])) @ V.T / 128
         assert torch.allclose(pair.lora_B @ pair.lora_A, wanted, atol=1e-6), pair.name
+
+
+@pytest.mark.parametrize(("tolerance", "passes"), [(0.5, 1), (0.01, 3), (1e-6, 4)])
+def test_passes_end_with_the_first_error_below_the_tolerance(tolerance, passes, tiny_llama, caplog):
+    """A random model's gradients, whose spectra are flat; where no pass is enough, a warning says so."""
+    model = add_lora(tiny_llama(), LoraSettings(r=4))
+    batches = make_batches(False, rows=12, size=3)
+    with warnings.catch_warnings(record=True) as caught, caplog.at_level("INFO"):
+        warnings.simplefilter("always")
+        init = LoraOneInit(estimator=Estimator(tolerance=tolerance))
+        record = initialize(init, model, batches)
+    found = record.model_extra["rank_error"]["mean"]
+    assert record.model_extra["passes"] == passes
+    assert record.model_extra["tolerance"] == tolerance
+    warned = [str(w.message) for w in caught if "init.estimator.tolerance" in str(w.message)]
+    assert len(warned) == (found > tolerance) == (tolerance == 1e-6)
+    if passes > 1:
+        before = Estimator(passes=passes - 1)
+        fewer = initialize(
+            LoraOneInit(estimator=before), add_lora(tiny_llama(), LoraSettings(r=4)), batches
+        )
+        assert fewer.model_extra["rank_error"]["mean"] > tolerance
+        assert fewer.model_extra["tolerance"] is None

@@ -106,6 +106,36 @@ def test_dropout_of_a_checkpointed_block_itself_does_not_act():
     assert block._gradient_checkpointing_func is checkpoint
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_read_one_input_share_it_in_memory(dtype, checkpointing, tiny_llama):
+    """q, k and v; gate and up: one sequence of readers, one storage, no copy in another type."""
+    model = tiny_llama().to(dtype)
+    wrapped = add_lora(checkpointed(model) if checkpointing else model, LoraSettings(r=4))
+    layers = {pair.name: pair.layer for pair in lora_pairs(wrapped)}
+    seen = {}
+
+    def listener(name):
+        def listen(x, delta, readers):
+            seen[name] = readers, x.untyped_storage().data_ptr(), x.dtype, x
+
+        return listen
+
+    [batch] = make_batches(False)
+    with frozen(wrapped), observe(layers, {name: listener(name) for name in layers}):
+        loss = wrapped(batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+        loss.backward()
+    assert len(seen) == 14
+    for name, (readers, storage, found, _) in seen.items():
+        block, _, kind = name.rpartition(".")
+        kinds = next((k for k in (["q", "k", "v"], ["gate", "up"]) if kind[:-5] in k), [kind[:-5]])
+        assert readers == [f"{block}.{k}_proj" for k in kinds]
+        assert {id(seen[reader][0]) for reader in readers} == {id(readers)}
+        assert {seen[reader][1] for reader in readers} == {storage}
+        assert found == dtype
+    assert len({id(readers) for readers, *_ in seen.values()}) == 8
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -119,7 +149,7 @@ def test_a_layer_used_twice_reports_the_sum():
     model = Twice()
     total = torch.zeros(5, 5)
     x = torch.randn(3, 2, 5)
-    with frozen(model), observe({"a": model.layer}, {"a": lambda x, d: total.addmm_(d.T, x)}):
+    with frozen(model), observe({"a": model.layer}, {"a": lambda x, d, _: total.addmm_(d.T, x)}):
         model(x).square().sum().backward()
     model(x).square().sum().backward()
     assert torch.allclose(total, model.layer.weight.grad, rtol=1e-5, atol=1e-6)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from app.initialization.gradient_estimators import SketchedGradient
 from app.initialization.gradient_exchange import (
     BUCKET_NUMBERS,
     Layer,
     assign_buckets,
     assign_owners,
 )
+from app.initialization.gradient_sketch import RandomColumns, SketchedGradient
 from app.initialization.gradient_store import ExactStore, SketchStore
 from app.utils.errors import InputError
 from tests.support.gradient_streams import (
@@ -31,10 +31,7 @@ WIDTH = RANK + 8
 def test_merged_sketches_are_as_near_as_one(processes, passes):
     """Each process sees its share of the micro-batches; all draw the same probes."""
     pairs = stream(80, 120, decaying(80, 0.75), batches=10, tokens=20)
-    kept = [
-        SketchedGradient(80, 120, WIDTH, CPU, torch.Generator().manual_seed(1))
-        for _ in range(processes)
-    ]
+    kept = [SketchedGradient(80, 120, WIDTH, RandomColumns(CPU, 1)) for _ in range(processes)]
     for number in range(passes):
         if number:
             for sketch in kept:
@@ -53,9 +50,7 @@ def test_merged_sketches_are_as_near_as_one(processes, passes):
 
 def test_a_process_without_rows_changes_nothing():
     pairs = stream(30, 40, decaying(6), batches=3, tokens=9)
-    busy, idle = (
-        SketchedGradient(30, 40, WIDTH, CPU, torch.Generator().manual_seed(1)) for _ in range(2)
-    )
+    busy, idle = (SketchedGradient(30, 40, WIDTH, RandomColumns(CPU, 1)) for _ in range(2))
     for x, delta in pairs:
         busy.update(x, delta)
         idle.update(x, torch.zeros_like(delta))
@@ -90,9 +85,7 @@ def test_small_models_give_every_process_something():
 
 def stores():
     layers = [Layer("small", 8, 9), Layer("other", 8, 9)]
-    sketch = SketchStore(
-        layers, {"small": 4, "other": 4}, CPU, lambda name: torch.Generator().manual_seed(1)
-    )
+    sketch = SketchStore(layers, {"small": 4, "other": 4}, CPU, RandomColumns(CPU, 1))
     return ExactStore(layers, CPU), sketch
 
 
@@ -100,15 +93,16 @@ def test_neither_no_tokens_nor_many_large_numbers_are_reported_as_not_finite():
     for store in stores():
         none = torch.ones(0, 9), torch.ones(0, 8)
         large = torch.full((30, 9), 3e37), torch.zeros(30, 8)
-        assert bool(store.update("small", *none).isfinite().all())
-        assert bool(store.update("small", *large).isfinite().all())
+        assert bool(store.update("small", *none, ["small"]).isfinite().all())
+        assert bool(store.update("small", *large, ["small"]).isfinite().all())
 
 
 def test_a_sum_that_overflows_names_its_layer():
     exact, sketch = stores()
     huge = torch.full((3, 9), 1e20), torch.full((3, 8), 1e20)
-    assert bool(exact.update("small", *huge).isfinite().all())
-    assert not sketch.update("small", *huge).isfinite().all()
-    exact.update("other", torch.ones(3, 9), torch.ones(3, 8))
+    assert bool(exact.update("small", *huge, ["small"]).isfinite().all())
+    assert not sketch.update("small", *huge, ["small"]).isfinite().all()
+    exact.update("other", torch.ones(3, 9), torch.ones(3, 8), ["other"])
+    exact.end_pass()
     with pytest.raises(InputError, match="the gradient at small cannot be decomposed"):
         exact.estimates({"small": 2, "other": 2}, 1.0)

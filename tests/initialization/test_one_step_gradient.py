@@ -164,14 +164,22 @@ def test_progress_sees_every_pass(tiny_llama):
     wrapped = add_lora(tiny_llama(), LoraSettings(r=2))
     run(wrapped, make_batches(False, size=2), Estimator(passes=3), rank=2, progress=progress)
     assert labels == [(3, f"one-step gradient, pass {i}/3") for i in (1, 2, 3)]
+    labels.clear()
+    adaptive = Estimator(tolerance=1e-6)
+    run(wrapped, make_batches(False, size=2), adaptive, rank=2, progress=progress)
+    assert labels == [(3, f"one-step gradient, pass {i} of at most 4") for i in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"passes": 0}, r"passes must lie in 1\.\.4, got 0"),
-        ({"passes": 5}, r"passes must lie in 1\.\.4, got 5"),
-        ({"kind": "exact", "passes": 2}, "leave passes at 1"),
+        ({"passes": 0}, r"passes must lie in 1\.\.4 or be auto, got 0"),
+        ({"passes": 5}, r"passes must lie in 1\.\.4 or be auto, got 5"),
+        ({"kind": "exact", "passes": 2}, "leave passes at auto"),
+        *(
+            ({"tolerance": value}, r"init\.estimator\.tolerance must lie between 0 and 1, got")
+            for value in (0.0, -0.1, 1.0, float("nan"), float("inf"))
+        ),
         ({"oversampling": -1}, "oversampling must be >= 0"),
     ],
 )

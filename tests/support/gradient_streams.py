@@ -2,7 +2,7 @@
 
 import torch
 
-from app.initialization.gradient_estimators import SketchedGradient
+from app.initialization.gradient_sketch import RandomColumns, SketchedGradient
 
 CPU = torch.device("cpu")
 RANK = 4
@@ -41,7 +41,7 @@ def product(svd, rank=None):
 
 def sketched(pairs, width, passes=1, seed=0, m=None, n=None):
     m, n = m or pairs[0][1].shape[1], n or pairs[0][0].shape[1]
-    accumulator = SketchedGradient(m, n, width, CPU, torch.Generator().manual_seed(seed))
+    accumulator = SketchedGradient(m, n, width, RandomColumns(CPU, seed))
     for number in range(passes):
         if number:
             accumulator.next_pass()

@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 from app.commands.plan.fake_pass import PassMemory
 from app.commands.plan.placement import Placement
 from app.distributed.fsdp import blocks
-from app.initialization.gradient_estimators import SketchedGradient
 from app.initialization.gradient_exchange import BUCKET_NUMBERS
+from app.initialization.gradient_sketch import SketchedGradient
 from app.models.lora import LoraPair
 
 FLOAT32 = 4
@@ -222,13 +222,17 @@ def cache_bytes(config: PreTrainedConfig, rows: int, tokens: int, itemsize: int)
 def sketch_bytes(pairs: Sequence[LoraPair], oversampling: int) -> int:
     """Return what the sketch keeps on each process.
 
-    sum over layers of (m + n) * (min(r + oversampling, m, n) + 2 * probes) * 4 bytes
+    sum over layers of (m + n) * (width + probes) * 4 bytes, width = min(r + oversampling, m, n); and once for
+    all layers of one size, probes * m * 4, probes * n * 4 and width * n * 4 bytes
     """
+    probes = SketchedGradient.PROBES
     total = 0
+    shared: dict[tuple[str | int, int], int] = {}
     for m, n, r in _shapes(pairs):
         width = min(r + oversampling, m, n)
-        total += (m + n) * (width + 2 * SketchedGradient.PROBES)
-    return total * FLOAT32
+        total += (m + n) * (width + probes)
+        shared |= {("output", m): probes * m, ("input", n): probes * n, (n, width): width * n}
+    return (total + sum(shared.values())) * FLOAT32
 
 
 def exact_bytes(pairs: Sequence[LoraPair], world_size: int) -> int:
