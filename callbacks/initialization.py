@@ -14,6 +14,7 @@ from app.initialization.one_step_gradient import (
     one_step_gradients,
 )
 from app.models.batch import Batch
+from app.models.quantization import quantized_by
 from app.tracking.record import InitRecord
 from app.training.checks import check_new_adapter, check_subtraction, check_untied
 from app.training.protocols import AdaptedModule, adapted, data_of
@@ -49,7 +50,8 @@ class AdapterInit(Callback):
         module, name = adapted(pl_module), type(self).__name__
         check_new_adapter(name, module.adapter, module.adapter_path)
         if self.subtracts_from_base:
-            check_subtraction(name, module.name, module.config, module.is_sharded)
+            quantized = quantized_by(module.source, module.config)
+            check_subtraction(name, module.name, quantized, module.is_sharded)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute and install the factors, unless a checkpoint has brought trained ones."""

@@ -12,6 +12,7 @@ from app.models.adapter_io import save_adapter
 from app.models.loading import base_reference
 from app.models.lora import is_adapted
 from app.tracking.model_card import ADAPTER_CONFIG, write_card
+from app.tracking.model_usage import quantization_code
 from app.tracking.record import DataRecord
 from app.training.protocols import adapted, data_of
 from app.utils.errors import InputError, reason
@@ -65,10 +66,12 @@ class WriteInit(Callback):
                 "transformers.Seq2SeqTrainer(model, ...).train()",
             )
         at = f", revision={revision!r}" if revision else ""
+        at += f", dtype={module.dtype_name!r}"
+        at += quantization_code(module.source.quantization, module.dtype_name)
         print(
             f"\nwrote {self.folder}: {module.record.method}, initialized and not trained; rank {adapter['r']}, "
             f"scaling {adapter['lora_alpha'] / adapter['r']:.6g} (lora_alpha / r). To train it elsewhere:\n"
-            f"  base = {auto}.from_pretrained({base!r}{at}, dtype={module.dtype_name!r})\n"
+            f"  base = {auto}.from_pretrained({base!r}{at})\n"
             f"  model = PeftModel.from_pretrained(base, {str(self.folder)!r}, is_trainable=True)\n"
             f"  {trainer_code}  # no peft_config: it would make a new adapter",
             flush=True,

@@ -173,11 +173,26 @@ SENTIMENT = (("bad", "poor", "dull", "cold"), ("good", "great", "fine", "warm"))
 @pytest.fixture(scope="session")
 def run_models(tmp_path_factory, tiny_llama, tiny_t5, tiny_gpt2):
     """Return a folder with `llama`, `t5` and `gpt2`, whose tokenizer has a token for each label."""
-    folder = tmp_path_factory.mktemp("models")
+    models = {"llama": tiny_llama(), "t5": tiny_t5(), "gpt2": tiny_gpt2()}
+    return _saved(models, tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def wide_models(tmp_path_factory, tiny_llama, tiny_t5, tiny_gpt2):
+    """Return `run_models` whose rows have 64 numbers or 128, whole blocks of a quantisation to four bits."""
+    models = {
+        "llama": tiny_llama(hidden_size=64, intermediate_size=128),
+        "t5": tiny_t5(d_model=64, d_kv=32, d_ff=128),
+        "gpt2": tiny_gpt2(n_embd=64),
+    }
+    return _saved(models, tmp_path_factory.mktemp("wide"))
+
+
+def _saved(models, folder):
     tokenizer = _tokenizer()
     tokenizer.add_tokens([" negative", " positive"])
-    for name, build in (("llama", tiny_llama), ("t5", tiny_t5), ("gpt2", tiny_gpt2)):
-        build().save_pretrained(folder / name)
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
 

@@ -3,6 +3,7 @@
 import shutil
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,12 +16,14 @@ from app.models.adapter_io import load_adapter, read_adapter, save_model, write_
 from app.models.loading import (
     empty_model,
     load_config,
+    load_float32,
     load_model,
     load_tokenizer,
     model_fingerprint,
 )
 from app.models.merging import SurvivedShares, check_mergeable, merge_adapter, round_trained
 from app.models.plain_lora import plain_lora
+from app.models.quantization import quantized_by
 from app.models.source import ModelSource, resolve_model
 from app.tracking.model_card import write_run_card
 from app.tracking.record import RunRecord
@@ -127,8 +130,10 @@ def _export_merged(folder: RunFolder, target: Path, given: Namespace) -> None:
         trained = load_model(resolve_model(str(folder.model)))
         merged, survived = round_trained(trained, load_model(source), dtype)
     else:
-        check_mergeable(load_adapter(empty_model(source), folder.adapter, trainable=False))
-        adapted = load_adapter(load_model(source), folder.adapter, trainable=False)
+        plain = replace(source, quantization=None)
+        if quantized_by(plain, load_config(plain)) is None:  # else it has no weight of two modules
+            check_mergeable(load_adapter(empty_model(plain), folder.adapter, trainable=False))
+        adapted = load_adapter(load_float32(source), folder.adapter, trainable=False)
         merged, survived = merge_adapter(adapted, dtype)
     with atomic_folder(target) as part:
         save_model(merged, load_tokenizer(source), part)
@@ -138,18 +143,13 @@ def _export_merged(folder: RunFolder, target: Path, given: Namespace) -> None:
 
 def _unchanged_base(folder: RunFolder, settings: dict[str, Any]) -> ModelSource:
     """Return where a run's base model is; raise InputError unless it can be merged with what was trained."""
-    source = resolve_model(settings["name"])
+    source = replace(resolve_model(settings["name"]), quantization=settings.get("quantization"))
     expected = RunRecord.read(folder.summary).model.fingerprint
     fingerprint = model_fingerprint(source)
     if fingerprint != expected:
         raise InputError(
             f"the base model {source.name} has fingerprint {fingerprint}, but the run was trained on "
             f"{expected}: the weights behind model.name have changed"
-        )
-    if getattr(load_config(source), "quantization_config", None) is not None:
-        raise InputError(
-            f"the base model {source.name} is quantised (quantization_config), whose weights cannot hold an "
-            "update: leave --merge out, and serve the adapter"
         )
     return source
 

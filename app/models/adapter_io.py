@@ -30,6 +30,7 @@ from app.models.lora import (
     pairs_by_module,
 )
 from app.models.lora_linear import use_lora_product
+from app.models.quantization import check_dora
 from app.utils.errors import InputError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -147,6 +148,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
             # PEFT selects the triplets that are left by a mask, which needs numbers: here all are there.
             config.rank_pattern, config.inference_mode = None, not trainable
             return get_peft_model(model, config)
+        check_dora(model, getattr(config, "use_dora", False))
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         use_lora_product(adapted)
         return adapted

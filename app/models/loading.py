@@ -31,6 +31,15 @@ from transformers.utils import (
 )
 from transformers.utils import logging as transformers_logging
 
+from app.models.quantization import (
+    check_kernel,
+    dequantize,
+    empty_codes,
+    make_quantizer,
+    quantized_by,
+    round_parameters,
+    settle,
+)
 from app.models.source import FOUR_WAYS, ModelSource, gguf_sha256
 from app.utils.console import say
 from app.utils.errors import InputError
@@ -44,6 +53,7 @@ GPU_ATTENTION = {
 }
 """Kernels that train on a GPU alone, and what says whether they are installed and find one."""
 
+CPU = torch.device("cpu")
 _say_once = functools.cache(say)
 
 
@@ -71,23 +81,39 @@ def load_model(
     source: ModelSource,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    device: torch.device = CPU,
 ) -> PreTrainedModel:
     """Load the language model: encoder-decoder or decoder-only, as its configuration says.
 
-    All floating-point weights get the `dtype`, whatever the checkpoint's.
+    All floating-point weights get the `dtype`, whatever the checkpoint's. Those to be quantised are read one by
+    one, in float32: their codes do not depend on `dtype`.
+
+    Args:
+        source: Where the model comes from, and whether it is quantised.
+        dtype: Of the weights; of quantised ones, what layers of four bits compute in.
+        attn_implementation: In transformers' names; None lets transformers choose.
+        device: Where a quantised model is, which cannot be moved.
 
     Returns:
-        The model on the CPU, in evaluation mode, every weight of it read from the checkpoint.
+        The model in evaluation mode, every weight of it read from the checkpoint, on the CPU unless quantised.
 
     Raises:
-        InputError: Broken or incomplete checkpoint, or no language model that transformers knows.
+        InputError: Broken or incomplete checkpoint, no language model that transformers knows, or a
+            quantisation that does not work here.
     """
     config = load_config(source)
+    quantizer = make_quantizer(source, config, dtype)
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantizer is not None:
+        options["device_map"] = {"": device}
+    if source.quantization is not None:
+        options["quantization_config"] = quantizer and quantizer.quantization_config
+        options["dtype"] = torch.float32
     with _loading(source):
         model, report = _auto_class(config).from_pretrained(
             **_load_args(source),
             **_attention(attn_implementation),
-            dtype=dtype,
+            **options,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -97,6 +123,9 @@ def load_model(
             f"The checkpoint of model.name={source.name!r} lacks {len(missing)} weights of a "
             f"{type(model).__name__}, such as {missing[0]}: is it a language model's? {FOUR_WAYS}"
         )
+    if quantizer is not None:
+        check_kernel(model, source.name)
+        settle(round_parameters(model, dtype))
     if source.kind == "hub":  # what an exported adapter names as its base, offline too
         model.name_or_path = source.name.partition("@")[0]
     return model
@@ -109,9 +138,32 @@ def empty_model(
 ) -> PreTrainedModel:
     """Build what `load_model` would load on the meta device: shapes and types without numbers."""
     config = load_config(source)
-    with _loading(source), torch.device("meta"):
-        options = {"dtype": dtype, **_attention(attn_implementation)}
-        return _auto_class(config).from_config(config, **options).eval()
+    quantizer = make_quantizer(source, config, dtype)
+    with _loading(source):
+        with torch.device("meta"):
+            options = {"dtype": dtype, **_attention(attn_implementation)}
+            model = _auto_class(config).from_config(config, **options).eval()
+        if quantizer is not None:
+            quantizer.pre_quantized = True  # codes are made below
+            quantizer.preprocess_model(model=model, device_map={"": "meta"})
+            quantizer.postprocess_model(model)
+            empty_codes(model)
+        return model
+
+
+def load_float32(source: ModelSource, attn_implementation: str | None = None) -> PreTrainedModel:
+    """Load the model in float32, with the values that its quantised weights stand for.
+
+    Raises:
+        InputError: As `load_model`; or the checkpoint is quantised, and not by bitsandbytes.
+    """
+    setting = quantized_by(source, load_config(source))
+    if setting is not None and source.quantization is None and "bitsandbytes" not in setting:
+        raise InputError(
+            f"the weights of model.name {source.name!r} are quantised ({setting}), and their values are known "
+            "to their own kernels only: leave --merge (--merged) out, and serve the adapter beside the base"
+        )
+    return dequantize(load_model(source, torch.float32, attn_implementation))
 
 
 def available_attention(name: str | None) -> str | None:
@@ -136,7 +188,15 @@ def _attention(name: str | None) -> dict[str, str]:
 
 
 def model_fingerprint(source: ModelSource) -> str:
-    """Return what identifies the weights: `namespace/name@commit`, or `sha256:` and a checksum."""
+    """Return what identifies the weights: `namespace/name@commit`, or `sha256:` and a checksum.
+
+    Weights that are quantised while they are loaded have `+nf4` or `+int8` behind it.
+    """
+    quantized = f"+{source.quantization}" if source.quantization else ""
+    return f"{_checkpoint_fingerprint(source)}{quantized}"
+
+
+def _checkpoint_fingerprint(source: ModelSource) -> str:
     arguments = source.load_args
     place = arguments["pretrained_model_name_or_path"]
     if source.kind == "hub":

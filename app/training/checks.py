@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from torch import nn
-from transformers import PreTrainedConfig
 
 from app.models.adalora import check_schedule
 from app.models.adapter_config import LoraSettings, fsdp_incompatible_options
@@ -119,18 +118,69 @@ def check_init_alone(
         )
 
 
-def check_subtraction(init: str, name: str, config: PreTrainedConfig, sharded: bool) -> None:
-    """Raise InputError if an initialization of that class cannot subtract its factors from the base weights."""
+def check_subtraction(init: str, name: str, quantized: str | None, sharded: bool) -> None:
+    """Raise InputError if an initialization of that class cannot subtract its factors from the base weights.
+
+    Args:
+        init: Its class.
+        name: `model.name`.
+        quantized: From `quantized_by`.
+        sharded: Whether the strategy shards the weights.
+    """
     if sharded:
         raise InputError(
             f"init is {init}, which changes the base weights that this strategy shards: use "
             "--config strategies/ddp.yaml, or methods/lora_one.yaml, which leaves them as they are"
         )
-    if getattr(config, "quantization_config", None) is not None:
+    if quantized is not None:
         raise InputError(
             f"init is {init}, which subtracts its factors from the base weights, but those of model.name "
-            f"{name!r} are quantised (quantization_config): use a model whose "
-            "weights are not, or --config methods/lora_one.yaml, which leaves them as they are"
+            f"{name!r} are quantised ({quantized}), codes that hold no difference: use weights that are not, "
+            "or --config methods/lora_one.yaml, which leaves them as they are"
+        )
+
+
+def check_trainable(name: str, quantized: str | None) -> None:
+    """Raise InputError if every weight would be trained of a model whose weights are quantised.
+
+    Args:
+        name: `model.name`.
+        quantized: From `quantized_by`.
+    """
+    if quantized is not None:
+        raise InputError(
+            f"model.adapter is null, which trains every weight, but those of model.name {name!r} are quantised "
+            f"({quantized}), codes that have no gradient: use weights that are not, or an adapter beside them, "
+            "--config methods/lora_one.yaml"
+        )
+
+
+def check_unmerged(merged: bool) -> None:
+    """Raise InputError if a model with a merged adapter would be trained."""
+    if merged:
+        raise InputError(
+            "model.merged is set, but a merged model has no adapter to train: leave it null, and give "
+            "--merged to test or validate"
+        )
+
+
+def check_shardable(merged: bool, quantized: str | None) -> None:
+    """Raise InputError if a strategy would shard weights that have to be whole.
+
+    Args:
+        merged: Whether an adapter is merged into them.
+        quantized: From `quantized_by`.
+    """
+    if merged:
+        raise InputError(
+            "model.merged is set (--merged), but this strategy shards the weights that the adapter is "
+            "merged into: use one process, or --config strategies/ddp.yaml"
+        )
+    if quantized is not None:
+        raise InputError(
+            f"the base weights are quantised ({quantized}), but this strategy shards them, and their scales "
+            "are no parameters, which it could shard or hand out: use --config strategies/ddp.yaml, in which "
+            "each process has the whole quantised model, or weights that are not quantised"
         )
 
 

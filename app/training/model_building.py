@@ -1,9 +1,11 @@
 """Build what is trained: the base model with its adapter."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -11,17 +13,21 @@ from app.distributed.collectives import from_first_process
 from app.distributed.fsdp import Fsdp2Strategy
 from app.distributed.processes import global_rank
 from app.models.adapter_io import load_adapter
-from app.models.loading import empty_model, load_model, model_fingerprint
+from app.models.loading import empty_model, load_float32, load_model, model_fingerprint
 from app.models.lora import add_lora, fsdp_incompatible_settings
 from app.models.merging import merge_adapter
 from app.models.modalities import modules_beside_text
+from app.models.quantization import number_of_weights
 from app.tracking.record import ModelRecord
 from app.training.checks import check_sharding
 from app.training.protocols import ModelSettings
 
 
 def build_model(
-    settings: ModelSettings, sharding: Fsdp2Strategy | None, trainable: bool
+    settings: ModelSettings,
+    sharding: Fsdp2Strategy | None,
+    trainable: bool,
+    device: torch.device,
 ) -> tuple[nn.Module, ModelRecord]:
     """Load the base model, add the adapter and shard the frozen weights.
 
@@ -29,6 +35,7 @@ def build_model(
         settings: What to build.
         sharding: Shards frozen weights; None leaves them whole.
         trainable: Whether the weights require gradients where there is no adapter.
+        device: Of this process, where quantised weights are loaded to.
 
     Returns:
         The model in training mode, and its entry in the run's record.
@@ -37,10 +44,17 @@ def build_model(
         InputError: The model cannot be loaded, or the adapter fits neither it nor the sharding.
     """
     # A sharded model is read by the first process alone, which hands out the shards.
-    load = empty_model if sharding is not None and global_rank() > 0 else load_model
-    dtype = getattr(torch, settings.dtype_name)
-    base = load(settings.source, dtype, settings.attn_implementation)
-    parameters = sum(p.numel() for p in base.parameters())
+    empty = sharding is not None and global_rank() > 0
+    dtype, attention = getattr(torch, settings.dtype_name), settings.attn_implementation
+    # Merged weights are plain numbers.
+    source = replace(settings.source, quantization=None) if settings.merged else settings.source
+    if empty:
+        base = empty_model(source, dtype, attention)
+    else:
+        base = load_model(source, dtype, attention, device)
+    parameters, quantized = number_of_weights(base)
+    if quantized:
+        rank_zero_info(f"{quantized:,} weights of {settings.source.name} are quantised")
     before = logging.root.manager.disable
     logging.disable(logging.INFO)  # the blueprint has said the same
     try:
@@ -114,7 +128,12 @@ def _with_merged_weights(
     base: PreTrainedModel, settings: ModelSettings, adapter: Path
 ) -> PreTrainedModel:
     """Return `base` with the weights that `export --merge` writes in its dtype."""
-    trained = load_adapter(load_model(settings.source), adapter, trainable=False)
+    whole = load_float32(settings.source, settings.attn_implementation)
+    trained = load_adapter(whole, adapter, trainable=False)
     merged, _ = merge_adapter(trained, getattr(torch, settings.dtype_name))
+    if hasattr(
+        base, "hf_quantizer"
+    ):  # the checkpoint's own codes, in which other weights do not fit
+        return merged
     base.load_state_dict(merged.state_dict())
     return base

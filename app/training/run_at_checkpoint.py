@@ -46,6 +46,7 @@ def write_run_at_checkpoint(run: RunFolder, file: Path, target: RunFolder) -> No
         adapter=TypeAdapter(LoraSettings | None).validate_python(settings["adapter"]),
         adapter_path=settings["adapter_path"],
         dtype=settings["dtype"],
+        quantization=settings.get("quantization"),
     )
     _load(module, checkpoint)
     if is_adapted(module.model):

@@ -97,7 +97,8 @@ def plan_trainer(settings: Mapping[str, Any], init: Callback | None) -> PlanTrai
 def set_up(trainer: PlanTrainer, module: LoraModule, data: PlannedData) -> None:
     """Set up data, initialization and module in the order of `fit`, so that the same wrong input stops here."""
     if Path(module.name).expanduser().is_dir():  # another source is resolved after the data is read
-        module.source = resolve_model(module.name, weights=False)
+        found = resolve_model(module.name, weights=False)
+        module.source = replace(found, quantization=module.quantization)
     trainer.strategy.connect(module)
     module.trainer = data.trainer = trainer
     trainer.datamodule = data  # type: ignore[attr-defined]

@@ -27,6 +27,7 @@ from app.initialization.one_step_gradient import observed
 from app.models.batch import IGNORED_LABEL, Batch
 from app.models.lora import LoraPair
 from app.models.loss import summed_loss, supervised_logits, supervised_loss
+from app.models.quantization import fake_codes, scales
 from app.utils.errors import InputError
 
 
@@ -66,6 +67,8 @@ class FakeModel:
                     p.data = p.data.to(compute_dtype)
         fake = partial(self._mode.fake_tensor_converter.from_meta_and_device, self._mode)
         model._apply(lambda tensor: fake(tensor, torch.device("cpu")))
+        with self._mode:
+            fake_codes(model)
         for p in model.parameters():
             if p.requires_grad:
                 # A gradient is no part of a pass's own memory.
@@ -97,6 +100,7 @@ class FakeModel:
         with self._mode, _shapes_of_experts():
             fake = {k: torch.empty(v.shape, dtype=v.dtype, device="cpu") for k, v in batch.items()}
             held = [*self.model.parameters(), *self.model.buffers(), *fake.values()]
+            held += scales(self.model)
             with _without_numbers(), LiveBytes(held, supervised) as live:
                 with self.forward_context():
                     loss = compute_loss(fake)

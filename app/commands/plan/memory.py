@@ -17,6 +17,7 @@ from app.distributed.fsdp import blocks
 from app.initialization.gradient_exchange import BUCKET_NUMBERS
 from app.initialization.gradient_sketch import SketchedGradient
 from app.models.lora import LoraPair
+from app.models.quantization import scales
 
 FLOAT32 = 4
 
@@ -103,13 +104,13 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def frozen_bytes(model: nn.Module, placement: Placement) -> int:
-    """Return the bytes of frozen weights and buffers on the device of one process.
+    """Return the bytes of frozen weights, their scales where they are quantised, and buffers on one process.
 
         whole: m * n * itemsize        shard: ceil(m / world size) * n * itemsize
 
     Tied weights count once; a share in host memory is none on the device.
     """
-    buffers = tensor_bytes(model.buffers())
+    buffers = tensor_bytes([*model.buffers(), *scales(model)])
     frozen = [p for p in model.parameters() if not p.requires_grad]
     if not placement.sharded:
         return tensor_bytes(frozen) + buffers

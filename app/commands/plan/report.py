@@ -11,6 +11,7 @@ from app.commands.plan.placement import Placement
 from app.commands.plan.protocols import PlannedData, TrainingRows
 from app.models.batch import IGNORED_LABEL
 from app.models.lora import lora_pairs
+from app.models.quantization import number_of_weights
 from app.training.module import LoraModule
 
 EXAMPLES = 3
@@ -104,11 +105,12 @@ def model_text(module: LoraModule, model: nn.Module) -> str:
     """Describe the model as it will be trained: parameters, and which of them are trained."""
     pairs = lora_pairs(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in model.parameters())
+    everything, quantized = number_of_weights(model)
     parameters = everything - (trained if pairs else 0)
     ranks = "/".join(map(str, sorted({pair.rank for pair in pairs})))
     rank = f", rank {ranks} in {len(pairs)} layers" if pairs else ""
     types = ", ".join(sorted({str(p.dtype)[6:] for p in model.parameters()}))
+    types += f"; {quantized:,} quantised" if quantized else ""
     share = f"{trained / parameters:.2%} of them{rank}"
     lines = [f"model: {module.name}", _line("parameters", parameters, types)]
     return "\n".join([*lines, _line("trained parameters", trained, share)])
