@@ -56,9 +56,10 @@ def make_quantizer(
     if name is not None or "bitsandbytes" in setting:
         _check_bitsandbytes(setting)
     try:
-        if name is not None:
-            given = BitsAndBytesConfig(**bitsandbytes_arguments(name, str(dtype)[6:]))
-        quantizer = AutoHfQuantizer.from_config(given, pre_quantized=name is None)
+        made = BitsAndBytesConfig(**bitsandbytes_arguments(name, str(dtype)[6:])) if name else None
+        quantizer = AutoHfQuantizer.from_config(
+            made or dict(given or {}), pre_quantized=made is None
+        )
         quantizer.validate_environment()
     except (ImportError, RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -155,7 +156,7 @@ def empty_codes(model: PreTrainedModel) -> None:
     for _, module in _layers(model):
         codes, state = _quantized_empty(module, "meta")
         if isinstance(module, bnb.nn.Linear4bit):
-            old = module.weight
+            old: Any = module.weight
             if state.nested:
                 state.offset = torch.zeros((), device="cpu")  # a state_dict looks at the number
             module.weight = bnb.nn.Params4bit(
@@ -239,7 +240,8 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
         plain.bias = module.bias
         model.set_submodule(place, plain)
     quantizer.remove_quantization_config(model)
-    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        setattr(model, flag, False)
     return model.float()
 
 
