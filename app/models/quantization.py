@@ -240,6 +240,14 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
         plain.bias = module.bias
         model.set_submodule(place, plain)
     quantizer.remove_quantization_config(model)
+    # transformers would undo, in what is saved, how it has read codes.
+    model._weight_conversions = [
+        conversion
+        for conversion in getattr(model, "_weight_conversions", None) or []
+        if not any(
+            "bitsandbytes" in type(op).__module__ for op in getattr(conversion, "operations", ())
+        )
+    ]
     for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         setattr(model, flag, False)
     return model.float()

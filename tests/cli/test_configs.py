@@ -17,7 +17,7 @@ def name_of(file):
 
 
 def test_all_are_here():
-    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) == 35
+    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) == 37
     assert len(COMPLETE) == 12
     assert len(BENCHMARKS) == 5
 

@@ -171,11 +171,12 @@ def test_wrong_runs_and_folders(trained, error_of, tmp_path):
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["precious"]
 
     plain = (base / "config.json").read_text()
-    codes = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    codes = {"quant_method": "gptq", "bits": 4}
     (base / "config.json").write_text(
         json.dumps({**json.loads(plain), "quantization_config": codes})
     )
-    assert "is quantised (quantization_config)" in error_of("export", "--run", run, "--merge")
+    told = error_of("export", "--run", run, "--merge")
+    assert "are quantised (quantization_config gptq)" in told
     (base / "config.json").write_text(plain)
 
     weights = load_file(base / "model.safetensors")

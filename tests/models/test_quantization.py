@@ -144,6 +144,9 @@ def test_a_checkpoint_of_codes_is_taken_as_it_is(name, wide_models, tmp_path):
     assert torch.equal(load_model(saved)(ids).logits, model(ids).logits)
     values = load_float32(source)(ids).logits
     torch.testing.assert_close(load_float32(saved)(ids).logits, values, rtol=1e-5, atol=1e-6)
+    load_float32(saved).save_pretrained(tmp_path / "values")
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "values")
+    torch.testing.assert_close(served(ids).logits, values, rtol=1e-5, atol=1e-6)
     empty = empty_model(saved)
     assert [p.shape for p in empty.parameters()] == [
         p.shape for p in load_model(saved).parameters()
