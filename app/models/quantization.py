@@ -241,13 +241,14 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(place, plain)
     quantizer.remove_quantization_config(model)
     # transformers would undo, in what is saved, how it has read codes.
-    model._weight_conversions = [
+    conversions: Any = [
         conversion
         for conversion in getattr(model, "_weight_conversions", None) or []
         if not any(
             "bitsandbytes" in type(op).__module__ for op in getattr(conversion, "operations", ())
         )
     ]
+    model._weight_conversions = conversions
     for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         setattr(model, flag, False)
     return model.float()
