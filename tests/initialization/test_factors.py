@@ -142,6 +142,7 @@ def large_gradient(kind, m=260, n=220):
     V = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0]
     S = {
         "orthogonal": torch.ones(n),
+        "gap": torch.cat([torch.full((8,), 1.6), torch.ones(n - 8)]),
         "slow": 0.999 ** torch.arange(n),
         "clustered": torch.cat(
             [torch.ones(12) + 1e-5 * torch.arange(12), torch.full((n - 12,), 0.3)]
@@ -156,7 +157,7 @@ def large_gradient(kind, m=260, n=220):
     return U * S.double() @ V.T
 
 
-FLAT = ["orthogonal", "identity", "clustered", "deficient", "zero", "slow", "gaussian"]
+FLAT = ["orthogonal", "identity", "gap", "clustered", "deficient", "zero", "slow", "gaussian"]
 
 
 @pytest.mark.parametrize("kind", FLAT)
