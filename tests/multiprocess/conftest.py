@@ -37,10 +37,10 @@ def forked(_forks, tmp_path_factory):
 
     It returns each one's status (None if it had to be killed) and output. `jobs` may be a function of the
     process's number; `hangs` is the process that is killed when the others have ended; `folders` are the
-    working directories; `environment` is added to theirs.
+    working directories, `nodes` where they run; `environment` is added to theirs.
     """
 
-    def run(jobs, processes=2, timeout=120, hangs=None, folders=None, environment=None):
+    def run(jobs, processes=2, timeout=120, hangs=None, folders=None, environment=None, nodes=()):
         folder = tmp_path_factory.mktemp("forked")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -50,13 +50,21 @@ def forked(_forks, tmp_path_factory):
             file = folder / f"jobs_{rank}.json"
             file.write_text(json.dumps(jobs(rank) if callable(jobs) else jobs))
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-            own = {key: str(value) for key, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            if nodes:
+                own |= {
+                    "NODE_RANK": rank,
+                    "LOCAL_RANK": 0,
+                    "GLOO_SOCKET_IFNAME": nodes[rank].interface,
+                }
+            own = {key: str(value) for key, value in own.items()}
+            own["MASTER_ADDR"] = nodes[0].address if nodes else "127.0.0.1"
             starts.append(
                 {
                     "jobs": str(file),
                     "log": str(folder / f"log_{rank}.txt"),
                     "folder": str(folders[rank] if folders else ROOT),
                     "environment": (own if processes > 1 else {}) | (environment or {}),
+                    "node": nodes[rank].name if nodes else None,
                 }
             )
         request = {"processes": starts, "timeout": timeout, "hangs": hangs}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support.parity import losses, parity_job
+from tests.support.parity import assert_equal_on_all, losses, parity_job
 from tests.support.paths import ROOT
 from tests.support.processes import environment
 from tests.support.two_nodes import two_nodes
@@ -28,22 +28,37 @@ def ends(*processes):
 
 @pytest.fixture
 def run_argv(parity_config, models_without_dropout, tmp_path):
-    """Return `run_argv(strategy)`: the first steps of `reference("llama")`, for two processes."""
+    """Return `run_argv(strategy, *more)`: the first steps of `reference("llama")`, for two processes."""
 
-    def argv(strategy):
+    def argv(strategy, *more):
         overlay = f"--config={ROOT}/configs/strategies/{strategy}.yaml"
         model = models_without_dropout / "llama"
         steps = f"--trainer.max_steps={STEPS}"
-        return parity_job(parity_config, model, tmp_path / strategy, 4, overlay, steps)["argv"]
+        return parity_job(parity_config, model, tmp_path / strategy, 4, overlay, steps, *more)[
+            "argv"
+        ]
 
     return argv
 
 
-@pytest.mark.skipif(
+namespaces = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and ip"
 )
+
+
+@namespaces
+def test_two_nodes_with_ddp(reference, run_argv, finished, tmp_path):
+    """Without the recipe, which the next test starts in the same way."""
+    argv = run_argv("ddp", "--trainer.devices=1", "--trainer.num_nodes=2")
+    with two_nodes() as nodes:
+        finished([{"argv": argv, "keep": str(tmp_path / "kept")}], nodes=nodes)
+    assert_equal_on_all(tmp_path / "kept", "trained")
+    assert losses(tmp_path / "ddp") == pytest.approx(losses(reference("llama"))[:STEPS], rel=1e-4)
+
+
+@namespaces
 def test_two_nodes(reference, run_argv, tmp_path):
-    """FSDP2; the other recipes train with DDP."""
+    """FSDP2 by the recipe; the other recipes train with DDP."""
     with two_nodes() as nodes:
         own = [
             environment(

@@ -1,9 +1,10 @@
 """Start processes without a launcher, forked from one that has imported Lightning already.
 
-Reads lines {"processes": [{"jobs": FILE, "log": FILE, "folder": FOLDER, "environment": {...}}, ...],
-"timeout": SECONDS, "hangs": NUMBER or null}; FILE has a worker's jobs, or {"part": NAME, "options": {...}},
-which is a function of parts.py. Answers each with the list of the exit statuses, None for a
-process that had to be killed. `hangs` is killed as soon as the others have ended.
+Reads lines {"processes": [{"jobs": FILE, "log": FILE, "folder": FOLDER, "environment": {...}, "node": NAME or
+null}, ...], "timeout": SECONDS, "hangs": NUMBER or null}; FILE has a worker's jobs, or {"part": NAME,
+"options": {...}}, which is a function of parts.py; NAME is of a network namespace. Answers each with the list
+of the exit statuses, None for a process that had to be killed. `hangs` is killed as soon as the others have
+ended.
 """
 
 import json
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 from tests.support import parts, worker
+from tests.support.two_nodes import enter
 
 
 def fork(one: dict) -> int:
@@ -24,6 +26,8 @@ def fork(one: dict) -> int:
         for stream, end in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
             os.dup2(end, stream)
         os.environ.update(one["environment"])
+        if one["node"] is not None:
+            enter(one["node"])
         os.chdir(one["folder"])
     return child
 

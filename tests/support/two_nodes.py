@@ -1,10 +1,12 @@
 """Two nodes on one machine: network namespaces with an address each, joined by a cable (veth)."""
 
+import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,13 @@ class Node:
     def popen(self, arguments: list[str], **options) -> subprocess.Popen:
         """Start a program in the namespace."""
         return subprocess.Popen(["ip", "netns", "exec", self.name, *arguments], **options)
+
+
+def enter(name: str) -> None:
+    """Let this process, of one thread, go on in a namespace."""
+    with Path("/run/netns", name).open() as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0) != 0:
+            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {name}")
 
 
 def _ip(*arguments: str) -> None:
