@@ -34,12 +34,16 @@ def packing_obstacle(model: PreTrainedModel) -> str | None:
     if "flash" in name and not model._supports_attention_backend:
         return f"does not hand the positions of its examples to {name}"
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    read = model.get_input_embeddings()(ids)  # type: ignore[operator]
-    with mock.patch.object(masking_utils, "find_packed_sequence_indices", side_effect=_Separated):
-        try:
-            model(inputs_embeds=read, position_ids=ids, use_cache=False)
-        except _Separated:
-            return None
-        except Exception:  # no argument `position_ids`, or an operation that needs the weights
-            pass
+    embedded = model.get_input_embeddings()(ids)  # type: ignore[operator]
+    # Some look for padding tokens (GPT-2), others look embeddings of their layers up by token (Gemma 4).
+    for read in ({"inputs_embeds": embedded}, {"input_ids": ids}):
+        with mock.patch.object(
+            masking_utils, "find_packed_sequence_indices", side_effect=_Separated
+        ):
+            try:
+                model(**read, position_ids=ids, use_cache=False)
+            except _Separated:
+                return None
+            except Exception:  # no argument `position_ids`, or an operation that needs the weights
+                pass
     return "makes the mask of its attention without the positions of the examples"

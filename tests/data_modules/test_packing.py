@@ -67,15 +67,23 @@ class Rows(TextDataModule):
         return {"train": rows, "validation": rows[:4]}
 
 
+def supervised(batches):
+    return sum(int((batch["labels"] >= 0).sum()) for batch in batches)
+
+
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("length_grouping", [False, True])
 def test_every_example_once_an_epoch_in_an_order_of_its_own(packing, length_grouping, causal):
-    def epoch(number, **options):
+    def batches_of(number, done=0, rank=0, world_size=1, **options):
         options = {"packing": packing, "length_grouping": length_grouping, **options}
         data = Rows(batch_size=3, **options)
+        data._rank_and_world_size = lambda: (rank, world_size)
         data.attach(causal, is_encoder_decoder=False)
-        data.load_state_dict({"epoch": number, "done": 0, "group_size": 3})
-        batches = list(data.train_dataloader())
+        data.load_state_dict({"epoch": number, "done": done, "group_size": 3 * world_size})
+        return list(data.train_dataloader()), data
+
+    def epoch(number, **options):
+        batches, data = batches_of(number, **options)
         assert max(batch["input_ids"].shape[1] for batch in batches) <= data.max_length
         assert all(len(batch["input_ids"]) <= 3 for batch in batches)
         return [row for batch in batches for row in batch["index"].tolist()]
@@ -85,6 +93,16 @@ def test_every_example_once_an_epoch_in_an_order_of_its_own(packing, length_grou
     assert order == epoch(0, num_workers=1)
     assert order != epoch(1)
     assert order != epoch(0, seed=1)
+    met = [row for batch in batches_of(0)[0][:2] for row in batch["index"].tolist()]
+    assert order == met + epoch(0, done=6)
+    # Of several processes each has as many batches, whose padding rows teach nothing.
+    shares = [batches_of(0, rank=rank, world_size=7)[0] for rank in range(7)]
+    assert len({len(share) for share in shares}) == 1
+    together = [batch for share in shares for batch in share]
+    rows = sorted(row for batch in together for row in batch["index"].tolist())
+    assert rows[rows.count(-1) :] == list(range(40))
+    assert rows.count(-1) > 0
+    assert supervised(together) == supervised(batches_of(0)[0])
 
 
 def test_rows_that_are_scored_are_not_packed(causal):

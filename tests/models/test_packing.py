@@ -15,10 +15,20 @@ SIZES = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 24, "num_hid
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
 KINDS = {
     "llama": {},
-    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0},
     "gpt_neox": {},
     "gemma3_text": {
         "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    # Its layers have embeddings of their own, which are looked up by token.
+    "gemma4_text": {
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": 128,
+        "num_kv_shared_layers": 0,
         "sliding_window": 4,
         "layer_types": ["sliding_attention", "full_attention"],
     },
@@ -34,7 +44,7 @@ KINDS = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
-APART = {"llama", "gpt2", "gpt_neox", "gemma3_text", "mistral"}
+APART = {"llama", "gpt2", "gpt_neox", "gemma3_text", "gemma4_text", "mistral"}
 
 
 def build(kind):
