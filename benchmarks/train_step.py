@@ -13,10 +13,10 @@ recomputed. Tasks, of each a sample of batches at evenly spaced quantiles of the
 Everybody gets the same token ids. Ours are grouped by length as in a run over the whole data, whose batches are
 of neighbours among hundreds; a peer gets the same batches, or the same rows shuffled.
 Each contender has a process of its own, which loads the model and computes the loss of the longest batch: all
-must agree to 1e-4, or the benchmark ends there. Then they take turns for `--rounds` rounds: a pass that
-warms up, and an epoch over the sample, which is timed; those that wait do nothing. Ratios are taken within a
-round; the table shows their median, least and most. Peaks are resident memory in a turn, as a median; excess
-lies above the loaded model.
+must agree to 1e-4 and train weights of the same size, or the benchmark ends there. Then they take turns for
+`--rounds` rounds: a pass that warms up, and an epoch over the sample, which is timed; those that wait do
+nothing. Ratios are taken within a round; the table shows their median, least and most. Peaks are resident
+memory in a turn, as a median; excess lies above the loaded model.
 `--profile` prints where our step's time goes instead, and how long its matrix products take by themselves.
 """
 
@@ -175,12 +175,19 @@ class Process:
         self.process.wait()
 
 
-def check_losses(losses: Figures) -> None:
-    """End the benchmark if the contenders do not compute the same."""
-    told = ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
+def check_same(ready: dict[str, Figures]) -> None:
+    """End the benchmark if the contenders do not compute the same, or do not train as much."""
+    told = ", ".join(
+        f"{name} {each['loss']:.6f} ({each['trained_bytes']:,.0f} bytes trained)"
+        for name, each in ready.items()
+    )
     print(f"loss of the longest batch: {told}", file=sys.stderr, flush=True)
-    if max(losses.values()) - min(losses.values()) > SAME_LOSS:
-        sys.exit(f"the losses differ by more than {SAME_LOSS}, so that times mean nothing: {told}")
+    losses, trained = ([each[key] for each in ready.values()] for key in ("loss", "trained_bytes"))
+    if max(losses) - min(losses) > SAME_LOSS or len(set(trained)) > 1:
+        sys.exit(
+            f"the losses differ by more than {SAME_LOSS}, or the trained weights in size, so that times mean "
+            f"nothing: {told}"
+        )
 
 
 def measure(task: str, args: argparse.Namespace, folder: Path) -> dict[str, list[Figures]]:
@@ -195,7 +202,7 @@ def measure(task: str, args: argparse.Namespace, folder: Path) -> dict[str, list
             command = [python, "-m", f"benchmarks.{program}", *words, str(file)]
             log = folder / f"{task}_{name}.log"
             processes.append(Process(name, command, log, args.threads))
-        check_losses({each.name: each.ready["loss"] for each in processes})
+        check_same({each.name: each.ready for each in processes})
         for number in range(args.rounds):
             first = number % len(processes)
             for each in processes[first:] + processes[:first]:

@@ -26,10 +26,12 @@ class Turns:
         self._started = (0.0, 0.0)
 
     def loaded(self, model: Any) -> None:
-        """Note the resident memory of the loaded model."""
+        """Note the resident memory of the loaded model, and the bytes of what is trained."""
         for weight in model.parameters():
             float(weight.detach().sum())  # pages of a mapped file are resident once they are read
         self._loaded_mib = resident_mib("VmRSS")
+        trained = (weight for weight in model.parameters() if weight.requires_grad)
+        self._trained_bytes = sum(weight.numel() * weight.element_size() for weight in trained)
 
     def ready(self, first_pass: Callable[[], Any]) -> None:
         """Report the loss of the batch that all contenders compare.
@@ -39,7 +41,8 @@ class Turns:
                 is called again before each epoch, so that the first step finds memory as later ones do.
         """
         self._first_pass = first_pass
-        self._say({"loss": float(first_pass()), "loaded_mib": self._loaded_mib})
+        ready = {"loaded_mib": self._loaded_mib, "trained_bytes": self._trained_bytes}
+        self._say({"loss": float(first_pass()), **ready})
 
     def begin(self) -> None:
         """Report the epoch before, if there was one; wait to be told to train; warm up; start the clock."""

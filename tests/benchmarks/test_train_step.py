@@ -147,11 +147,13 @@ def test_labels_of_a_task_are_the_answers(tmp_path):
 
 def test_a_process_trains_when_it_is_told_to(tmp_path):
     program = """
+import torch
 from types import SimpleNamespace
 from benchmarks.peers.turns import Turns
 turns = Turns()
 print("what a library prints")
-turns.loaded(SimpleNamespace(parameters=list))
+factors, frozen = torch.ones(8, requires_grad=True), torch.ones(8)
+turns.loaded(SimpleNamespace(parameters=lambda: [factors, frozen]))
 turns.ready(lambda: print("passes") or 1.25)
 for epoch in range(10):
     turns.begin()
@@ -164,7 +166,7 @@ for epoch in range(10):
     process = train_step.Process("fake", [sys.executable, "-uc", program], log, 1)
     rounds = [process.turn() for _ in range(2)]
     process.close()
-    assert process.ready["loss"] == 1.25
+    assert (process.ready["loss"], process.ready["trained_bytes"]) == (1.25, 32)
     assert process.process.returncode == 0
     assert log.read_text() == "what a library prints\npasses\npasses\ntrains 0\npasses\ntrains 1\n"
     for number, each in enumerate(rounds):
@@ -180,10 +182,12 @@ def test_a_process_that_fails_ends_the_benchmark(tmp_path):
         train_step.Process("fake", command, tmp_path / "log", 1)
 
 
-def test_losses_that_differ_end_the_benchmark(capsys):
-    train_step.check_losses({"ours": 2.5, "trl": 2.50009})
+@pytest.mark.parametrize(("loss", "trained"), [(2.5002, 64), (2.5, 32)])
+def test_contenders_that_do_other_work_end_the_benchmark(loss, trained):
+    ours = {"loss": 2.5, "trained_bytes": 64}
+    train_step.check_same({"ours": ours, "trl": {**ours, "loss": 2.50009}})
     with pytest.raises(SystemExit, match="times mean nothing: ours"):
-        train_step.check_losses({"ours": 2.5, "trl": 2.5002})
+        train_step.check_same({"ours": ours, "trl": {"loss": loss, "trained_bytes": trained}})
 
 
 def test_ratios_are_taken_within_a_round(capsys):
