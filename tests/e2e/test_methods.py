@@ -58,7 +58,8 @@ def test_what_a_run_leaves_computes_what_was_trained_and_a_resumed_run_leaves_th
     if method in METHODS:
         served = with_adapter(copy.deepcopy(base), whole / "adapter")
         # Weights that LoRA+ has changed by much are rounded by 2e-5, on some processors.
-        assert torch.allclose(logits(served), trained, atol=2e-5, rtol=1e-3)
+        atol = 4e-5 if method == "lora_plus" else 1e-5
+        assert torch.allclose(logits(served), trained, atol=atol)
     assert torch.allclose(logits(model), trained, atol=1e-6)
     assert not torch.allclose(logits(base), trained, atol=1e-3)
     # The same by the project's own command; the matrix of tests/support has the merged model.
