@@ -223,9 +223,8 @@ class SharedInput:
 
     def __init__(self, x: Tensor, sketches: Sequence[SketchedGradient]) -> None:
         self.x = x.float()
-        self.missing = len(
-            sketches
-        )  # readers without a delta; after the last one all steps are ended
+        # Readers without a delta; after the last one all steps are ended.
+        self.missing = len(sketches)
         self._waiting: list[tuple[SketchedGradient, Tensor]] = []
         sketches = list(dict.fromkeys(sketches))
         for sketch in sketches:

@@ -26,7 +26,10 @@ class LoraLinear(Linear):
         base, lora_A, lora_B = self.base_layer, self.lora_A[name], self.lora_B[name]
         weight, bias = base.weight, base.bias
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (base, lora_A, lora_B))
+        hooked = any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            for m in (base, lora_A, lora_B)
+        )
         if trained or hooked or name in self.lora_variant or lora_B.bias is not None:
             return super().forward(x)  # type: ignore[no-any-return]
         dropout = self.lora_dropout[name]
@@ -115,9 +118,8 @@ class LoraProduct(torch.autograd.Function):
         grad_x = grad_A = grad_B = None
         grad = grad.reshape(-1, grad.shape[-1])
         thin = grad.to(dtype)
-        grad_h = thin @ lora_B.to(
-            dtype
-        )  # but for the scaling, which is applied where it is not rounded
+        # But for the scaling, which is applied where it is not rounded.
+        grad_h = thin @ lora_B.to(dtype)
         if wanted[4]:
             # (r, m) and then transposed: more than twice as fast as grad^T h.
             grad_B = (h.T @ thin).T.to(lora_B.dtype).mul_(ctx.scaling)
@@ -129,7 +131,9 @@ class LoraProduct(torch.autograd.Function):
             if kept is None and grad_x.dtype == dtype:
                 grad_x.addmm_(grad_h, A, alpha=ctx.scaling)
             else:
-                through_h = grad_h @ A if kept is None else (grad_h @ A).mul_(kept.view_as(grad_x))
+                through_h = grad_h @ A
+                if kept is not None:
+                    through_h.mul_(kept.reshape(through_h.shape))
                 grad_x.add_(through_h, alpha=ctx.scaling)
             grad_x = grad_x.view(given.shape).to(given.dtype)
         return grad_x, None, None, grad_A, grad_B, None, None

@@ -229,7 +229,7 @@ def hadamard(n):
 
 @pytest.mark.parametrize("inside", [0.0, 1.0, -1.0, 3.0])
 @pytest.mark.parametrize("gap", [0.3, 0.004])
-def testrank_error_is_that_of_the_perturbed_matrix(gap, inside):
+def test_rank_error_is_that_of_the_perturbed_matrix(gap, inside):
     """With exact probes: against the float64 SVD of H + E, also where E decides what the start holds."""
     m = n = 64
     g = torch.Generator().manual_seed(0)

@@ -64,6 +64,8 @@ def test_product_and_gradients_are_those_of_peft(kind, dtype, autocast, p):
     theirs = peft_layer(kind, dtype, lora_dropout=p)
     ours = with_product(theirs)
     x = torch.randn(3, 200, 16, dtype=dtype)
+    if kind != "conv1d":  # which takes nothing else
+        x = x.mT.contiguous().mT  # not contiguous
     found, wanted = run(ours, x, autocast), run(theirs, x, autocast)
     assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in wanted]
     if dtype == torch.float32 and not autocast:
@@ -95,6 +97,8 @@ def otherwise(change):
         layer.base_layer.weight.requires_grad_()
     elif change == "hook":
         layer.base_layer.register_forward_hook(lambda module, args, y: 2 * y)
+    elif change == "backward_hook":
+        layer.lora_A["default"].register_full_backward_hook(lambda module, grads, _: grads)
     elif change == "second":
         layer.update_layer("second", 2, 4, config=LoraConfig(init_lora_weights=False))
         layer.set_adapter(["default", "second"])
@@ -106,7 +110,8 @@ def otherwise(change):
 
 
 @pytest.mark.parametrize(
-    "change", ["dora", "lora_bias", "trained", "hook", "second", "disabled", "merged"]
+    "change",
+    ["dora", "lora_bias", "trained", "hook", "backward_hook", "second", "disabled", "merged"],
 )
 def test_whatever_is_not_plain_stays_with_peft(change, monkeypatch):
     theirs, x = otherwise(change), torch.randn(3, 16)
