@@ -21,6 +21,7 @@ from app.cli.known_classes import import_known_classes
 from app.commands.plan.command import PlanTrainer, plan_trainer
 from app.distributed.processes import is_first_process
 from app.distributed.rendezvous import check_same_settings
+from app.models.loading import available_attention
 from app.tracking.config_files import expand
 from app.tracking.loggers import (
     OutputSettings,
@@ -184,6 +185,7 @@ class LoraCLI(LightningCLI):
         """Make the trainer with the run's loggers and the project's callbacks."""
         given = self.made.trainer
         trainer_checks.check_trainer_settings(given, str(self.subcommand))
+        available_attention(self.made.model.attn_implementation)
         loggers = self._run_loggers() if self.subcommand == "fit" else []
         try:
             if self.subcommand == "plan":

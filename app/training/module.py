@@ -101,7 +101,7 @@ class LoraModule(LightningModule):
         self.warmup_steps = warmup_steps
         self.dtype_name: str = merged or dtype
         self.quantization = quantization
-        self.attn_implementation = available_attention(attn_implementation)
+        self.attn_implementation = available_attention(attn_implementation, anywhere=True)
         self.gradient_checkpointing = gradient_checkpointing
         self.record = RunRecord(method=method)
         # Only trainable weights are in checkpoints; the base comes from `name`.
