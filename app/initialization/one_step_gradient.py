@@ -145,6 +145,7 @@ def one_step_gradients(
     with PeakMemory(device) as memory, observed(model, pairs, store.listener):
         losses = []
         for shown in _passes(batches, estimator, store, progress):
+            estimates: dict[str, GradientEstimate] = {}  # those of the pass before are freed
             losses.append(_one_pass(model, base, shown, store, device, forward_context))
             _check_reached(store, pairs)
             if estimator.is_adaptive or len(losses) == estimator.most_passes:

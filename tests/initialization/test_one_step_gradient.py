@@ -1,7 +1,10 @@
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
+from app.initialization.gradient_store import SketchStore
 from app.initialization.one_step_gradient import Estimator, one_step_gradients
 from app.models.adapter_config import LoraSettings
 from app.models.lora import LoraPair, add_lora, base_model, lora_pairs
@@ -75,6 +78,29 @@ def test_trained_adapters_do_not_enter_the_gradient(tiny_llama):
     for pair in lora_pairs(wrapped):
         nn.init.normal_(pair.lora_B)
     assert_same(run_whole(wrapped, make_batches(False)), loss, gradients)
+
+
+def test_no_estimate_of_a_pass_takes_memory_in_the_next(tiny_llama, monkeypatch):
+    made, alive, estimates = [], [], SketchStore.estimates
+
+    def remember(*args):
+        found = estimates(*args)
+        made.extend(map(weakref.ref, found.values()))
+        return found
+
+    def progress(batches, label):
+        for batch in batches:
+            alive.append(sum(estimate() is not None for estimate in made))
+            yield batch
+
+    monkeypatch.setattr(SketchStore, "estimates", remember)
+    wrapped = add_lora(tiny_llama(), LoraSettings(r=4))
+    batches, adaptive = make_batches(False), Estimator(tolerance=1e-12)
+    one_step_gradients(
+        wrapped, base_model(wrapped), lora_pairs(wrapped), batches, 4, adaptive, progress=progress
+    )
+    assert len(made) == 4 * 14
+    assert alive == [0] * 4 * len(batches)
 
 
 def test_a_gradient_that_is_not_finite_names_layer_batch_and_rows(tiny_llama):
