@@ -116,8 +116,7 @@ def one_step_gradients(
 
     so G does not depend on how the set is cut into batches, nor on how these are spread over processes:
     each process passes its share, and all get the same result. The model runs without its adapters, in
-    evaluation mode, with every parameter frozen; no weight gets a `.grad`, and weights, flags, mode and
-    random state are left as they were.
+    evaluation mode, frozen; weights, `.grad`, flags, mode and random state are left as they were.
 
     Args:
         model: The PEFT model that is called.
