@@ -85,7 +85,7 @@ class LoraProduct(torch.autograd.Function):
         """
         device, dtype = x.device.type, lora_A.dtype
         given, frozen = x, weight
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)

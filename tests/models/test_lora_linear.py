@@ -90,6 +90,13 @@ def test_gradients_are_left_out_where_nothing_asks():
         assert layer(x).grad_fn is None
 
 
+def test_the_meta_device_has_shapes():
+    layer = with_product(peft_layer()).to("meta")
+    x = torch.empty(2, 5, 16, device="meta", requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def otherwise(change):
     settings = {"dora": {"use_dora": True}, "lora_bias": {"lora_bias": True}}.get(change, {})
     layer = peft_layer("bias", **settings)
