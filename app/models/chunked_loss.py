@@ -110,7 +110,11 @@ class ChunkedLoss(torch.autograd.Function):
                 sums[i] = grad.float() if total is None else total.add_(grad)
         ctx.save_for_backward(
             grad_hidden,
-            *(None if s is None else s.to(p.dtype) for s, p in zip(sums, trained, strict=True)),
+            # Of no positions it is zero, not missing: processes sum their gradients in one buffer.
+            *(
+                torch.zeros_like(p) if s is None else s.to(p.dtype)
+                for s, p in zip(sums, trained, strict=True)
+            ),
         )
         return loss
 

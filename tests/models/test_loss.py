@@ -140,6 +140,12 @@ def test_chunks_change_neither_loss_nor_gradients(trained, build, rows, chunk_ro
     assert_chunks_change_nothing(model.double(), batch)
 
 
+def test_without_supervised_positions_all_gradients_are_zero(tiny_llama):
+    batch = dict(make_batches(False)[0])
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    assert_chunks_change_nothing(tiny_llama(), batch)
+
+
 def seen_by(head, call):
     sizes = []
     handle = head.register_forward_hook(lambda _, args, out: sizes.append(out.shape[-2]))
