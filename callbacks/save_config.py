@@ -37,7 +37,8 @@ def config_text(parser: ArgumentParser, config: Namespace) -> str:
 
     A run folder stays readable when they move; the classes of a user keep their full path.
     """
-    text: Any = parser.dump(config, skip_unset=False)
+    # What the parser has returned is valid.
+    text: Any = parser.dump(config, skip_unset=False, skip_validation=True)
     return shorten_class_paths(text, _has_bare_name)
 
 

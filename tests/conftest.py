@@ -251,7 +251,7 @@ def parsed(monkeypatch, command):
         pass
 
     def stop(cli):
-        raise Parsed(cli.settings)
+        raise Parsed(cli.config)
 
     monkeypatch.setattr(LoraCLI, "instantiate_classes", stop)
 

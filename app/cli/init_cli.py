@@ -15,7 +15,6 @@ from app.utils.command_parser import CommandParser
 from app.utils.errors import InputError
 from app.utils.files import load_yaml
 from app.utils.signals import StopSignals
-from callbacks.save_config import config_text
 from callbacks.write_init import WriteInit
 
 INIT = """Initialize an adapter as fit does, and write it for another tool to train.
@@ -68,7 +67,7 @@ class InitCLI(LoraCLI):
 
     def __init__(self, arguments: Sequence[str], signals: StopSignals, target: Path | None) -> None:
         self.target = target
-        super().__init__(["fit", *arguments], signals)
+        super().__init__("fit", arguments, signals)
 
     def _resume_from(self, ckpt_path: str) -> None:
         """Refuse a checkpoint, whether or not there is one."""
@@ -76,10 +75,10 @@ class InitCLI(LoraCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse a folder that is there, and leave out what belongs to training."""
-        output = self.settings.output
+        output = self.config.output
         self.target = self.target or Path(output.root) / output.name / "init"
         _check_target(self.target)
-        self.settings.trainer.update(Namespace(WITHOUT_TRAINING))
+        self.config.trainer.update(Namespace(WITHOUT_TRAINING))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the trainer if there is an adapter that other tools can train."""
@@ -96,9 +95,9 @@ class InitCLI(LoraCLI):
     def _fit_callbacks(self) -> list[Callback]:
         """List the initialization and what writes it."""
         assert self.target is not None  # from `before_instantiate_classes`
-        config = load_yaml(config_text(self.parser, self.config))["fit"]
+        config = load_yaml(self.config_text)
         init = [] if self.made.init is None else [self.made.init]
-        return [*init, WriteInit(self.target, self.settings.seed_everything, config)]
+        return [*init, WriteInit(self.target, self.config.seed_everything, config)]
 
 
 def _check_target(folder: Path) -> None:

@@ -1,14 +1,15 @@
 """The command line: LightningCLI with the project's parts, config lookup and plain errors."""
 
+import inspect
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -49,7 +50,7 @@ from callbacks.mid_epoch_resume import MidEpochResume
 from callbacks.plain_progress import PlainProgress
 from callbacks.preemption import Preemption
 from callbacks.run_report import RunReport
-from callbacks.save_config import SaveConfig
+from callbacks.save_config import SaveConfig, config_text
 from callbacks.score_at import ScoreAt
 from data_modules.text import TextDataModule
 
@@ -59,24 +60,27 @@ COMMANDS = {
     "validate": {"model", "dataloaders", "datamodule"},
     "test": {"model", "dataloaders", "datamodule"},
 }
-"""The commands that Lightning's parser knows, and the arguments of each that the command line does not set."""
+"""The trainer's methods that are commands, and the arguments of each that the command line does not set."""
 
 import_known_classes()
-# Interpolations are resolved after overrides, so that `${model.adapter.r}` is never stale.
-set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 
 class LoraCLI(LightningCLI):
     """`fit`, `plan`, `validate` and `test` of a LoraModule on a data module.
 
+    Each command has a parser of its own instead of Lightning's one with subcommands, which parses twice.
+
     Args:
-        arguments: A command, which runs at once, and its options.
+        command: Name of the trainer's method.
+        arguments: The options of the command.
         signals: Note a request to stop.
-        run: Whether to run; else the arguments are options of `fit`, without the command.
     """
 
-    def __init__(self, arguments: Sequence[str], signals: StopSignals, run: bool = True) -> None:
-        self.arguments = arguments
+    made_parsers: ClassVar[dict[str, LightningArgumentParser]] = {}
+    """The parser of each command; making one takes reading the sources of all its classes."""
+
+    def __init__(self, command: str, arguments: Sequence[str], signals: StopSignals) -> None:
+        self.command = command
         self.signals = signals
         self.resume_point: ResumePoint | None = None  # None for a new run
         self.status = 0  # of the command, for the program to exit with
@@ -90,6 +94,7 @@ class LoraCLI(LightningCLI):
                 trainer_class=PlanTrainer,
                 subclass_mode_data=True,
                 parser_class=Parser,
+                # Interpolations are resolved after overrides, so that `${model.adapter.r}` is never stale.
                 parser_kwargs={"parser_mode": "omegaconf+"},
                 save_config_callback=SaveConfig,
                 save_config_kwargs={"save_to_log_dir": False},
@@ -102,19 +107,38 @@ class LoraCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,  # a checkpoint holds what was trained, and no model
                 args=expand(arguments),
-                run=run,
+                run=False,
             )
+            self.run()
 
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the command that is given, whose parser alone is made; none where nothing is run."""
-        return {name: COMMANDS[name] for name in self.arguments[:1] if name in COMMANDS}
+    def run(self) -> None:
+        """Call the trainer's method with the settings that are its arguments."""
+        method = getattr(self.trainer, self.command)
+        names = inspect.signature(method).parameters.keys() & vars(self.made).keys()
+        method(datamodule=self.datamodule, **{name: self.made[name] for name in names})
+        assert isinstance(self.trainer, PlanTrainer)
+        self.status = 0 if self.trainer.fits else 1
+
+    def setup_parser(self, *args: Any) -> None:
+        """Take the parser of the command that is there, or make it."""
+        made = self.made_parsers.pop(self.command, None)
+        if made is None:
+            super().setup_parser(*args)
+        else:
+            self.parser = made
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, whose help has descriptions as they are."""
-        return super().init_parser(**kwargs, formatter_class=PlainHelp)
+        about = inspect.getdoc(getattr(PlanTrainer, self.command)) or ""
+        return super().init_parser(
+            **kwargs,
+            prog=f"train.py {self.command}",
+            description=about.partition("\n")[0],
+            formatter_class=PlainHelp,
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the sections `init` and `output`, and one seed for everything."""
+        """Add the sections `init` and `output`, one seed for everything, and the method's arguments."""
         parser.add_argument(
             "--init",
             type=AdapterInit | None,
@@ -124,16 +148,12 @@ class LoraCLI(LightningCLI):
         )
         parser.add_class_arguments(OutputSettings, "output")
         parser.link_arguments("seed_everything", "data.init_args.seed")
-
-    @property
-    def settings(self) -> Namespace:
-        """The parsed settings of the command."""
-        return self.config[self.config.subcommand]
+        parser.add_method_arguments(PlanTrainer, self.command, skip={*COMMANDS[self.command]})
 
     @property
     def made(self) -> Namespace:
-        """The same with the objects that were made of them."""
-        return self.config_init[self.config.subcommand]
+        """The settings with the objects that were made of them."""
+        return self.config_init
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and find the checkpoint to go on from before a model is loaded."""
@@ -141,7 +161,7 @@ class LoraCLI(LightningCLI):
             # Without Lightning's warning about tests that call `main` themselves.
             self.config = parser.parse_args(args)
         except OmegaConfBaseException as error:
-            raise wrong_reference(error, args[0]) from error
+            raise wrong_reference(error) from error
         except Exception as error:  # whatever the module of a user's class raises
             failure = None if isinstance(error, InputError) else failed_import(error)
             if failure is None:
@@ -149,59 +169,53 @@ class LoraCLI(LightningCLI):
             raise InputError(
                 f"a class_path names a class that cannot be imported: {failure}"
             ) from error
-        if "subcommand" not in self.config:
-            return
-        settings = self.settings
-        if not 0 <= settings.seed_everything < 2**32:
-            raise InputError(
-                f"seed_everything is {settings.seed_everything}: expected 0 to 4294967295"
-            )
-        if settings.get("ckpt_path") is not None:
-            self._resume_from(str(settings.ckpt_path))
+        # One that has raised may still have to print, for --print_config, and would in the next command.
+        self.made_parsers[self.command] = self.parser
+        seed, ckpt_path = self.config.seed_everything, self.config.ckpt_path
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything is {seed}: expected 0 to 4294967295")
+        if ckpt_path is not None:
+            self._resume_from(str(ckpt_path))
 
     def _resume_from(self, ckpt_path: str) -> None:
         """Find the checkpoint, and refuse settings that are not those of its run."""
-        settings, fits = self.settings, self.config.subcommand == "fit"
+        settings, fits = self.config, self.command == "fit"
         fixed, needed = (TRAINING, NEEDED) if fits else (ADAPTER, TRAINED)
         runs = Path(settings.output.root) / settings.output.name
         if fits:
             self._hold(run_to_continue(ckpt_path, runs))
         self.resume_point = find_resume_point(ckpt_path, runs, settings.model.method, needed)
-        settings.ckpt_path = None  # LightningCLI would read the file again, for hyperparameters
+        settings.ckpt_path = None
         if self.resume_point is not None:
-            check_settings(self.resume_point, load_yaml(self._dumped()), fixed)
+            check_settings(self.resume_point, load_yaml(config_text(self.parser, settings)), fixed)
+            settings.ckpt_path = str(self.resume_point.checkpoint)
 
     def _hold(self, folder: RunFolder | None) -> None:
         """Keep other processes from training in a run folder."""
         if folder is not None and is_first_process():
             self.held.enter_context(folder.held())
 
-    def before_instantiate_classes(self) -> None:
-        """Give the trainer the checkpoint to go on from."""
-        if self.resume_point is not None:
-            self.settings.ckpt_path = str(self.resume_point.checkpoint)
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with the run's loggers and the project's callbacks."""
         given = self.made.trainer
-        trainer_checks.check_trainer_settings(given, str(self.subcommand))
+        trainer_checks.check_trainer_settings(given, self.command)
         available_attention(self.made.model.attn_implementation)
-        loggers = self._run_loggers() if self.subcommand == "fit" else []
+        loggers = self._run_loggers() if self.command == "fit" else []
         try:
-            if self.subcommand == "plan":
+            if self.command == "plan":
                 trainer: Trainer = plan_trainer(given, self.made.init)
                 trainer_checks.check_precision(trainer)
                 return trainer
             own = listed(given.logger)
-            kwargs["logger"] = [*loggers, *own] or bool(given.logger and self.subcommand != "fit")
+            kwargs["logger"] = [*loggers, *own] or bool(given.logger and self.command != "fit")
             kwargs["callbacks"] = [*listed(given.callbacks), *self._callbacks()]
             kwargs["plugins"] = listed(given.plugins)
             if not any(isinstance(plugin, CheckpointIO) for plugin in kwargs["plugins"]):
                 kwargs["plugins"].append(CheckpointFiles())
             trainer = super().instantiate_trainer(**kwargs)
             trainer_checks.check_trainer(trainer)
-            if self.subcommand == "fit" and self.resume_point is not None:
-                settings = load_yaml(self._dumped())
+            if self.command == "fit" and self.resume_point is not None:
+                settings = load_yaml(self.config_text)
                 check_rows_per_step(self.resume_point, settings, trainer.world_size)
         except trainer_checks.ERRORS as error:
             if self.resume_point is None:
@@ -217,7 +231,7 @@ class LoraCLI(LightningCLI):
             return [DummyLogger()]  # writes nothing; callbacks may ask for a logger
         point = self.resume_point
         folder, wandb_id = (None, None) if point is None else (point.folder, point.wandb_id)
-        tags = (self.settings.model.method, f"seed {self.settings.seed_everything}")
+        tags = (self.config.model.method, f"seed {self.config.seed_everything}")
         task, own = self.made.data.task_name, listed(self.made.trainer.logger)
         loggers = make_loggers(self.made.output, folder, wandb_id, task, tags, own)
         if folder is None:
@@ -228,27 +242,27 @@ class LoraCLI(LightningCLI):
         """List the project's callbacks in the order in which Lightning calls them, behind the user's."""
         # The process group exists then, and nothing but the data has been read.
         callbacks: list[Callback] = [
-            LambdaCallback(setup=lambda *_, **__: check_same_settings(self._dumped))
+            LambdaCallback(setup=lambda *_, **__: check_same_settings(lambda: self.config_text))
         ]
         given = self.made.trainer
         bars = [each for each in listed(given.callbacks) if isinstance(each, ProgressBar)]
         if given.enable_progress_bar is not False and not bars:
             callbacks.append(TQDMProgressBar() if on_terminal() else PlainProgress())
-        if self.subcommand != "fit":
+        if self.command != "fit":
             return [*callbacks, BenchmarkResults(self._test_folder(), self.made.output)]
         return [*callbacks, *self._fit_callbacks()]
 
     def _fit_callbacks(self) -> list[Callback]:
         """List those of `fit` alone."""
         given, output = self.made.trainer, self.made.output
-        init, seed, point = self.made.init, self.settings.seed_everything, self.resume_point
+        init, seed, point = self.made.init, self.config.seed_everything, self.resume_point
         saves = given.enable_checkpointing is not False
         checkpoints = Checkpoints(output.checkpoint_every_n_steps) if saves else None
         preemption = Preemption(self.signals, checkpoints.save if checkpoints else None)
         return [
             AdaLoraPruning(),  # before all that measure or save the adapter
             # Notes the place that the callbacks below save.
-            MidEpochResume(seed, self._dumped(), point),
+            MidEpochResume(seed, self.config_text, point),
             ScoreAt("zero_shot"),  # the untouched model
             *([init] if init else []),
             ScoreAt("after_init", same_as=None if init else "zero_shot"),
@@ -259,22 +273,17 @@ class LoraCLI(LightningCLI):
             *([checkpoints] if checkpoints else []),  # Lightning puts these behind the user's, too
         ]
 
-    def _dumped(self) -> str:
-        """Return the resolved settings of the command as YAML."""
-        dumped = load_yaml(self.parser.dump(self.config, skip_unset=False))
-        return yaml.safe_dump(dumped[self.config.subcommand])
+    @cached_property
+    def config_text(self) -> str:
+        """The settings of which everything is made, as YAML."""
+        return config_text(self.parser, self.config)
 
     def _test_folder(self) -> Path:
         """Return where a test keeps answers: the run's folder, or that of the experiment's name."""
-        model, output = self.settings.model, self.made.output
+        model, output = self.config.model, self.made.output
         trained = Path(model.adapter_path or model.name)
         run = RunFolder(trained.parent)
         if trained in (run.adapter, run.model) and run.config.is_file():
             # The scores of the run are those of the model that was trained.
             return run.path / f"merged_{model.merged}" if model.merged else run.path
         return Path(output.root) / output.name
-
-    def after_plan(self) -> None:
-        """Let the exit status say whether the run fits."""
-        assert isinstance(self.trainer, PlanTrainer)
-        self.status = 0 if self.trainer.fits else 1

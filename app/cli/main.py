@@ -103,7 +103,7 @@ def _imported(name: str, signals: StopSignals) -> Callable[[Sequence[str]], int]
         return lambda arguments: init_command(arguments, signals)
     from app.cli.lora_cli import LoraCLI
 
-    return lambda arguments: LoraCLI([name, *arguments], signals).status
+    return lambda arguments: LoraCLI(name, arguments, signals).status
 
 
 def _resolve_run(options: Sequence[str]) -> "ResolvedFit":

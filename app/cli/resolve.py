@@ -5,14 +5,12 @@ from functools import cached_property
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser
 
 from app.cli.lora_cli import LoraCLI
 from app.training.checks import check_length
 from app.utils.arguments import class_named
 from app.utils.files import load_yaml
 from app.utils.signals import StopSignals
-from callbacks.save_config import config_text
 
 
 class ResolvedFit(LoraCLI):
@@ -20,15 +18,15 @@ class ResolvedFit(LoraCLI):
 
     resolved: dict[str, Any]  # the configuration, as a run would write it
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add those of a `fit` that Lightning adds where it runs, which a run's config.yaml has."""
-        super().add_arguments_to_parser(parser)
-        parser.add_argument("--ckpt_path", type=str | None, default=None)
-        parser.add_argument("--weights_only", type=bool | None, default=None)
-
     def instantiate_classes(self) -> None:
         """Make nothing."""
-        self.resolved = load_yaml(config_text(self.parser, self.config))
+        self.resolved = load_yaml(self.config_text)
+
+    def run(self) -> None:
+        """Run nothing."""
+
+    def _resume_from(self, ckpt_path: str) -> None:
+        """Leave the checkpoint to the run."""
 
     @cached_property
     def made(self) -> Namespace:
@@ -57,4 +55,4 @@ def resolve_run(options: Sequence[str]) -> ResolvedFit:
     Raises:
         InputError: A setting is unknown or wrong, or a file is missing.
     """
-    return ResolvedFit(options, StopSignals(), run=False)
+    return ResolvedFit("fit", options, StopSignals())

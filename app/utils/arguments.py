@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import yaml
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning_utilities.core.enums import StrEnum
@@ -62,6 +62,7 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.allow_abbrev = False  # else a misspelt --output.nam would mean --output.name
+        self._defaults_made: tuple[list[tuple[argparse.Action, Any]], Namespace] | None = None
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise InputError instead of printing the usage."""
@@ -84,11 +85,17 @@ class Parser(LightningArgumentParser):
             raise InputError(f"{extra[1]!r} belongs to no setting: expected --NAME VALUE") from ex
         required = re.match("the following arguments are required: (.*)", text)
         if required:
-            names = re.sub(r"\b(fit|plan|validate|test)\.", "", required[1])
             raise InputError(
-                f"no value is given for {names}: name a file with --config, such as quickstart.yaml"
+                f"no value is given for {required[1]}: name a file with --config, such as quickstart.yaml"
             ) from ex
         raise InputError(text) from ex
+
+    def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
+        """Return the defaults; the parser asks for them many times and each time makes those of all classes."""
+        given = [(action, action.default) for action in self._actions]
+        if self._defaults_made is None or self._defaults_made[0] != given:
+            self._defaults_made = given, super().get_defaults(*args, **kwargs)
+        return self._defaults_made[1].clone()
 
     def instantiate(self, *args: Any, **kwargs: Any) -> Any:
         """Make the objects; say in one line why one cannot be made, such as a package that is missing."""
@@ -107,23 +114,20 @@ class Parser(LightningArgumentParser):
         return error
 
     def _unknown(self, wrong: str, text: str) -> WrongSetting:
-        actions = list(self._actions)
-        command = re.match(r"Subcommand '([^']+)'", text)
-        for parsers in [a.choices for a in self._actions if isinstance(a.choices, dict)]:
-            actions += parsers[command[1]]._actions if command else []
         group = re.match(r"Group '([^']+)'", text)
         # `data.batch_size` is short for `data.init_args.batch_size`
         full = (f"{group[1]}." if group else "") + wrong.removeprefix("init_args.")
-        known = [action.dest for action in actions if action.dest != "help"]
+        known = [action.dest for action in self._actions if action.dest != "help"]
         return WrongSetting(full, close=nearest(full, known))
 
 
-def wrong_reference(error: OmegaConfBaseException, command: str) -> InputError:
-    """Say in plain words which `${...}` cannot be resolved among the settings of a command."""
-    key = str(error.full_key).removeprefix(f"{command}.")
+def wrong_reference(error: OmegaConfBaseException) -> InputError:
+    """Say in plain words which `${...}` cannot be resolved among the settings."""
+    key = str(error.full_key)
     message = str(error).partition("\n")[0]
     reason = f"is wrong: {message}"
-    name = re.search(r"resolved to '(?:\w+\.)?(.+?)'", message)
+    relative = re.search(r"resolved to '(.+?)'", message)
+    name = relative or re.search(r"Interpolation key '(.+?)'", message)
     if name and "not found" in message:
         reason = f"refers to {name[1]}, which is no setting"
     return InputError(f"{key} {reason}")

@@ -181,6 +181,31 @@ def test_interpolation_follows_an_override(parsed, tiny_run):
     assert parsed("--config", file, "--config", overlay).output.name == "r3_sst2"
 
 
+REFERENCES = """
+model:
+  adapter: {lora_alpha: "${.r}"}
+  optimizer: {init_args: {lr: "${output.checkpoint_every_n_steps}"}}
+trainer:
+  callbacks:
+  - class_path: lightning.pytorch.callbacks.EarlyStopping
+    init_args: {monitor: val/loss, patience: "${model.adapter.r}"}
+"""
+
+
+def test_interpolations_among_the_arguments_of_classes(parsed, tiny_run):
+    file = tiny_run.with_name("references.yaml")
+    file.write_text(REFERENCES)
+    options = (
+        "--init.num_samples=${data.init_args.batch_size}",
+        "--data.max_length=${...model.adapter.r}",
+    )
+    config = parsed("--config", tiny_run, "--config", file, *options, "--model.adapter.r=6")
+    assert config.model.adapter.lora_alpha == config.data.init_args.max_length == 6
+    assert config.model.optimizer.init_args.lr == config.output.checkpoint_every_n_steps
+    assert config.trainer.callbacks[0].init_args.patience == 6
+    assert config.init.init_args.num_samples == 8
+
+
 def test_print_config_is_resolved(command, tiny_run, capsys):
     file = edited(tiny_run, "name: tiny,", "name: 'r${model.adapter.r}',")
     with pytest.raises(SystemExit) as end:
@@ -334,6 +359,8 @@ def test_interpolation_of_nothing(refused, tiny_run):
     file = edited(tiny_run, "name: tiny,", "name: '${model.nmae}',")
     told = refused("fit", "--config", file)
     assert told == "output.name refers to model.nmae, which is no setting"
+    told = refused("fit", "--config", tiny_run, "--data.batch_size=${.nothing}")
+    assert told == "data.init_args.batch_size refers to data.init_args.nothing, which is no setting"
 
 
 @pytest.mark.parametrize("argv", [("test", "--run"), ("validate", "--run"), ("export", "--run")])
