@@ -50,12 +50,12 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
 
         matrix ~ U diag(S) V^T, the best rank-`rank` approximation
 
-    Small matrices are decomposed directly in float64. Larger ones go through subspace iteration with
-    oversampling, which stops when the residuals |matrix v_i - s_i u_i| of the kept triplets fall to float32
-    rounding (1e-6 of s_1), or after 24 rounds. Where the spectrum is flat, the triplets are then those of a
-    matrix that differs from the given one by the residuals; the other half, matrix^T u_i = s_i v_i, holds
-    always. That residuals rise is no reason to stop: while the leading vectors emerge from a flat rest, whose
-    vectors are singular ones too, they do.
+    Matrices whose smaller side is at most 192 or 4 rank are decomposed directly in float64. Larger ones go
+    through subspace iteration with oversampling, which stops when the residuals |matrix v_i - s_i u_i| of the
+    kept triplets fall to float32 rounding (1e-6 of s_1), or after 24 rounds. Where the spectrum is flat, the
+    triplets are then those of a matrix that differs from the given one by the residuals; the other half,
+    matrix^T u_i = s_i v_i, holds always. That residuals rise is no reason to stop: while the leading vectors
+    emerge from a flat rest, whose vectors are singular ones too, they do.
 
     Args:
         matrix: Shape (m, n), any float dtype and device. Not modified.
