@@ -1,10 +1,11 @@
 """LoRA-One on a base of four bits: its factors beside those of the float base, and what a start takes.
 
-    python -m benchmarks.quantized [--samples 64] [--parts gradient planned measured]
+    python -m benchmarks.quantized [--samples 64] [--parts gradient planned llama measured]
 
 gradient: SmolLM2-135M; the observed gradient against autograd at the values of the codes, and the rank-8 part
-and its singular spaces against those of the float base. planned: bytes on the meta device, also of LLaMA-2-7B's
-shapes. measured: memory that a process takes beyond its model, each in its own process, PEFT's LoRA-GA beside.
+and its singular spaces against those of the float base. planned: bytes on the meta device; llama: those of
+LLaMA-2-7B's shapes. measured: memory that a process takes beyond its model, each in its own process, PEFT's
+LoRA-GA beside.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from app.cli.main import main as run_command
 from app.commands.plan.memory import RunMemory, tensor_bytes
+from app.initialization.factors import truncated_svd
 from app.initialization.gradient_store import ExactStore
 from app.initialization.one_step_gradient import Estimator, one_step_gradients
 from app.models.adapter_config import LoraSettings
@@ -116,14 +118,11 @@ def gradient(samples: int) -> dict[str, float]:
     plain, codes = observed(smollm2(), batches), observed(smollm2("nf4"), batches)
     rows: dict[str, list[float]] = {key: [] for key in ("error", "left", "right")}
     for name, G in plain.items():
-        U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
-        U4, S4, Vh4 = torch.linalg.svd(codes[name].double(), full_matrices=False)
-        parts = [
-            (u[:, :RANK] * s[:RANK]) @ v[:RANK] / s[0] for u, s, v in ((U, S, Vh), (U4, S4, Vh4))
-        ]
+        svd, of_codes = truncated_svd(G, RANK), truncated_svd(codes[name], RANK)
+        parts = [(each.U * each.S) @ each.V.T / each.S[0] for each in (svd, of_codes)]
         rows["error"].append(relative(parts[1], parts[0]))
-        rows["left"].append(float(angles(U[:, :RANK], U4[:, :RANK]).mean()))
-        rows["right"].append(float(angles(Vh[:RANK].T, Vh4[:RANK].T).mean()))
+        rows["left"].append(float(angles(svd.U, of_codes.U).mean()))
+        rows["right"].append(float(angles(svd.V, of_codes.V).mean()))
     print("| NF4 against float32 | mean layer | worst layer |\n| --- | --- | --- |")
     labels = {
         "error": ("relative error of lora_B lora_A", ".1%"),
@@ -172,22 +171,31 @@ def plan_of(name: str, base: str) -> RunMemory:
 
 
 def planned(samples: int) -> dict[str, float]:
-    """Print what a start and a step take by `plan`; return the peaks of the start by those of the step."""
+    """Print what a start and a step of SmolLM2 take by `plan`; return what `print_plans` does."""
+    return print_plans("SmolLM2-135M", model_name())
+
+
+def llama(samples: int) -> dict[str, float]:
+    """Print the same of LLaMA-2-7B's shapes."""
+    with llama_shapes() as folder:
+        return print_plans("LLaMA-2-7B", folder)
+
+
+def print_plans(title: str, name: str) -> dict[str, float]:
+    """Print a model's plan on each base; return the peaks of the start by those of the step."""
     print("| model | base | weights | start, sketch | training step | PEFT lora_ga, at least |")
     print("| --- | --- | --- | --- | --- | --- |")
     shares = {}
-    with llama_shapes() as llama:
-        for title, name in (("SmolLM2-135M", model_name()), ("LLaMA-2-7B", llama)):
-            for base, (dtype, quantization) in BASES.items():
-                needed = plan_of(name, base)
-                init, itemsize = needed.initialization, getattr(torch, dtype).itemsize
-                theirs = needed.weights + init.activations + init.exact // 4 * itemsize
-                start = needed.initialization_peaks["sketch"]
-                shares[f"{title}, {base}, start / step"] = start / needed.training_peak
-                sizes = [needed.frozen, start, needed.training_peak]
-                cells = [f"{size / MIB:,.0f} MiB" for size in sizes]
-                cells.append("refuses" if quantization else f"{theirs / MIB:,.0f} MiB")
-                print(f"| {title} | {base} | {' | '.join(cells)} |", flush=True)
+    for base, (dtype, quantization) in BASES.items():
+        needed = plan_of(name, base)
+        init, itemsize = needed.initialization, getattr(torch, dtype).itemsize
+        theirs = needed.weights + init.activations + init.exact // 4 * itemsize
+        start = needed.initialization_peaks["sketch"]
+        shares[f"{title}, {base}, start / step"] = start / needed.training_peak
+        sizes = [needed.frozen, start, needed.training_peak]
+        cells = [f"{size / MIB:,.0f} MiB" for size in sizes]
+        cells.append("refuses" if quantization else f"{theirs / MIB:,.0f} MiB")
+        print(f"| {title} | {base} | {' | '.join(cells)} |", flush=True)
     return shares
 
 
@@ -251,7 +259,7 @@ def measured(samples: int) -> dict[str, float]:
     return shares
 
 
-PARTS = {"gradient": gradient, "planned": planned, "measured": measured}
+PARTS = {"gradient": gradient, "planned": planned, "llama": llama, "measured": measured}
 
 
 def main() -> None:

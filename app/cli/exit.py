@@ -9,6 +9,7 @@ from app.distributed.processes import is_first_process, world_size
 from app.distributed.shutdown import (
     abort_after_peer_failure,
     is_peer_failure,
+    print_failure,
     shutdown,
     wait_for_same_failure,
 )
@@ -51,7 +52,7 @@ def run_and_exit(command: Callable[[], int], signals: StopSignals) -> int:
         wrong = next((e for e in causes(error) if isinstance(e, InputError)), None)
         if wrong is None:
             raise
-        print(f"error: {wrong}", file=sys.stderr, flush=True)
+        print_failure(f"error: {wrong}")
         status, leaves_at_once = wrong.exit_status, world_size() > 1
         _finish_wandb(status)
         wait_for_same_failure()

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from app.distributed.processes import global_rank, process_group, world_size
 
@@ -25,6 +25,21 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def print_failure(line: str) -> None:
+    """Print an error, which the other processes leave out if the first one has printed the same."""
+    rank, store = global_rank(), _store()
+    if rank > 0:
+        ends = time.monotonic() + GRACE / 5
+        with suppress(RuntimeError):  # the first process, which keeps the store, is gone
+            while not store.check(["failure"]) and time.monotonic() < ends:
+                time.sleep(0.05)
+            if store.check(["failure"]) and store.get("failure").decode() == line:
+                return
+    print(line, file=sys.stderr, flush=True)
+    if store is not None and rank == 0:
+        store.set("failure", line)
+
+
 def wait_for_same_failure() -> None:
     """Wait until all processes have come here, which most errors of input lead to, at most GRACE.
 
@@ -33,7 +48,7 @@ def wait_for_same_failure() -> None:
     """
     if world_size() == 1:
         return
-    store, others = process_group().distributed_c10d._get_default_store(), range(1, world_size())
+    store, others = _store(), range(1, world_size())
     ends = time.monotonic() + GRACE
 
     def come(name: str, ranks: Iterable[int]) -> None:
@@ -48,6 +63,11 @@ def wait_for_same_failure() -> None:
             store.set(f"left/{global_rank()}", "")
         else:
             come("left", others)  # so that the others do not lose the store
+
+
+def _store() -> Any:
+    group = process_group()
+    return None if group is None else group.distributed_c10d._get_default_store()
 
 
 def is_peer_failure(error: BaseException) -> bool:

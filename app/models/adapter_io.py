@@ -159,6 +159,8 @@ def _reading(folder: Path) -> Iterator[None]:
     """Turn PEFT's complaints about an adapter into an InputError."""
     try:
         yield
+    except InputError:
+        raise
     except (RuntimeError, ValueError, TypeError, LookupError, OSError, SafetensorError) as error:
         raise InputError(
             f"the adapter in {str(folder)!r} is damaged or does not fit the model: "

@@ -32,6 +32,7 @@ from transformers.utils import (
 from transformers.utils import logging as transformers_logging
 
 from app.models.quantization import (
+    check_casts,
     check_kernel,
     dequantize,
     empty_codes,
@@ -105,6 +106,7 @@ def load_model(
     quantizer = make_quantizer(source, config, dtype)
     options: dict[str, Any] = {"dtype": dtype}
     if quantizer is not None:
+        check_kernel(empty_model(source, dtype, attn_implementation), source.name, device)
         options["device_map"] = {"": device}
     if source.quantization is not None:
         options["quantization_config"] = quantizer and quantizer.quantization_config
@@ -124,7 +126,6 @@ def load_model(
             f"{type(model).__name__}, such as {missing[0]}: is it a language model's? {FOUR_WAYS}"
         )
     if quantizer is not None:
-        check_kernel(model, source.name)
         settle(round_parameters(model, dtype))
     if source.kind == "hub":  # what an exported adapter names as its base, offline too
         model.name_or_path = source.name.partition("@")[0]
@@ -148,6 +149,7 @@ def empty_model(
             quantizer.preprocess_model(model=model, device_map={"": "meta"})
             quantizer.postprocess_model(model)
             empty_codes(model)
+            check_casts(model, source.name)
         return model
 
 

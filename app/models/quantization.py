@@ -4,8 +4,10 @@ bitsandbytes is optional, and imported only where a model has weights of its kin
 """
 
 import importlib.metadata
+import inspect
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,25 +112,48 @@ def check_dora(model: nn.Module, use_dora: bool) -> None:
         )
 
 
-def check_kernel(model: PreTrainedModel, name: str) -> None:
+def check_casts(model: nn.Module, name: str) -> None:
+    """Raise InputError if a model casts the input of a 4-bit layer to the type of its codes, as Switch does.
+
+    Args:
+        model: Also on the meta device.
+        name: `model.name`.
+    """
+    seen = set()
+    for place, module in _layers(model):
+        parent, _, child = place.rpartition(".")
+        owner = type(model.get_submodule(parent))
+        if not hasattr(module, "quant_state") or (owner, child) in seen:
+            continue
+        seen.add((owner, child))
+        if f".to(self.{child}.weight.dtype)" in inspect.getsource(owner.forward):
+            raise InputError(
+                f"4-bit weights of model.name {name!r} do not work: {owner.__name__} of transformers casts the "
+                f"input of {place} to the type of its weight, which are codes. Use --config models/int8.yaml, "
+                "or model.quantization null"
+            )
+
+
+def check_kernel(model: PreTrainedModel, name: str, device: torch.device) -> None:
     """Raise InputError if bitsandbytes gives rows of a model's lengths the scales of other rows.
 
     As it does on some CPUs where blocks of 64 numbers go across rows. A block of equal numbers is exact in four
     bits, so that a weight of such blocks has to come back as it was.
 
     Args:
-        model: Loaded.
+        model: Also on the meta device.
         name: `model.name`.
+        device: Where it is to be.
     """
     from bitsandbytes import functional
 
     layers = {m.in_features: place for place, m in _layers(model) if hasattr(m, "quant_state")}
     for n, place in layers.items():
-        W = torch.arange(n, device=model.device).repeat_interleave(64).view(64, n) + 1.0
+        W = torch.arange(n, device=device).repeat_interleave(64).view(64, n) + 1.0
         codes, state = functional.quantize_4bit(W, blocksize=64, quant_type="nf4")
         if not torch.allclose(functional.dequantize_4bit(codes, state), W):
             raise InputError(
-                f"4-bit weights of model.name {name!r} do not work on this {model.device.type}: {place} has "
+                f"4-bit weights of model.name {name!r} do not work on this {device.type}: {place} has "
                 f"rows of {n} numbers: bitsandbytes takes the scales of other rows where {n} is no multiple of "
                 "64. Use --config models/int8.yaml, a GPU, or model.quantization null"
             )
@@ -181,7 +206,11 @@ def fake_codes(model: nn.Module) -> None:
         codes, state = _quantized_empty(module, "cpu")
         weight: Any = nn.Parameter(codes, requires_grad=False)
         if hasattr(module, "quant_state"):
+            from bitsandbytes.functional import dequantize_4bit
+
             weight.quant_state = state
+            # PEFT's DoRA goes by the class of the parameter, or by these two.
+            module.W_q, module.dequantize = None, partial(dequantize_4bit, codes, state)
         else:
             weight.CB = None
             module.state.CB, module.state.SCB = codes, state

@@ -209,7 +209,7 @@ class LoraModule(LightningModule):
         return Scoring(self, identity, labels, benchmarks, folder, self.is_sharded)
 
     def setup(self, stage: str) -> None:
-        """Check the length of training, the optimizer and a new adapter, before any weights are loaded."""
+        """Check the length of training, the optimizer and the adapter, before any weights are loaded."""
         check_loops(self.trainer, data_of(self.trainer), self.adapter, stage)
         trains = stage == "fit" or self.trainer.ckpt_path is not None
         if trains and self.adapter is None and self.adapter_path is None:
@@ -220,7 +220,7 @@ class LoraModule(LightningModule):
             checks.check_length(new, self.trainer.max_steps, self.trainer.max_epochs)
             has_pairs = self.adapter is not None and self.adapter.adalora is None
             checks.check_optimizer(self._pair_optimizer, has_pairs or self.adapter_path is not None)
-            if new is not None:
+            if new is not None or self.adapter_path is not None:
                 _ = self.blueprint
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

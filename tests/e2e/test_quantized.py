@@ -1,6 +1,8 @@
 """Runs on a quantised base: trained, resumed, scored, exported, and what is refused before weights are."""
 
 import json
+import shutil
+from importlib.metadata import PackageNotFoundError
 
 import peft
 import pytest
@@ -8,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from app.models.adapter_config import LoraSettings
+from app.models.lora import add_lora
 from app.training.module import LoraModule
 
 NF4 = "--config=models/nf4.yaml"
@@ -87,6 +91,18 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(fit, wide, error_of, 
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+def copied(model, folder, config):
+    """Copy a model and say that it is quantised; return the options that take it as it is."""
+    shutil.copytree(model, folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
+    return f"--model.name={folder}", "--model.quantization=null"
+
+
+def missing(package):
+    raise PackageNotFoundError(package)
+
+
 REFUSED = {
     "pissa": "init is PissaInit, which subtracts its factors from the base weights",
     "lora_ga": "init is LoraGaInit, which subtracts its factors from the base weights",
@@ -108,25 +124,29 @@ def test_what_is_missing_or_there_already(
 ):
     monkeypatch.setattr("app.training.model_building.load_model", None)
     fit = ("fit", "--config", tiny_run, *wide)
-    with monkeypatch.context() as patched:
-        patched.setattr("importlib.metadata.version", lambda _: "0.46.1")
-        told = error_of(*fit)
-    assert "model.quantization nf4 needs bitsandbytes 0.50 or later, which is 0.46.1" in told
-    assert "pip install -r requirements-quantized.txt" in told
+    codes = copied(wide_models / "llama", tmp_path / "four", {"load_in_4bit": True})
+    for options, setting in (((), "model.quantization nf4"), (codes, "quantization_config bits")):
+        for version, found in ((lambda _: "0.46.1", "0.46.1"), (missing, "not installed")):
+            with monkeypatch.context() as patched:
+                patched.setattr("importlib.metadata.version", version)
+                told = error_of(*fit, *options)
+            assert f"{setting}" in told
+            assert f"needs bitsandbytes 0.50 or later, which is {found}: pip install -r" in told
     told = error_of(*fit, "--config=strategies/fsdp.yaml", "--trainer.devices=1")
     assert "but this strategy shards them" in told
     assert "strategies/ddp.yaml" in told
     told = error_of(*fit, "--config=models/int8.yaml", "--config=methods/dora.yaml")
     assert "use_dora does not work on weights of 8 bits" in told
-    folder = tmp_path / "codes"
-    folder.mkdir()
-    for file in (wide_models / "llama").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (folder / "config.json").write_text(json.dumps(config))
-    told = error_of(*fit, f"--model.name={folder}")
+    base = AutoModelForCausalLM.from_pretrained(wide_models / "llama")
+    add_lora(base, LoraSettings(use_dora=True)).save_pretrained(tmp_path / "dora")
+    saved = (f"--model.adapter_path={tmp_path / 'dora'}", "--model.adapter=null", "--init=null")
+    told = error_of(*fit, "--config=models/int8.yaml", *saved)
+    assert told.startswith("model.adapter.use_dora does not work on weights of 8 bits")
+    name, plain = copied(
+        wide_models / "llama", tmp_path / "gptq", {"quant_method": "gptq", "bits": 4}
+    )
+    told = error_of(*fit, name)
     assert "are quantised already (quantization_config gptq)" in told
-    told = error_of(*fit, f"--model.name={folder}", "--model.quantization=null")
+    told = error_of(*fit, name, plain)
     assert "quantization_config gptq" in told
     assert "does not work on this machine (ImportError" in told

@@ -1,5 +1,6 @@
 """Quantised weights, against the table of NF4, transformers' own loading, and autograd of the values."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,9 @@ from app.models.lora import add_lora
 from app.models.quantization import number_of_weights, scales
 from app.models.source import resolve_model
 from app.utils.errors import InputError
+from benchmarks.init import peft_lora_ga
 from tests.support.gradient_streams import best, product, relative
+from tests.support.mixtures import build_mixture
 from tests.support.one_step_oracle import make_batches, oracle, run
 
 NF4 = np.array(  # QLoRA, arXiv:2305.14314, appendix E
@@ -155,6 +158,40 @@ def test_a_checkpoint_of_codes_is_taken_as_it_is(name, wide_models, tmp_path):
         load_model(replace(saved, quantization="nf4"))
 
 
+def test_a_layer_whose_input_would_become_codes(wide_models, tmp_path):
+    """Switch casts it to the weight's type; T5 does, too, but keeps these layers in float32."""
+    shutil.copytree(wide_models / "t5", tmp_path / "switch")
+    build_mixture("switch", d_model=64, d_kv=32, d_ff=128).save_pretrained(tmp_path / "switch")
+    source = quantized_source(tmp_path / "switch")
+    message = "SwitchTransformersDenseActDense of transformers casts the input of encoder.block.0"
+    with pytest.raises(InputError, match=message):
+        load_model(source)
+    load_model(replace(source, quantization="int8"))
+    for kind in CLASSES:
+        empty_model(quantized_source(wide_models / kind))
+
+
+def test_peft_lora_ga_says_that_it_needs_float_weights(wide_models):
+    """LoRA-One starts on the same model above."""
+    model = load_model(quantized_source(wide_models / "llama"))
+    with pytest.raises(ValueError, match="LoRA-GA does not support quantized models"):
+        peft_lora_ga(model, 4)(make_batches(False))
+
+
+@pytest.mark.smollm2
+def test_the_observed_gradient_on_smollm2_is_that_of_autograd_at_the_values(smollm2_name):
+    source = replace(resolve_model(smollm2_name), quantization="nf4")
+    [batch] = make_batches(False, rows=2)
+    targets = ["layers.0.self_attn.q_proj", "layers.15.mlp.down_proj", "layers.29.mlp.up_proj"]
+    model = add_lora(load_model(source), LoraSettings(r=8, target_modules=targets))
+    result = run(model, [batch], rank=8)
+    loss, gradients = oracle(load_float32(source), batch)
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    assert len(result.estimates) == 3
+    for name, estimate in result.estimates.items():
+        assert relative(product(estimate.svd, 8), best(gradients[name].double(), 8)) < 1e-4
+
+
 def test_the_fingerprint_names_it(wide_models):
     plain = resolve_model(str(wide_models / "llama"))
     assert (
@@ -170,12 +207,14 @@ def test_dora_on_eight_bits(wide_models):
         )
 
 
-def test_rows_that_a_kernel_gives_the_scales_of_others(run_models):
+def test_rows_that_a_kernel_gives_the_scales_of_others(run_models, tmp_path):
     """bitsandbytes 0.50.2 on a CPU with AVX-512: rows shorter than a block."""
     weights = torch.arange(16).repeat_interleave(64).view(32, 32) + 1.0
     codes, state = functional.quantize_4bit(weights, quant_type="nf4", blocksize=64)
     if torch.allclose(functional.dequantize_4bit(codes, state), weights):
         load_model(quantized_source(run_models / "llama"))
         return
+    shutil.copytree(run_models / "llama", tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_text("read too early")
     with pytest.raises(InputError, match="has rows of 16 numbers: bitsandbytes"):
-        load_model(quantized_source(run_models / "llama"))
+        load_model(quantized_source(tmp_path / "broken"))

@@ -125,15 +125,17 @@ def test_slurms_warning_to_one_process_requeues_the_job_once(tiny_run, forked, t
 def test_other_settings_are_an_input_error_on_all_processes(tiny_run, forked, tmp_path):
     root = tmp_path / "differ"
     ends = forked(lambda number: [job(tiny_run, root, f"--model.adapter.r={4 - number}")])
-    for status, output in ends:
+    assert "model.adapter.r is 3, not 4" in ends[0][1]
+    for number, (status, output) in enumerate(ends):
         assert status == 2, output
-        assert "process 1 was started with other settings than process 0: model.adapter.r" in output
-        assert "model.adapter.r is 3, not 4" in output
+        told = "process 1 was started with other settings than process 0: model.adapter.r"
+        assert output.count(told) == (number == 0), output
         assert "parameters in float32" not in output, "before the model is read"
     assert not list(root.glob("tiny/*"))
 
 
 DIVERGES = "--model.optimizer.lr=1e38"
+FSDP_ON_CODES = ["--config=models/nf4.yaml", "--config=strategies/fsdp.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -156,14 +158,17 @@ def test_lightnings_launcher(ends, options, status, message, tiny_run, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("option", "status", "message"),
+    ("options", "status", "message"),
     [
-        (DIVERGES, 3, "error: the loss is nan"),
-        ("--model.adapter.target_modules=[q_prj]", 2, "which fits no layer of this model"),
+        ([DIVERGES], 3, "error: the loss is nan"),
+        (["--model.adapter.target_modules=[q_prj]"], 2, "which fits no layer of this model"),
+        (FSDP_ON_CODES, 2, "are quantised (model.quantization nf4), but this strategy shards them"),
     ],
 )
-def test_an_error_of_all_has_its_own_status(option, status, message, tiny_run, forked, tmp_path):
-    options = ("--trainer.max_steps=9", option)
+def test_an_error_of_all_has_its_own_status(options, status, message, tiny_run, forked, tmp_path):
+    """And is told by the first process alone, but for the loss, where each has rows of its own to name."""
+    options = ("--trainer.max_steps=9", *options)
     ends = forked([job(tiny_run, tmp_path, *options, slow_finish=7)])
     assert [ended for ended, _ in ends] == [status, status], ends
     assert message in ends[0][1]
+    assert (message in ends[1][1]) == (options[-1] == DIVERGES)

@@ -115,7 +115,10 @@ def _without_numbers() -> Iterator[None]:
     """Turn the error of a model whose operations look at numbers into an InputError."""
     try:
         yield
-    except RuntimeError as error:
+    except (
+        AttributeError,
+        RuntimeError,
+    ) as error:  # a fake weight has no attributes of quantised ones
         reason = str(error).partition("\n")[0]
         raise InputError(
             "plan cannot measure this model, whose forward or backward pass depends on the numbers in it "

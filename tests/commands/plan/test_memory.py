@@ -218,6 +218,13 @@ def test_a_model_that_looks_at_its_numbers_is_refused(run_models, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("kind", "dora"), [("llama", True), ("t5", False), ("gpt2", False)])
+def test_passes_on_four_bits(kind, dora, wide_models):
+    """Scales are beside the parameters; of DoRA, autograd saves norms that count as one."""
+    settings = {"adapter": LoraSettings(r=4, use_dora=dora), "quantization": "nf4"}
+    check_activations(wide_models / kind, 0.15 if dora else 0.01, **settings)
+
+
 @pytest.mark.smollm2
 def test_smollm2_is_what_was_planned(smollm2_dir):
     settings = {"adapter": LoraSettings(r=8)}
