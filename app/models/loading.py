@@ -35,12 +35,12 @@ from app.models.quantization import (
     check_casts,
     check_kernel,
     dequantize,
-    empty_codes,
     make_quantizer,
     quantized_by,
     round_parameters,
     settle,
 )
+from app.models.quantized_shapes import empty_codes
 from app.models.source import FOUR_WAYS, ModelSource, gguf_sha256
 from app.utils.console import say
 from app.utils.errors import InputError

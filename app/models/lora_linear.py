@@ -1,5 +1,6 @@
 """PEFT's LoRA layer with its product computed in one function: fewer passes, and an input saved once."""
 
+import functools
 from typing import Any
 
 import torch
@@ -10,19 +11,19 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 
-class LoraLinear(Linear):
-    """PEFT's `Linear` on a frozen layer, computed by `LoraProduct` where that is the same.
+class _WithProduct:
+    """A LoRA layer of PEFT's on a frozen layer, computed by `LoraProduct` where that is the same.
 
     Parameters, their names and what is saved are PEFT's. So is the forward pass of anything but one plain,
     active and unmerged adapter on frozen weights (DoRA, a bias of lora_B, several adapters, hooks on the layer
     inside, ...).
     """
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return W x + bias + scaling * lora_B @ lora_A @ dropout(x), (..., n) to (..., m)."""
         name = self.active_adapters[0] if len(self.active_adapters) == 1 else ""
         if args or kwargs or self.disable_adapters or self.merged or name not in self.lora_A:
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         base, lora_A, lora_B = self.base_layer, self.lora_A[name], self.lora_B[name]
         weight, bias = base.weight, base.bias
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -31,22 +32,36 @@ class LoraLinear(Linear):
             for m in (base, lora_A, lora_B)
         )
         if trained or hooked or name in self.lora_variant or lora_B.bias is not None:
-            return super().forward(x)  # type: ignore[no-any-return]
+            return super().forward(x)  # type: ignore[misc, no-any-return]
         dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        y = None
         if isinstance(base, Conv1D):
             weight = weight.T
+        elif not isinstance(self, LoraLinear):
+            y, weight, bias = base(x), None, None
         return LoraProduct.apply(  # type: ignore[no-any-return]
-            x, weight, bias, lora_A.weight, lora_B.weight, self.scaling[name], p
+            x, weight, bias, lora_A.weight, lora_B.weight, self.scaling[name], p, y
         )
 
 
+class LoraLinear(_WithProduct, Linear):
+    """PEFT's `Linear` with `LoraProduct`."""
+
+
+@functools.cache
+def _on_codes(kind: type) -> type:
+    return type(f"Lora{kind.__name__}", (_WithProduct, kind), {})
+
+
 def use_lora_product(model: nn.Module) -> None:
-    """Let the LoRA layers on plain linear layers of a PEFT model compute as `LoraLinear`."""
+    """Let the LoRA layers of a PEFT model on plain and quantised linear layers compute by `LoraProduct`."""
     for module in model.modules():
-        # Subclasses, and layers whose weights are codes, have products of their own.
-        if type(module) is Linear and type(module.base_layer) in (nn.Linear, Conv1D):
+        kind: Any = type(module)  # subclasses have products of their own
+        if kind is Linear and type(module.base_layer) in (nn.Linear, Conv1D):
             module.__class__ = LoraLinear
+        elif kind.__module__ == "peft.tuners.lora.bnb":
+            module.__class__ = _on_codes(kind)
 
 
 class LoraProduct(torch.autograd.Function):
@@ -58,38 +73,45 @@ class LoraProduct(torch.autograd.Function):
     layers of the same input share, and h; with dropout also a byte an entry that says which are kept. Types
     are those of PEFT's layer: y has the base layer's, the factors' part is computed in theirs, and autocast,
     where it is on, decides for both. PEFT rounds more often: after the product, the scaling and the sum.
+    Where W is codes, W x + bias comes from their own product, whose gradient is its own, too.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
         p: float,
+        y: Tensor | None = None,
     ) -> Tensor:
         """Compute y (..., m).
 
         Args:
             ctx: autograd's context.
             x: (..., n) input.
-            weight: (m, n) frozen W, also a transposed view.
+            weight: (m, n) frozen W, also a transposed view; None where y is given.
             bias: (m,) frozen.
             lora_A: (r, n).
             lora_B: (m, r).
             scaling: Factor of the second product.
             p: Probability of dropout.
+            y: (..., m) W x + bias, which is left as it is.
         """
         device, dtype = x.device.type, lora_A.dtype
         given, frozen = x, weight
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            x, weight = x.to(dtype), weight.to(dtype)
+            x = x.to(dtype)
+            weight = None if weight is None else weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        y = linear(x, weight, bias)
+        if y is None:
+            y = linear(x, weight, bias)  # type: ignore[arg-type]
+        else:  # the other product's, which may have saved it
+            y = y.clone(memory_format=torch.contiguous_format)
         x, kept = x.to(dtype), None
         if p:
             kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
@@ -116,7 +138,7 @@ class LoraProduct(torch.autograd.Function):
         given, weight, lora_A, lora_B, h, kept = ctx.saved_tensors
         wanted, dtype = ctx.needs_input_grad, h.dtype
         grad_x = grad_A = grad_B = None
-        grad = grad.reshape(-1, grad.shape[-1])
+        whole, grad = grad, grad.reshape(-1, grad.shape[-1])
         thin = grad.to(dtype)
         # But for the scaling, which is applied where it is not rounded.
         grad_h = thin @ lora_B.to(dtype)
@@ -127,13 +149,18 @@ class LoraProduct(torch.autograd.Function):
             x = given.to(dtype) if kept is None else given.to(dtype) * kept
             grad_A = (grad_h.T @ x.reshape(-1, x.shape[-1])).to(lora_A.dtype).mul_(ctx.scaling)
         if wanted[0]:
-            grad_x, A = grad @ weight.to(grad.dtype), lora_A.to(dtype)
-            if kept is None and grad_x.dtype == dtype:
+            A = lora_A.to(dtype)
+            if weight is not None:
+                grad_x = grad @ weight.to(grad.dtype)
+            if grad_x is not None and kept is None and grad_x.dtype == dtype:
                 grad_x.addmm_(grad_h, A, alpha=ctx.scaling)
             else:
                 through_h = grad_h @ A
                 if kept is not None:
                     through_h.mul_(kept.reshape(through_h.shape))
-                grad_x.add_(through_h, alpha=ctx.scaling)
+                if grad_x is None:
+                    grad_x = through_h.mul_(ctx.scaling)
+                else:
+                    grad_x.add_(through_h, alpha=ctx.scaling)
             grad_x = grad_x.view(given.shape).to(given.dtype)
-        return grad_x, None, None, grad_A, grad_B, None, None
+        return grad_x, None, None, grad_A, grad_B, None, None, whole if wanted[7] else None

@@ -7,7 +7,6 @@ import importlib.metadata
 import inspect
 import logging
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +104,9 @@ def bitsandbytes_arguments(name: str, dtype: str) -> dict[str, Any]:
 
 def check_dora(model: nn.Module, use_dora: bool) -> None:
     """Raise InputError for DoRA on weights of 8 bits, whose scales PEFT's DoRA loses on a CPU."""
-    if use_dora and any(not hasattr(module, "quant_state") for _, module in _layers(model)):
+    if use_dora and any(
+        not hasattr(module, "quant_state") for _, module in quantized_layers(model)
+    ):
         raise InputError(
             "model.adapter.use_dora does not work on weights of 8 bits, whose scales PEFT's DoRA loses: use "
             "--config models/nf4.yaml, or LoRA with model.adapter.use_dora false"
@@ -120,7 +121,7 @@ def check_casts(model: nn.Module, name: str) -> None:
         name: `model.name`.
     """
     seen = set()
-    for place, module in _layers(model):
+    for place, module in quantized_layers(model):
         parent, _, child = place.rpartition(".")
         owner = type(model.get_submodule(parent))
         if not hasattr(module, "quant_state") or (owner, child) in seen:
@@ -147,7 +148,9 @@ def check_kernel(model: PreTrainedModel, name: str, device: torch.device) -> Non
     """
     from bitsandbytes import functional
 
-    layers = {m.in_features: place for place, m in _layers(model) if hasattr(m, "quant_state")}
+    layers = {
+        m.in_features: place for place, m in quantized_layers(model) if hasattr(m, "quant_state")
+    }
     for n, place in layers.items():
         W = torch.arange(n, device=device).repeat_interleave(64).view(64, n) + 1.0
         codes, state = functional.quantize_4bit(W, blocksize=64, quant_type="nf4")
@@ -165,63 +168,16 @@ def settle(model: PreTrainedModel) -> None:
     In evaluation on a CPU with AVX512-BF16, a layer of four bits would repack its codes and compute in bfloat16
     from then on, without a gradient.
     """
-    for _, module in _layers(model):
+    for _, module in quantized_layers(model):
         module.support_avx512bf16_for_cpu = False
         # The rounding of activations to float16 is told anew in each layer of each pass.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-def empty_codes(model: PreTrainedModel) -> None:
-    """Give bitsandbytes' layers of a model on the meta device codes and scales in their final shapes."""
-    import bitsandbytes as bnb
-
-    with torch.device("cpu"):
-        # The first call makes the table of values that all others use, which must not be an empty one.
-        bnb.functional.quantize_blockwise(torch.zeros(1))
-    for _, module in _layers(model):
-        codes, state = _quantized_empty(module, "meta")
-        if isinstance(module, bnb.nn.Linear4bit):
-            old: Any = module.weight
-            if state.nested:
-                state.offset = torch.zeros((), device="cpu")  # a state_dict looks at the number
-            module.weight = bnb.nn.Params4bit(
-                codes,
-                quant_state=state,
-                compress_statistics=old.compress_statistics,
-                quant_type=old.quant_type,
-                bnb_quantized=True,
-                module=module,
-            )
-            module.quant_state = state
-        else:
-            module.weight = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=state)
-
-
-def fake_codes(model: nn.Module) -> None:
-    """Give bitsandbytes' layers codes and scales without content, in torch's FakeTensorMode.
-
-    Its parameters are subclasses of tensors, which fake tensors cannot be.
-    """
-    for _, module in _layers(model):
-        codes, state = _quantized_empty(module, "cpu")
-        weight: Any = nn.Parameter(codes, requires_grad=False)
-        if hasattr(module, "quant_state"):
-            from bitsandbytes.functional import dequantize_4bit
-
-            weight.quant_state = state
-            # PEFT's DoRA goes by the class of the parameter, or by these two.
-            module.W_q, module.dequantize = None, partial(dequantize_4bit, codes, state)
-        else:
-            weight.CB = None
-            module.state.CB, module.state.SCB = codes, state
-            module.state.threshold = 0.0  # outliers are found by looking at numbers
-        module.weight = weight
-
-
 def scales(model: nn.Module) -> list[Tensor]:
     """List the tensors beside the codes: scales of blocks or rows, their own scales, tables of values."""
     found: list[Tensor] = []
-    for _, module in _layers(model):
+    for _, module in quantized_layers(model):
         state = getattr(module.weight, "quant_state", None)
         if state is None:
             rows = getattr(module.weight, "SCB", None)
@@ -235,8 +191,10 @@ def scales(model: nn.Module) -> list[Tensor]:
 
 def number_of_weights(model: nn.Module) -> tuple[int, int]:
     """Return how many numbers a model's parameters stand for, and how many of them are quantised."""
-    quantized = sum(module.out_features * module.in_features for _, module in _layers(model))
-    codes = {id(module.weight) for _, module in _layers(model)}
+    quantized = sum(
+        module.out_features * module.in_features for _, module in quantized_layers(model)
+    )
+    codes = {id(module.weight) for _, module in quantized_layers(model)}
     plain = sum(p.numel() for p in model.parameters() if id(p) not in codes)
     return plain + quantized, quantized
 
@@ -259,7 +217,7 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:
         return model
-    for place, module in list(_layers(model)):
+    for place, module in list(quantized_layers(model)):
         transposed = issubclass(getattr(module, "source_cls", nn.Linear), Conv1D)
         m, n = module.out_features, module.in_features
         with torch.device("meta"):
@@ -283,32 +241,12 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     return model.float()
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the layers that bitsandbytes has quantised, by name."""
     for name, module in model.named_modules():
         # By its name, so that nothing is imported for a model without such layers.
         if type(module).__module__ == "bitsandbytes.nn.modules":
             yield name, module
-
-
-def _quantized_empty(module: Any, device: str) -> tuple[Tensor, Any]:
-    """Quantise a layer's weight without content: codes, and their quantisation state or one scale a row."""
-    from bitsandbytes import functional
-
-    shape = (module.out_features, module.in_features)
-    if hasattr(module, "quant_state"):
-        weight = torch.empty(shape, dtype=torch.float32, device=device)
-        state = module.quant_state  # None at first
-        return functional.quantize_4bit(
-            weight,
-            blocksize=state.blocksize if state else module.weight.blocksize,
-            compress_statistics=state.nested if state else module.weight.compress_statistics,
-            quant_type=state.quant_type if state else module.weight.quant_type,
-            quant_storage=module.quant_storage,
-        )
-    weight = torch.empty(shape, dtype=torch.float16, device=device)
-    codes, rows, _ = functional.int8_vectorwise_quant(weight)
-    return codes, rows
 
 
 def _method(given: Any) -> str:

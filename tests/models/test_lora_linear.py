@@ -1,16 +1,19 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, bnb
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from app.models.adapter_config import LoraSettings
+from app.models.loading import load_model
 from app.models.lora import add_lora, base_model, lora_pairs
 from app.models.lora_linear import LoraLinear, LoraProduct, use_lora_product
 from app.models.loss import summed_loss, supervised_logits
+from app.models.source import resolve_model
 from tests.support.one_step_oracle import BUILDERS, make_batches
 
 CASES = [
@@ -76,6 +79,35 @@ def test_product_and_gradients_are_those_of_peft(kind, dtype, autocast, p):
     for a, b, c in zip(found, wanted, run(exact, x.double()), strict=True):
         assert error(a, c) < 1.1 * error(b, c), (error(a, c), error(b, c))
         assert error(b, c) < 0.02  # the same dropout
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_on_codes_it_is_that_of_peft(name, p, wide_models):
+    source = replace(resolve_model(str(wide_models / "llama")), quantization=name)
+    found, x = {}, torch.randn(3, 200, 64)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(source, dtype)
+        ours = lora_pairs(add_lora(model, LoraSettings(r=4, lora_dropout=p)).train())[1].layer
+        for factor in (*ours.lora_A.parameters(), *ours.lora_B.parameters()):
+            nn.init.normal_(factor, generator=torch.Generator().manual_seed(3))
+        theirs = copy.deepcopy(ours)
+        theirs.__class__ = {"nf4": bnb.Linear4bit, "int8": bnb.Linear8bitLt}[name]
+        assert isinstance(ours, type(theirs))
+        assert type(ours) is not type(theirs)
+        for autocast in (False, True):
+            results = [run(layer, x.to(dtype), autocast) for layer in (ours, theirs)]
+            assert [t.shape for t in results[0]] == [t.shape for t in results[1]]
+            found[dtype, autocast] = results
+    exact = found[torch.float32, False][1]
+    assert all(
+        error(a, b) < 1e-6 for a, b in zip(found[torch.float32, False][0], exact, strict=True)
+    )
+    for results in found.values():
+        for a, b, c in zip(*results, exact, strict=True):
+            # Both round to 16 bits once, at other places of a binade.
+            assert error(a, c) < 1.5 * error(b, c) + 1e-6, (error(a, c), error(b, c))
+            assert error(b, c) < 0.02
 
 
 def test_gradients_are_left_out_where_nothing_asks():
@@ -153,6 +185,29 @@ def test_a_model_trains_as_with_layers_of_peft(build, checkpointing, request):
     assert all(error(a.grad, b.grad) < 2e-5 for (_, a), b in pairs if a.requires_grad)
 
 
+def saved_activations(layers, x):
+    """Count the bytes that autograd saves of layers with one input, without parameters."""
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = [layer(x) for layer in layers]
+    assert len(y) == 3
+    frozen = {w.untyped_storage().data_ptr() for layer in layers for w in layer.parameters()}
+    return sum(size for pointer, size in saved.items() if pointer not in frozen)
+
+
+def test_layers_of_four_bits_save_one_input_together(wide_models):
+    source = replace(resolve_model(str(wide_models / "llama")), quantization="nf4")
+    model = add_lora(load_model(source, torch.bfloat16), LoraSettings(r=4)).train()
+    layers = [pair.layer for pair in lora_pairs(model)[:3]]
+    x = torch.randn(50, 64, dtype=torch.bfloat16, requires_grad=True)
+    assert saved_activations(layers, x) == x.nbytes + 3 * 50 * 4 * 4
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)]
@@ -160,18 +215,8 @@ def test_a_model_trains_as_with_layers_of_peft(build, checkpointing, request):
 def test_layers_with_one_input_save_it_once(dtype, autocast, p):
     layers = [with_product(peft_layer(dtype=dtype, lora_dropout=p)) for _ in range(3)]
     x = torch.randn(64, 16, dtype=dtype, requires_grad=True)
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    precision = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
-    with precision, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = [layer(x) for layer in layers]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        activations = saved_activations(layers, x)
     h = 64 * 4 * (2 if autocast else 4)
-    frozen = {w.untyped_storage().data_ptr() for layer in layers for w in layer.parameters()}
-    activations = sum(size for pointer, size in saved.items() if pointer not in frozen)
     kept = x.numel() if p else 0  # a byte an entry
     assert activations == x.nbytes + 3 * (h + kept)
-    assert len(y) == 3

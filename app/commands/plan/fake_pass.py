@@ -27,7 +27,8 @@ from app.initialization.one_step_gradient import observed
 from app.models.batch import IGNORED_LABEL, Batch
 from app.models.lora import LoraPair
 from app.models.loss import summed_loss, supervised_logits, supervised_loss
-from app.models.quantization import fake_codes, scales
+from app.models.quantization import scales
+from app.models.quantized_shapes import fake_codes
 from app.utils.errors import InputError
 
 
