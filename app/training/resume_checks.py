@@ -59,7 +59,7 @@ def check_settings(point: ResumePoint, settings: Settings, fixed: tuple[str, ...
     """
     overruled: list[str] = []
     refused: list[str] = []
-    for name, (then, now) in differences(point.settings or {}, settings).items():
+    for name, (then, now) in sorted(differences(point.settings or {}, settings).items()):
         if _is_in(name, fixed) and not _is_in(name, FREE):
             restored = name.startswith(OPTIMIZER) and name.rpartition(".")[2] in point.restored
             listed = overruled if restored else refused

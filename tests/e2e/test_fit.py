@@ -19,7 +19,7 @@ def test_every_architecture_learns_and_keeps_its_base_bitwise(model, fit, run_mo
 
     monkeypatch.setattr(LoraModule, "on_fit_end", keep, raising=False)
     folder = fit(
-        f"--model.name={run_models / model}", "--trainer.max_steps=8", "--model.optimizer.lr=0.05"
+        f"--model.name={run_models / model}", "--trainer.max_steps=8", "--model.optimizer.lr=0.02"
     )
     told = summary(folder)
     assert told["metrics"]["final"]["loss"] < told["metrics"]["after_init"]["loss"]
@@ -105,7 +105,7 @@ def test_lora_one_with_plain_adamw(fitted, fit, passes):
 def test_validate_and_test_reproduce_the_final_scores(method, fit, command, tiny_run, logged):
     """Of a run folder and of a checkpoint, whose base is changed again if the run changed it."""
     # The published set validates, so that the test meets the same rows.
-    options = ("--data.validation_size=null", "--model.optimizer.lr=0.05")
+    options = ("--data.validation_size=null", "--model.optimizer.lr=0.02")
     options += (f"--config=methods/{method}.yaml",)
     folder = fit(*options)
     final = summary(folder)["metrics"]["final"]
