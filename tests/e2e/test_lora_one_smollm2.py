@@ -40,21 +40,28 @@ def observed(smollm2_dir):
         sketches.extend(make_store(pairs, ranks, Estimator(seed=seed), device) for seed in (0, 1))
         return make_store(pairs, ranks, estimator, device)
 
-    def update(store, name, x, delta):
+    def update(store, name, x, delta, readers):
         for sketch in sketches:
-            sketch.update(name, x, delta)
+            sketch.update(name, x, delta, readers)
         return store.sums[name].update(x, delta)
 
     estimates = ExactStore.estimates
 
+    def end_batch(store):
+        for sketch in sketches:
+            sketch.end_batch()
+
     def keeping(store, ranks, scale):
         gradients.update({name: scale * kept.total for name, kept in store.sums.items()})
-        found.extend(sketch.estimates(ranks, scale) for sketch in sketches)
+        for sketch in sketches:
+            sketch.end_pass()
+            found.append(sketch.estimates(ranks, scale))
         return estimates(store, ranks, scale)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("app.initialization.one_step_gradient.make_store", sharing)
         patch.setattr(ExactStore, "update", update)
+        patch.setattr(ExactStore, "end_batch", end_batch)
         patch.setattr(ExactStore, "estimates", keeping)
         exact = run(model, batches, rank=RANK)
     sketched = [replace(exact, estimates=each) for each in found]
