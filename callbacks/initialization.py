@@ -157,7 +157,7 @@ class GradientInit(AdapterInit):
         mean_error, tolerance = mean_rank_error(result.estimates), self.estimator.tolerance
         passes = f"{result.passes} pass" + ("es" if result.passes > 1 else "")
         if self.estimator.is_adaptive and mean_error <= tolerance:
-            passes += f", which the tolerance of {tolerance:.2%} took"
+            passes += f" to a tolerance of {tolerance:.3g}"
         rank_zero_info(
             f"{title} initialization: {len(energy)} layers, {self.num_samples} samples, {passes}, "
             f"loss {result.loss:.4f}; captured energy {mean_energy:.1%} on average, {energy[least]:.1%} at "

@@ -77,8 +77,9 @@ def out_of_step() -> None:
                 x, delta = torch.randn(9, 5, generator=g), torch.randn(9, 6, generator=g)
                 wanted[name] += delta.T @ x
                 if process == global_rank():
-                    store.update(name, x, delta)
+                    store.update(name, x, delta, [name])
         store.end_batch()
+    store.end_pass()
     estimates = store.estimates(dict.fromkeys("abcdefg", 5), 0.5)
     for name, gradient in wanted.items():
         assert float((matrix(estimates[name]) - gradient / 2).norm() / gradient.norm()) < 1e-5, name
@@ -86,9 +87,11 @@ def out_of_step() -> None:
     store = ExactStore(layers, CPU)
     for name in "abcdefg":
         huge = 1e20 if name == "d" else 1.0
-        reported = store.update(name, torch.full((3, 5), huge), torch.full((3, 6), huge))
+        x, delta = torch.full((3, 5), huge), torch.full((3, 6), huge)
+        reported = store.update(name, x, delta, [name])
         assert bool(reported.isfinite().all())
     store.end_batch()
+    store.end_pass()
     with pytest.raises(InputError, match="gradient at d cannot be decomposed"):
         store.estimates(dict.fromkeys("abcdefg", 5), 1.0)
     shutdown()
