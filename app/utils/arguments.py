@@ -1,6 +1,7 @@
 """The parser of settings: every unknown or wrong one is an error of one line with the nearest known name."""
 
 import argparse
+import json
 import pkgutil
 import re
 from typing import Any, ClassVar
@@ -90,6 +91,17 @@ class Parser(LightningArgumentParser):
             ) from ex
         raise InputError(text) from ex
 
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
+        """Parse; a JSON list or mapping given for a text is an error, not its text."""
+        settings = super().parse_args(args, *more, **kwargs)
+        for key, _, value in (
+            str(argument).partition("=") for argument in filter(None, args or ())
+        ):
+            name = key.removeprefix("--") or key
+            if isinstance(settings.get(name), str) and _is_json_collection(value):
+                raise WrongSetting(name, f" is {value}: expected text")
+        return settings
+
     def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
         """Return the defaults; the parser asks for them many times and each time makes those of all classes."""
         given = [(action, action.default) for action in self._actions]
@@ -119,6 +131,13 @@ class Parser(LightningArgumentParser):
         full = (f"{group[1]}." if group else "") + wrong.removeprefix("init_args.")
         known = [action.dest for action in self._actions if action.dest != "help"]
         return WrongSetting(full, close=nearest(full, known))
+
+
+def _is_json_collection(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), (dict, list))
+    except ValueError:
+        return False
 
 
 def wrong_reference(error: OmegaConfBaseException) -> InputError:

@@ -79,3 +79,9 @@ def test_the_text_of_settings_is_that_of_a_dump_which_checks_them(options, calls
     assert calls
     assert text == shorten_class_paths(checked, lambda path: bare_name(path) != path)
     assert load_yaml(text)["ckpt_path"] is None
+
+
+def test_a_mapping_is_no_text(error_of, tmp_path):
+    config = ("--config=quickstart.yaml", f"--output.root={tmp_path}")
+    told = error_of("fit", *config, '--output.wandb_group={"a": {"b": 1}}')
+    assert told == 'output.wandb_group is {"a": {"b": 1}}: expected text'
