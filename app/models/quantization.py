@@ -170,8 +170,8 @@ def settle(model: PreTrainedModel) -> None:
     """
     for _, module in quantized_layers(model):
         module.support_avx512bf16_for_cpu = False
-        # The rounding of activations to float16 is told anew in each layer of each pass.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    # The rounding of activations to float16 is told anew in each layer of each pass.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def scales(model: nn.Module) -> list[Tensor]:
@@ -191,10 +191,9 @@ def scales(model: nn.Module) -> list[Tensor]:
 
 def number_of_weights(model: nn.Module) -> tuple[int, int]:
     """Return how many numbers a model's parameters stand for, and how many of them are quantised."""
-    quantized = sum(
-        module.out_features * module.in_features for _, module in quantized_layers(model)
-    )
-    codes = {id(module.weight) for _, module in quantized_layers(model)}
+    layers = [module for _, module in quantized_layers(model)]
+    quantized = sum(module.out_features * module.in_features for module in layers)
+    codes = {id(module.weight) for module in layers}
     plain = sum(p.numel() for p in model.parameters() if id(p) not in codes)
     return plain + quantized, quantized
 

@@ -94,11 +94,11 @@ class Parser(LightningArgumentParser):
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
         """Parse; a JSON list or mapping given for a text is an error, not its text."""
         settings = super().parse_args(args, *more, **kwargs)
-        for key, _, value in (
-            str(argument).partition("=") for argument in filter(None, args or ())
-        ):
-            name = key.removeprefix("--") or key
-            if isinstance(settings.get(name), str) and _is_json_collection(value):
+        given = list(args or ())
+        for option, following in zip(given, [*given[1:], ""], strict=True):
+            name, equals, value = option.removeprefix("--").partition("=")
+            value = value if equals else following
+            if name and _is_json_collection(value) and isinstance(settings.get(name), str):
                 raise WrongSetting(name, f" is {value}: expected text")
         return settings
 

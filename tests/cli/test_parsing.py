@@ -81,7 +81,9 @@ def test_the_text_of_settings_is_that_of_a_dump_which_checks_them(options, calls
     assert load_yaml(text)["ckpt_path"] is None
 
 
-def test_a_mapping_is_no_text(error_of, tmp_path):
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_mapping_is_no_text(joined, error_of, tmp_path):
     config = ("--config=quickstart.yaml", f"--output.root={tmp_path}")
-    told = error_of("fit", *config, '--output.wandb_group={"a": {"b": 1}}')
+    name, value = "--output.wandb_group", '{"a": {"b": 1}}'
+    told = error_of("fit", *config, *([f"{name}={value}"] if joined else [name, value]))
     assert told == 'output.wandb_group is {"a": {"b": 1}}: expected text'
