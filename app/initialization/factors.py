@@ -1,6 +1,6 @@
 """Truncated SVDs, and the factors that each initialization makes of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -115,7 +115,12 @@ class LoraFactors(NamedTuple):
     lora_B: Tensor
 
 
-def spectral_factors(gradient: SVD, gamma: float, normalized: bool = True) -> LoraFactors:
+def common_unit(gradients: Iterable[SVD]) -> float:
+    """Return the largest singular value of several layers, the `unit` of `spectral_factors` that they share."""
+    return max(float(gradient.S[0]) for gradient in gradients)
+
+
+def spectral_factors(gradient: SVD, gamma: float, unit: float | None = None) -> LoraFactors:
     """Compute LoRA-One's factors from the leading triplets of a gradient.
 
         U S V^T = SVD(-G)
@@ -123,32 +128,35 @@ def spectral_factors(gradient: SVD, gamma: float, normalized: bool = True) -> Lo
         lora_A = gamma^(-1/2) diag(S / S_1)^(1/2) V^T
 
     so that lora_B @ lora_A is the best rank-r approximation of -G, scaled to spectral norm 1 / gamma;
-    or, with S in the place of S / S_1, divided by gamma.
+    or, with a `unit` in the place of S_1, that approximation divided by gamma * unit.
 
     Args:
         gradient: Leading r triplets of +G, S_1 > 0. U (m, r), S (r,), V (n, r).
         gamma: Divisor of lora_B @ lora_A, dimensionless, > 0; larger means a smaller first step.
-        normalized: Divide S by S_1, as Algorithm 1 does. False keeps the gradient's own size: the
-            initialization of the paper's theorems, with gamma 1 (linear model) or 1/2 (ReLU).
+        unit: Divides S. None is the layer's own S_1, as in Algorithm 1; `common_unit` makes the factors of all
+            layers one gradient step with one step size; 1 keeps the gradient's own size: the initialization of
+            the paper's theorems, with gamma 1 (linear model) or 1/2 (ReLU).
 
     Returns:
         LoraFactors in the gradient's dtype.
 
     Raises:
-        ValueError: If gamma <= 0, or S_1 is zero or not finite.
+        ValueError: If gamma or unit <= 0, or S_1 is zero or not finite.
 
-    Source: arXiv:2502.01235, Algorithm 1, and eq. 8 for `normalized=False`. The paper's gamma is 1 / gamma
+    Source: arXiv:2502.01235, Algorithm 1, and eq. 8 for a unit of 1. The paper's gamma is 1 / gamma
     here; ours is the authors' `stable_gamma`. The paper writes W as input x output, so its A is lora_A^T
     and its B is lora_B^T.
     """
     if not gamma > 0:
         raise ValueError(f"gamma must be > 0, got {gamma}")
+    if unit is not None and not unit > 0:
+        raise ValueError(f"unit must be > 0, got {unit}")
     top = float(gradient.S[0])
     if not 0 < top < float("inf"):
         raise ValueError(
             f"the gradient's largest singular value must be positive and finite, got {top}"
         )
-    root = (gradient.S.double() / (top if normalized else 1.0) / gamma).sqrt()
+    root = (gradient.S.double() / (top if unit is None else unit) / gamma).sqrt()
     lora_B = -gradient.U.double() * root
     lora_A = root[:, None] * gradient.V.double().T
     return LoraFactors(lora_A.to(gradient.S.dtype), lora_B.to(gradient.S.dtype))

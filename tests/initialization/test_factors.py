@@ -5,6 +5,7 @@ import torch
 
 from app.initialization.factors import (
     SVD,
+    common_unit,
     fix_signs,
     lora_ga_factors,
     low_rank_svd,
@@ -89,6 +90,27 @@ def test_factors_are_balanced(kind, gamma):
     assert descent == pytest.approx(-float(S.square().sum() / S[0]) / gamma, rel=1e-5)
 
 
+def test_with_a_common_unit_all_layers_take_one_gradient_step():
+    """Of one size for all layers, where Algorithm 1 gives each layer a step of the same spectral norm."""
+    gradients = [size * random_gradient("random", seed=size) for size in (1, 7, 3)]
+    svds = [truncated_svd(G, 5) for G in gradients]
+    tops = [float(torch.linalg.svdvals(G.double())[0]) for G in gradients]
+    unit = common_unit(svds)
+    assert unit == pytest.approx(max(tops), rel=1e-6)
+    for G, svd in zip(gradients, svds, strict=True):
+        U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
+        wanted = -(U[:, :5] * S[:5] @ Vh[:5]) / (GAMMA * max(tops))
+        factors = spectral_factors(svd, GAMMA, unit)
+        product = factors.lora_B.double() @ factors.lora_A.double()
+        torch.testing.assert_close(product, wanted, rtol=0, atol=1e-6 / GAMMA)
+    # The layer with the largest gradient takes the step that it takes alone.
+    largest = svds[tops.index(max(tops))]
+    for shared, alone in zip(
+        spectral_factors(largest, GAMMA, unit), spectral_factors(largest, GAMMA), strict=True
+    ):
+        assert torch.equal(shared, alone)
+
+
 def test_sign_convention_makes_equal_gradients_give_equal_factors():
     svd = truncated_svd(random_gradient("random"), 5)
     largest = svd.U.gather(0, svd.U.abs().argmax(dim=0, keepdim=True))
@@ -108,6 +130,8 @@ def test_wrong_arguments():
     for gamma in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="gamma must be > 0"):
             spectral_factors(svd, gamma)
+    with pytest.raises(ValueError, match="unit must be > 0"):
+        spectral_factors(svd, GAMMA, unit=0.0)
     for top in (0.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="positive and finite"):
             spectral_factors(SVD(svd.U, torch.full((3,), top), svd.V), GAMMA)

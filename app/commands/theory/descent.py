@@ -54,7 +54,7 @@ def spectral_init(problem: Problem, rank: int, gamma: float | None = None) -> Lo
     """
     divisor = problem.gamma if gamma is None else gamma
     svds = gradient_svds(problem, rank)
-    return _stacked(spectral_factors(svd, divisor, normalized=False) for svd in svds)
+    return _stacked(spectral_factors(svd, divisor, unit=1.0) for svd in svds)
 
 
 def _stacked(factors: Iterable[tuple[Tensor, Tensor]]) -> LoraFactors:
