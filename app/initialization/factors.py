@@ -117,7 +117,7 @@ class LoraFactors(NamedTuple):
 
 def common_unit(gradients: Iterable[SVD]) -> float:
     """Return the largest singular value of several layers, the `unit` of `spectral_factors` that they share."""
-    return max(float(gradient.S[0]) for gradient in gradients)
+    return max((float(gradient.S[0]) for gradient in gradients), default=1.0)
 
 
 def spectral_factors(gradient: SVD, gamma: float, unit: float | None = None) -> LoraFactors:
