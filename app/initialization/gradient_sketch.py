@@ -76,14 +76,15 @@ class SketchedGradient:
 
     def __init__(self, m: int, n: int, width: int, columns: RandomColumns) -> None:
         width = min(width, m, n)
-        # In memory all are transposed, as QR takes and gives them and as products are fastest.
-        self.left = torch.zeros(width, m, device=columns.device, dtype=torch.float32).T
-        self.right = torch.zeros(width, n, device=columns.device, dtype=torch.float32).T
-        self.right_probes = columns.signs("input probes", n, self.PROBES)  # Phi
-        self.left_probes = columns.signs("output probes", m, self.PROBES)  # Psi
+        # In memory all become transposed, as QR takes and gives them and as they are multiplied fastest.
+        # Zero takes no memory: the first micro-batch, which is the largest, ends before all layers have begun.
+        zero = torch.zeros((), device=columns.device, dtype=torch.float32)
+        self.left, self.right = zero.expand(m, width), zero.expand(n, width)
+        self.right_probes = columns.signs("input probes", self.PROBES, n).T  # Phi
+        self.left_probes = columns.signs("output probes", self.PROBES, m).T  # Psi
         self.noise = columns.normal("noise", width, n).T
-        self.image = self.left.new_zeros(self.PROBES, m).T  # G Phi
-        self.coimage = self.left.new_zeros(self.PROBES, n).T  # G^T Psi
+        self.image = zero.expand(m, self.PROBES)  # G Phi
+        self.coimage = zero.expand(n, self.PROBES)  # G^T Psi
         self._pass = 1
         self._started = False
         self._turn: Tensor | None = None  # new left^T old left of the step under way
@@ -123,7 +124,7 @@ class SketchedGradient:
             probed: (x `probes()`)^T, shape (p, tokens).
         """
         if self._pass % 2 == 0:
-            z = (delta @ self.left).T
+            z = self.left.T @ delta.T
             return z, largest(x, z)
         if self._pass > 1:
             added = y @ delta
@@ -137,16 +138,16 @@ class SketchedGradient:
         width = len(y)
         products = torch.cat([y, probed]) @ delta
         left = _orth(torch.addmm(products[:width], omega.T @ self.right, self.left.T).T)
-        self.image += products[width:].T
+        self.image = self.image + products[width:].T
         self._turn, self.left = left.T @ self.left, left
-        return (delta @ torch.cat([left, self.left_probes], dim=1)).T, products.sum()
+        return torch.cat([left.T, self.left_probes.T]) @ delta.T, products.sum()
 
     def finish(self, products: Tensor) -> None:
         """End what `start` began, with z x (k, n)."""
         if self._turn is not None:
             width = self.right.shape[1]
             self.right = torch.addmm(products[:width], self._turn, self.right.T).T
-            self.coimage += products[width:].T
+            self.coimage = self.coimage + products[width:].T
             self._turn = None
         elif len(products):
             self.right += products.T
@@ -169,6 +170,11 @@ class SketchedGradient:
         if self._pass == 1:
             return [self.left, self.right, self.image, self.coimage]
         return [self.right] if self._pass % 2 == 0 else [self.left]
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Return left and right, to be overwritten."""
+        self.left, self.right = self.left.clone(), self.right.clone()
+        return self.left, self.right
 
     def merge(self, partials: Sequence[Sequence[Tensor]]) -> None:
         """Replace this sketch by that of the sum of several processes' gradients.
@@ -230,9 +236,9 @@ class SharedInput:
         for sketch in sketches:
             sketch.settle()
         columns = [sketch.columns() for sketch in sketches]
-        parts = [*columns, sketches[0].probes()]
-        products = (self.x @ torch.cat(parts, dim=1)).T.contiguous()
-        *images, self._probed = products.split([part.shape[1] for part in parts])
+        parts = [part.T for part in (*columns, sketches[0].probes())]
+        products = torch.cat(parts) @ self.x.T
+        *images, self._probed = products.split([len(part) for part in parts])
         self._images = dict(zip(sketches, zip(columns, images, strict=True), strict=True))
 
     def update(self, sketch: SketchedGradient, delta: Tensor) -> Tensor:

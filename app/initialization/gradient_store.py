@@ -249,7 +249,7 @@ class SketchStore(GradientStore):
     def next_pass(self) -> None:
         """Send every process the merged sketches, and take the next half step from them."""
         if world_size() > 1:
-            sides = {name: (kept.left, kept.right) for name, kept in self.sketches.items()}
+            sides = {name: kept.sides() for name, kept in self.sketches.items()}
             self.sent_bytes += broadcast_from_owners(sides, self.owners)
         for sketch in self.sketches.values():
             sketch.next_pass()

@@ -132,6 +132,8 @@ def check_after_a_step(name, optimizer, **settings):
 def check_accumulators(pairs):
     ranks = {pair.name: pair.rank for pair in pairs}
     sketches = make_store(pairs, ranks, Estimator("sketch", oversampling=6), CPU).sketches.values()
+    for sketch in sketches:
+        sketch.update(torch.ones(1, len(sketch.right)), torch.ones(1, len(sketch.left)))
     tensors = [t for s in sketches for t in vars(s).values() if torch.is_tensor(t)]
     held = {t.data_ptr(): t for t in tensors}  # several sketches have some of them
     assert sketch_bytes(pairs, 6) == tensor_bytes(held.values())
