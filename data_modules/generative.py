@@ -29,6 +29,7 @@ class GenerativeDataModule(TextDataModule):
             and answer in the model's tokens, with BOS and without EOS, whatever the chat template; null
             keeps all.
         max_rows: Train on the first so many rows that are left; null takes all.
+        completion_only_loss: Learn the answers alone; false learns the prompts, too (TRL's name).
         validation_size: Rows that validate: those that follow the training rows, or, where too few follow,
             rows drawn from them, the same for every seed; 0 trains without validation.
         **options: See `TextDataModule`.
@@ -43,6 +44,7 @@ class GenerativeDataModule(TextDataModule):
         keep_below: int | None = None,
         max_rows: int | None = None,
         validation_size: int = 1000,
+        completion_only_loss: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -55,6 +57,7 @@ class GenerativeDataModule(TextDataModule):
             raise InputError(f"--data.validation_size={validation_size}: expected at least 0")
         self.keep_below = keep_below
         self.max_rows = max_rows
+        self.completion_only_loss = completion_only_loss
         self._candidates: list[TextRow] = []
         self._tokens: dict[TextRow, EncodedRow] = {}
 
@@ -126,12 +129,23 @@ class GenerativeDataModule(TextDataModule):
     def encoded(self, split: str) -> list[EncodedRow]:
         """Return the rows of a split as token ids; none is cut."""
         if split not in self._encoded:
-            rows = enumerate(self.rows(split))
-            self._encoded[split] = [
-                dataclasses.replace(self._tokens[row], index=index) for index, row in rows
-            ]
+            rows = [self._tokens[row] for row in self.rows(split)]
+            if not self.completion_only_loss:
+                rows = [self._learning_prompt(row) for row in rows]
+            numbered = enumerate(rows)
+            self._encoded[split] = [dataclasses.replace(row, index=i) for i, row in numbered]
             self.cut_prompts[split] = 0
         return self._encoded[split]
+
+    def _learning_prompt(self, row: EncodedRow) -> EncodedRow:
+        """Supervise all tokens of a row but the first, which nothing predicts."""
+        if self.encoder.is_encoder_decoder:
+            raise InputError(
+                "--data.completion_only_loss=false, but model.name is a sequence-to-sequence model, whose "
+                "decoder writes no prompt: set it to true"
+            )
+        ids = row.prompt_ids + row.answer_ids
+        return dataclasses.replace(row, prompt_ids=ids[:1], answer_ids=ids[1:])
 
     def describe(self) -> dict[str, Any]:
         """Return what the base does, and which rows are taken."""

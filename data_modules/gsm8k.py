@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from data_modules.evals.gsm8k import HUB_ID, PROMPT
+from data_modules.evals.gsm8k import FORMS, HUB_ID
 from data_modules.generative import GenerativeDataModule
 from data_modules.readers import published_rows
 
@@ -46,4 +46,4 @@ class Gsm8kDataModule(GenerativeDataModule):
         fields = ("question", "answer")
         for _, row in published_rows(self.path, HUB_ID, "main", "train", fields, "--data.path"):
             answer = row["answer"] if self.calculations else CALCULATION.sub("", row["answer"])
-            yield PROMPT.format(question=row["question"]), answer
+            yield FORMS["lora_one"].prompt.format(question=row["question"]), answer

@@ -1,13 +1,15 @@
-"""GSM8K, asked directly in the form in which models are fine-tuned on it.
+"""GSM8K, asked directly in the form in which models are fine-tuned on it, the paper's or PEFT's.
 
 Two readings of an output are reported, named as in lm-evaluation-harness: `strict` takes the number
-behind "####", the form of the training answers; `flexible` takes the last number. A third, `lora_one`,
-repeats the authors' reading, with which their published numbers are to be compared.
+behind the marker that ends a training answer, "####" (in PEFT's form "The answer is:"); `flexible` takes
+the last number. A third, `lora_one`, repeats the authors' reading of their own form, with which their
+published numbers are to be compared.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from typing import Literal, NamedTuple
 
 from app.evaluation.benchmark import Benchmark, Question
 from app.models.decoding import Decoding
@@ -16,9 +18,28 @@ from data_modules.evals.number_answers import number_behind, number_scores
 from data_modules.readers import Row, published_rows
 
 HUB_ID = "openai/gsm8k"
-PROMPT = "Q: {question}\nA: "
 MARKER = "####"
 STOP = ("Q:", "</s>", "<|im_end|>")  # of gsm8k_cot in lm-evaluation-harness
+
+
+class Form(NamedTuple):
+    """How a question is put, and what its answer ends with."""
+
+    prompt: str
+    marker: str
+    stop: tuple[str, ...]
+
+
+FormName = Literal["lora_one", "peft"]
+FORMS: dict[FormName, Form] = {
+    "lora_one": Form("Q: {question}\nA: ", MARKER, STOP),
+    "peft": Form(
+        "Question: {question} Think step by step.\nAnswer:",
+        "The answer is:",
+        ("Question:", *STOP[1:]),
+    ),
+}
+"""The form of the LoRA-One repository, and that of PEFT's method_comparison/MetaMathQA."""
 
 
 class Gsm8k(Benchmark):
@@ -26,6 +47,7 @@ class Gsm8k(Benchmark):
 
     Args:
         path: test.jsonl or test.jsonl.gz of GSM8K; null takes openai/gsm8k from the Hub.
+        prompt: Form of the question: `lora_one`, "Q:" and "A:", or `peft`, that of PEFT's method comparison.
         max_new_tokens: Most tokens of an output.
         temperature: 0 is greedy; the first versions of the paper sampled at 0.8.
         top_p: Probability of the tokens that are sampled from; then 0.95.
@@ -39,6 +61,7 @@ class Gsm8k(Benchmark):
     def __init__(
         self,
         path: str | None = None,
+        prompt: FormName = "lora_one",
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -46,7 +69,9 @@ class Gsm8k(Benchmark):
         limit: int | None = None,
     ) -> None:
         self.path = path
-        self.decoding = Decoding(max_new_tokens, STOP, temperature=temperature, top_p=top_p)
+        self.form = FORMS[prompt]
+        stop = self.form.stop
+        self.decoding = Decoding(max_new_tokens, stop, temperature=temperature, top_p=top_p)
         self.validation_size = validation_size
         self.limit = limit
 
@@ -55,21 +80,23 @@ class Gsm8k(Benchmark):
         return [
             Question(
                 key,
-                PROMPT.format(question=row["question"]),
+                self.form.prompt.format(question=row["question"]),
                 {"number": gold, "lora_one": lora_one_number(row["answer"])},
             )
             for key, row, gold in gsm8k_rows(self.path, self.name)
         ]
 
     def score(self, question: Question, outputs: list[str]) -> dict[str, float]:
-        """Read every output in three ways; of several outputs, return the share that is right."""
+        """Read every output in two or three ways; of several outputs, return the share that is right."""
+        scores = number_scores(outputs, self.form.marker, question.reference["number"])
+        if self.form.marker != MARKER:
+            return scores
         right = sum(lora_one_number(text) == question.reference["lora_one"] for text in outputs)
-        scores = number_scores(outputs, MARKER, question.reference["number"])
         return {**scores, "lora_one": right / len(outputs)}
 
     def score_names(self, questions: Sequence[Question]) -> list[str]:
-        """Return the names of the three readings."""
-        return ["strict", "flexible", "lora_one"]
+        """Return the names of the readings."""
+        return ["strict", "flexible", *(["lora_one"] if self.form.marker == MARKER else [])]
 
 
 def gsm8k_rows(path: str | None, name: str) -> Iterator[tuple[str, Row, Fraction]]:

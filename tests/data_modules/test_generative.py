@@ -151,3 +151,22 @@ def test_a_run_scores_the_loss_alone(command, tiny_run, tmp_path):
     assert summary["data"]["dropped_rows"] == {"empty_answer": 0, "too_long": 1}
     assert set(summary["metrics"]["final"]) == {"loss"}
     assert command("test", "--run", folder) != 0
+
+
+def test_prompts_are_learnt_too_where_that_is_asked_for(tiny_tokenizer, tmp_path):
+    """All tokens of a row but the first; the decoder of a sequence-to-sequence model has none of them."""
+    rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(6)]
+    learnt = []
+    for only in (True, False):
+        options = {"completion_only_loss": only, "validation_size": 2}
+        data = from_file(InstructionDataModule, tiny_tokenizer, tmp_path, rows, **options)
+        encoded = data.encoded("train") + data.encoded("validation")
+        learnt.append([(*row.prompt_ids, *row.answer_ids) for row in encoded])
+        for row, (prompt, answer) in zip(encoded, texts(data, "train", "validation"), strict=True):
+            expected = answer if only else (prompt + answer)[1:]
+            assert tiny_tokenizer.decode(row.answer_ids) == expected + "<eos>"
+    assert learnt[0] == learnt[1]
+    data = InstructionDataModule(str(data.path), completion_only_loss=False, validation_size=2)
+    data.attach(tiny_tokenizer, is_encoder_decoder=True)
+    with pytest.raises(InputError, match=r"completion_only_loss=false.*sequence-to-sequence"):
+        data.encoded("train")

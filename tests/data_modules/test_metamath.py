@@ -23,3 +23,14 @@ def test_metamath_rows_are_prepared_as_the_authors_do(tiny_tokenizer):
     answers = [answer for _, answer in texts(whole, "train", "validation")]
     assert len(answers) == 6
     assert any(answer.endswith("\\boxed{\\sqrt{5}}$ units apart.") for answer in answers)
+
+
+@needs_data("math")
+def test_pefts_form_has_its_prompt_and_the_whole_response(tiny_tokenizer):
+    path = DATA / "math" / "metamathqa_quoted_rows.json"
+    options = {"prompt": "peft", "subset": "all", "keep_below": None, "max_rows": 5}
+    data = attached(MetaMathQADataModule, tiny_tokenizer, path=str(path), **options)
+    raw = json.loads(path.read_text())
+    assert texts(data, "train", "validation") == [
+        (f"Question: {row['query']} Think step by step.\nAnswer:", row["response"]) for row in raw
+    ]

@@ -167,3 +167,15 @@ def test_the_hub(monkeypatch):
     [asked] = Gsm8k().load()
     assert hub.asked == [("openai/gsm8k", "main", "test")]
     assert (asked.prompt, asked.reference["number"]) == ("Q: Why?\nA: ", 3)
+
+
+def test_pefts_form(tmp_path):
+    """Its prompt, and the number behind "The answer is:"; the authors' reading is of the other form alone."""
+    path = write_jsonl(tmp_path / "test.jsonl", ROW)
+    benchmark = Gsm8k(path, prompt="peft")
+    [asked] = benchmark.load()
+    assert asked.prompt == "Question: Why? Think step by step.\nAnswer:"
+    assert benchmark.decoding.stop[0] == "Question:"
+    outputs = [" 1 + 2 = 3.\nThe answer is: 3", " #### 3", " The answer is: 4"]
+    assert benchmark.score(asked, outputs) == pytest.approx({"strict": 1 / 3, "flexible": 2 / 3})
+    assert benchmark.score_names([asked]) == ["strict", "flexible"]
