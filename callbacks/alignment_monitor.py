@@ -101,6 +101,7 @@ class AlignmentMonitor(Callback):
                 Estimator(),
                 trainer.precision_plugin.forward_context,
                 track,
+                module.loss_weighting,
             )
             self._set_reference(module, {name: e.svd for name, e in result.estimates.items()})
 

@@ -1,7 +1,7 @@
 """The base of the callbacks that initialize an adapter: when they may run, and what a resumed run knows."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -14,6 +14,7 @@ from app.initialization.one_step_gradient import (
     one_step_gradients,
 )
 from app.models.batch import Batch
+from app.models.loss import Weighting
 from app.models.quantization import quantized_by
 from app.tracking.record import InitRecord
 from app.training.checks import check_new_adapter, check_subtraction, check_untied
@@ -72,11 +73,22 @@ class GradientInit(AdapterInit):
 
     Args:
         num_samples: Training rows that the gradient is taken over.
-        micro_batch_size: Rows of one forward and backward pass.
+        micro_batch_size: Rows of one forward and backward pass; changes memory and speed.
         estimator: How the gradient is kept while it is observed.
+        weighting: What the loss averages: `tokens`, or `rows`, each with its tokens' mean.
+        samples: Which rows: `drawn` by the seed, or the `first` of the training rows, in the order of the file.
+        train_mode: Observe the model in training mode, in which its own dropout acts.
     """
 
-    def __init__(self, num_samples: int, micro_batch_size: int, estimator: Estimator) -> None:
+    def __init__(
+        self,
+        num_samples: int = 64,
+        micro_batch_size: int = 8,
+        estimator: Estimator = Estimator(),  # noqa: B008 (frozen)
+        weighting: Weighting = "tokens",
+        samples: Literal["drawn", "first"] = "drawn",
+        train_mode: bool = False,
+    ) -> None:
         super().__init__()
         for name, value in (("num_samples", num_samples), ("micro_batch_size", micro_batch_size)):
             if not value > 0:
@@ -84,6 +96,9 @@ class GradientInit(AdapterInit):
         self.num_samples = num_samples
         self.micro_batch_size = micro_batch_size
         self.estimator = estimator
+        self.weighting: Weighting = weighting
+        self.drawn = samples == "drawn"
+        self.train_mode = train_mode
         # Leading triplets of each layer, once observed; None where no other callback wants them.
         self.kept: dict[str, SVD] | None = None
 
@@ -94,8 +109,9 @@ class GradientInit(AdapterInit):
 
     def batches(self, trainer: Trainer) -> Sequence[Batch]:
         """Return this process's share of the initialization rows."""
+        place = trainer.global_rank, trainer.world_size
         return data_of(trainer).gradient_batches(
-            self.num_samples, self.micro_batch_size, trainer.global_rank, trainer.world_size
+            self.num_samples, self.micro_batch_size, *place, self.drawn
         )
 
     def observe(
@@ -128,6 +144,8 @@ class GradientInit(AdapterInit):
             self.estimator,
             trainer.precision_plugin.forward_context,
             track,
+            self.weighting,
+            self.train_mode,
         )
         svds = {name: estimate.svd for name, estimate in result.estimates.items()}
         if self.kept is not None:

@@ -5,7 +5,6 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from app.initialization.factors import lora_ga_factors
-from app.initialization.one_step_gradient import Estimator
 from app.models.lora import lora_pairs
 from app.training.protocols import AdaptedModule, adapted
 from app.utils.errors import InputError
@@ -24,26 +23,17 @@ class LoraGaInit(GradientInit):
 
     Args:
         gamma: Divisor of the factors, 1e-6 to 1e12 (the authors' `stable_gamma`).
-        num_samples: Training rows that the gradient is taken over.
-        micro_batch_size: Rows of one forward and backward pass; changes memory and speed.
-        estimator: How the gradient is kept while it is observed.
+        **gradient: See `GradientInit`.
 
     Source: arXiv:2407.05000, Algorithm 1 with the stable scale (ArB2r); repository Outsider565/LoRA-GA for
-    gamma 64. Differs: L is the token mean over all samples, the model is in evaluation mode, and the samples
-    are drawn by seed, all as in LoraOneInit; the exported adapter is the plain LoRA of rank 2r that belongs to
-    the untouched base. PEFT's LoRA-GA is another one: it has singular values in lora_B.
+    gamma 64. Differs: L, the mode and the samples, as in LoraOneInit; the exported adapter is the plain LoRA of
+    rank 2r that belongs to the untouched base. PEFT's LoRA-GA is another one: it has singular values in lora_B.
     """
 
     subtracts_from_base = True
 
-    def __init__(
-        self,
-        gamma: float = 64.0,
-        num_samples: int = 64,
-        micro_batch_size: int = 8,
-        estimator: Estimator = Estimator(),  # noqa: B008 (frozen)
-    ) -> None:
-        super().__init__(num_samples, micro_batch_size, estimator)
+    def __init__(self, gamma: float = 64.0, **gradient: Any) -> None:
+        super().__init__(**gradient)
         self.gamma = check_gamma(gamma)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

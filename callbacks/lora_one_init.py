@@ -10,7 +10,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from app.initialization.factors import SVD, spectral_factors
 from app.initialization.gamma_search import MAX_TRIALS, mean_loss, search_gamma
-from app.initialization.one_step_gradient import Estimator
 from app.models.lora import LoraPair, install
 from app.training.protocols import AdaptedModule
 from app.utils.console import track
@@ -33,24 +32,15 @@ class LoraOneInit(GradientInit):
             first step. `auto` searches the one with the smallest loss on the same samples, at most 8 forward
             passes over them (`app.initialization.gamma_search`), and is never worse there than the untouched
             model.
-        num_samples: Training rows that the gradient is taken over.
-        micro_batch_size: Rows of one forward and backward pass; changes memory and speed. The exact
-            estimator's result does not depend on it, the sketch's only within its error.
-        estimator: How the gradient is kept while it is observed.
+        **gradient: See `GradientInit`.
 
-    Source: arXiv:2502.01235, Algorithm 1. Differs: L is the token mean over all samples (the authors
-    average the means of micro-batches), the model is in evaluation mode, and the samples are drawn by
-    seed (theirs are the first rows of the file).
+    Source: arXiv:2502.01235, Algorithm 1. Differs, unless configs/paper.yaml is given: L is the mean over
+    tokens (theirs over rows, in micro-batches of one), the model is in evaluation mode, and the samples are
+    drawn by the seed (theirs are the first rows of the file).
     """
 
-    def __init__(
-        self,
-        gamma: float | Literal["auto"] = 128.0,
-        num_samples: int = 64,
-        micro_batch_size: int = 8,
-        estimator: Estimator = Estimator(),  # noqa: B008 (frozen)
-    ) -> None:
-        super().__init__(num_samples, micro_batch_size, estimator)
+    def __init__(self, gamma: float | Literal["auto"] = 128.0, **gradient: Any) -> None:
+        super().__init__(**gradient)
         self.gamma = gamma if gamma == "auto" else check_gamma(gamma)
 
     def install_init(self, trainer: Trainer, module: AdaptedModule) -> dict[str, Any]:
@@ -73,8 +63,11 @@ class LoraOneInit(GradientInit):
             batches,
             pairs[0].lora_A.device,
             trainer.precision_plugin.forward_context,
+            self.weighting,
         )
-        return {**report, **_install_best(triplets, report["loss"], loss_at)}
+        # Without dropout, as in the trials; the product of the new factors is still zero.
+        untouched = loss_at() if self.train_mode else report["loss"]
+        return {**report, **_install_best(triplets, untouched, loss_at)}
 
 
 def _install(triplets: Triplets, gamma: float) -> None:

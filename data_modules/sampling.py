@@ -115,9 +115,14 @@ def subset(train: Sequence[TextRow], size: int, seed: int) -> list[TextRow]:
 
 
 def initialization_share(
-    lengths: Sequence[int], num_samples: int, seed: int, rank: int, world_size: int
+    lengths: Sequence[int],
+    num_samples: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    drawn: bool = True,
 ) -> list[int]:
-    """Draw the training rows of the initialization; see `TextDataModule.gradient_batches`.
+    """Draw the training rows of the initialization, or take the first; see `TextDataModule.gradient_batches`.
 
     Returns:
         This process's row numbers, the longest first, as many on every process: `PADDING` where none is left.
@@ -127,8 +132,10 @@ def initialization_share(
             f"{num_samples} initialization samples from {len(lengths)} training rows: expected 1 "
             f"to {len(lengths)}; change num_samples of the initialization or --data.train_size"
         )
-    # The stream's name is spelled as ever: another spelling would draw other rows.
-    chosen = sorted(draw(len(lengths), num_samples, seed, "initialisation"))
+    chosen = list(range(num_samples))
+    if drawn:
+        # The stream's name is spelled as ever: another spelling would draw other rows.
+        chosen = sorted(draw(len(lengths), num_samples, seed, "initialisation"))
     order = [chosen[i] for i in longest_first([lengths[row] for row in chosen])]
     return equal_share(order, rank, world_size)
 

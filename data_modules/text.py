@@ -229,9 +229,8 @@ class TextDataModule(LightningDataModule):
             rows, workers = PaddedRows(self.encoded(split)), self.num_workers
             order = LengthGroupedSampler(rows.lengths, size, False, self.seed, *place)
             collate = self.encoder.collate
-            loaders.append(
-                DataLoader(rows, size, sampler=order, num_workers=workers, collate_fn=collate)
-            )
+            made = DataLoader(rows, size, sampler=order, num_workers=workers, collate_fn=collate)
+            loaders.append(made)
         return [*loaders, *question_loaders(self.prepare_benchmarks(split), size, *place)]
 
     def _rank_and_world_size(self) -> tuple[int, int]:
@@ -261,19 +260,23 @@ class TextDataModule(LightningDataModule):
         self._position = dict(state_dict)
 
     def gradient_batches(
-        self, num_samples: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        num_samples: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        drawn: bool = True,
     ) -> list[Batch]:
         """Return this process's share of the initialization rows.
 
-        The rows are drawn once from the training rows by `seed`; neither the micro-batch size nor
-        the number of processes changes which. Padding rows make all shares equally large.
-        `num_samples` counts the rows of all processes together, `micro_batch_size` those of a batch.
+        Of all processes together they are `num_samples` of the training rows, drawn by `seed` or the first,
+        whatever the micro-batch size and the number of processes. Padding rows make all shares equally large.
 
         Raises:
             InputError: `num_samples` is not between 1 and the number of training rows.
         """
         rows = PaddedRows(self.encoded("train"))
-        share = initialization_share(rows.lengths, num_samples, self.seed, rank, world_size)
+        share = initialization_share(rows.lengths, num_samples, self.seed, rank, world_size, drawn)
         return [
             self.encoder.collate([rows[i] for i in share[start : start + micro_batch_size]])
             for start in range(0, len(share), micro_batch_size)

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from app.distributed.collectives import sum_over_processes
 from app.initialization.gradient_hooks import frozen
+from app.initialization.one_step_gradient import count_supervised
 from app.models.batch import Batch
-from app.models.loss import summed_loss, supervised_logits
+from app.models.loss import Weighting, summed_loss, supervised_logits
 
 FIRST_GAMMA = 128.0  # the authors' for language models
 MAX_TRIALS = 8  # gammas that a search may try
@@ -24,21 +25,19 @@ def mean_loss(
     batches: Sequence[Batch],
     device: torch.device,
     forward_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    weighting: Weighting = "tokens",
 ) -> float:
-    """Return the token mean of the loss over all processes' batches, in evaluation mode.
+    """Return the mean of the loss over all processes' batches, in evaluation mode.
 
     See `one_step_gradients` for the arguments.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     with frozen(model), torch.no_grad():
         for batch in batches:
             moved = {key: value.to(device) for key, value in batch.items()}
             with forward_context():
-                supervised = supervised_logits(model, base, moved)
-                loss = summed_loss(supervised).double()
-            total += torch.stack([loss, loss.new_tensor(supervised.labels.numel())])
-    loss_sum, tokens = sum_over_processes(total).tolist()
-    return loss_sum / tokens
+                total += summed_loss(supervised_logits(model, base, moved), weighting).double()
+    return float(sum_over_processes(total)) / count_supervised(batches, device)[weighting]
 
 
 def search_gamma(

@@ -142,11 +142,11 @@ def observe_weights(
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Hold the model in evaluation mode with no parameter requiring a gradient, then restore both exactly."""
+def frozen(model: nn.Module, train_mode: bool = False) -> Iterator[None]:
+    """Hold the model in one mode, no parameter requiring a gradient, then restore modes and flags exactly."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
+    model.train(train_mode)
     for parameter, _ in flags:
         parameter.requires_grad_(False)
     try:

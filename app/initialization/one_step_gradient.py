@@ -1,34 +1,26 @@
 """The one-step full gradient of every adapted layer, over a fixed set of samples."""
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from app.distributed.collectives import gather_numbers, sum_over_processes
 from app.initialization.gradient_estimators import GradientEstimate
 from app.initialization.gradient_exchange import Layer
-from app.initialization.gradient_hooks import (
-    Listener,
-    WeightListener,
-    frozen,
-    observe,
-    observe_weights,
-)
 from app.initialization.gradient_sketch import RandomColumns
 from app.initialization.gradient_store import ExactStore, GradientStore, SketchStore
-from app.models.activation_checkpointing import recomputing
+from app.initialization.observation import observed
 from app.models.batch import IGNORED_LABEL, Batch
-from app.models.experts import FusedParameter, fused_parameter
-from app.models.lora import LoraPair, without_adapters
-from app.models.loss import summed_loss, supervised_logits
+from app.models.lora import LoraPair
+from app.models.loss import Weighting, summed_loss, supervised_logits
 from app.utils.errors import InputError
 from app.utils.memory import PeakMemory
 
@@ -93,7 +85,7 @@ class OneStepResult:
 
     estimates: dict[str, GradientEstimate]  # by layer
     passes: int  # over the samples
-    loss: float  # token mean over the whole set, before any step
+    loss: float  # mean over the whole set, before any step
     tokens: int  # supervised ones in the set
     seconds: float  # wall time of all passes and decompositions
     peak_bytes: list[int]  # on each process: allocated on the accelerator, or resident on the CPU
@@ -109,14 +101,17 @@ def one_step_gradients(
     estimator: Estimator,
     forward_context: ForwardContext = nullcontext,
     progress: Progress = lambda batches, label: batches,
+    weighting: Weighting = "tokens",
+    train_mode: bool = False,
 ) -> OneStepResult:
     """Observe G = dL/dW of every pair's layer at the untouched base model.
 
-        L = (sum of token losses over all batches) / (number of supervised tokens in all batches)
+        tokens: L = (sum of token losses over all batches) / (number of supervised tokens in all batches)
+        rows:   L = (sum of the rows' mean token losses) / (number of rows)
 
     so G does not depend on how the set is cut into batches, nor on how these are spread over processes:
-    each process passes its share, and all get the same result. The model runs without its adapters, in
-    evaluation mode, frozen; weights, `.grad`, flags, mode and random state are left as they were.
+    each process passes its share, and all get the same result. The model runs without its adapters and
+    frozen; weights, `.grad`, flags, mode and random state are left as they were.
 
     Args:
         model: The PEFT model that is called.
@@ -128,9 +123,11 @@ def one_step_gradients(
         estimator: How G is kept.
         forward_context: Makes the trainer's precision context, such as autocast.
         progress: Shows, under a label, how far the iteration over the batches is.
+        weighting: Which mean L is.
+        train_mode: Run in training mode. Dropout masks, the same in each pass, depend on the cut into batches.
 
     Returns:
-        OneStepResult; its gradients are those of the token mean.
+        OneStepResult; its gradients are those of L.
 
     Raises:
         InputError: If a loss, a layer's gradient (names the batch and the layer) or its sum is not finite.
@@ -139,23 +136,18 @@ def one_step_gradients(
     device = pairs[0].lora_A.device
     ranks = rank if isinstance(rank, Mapping) else {pair.name: rank for pair in pairs}
     store = make_store(pairs, ranks, estimator, device)
-    tokens = _supervised_tokens(batches, device)
+    numbers = count_supervised(batches, device)
+    divisor = numbers[weighting]
+    run = partial(_run, model, base, store, device, forward_context, weighting, train_mode)
     began = time.perf_counter()
-    with PeakMemory(device) as memory, observed(model, pairs, store.listener):
-        losses = []
-        for shown in _passes(batches, estimator, store, progress):
-            estimates: dict[str, GradientEstimate] = {}  # those of the pass before are freed
-            losses.append(_one_pass(model, base, shown, store, device, forward_context))
-            _check_reached(store, pairs)
-            if estimator.is_adaptive or len(losses) == estimator.most_passes:
-                estimates = store.estimates(ranks, 1 / tokens)
-                if mean_rank_error(estimates) <= estimator.tolerance:
-                    break
+    with PeakMemory(device) as memory, observed(model, pairs, store.listener, train_mode):
+        shown = _passes(batches, estimator, store, progress)
+        losses, estimates = _estimate(run, shown, pairs, store, ranks, estimator, divisor)
     return OneStepResult(
         estimates=estimates,
         passes=len(losses),
-        loss=losses[0] / tokens,
-        tokens=tokens,
+        loss=losses[0],
+        tokens=numbers["tokens"],
         seconds=time.perf_counter() - began,
         peak_bytes=gather_numbers(memory.peak_bytes, device),
         sent_bytes=gather_numbers(store.sent_bytes, device),
@@ -174,66 +166,43 @@ def _passes(
         yield progress(batches, f"one-step gradient, pass {number}{of}")
 
 
+def _estimate(
+    run: Callable[[Iterable[Batch]], float],
+    passes: Iterable[Iterable[Batch]],
+    pairs: Sequence[LoraPair],
+    store: GradientStore,
+    ranks: Mapping[str, int],
+    estimator: Estimator,
+    divisor: int,
+) -> tuple[list[float], dict[str, GradientEstimate]]:
+    """Make passes until the estimates are exact enough; return the mean loss of each pass, and them."""
+    losses: list[float] = []
+    for batches in passes:
+        estimates: dict[str, GradientEstimate] = {}  # those of the pass before are freed
+        losses.append(run(batches) / divisor)
+        _check_reached(store, pairs)
+        if estimator.is_adaptive or len(losses) == estimator.most_passes:
+            estimates = store.estimates(ranks, 1 / divisor)
+            if mean_rank_error(estimates) <= estimator.tolerance:
+                break
+    return losses, estimates
+
+
 def mean_rank_error(estimates: Mapping[str, GradientEstimate]) -> float:
     """Average the estimated errors of the layers' leading parts; of a gradient that is zero there is none."""
     errors = [estimate.rank_error for estimate in estimates.values() if estimate.norm > 0]
     return sum(errors) / max(len(errors), 1)
 
 
-def _supervised_tokens(batches: Sequence[Batch], device: torch.device) -> int:
-    tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches)
-    return int(sum_over_processes(torch.tensor(tokens, device=device)))
-
-
-@contextmanager
-def observed(
-    model: nn.Module, pairs: Sequence[LoraPair], listener: Callable[[str], Listener] | None
-) -> Iterator[None]:
-    """Run the untouched model, frozen, with `listener(pair.name)` on each pair; None hears nothing."""
-    linear, linear_listeners = {}, {}
-    weights, weight_listeners = {}, {}
-    for layer, group in itertools.groupby(pairs, key=lambda pair: pair.layer):
-        experts = list(group)
-        name = experts[0].name
-        listeners = [listener(pair.name) if listener else _ignore for pair in experts]
-        if (parameter := fused_parameter(layer)) is None:
-            linear[name], linear_listeners[name] = layer, listeners[0]
-        else:
-            weights[name] = parameter
-            spread = _spread(parameter, experts, listeners) if listener else _ignore
-            weight_listeners[name] = spread
-    with (
-        frozen(model),
-        recomputing(model),
-        without_adapters(model),
-        observe(linear, linear_listeners),
-        observe_weights(weights, weight_listeners),
-    ):
-        yield
-
-
-def _ignore(*_: object) -> None:
-    pass
-
-
-def _spread(
-    parameter: FusedParameter, pairs: Sequence[LoraPair], listeners: Sequence[Listener]
-) -> WeightListener:
-    """Hand each expert's part G of a fused parameter's gradient to its listener.
-
-    As the (x, delta) of min(m, n) tokens: G = I G = G I. An expert without tokens hears nothing.
-    """
-
-    def listen(gradient: Tensor) -> None:
-        matrices = parameter.matrices(gradient)
-        reached = matrices.flatten(1).any(dim=1).tolist()
-        eye = torch.eye(min(matrices.shape[1:]), dtype=gradient.dtype, device=gradient.device)
-        for pair, hear in zip(pairs, listeners, strict=True):
-            G = matrices[pair.expert or 0]
-            if reached[pair.expert or 0]:
-                hear(*((G, eye) if len(G) <= G.shape[1] else (eye, G.T)), [pair.name])
-
-    return listen
+def count_supervised(batches: Sequence[Batch], device: torch.device) -> dict[Weighting, int]:
+    """Count the supervised tokens in all processes' batches, and the rows that have any."""
+    supervised = [batch["labels"] != IGNORED_LABEL for batch in batches]
+    counts = torch.tensor(
+        [sum(int(s.sum()) for s in supervised), sum(int(s.any(dim=1).sum()) for s in supervised)],
+        device=device,
+    )
+    tokens, rows = sum_over_processes(counts).tolist()
+    return {"tokens": tokens, "rows": rows}
 
 
 def _check_reached(store: GradientStore, pairs: Sequence[LoraPair]) -> None:
@@ -247,32 +216,36 @@ def _check_reached(store: GradientStore, pairs: Sequence[LoraPair]) -> None:
         )
 
 
-def _one_pass(
+def _run(
     model: nn.Module,
     base: PreTrainedModel,
-    batches: Iterable[Batch],
     store: GradientStore,
     device: torch.device,
     forward_context: ForwardContext,
+    weighting: Weighting,
+    train_mode: bool,
+    batches: Iterable[Batch],
 ) -> float:
     """Run all micro-batches forward and backward; return the summed loss of all processes."""
-    total = 0.0
-    for i, batch in enumerate(batches):
-        moved = {key: value.to(device) for key, value in batch.items()}
-        with torch.enable_grad(), forward_context():
-            loss = summed_loss(supervised_logits(model, base, moved))
-        # Summed over processes, so that all of them stop where one of them has to.
-        whole = float(sum_over_processes(loss.detach().clone()))
-        if not math.isfinite(whole):
-            raise InputError(_not_finite("the loss", i, batch))
-        # Outside the precision context, where autocast would round the sums to 16 bits.
-        if loss.requires_grad:
-            loss.backward()
-        store.end_batch()
-        if layer := store.pop_non_finite():
-            raise InputError(_not_finite(f"the gradient at {layer}", i, batch))
-        total += whole
-    store.end_pass()
+    total, devices = 0.0, [] if device.type == "cpu" else [device]
+    # Each pass draws the masks of dropout from the same state, which is left behind.
+    with torch.random.fork_rng(devices, enabled=train_mode, device_type=device.type):
+        for i, batch in enumerate(batches):
+            moved = {key: value.to(device) for key, value in batch.items()}
+            with torch.enable_grad(), forward_context():
+                loss = summed_loss(supervised_logits(model, base, moved), weighting)
+            # Summed over processes, so that all of them stop where one of them has to.
+            whole = float(sum_over_processes(loss.detach().clone()))
+            if not math.isfinite(whole):
+                raise InputError(_not_finite("the loss", i, batch))
+            # Outside the precision context, where autocast would round the sums to 16 bits.
+            if loss.requires_grad:
+                loss.backward()
+            store.end_batch()
+            if layer := store.pop_non_finite():
+                raise InputError(_not_finite(f"the gradient at {layer}", i, batch))
+            total += whole
+        store.end_pass()
     return total
 
 

@@ -57,9 +57,9 @@ class LogitsTail(TorchFunctionMode):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """The summed cross-entropy of logits = tail(head(hidden)), whose gradient is made in the forward pass.
+    """The weighted cross-entropy of logits = tail(head(hidden)), whose gradient is made in the forward pass.
 
-        loss = sum_s (logsumexp(z_s) - z_s[label_s]),    dloss/dz_s = softmax(z_s) - onehot(label_s)
+        loss = sum_s w_s (logsumexp(z_s) - z_s[label_s]),    dloss/dz_s = w_s (softmax(z_s) - onehot(label_s))
 
     A chunk's logits are freed with it: what is kept is the gradient of `hidden` and of the head's parameters.
     """
@@ -71,6 +71,7 @@ class ChunkedLoss(torch.autograd.Function):
         tail: Callable[[Tensor], Tensor],
         vocabulary: int,
         labels: Tensor,
+        weights: Tensor | None,
         hidden: Tensor,
         *trained: nn.Parameter,
     ) -> Tensor:
@@ -82,11 +83,12 @@ class ChunkedLoss(torch.autograd.Function):
             tail: What the architecture does with its output.
             vocabulary: Logits of a position.
             labels: (S,) tokens to predict.
+            weights: (S,) float32 weights w of the positions; None where all are 1.
             hidden: (S, n) the head's input.
             trained: The head's parameters that require a gradient.
         """
         loss = torch.zeros((), device=hidden.device)
-        through = ctx.needs_input_grad[4]
+        through = ctx.needs_input_grad[5]
         grad_hidden = torch.empty_like(hidden) if through else None
         sums: list[Tensor | None] = [None for _ in trained]
         rows = chunk_size(head, vocabulary)
@@ -95,7 +97,9 @@ class ChunkedLoss(torch.autograd.Function):
             inputs = [part, *trained] if through else [*trained]
             with torch.enable_grad():
                 logits = tail(head(part.unsqueeze(0)))[0]
-            added, slope = _loss_and_slope(logits, labels[start : start + rows, None])
+            chosen = slice(start, start + rows)
+            weight = None if weights is None else weights[chosen, None]
+            added, slope = _loss_and_slope(logits, labels[chosen, None], weight)
             loss += added
             if not inputs:
                 continue
@@ -123,7 +127,7 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Multiply what the forward pass has made by the loss's gradient, in place."""
         made = (None if g is None else g.mul_(grad) for g in ctx.saved_tensors)
-        return None, None, None, None, *made
+        return None, None, None, None, None, *made
 
 
 def chunk_size(head: nn.Module, vocabulary: int) -> int:
@@ -137,9 +141,14 @@ def chunk_size(head: nn.Module, vocabulary: int) -> int:
     return max(1, max(CHUNK_BYTES, read // 4, made) // (4 * vocabulary))
 
 
-def _loss_and_slope(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed loss and its gradient (C, vocabulary) in the type of the logits; labels are (C, 1)."""
+def _loss_and_slope(
+    logits: Tensor, labels: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and its gradient (C, vocabulary), of the logits' type; labels, weights are (C, 1)."""
     scores = torch.log_softmax(logits.detach().float(), dim=-1)
-    loss = -scores.gather(1, labels).sum()
+    picked = scores.gather(1, labels)
+    loss = -(picked if weights is None else picked * weights).sum()
     slope = scores.exp_().scatter_add_(1, labels, -torch.ones_like(labels, dtype=scores.dtype))
+    if weights is not None:
+        slope.mul_(weights)
     return loss, slope.to(logits.dtype)

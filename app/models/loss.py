@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 from app.models.batch import IGNORED_LABEL, Batch
 from app.models.chunked_loss import ChunkedLoss, LogitsTail
 
+Weighting = Literal["tokens", "rows"]
+"""What counts alike in a mean loss: each supervised token, or each row, with the mean over its own tokens."""
+
 
 class SupervisedLogits(NamedTuple):
     """The LM head's output at the supervised positions of a batch, in row-major order."""
@@ -18,6 +21,7 @@ class SupervisedLogits(NamedTuple):
     logits: Tensor  # (S, vocabulary), in the model's dtype
     labels: Tensor  # (S,) the token each position should predict
     first: Tensor  # (B,) row of `logits` at which each example's answer begins
+    rows: Tensor  # (S,) number of the example that each position belongs to, ascending
 
 
 @contextmanager
@@ -58,6 +62,15 @@ def _inputs_and_wanted(base: PreTrainedModel, batch: Batch) -> tuple[dict[str, A
     return inputs, wanted
 
 
+def _rows_of(chosen: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """Return the number of the example that each chosen (B, T) position belongs to, ascending."""
+    if "position_ids" in inputs:  # each of the packed examples begins at 0
+        numbers = (inputs["position_ids"] == 0).flatten().cumsum(0).view_as(chosen)
+    else:
+        numbers = torch.arange(len(chosen), device=chosen.device)[:, None].expand_as(chosen)
+    return numbers[chosen]
+
+
 def supervised_logits(model: nn.Module, base: PreTrainedModel, batch: Batch) -> SupervisedLogits:
     """Run the model and return the logits at the supervised positions alone.
 
@@ -75,20 +88,41 @@ def supervised_logits(model: nn.Module, base: PreTrainedModel, batch: Batch) -> 
     with select_positions_for_lm_head(base.get_output_embeddings(), chosen):  # type: ignore[arg-type]
         logits = model(**inputs, use_cache=False).logits[0]
     per_row = chosen.sum(dim=1)
-    return SupervisedLogits(logits, wanted[chosen], per_row.cumsum(0) - per_row)
+    first = per_row.cumsum(0) - per_row
+    return SupervisedLogits(logits, wanted[chosen], first, _rows_of(chosen, inputs))
 
 
-def summed_loss(supervised: SupervisedLogits) -> Tensor:
-    """Sum the cross-entropy over supervised tokens, in float32.
+def row_weights(rows: Tensor) -> tuple[Tensor, int]:
+    """Return the weight of each supervised token in the sum of the rows' means, and the number of rows.
 
-    Divide by the number of supervised tokens (of the batch, or of a whole set) for the token mean.
+        w_s = 1 / (supervised tokens of the row of s)
+
+    Args:
+        rows: (S,) number of the row that each token belongs to, ascending.
+
+    Returns:
+        (S,) float32, and how many rows have supervised tokens.
+    """
+    _, place, tokens = rows.unique_consecutive(return_inverse=True, return_counts=True)
+    return 1 / tokens[place], len(tokens)
+
+
+def summed_loss(supervised: SupervisedLogits, weighting: Weighting = "tokens") -> Tensor:
+    """Sum the cross-entropy over supervised tokens, or its means over the tokens of each row, in float32.
+
+    Divide by the number of supervised tokens, or of rows (of the batch, or of a whole set), for the mean.
     """
     logits = supervised.logits.float()
-    return nn.functional.cross_entropy(logits, supervised.labels, reduction="sum")
+    if weighting == "tokens":
+        return nn.functional.cross_entropy(logits, supervised.labels, reduction="sum")
+    weights, _ = row_weights(supervised.rows)
+    return weights @ nn.functional.cross_entropy(logits, supervised.labels, reduction="none")
 
 
-def supervised_loss(model: nn.Module, base: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Run the model and return `summed_loss` and the labels (S,), without the (S, vocabulary) logits.
+def supervised_loss(
+    model: nn.Module, base: PreTrainedModel, batch: Batch, weighting: Weighting = "tokens"
+) -> tuple[Tensor, int]:
+    """Run the model and return `summed_loss` and what to divide it by, without the (S, vocabulary) logits.
 
     The model runs with no position for its head; then the head, and what the architecture does with logits,
     are given the supervised positions in chunks. Each chunk's gradient follows at once, so that neither logits
@@ -98,10 +132,14 @@ def supervised_loss(model: nn.Module, base: PreTrainedModel, batch: Batch) -> tu
         model: As for `supervised_logits`.
         base: As for `supervised_logits`.
         batch: As for `supervised_logits`.
+        weighting: What counts alike in the mean. A packed example is a row.
     """
     inputs, wanted = _inputs_and_wanted(base, batch)
     chosen = wanted != IGNORED_LABEL
     labels = wanted[chosen]
+    weights, number = None, len(labels)
+    if weighting == "rows":
+        weights, number = row_weights(_rows_of(chosen, inputs))
     head: nn.Module = base.get_output_embeddings()  # type: ignore[assignment]
     tail = LogitsTail()
     seen: list[Tensor] = []
@@ -118,12 +156,12 @@ def supervised_loss(model: nn.Module, base: PreTrainedModel, batch: Batch) -> tu
         stack.close()
         tail.check(output.logits)
         trained = [p for p in head.parameters() if p.requires_grad]
-        vocabulary = output.logits.shape[-1]
-        return ChunkedLoss.apply(head, tail, vocabulary, labels, *seen, *trained)  # type: ignore[no-any-return]
+        options = (head, tail, output.logits.shape[-1], labels, weights)
+        return ChunkedLoss.apply(*options, *seen, *trained)  # type: ignore[no-any-return]
 
     with ExitStack() as stack:
         stack.enter_context(select_positions_for_lm_head(head, chosen, no_rows))
         stack.callback(head.register_forward_hook(record).remove)
         # Ahead of FSDP2's hook, which frees the head's gathered weights.
         stack.callback(model.register_forward_hook(loss, prepend=True).remove)
-        return model(**inputs, use_cache=False), labels
+        return model(**inputs, use_cache=False), number

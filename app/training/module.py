@@ -32,7 +32,7 @@ from app.models.lora import (
     lora_pairs,
     subtract_from_base,
 )
-from app.models.loss import SupervisedLogits, supervised_logits, supervised_loss
+from app.models.loss import SupervisedLogits, Weighting, supervised_logits, supervised_loss
 from app.models.quantization import quantized_by
 from app.models.source import ModelSource, Quantization, resolve_model
 from app.optim.preconditioned_adamw import PreconditionedAdamW
@@ -43,7 +43,7 @@ from app.training.lightning_internals import total_steps
 from app.training.model_building import build_model, empty_adapted
 from app.training.optimization import check_gradients, check_loss, pair_optimizer, parameter_groups
 from app.training.protocols import AdaptedModule, Factors, data_of
-from app.training.token_mean import TokenMean
+from app.training.step_mean import StepMean
 from app.training.trainer_checks import check_loops
 from app.utils.errors import InputError
 
@@ -61,6 +61,7 @@ class LoraModule(LightningModule):
         merged: Type of all weights of a model that is tested as `export --merge --dtype` writes it, with the
             adapter of adapter_path in its weights; null keeps the adapter beside them.
         optimizer: Class and arguments of the optimizer; it is given the trainable parameters.
+        loss_weighting: What the training loss averages: `tokens`, or `rows`, each with its tokens' mean.
         lr_scheduler_type: Shape of the learning rate, in transformers' names.
         warmup_steps: Optimizer steps of linear warm-up; below 1, a share of all steps.
         dtype: Type of the base model's weights; adapters are float32 always.
@@ -77,6 +78,7 @@ class LoraModule(LightningModule):
         adapter_path: str | None = None,
         merged: Literal["float32", "bfloat16", "float16"] | None = None,
         optimizer: OptimizerCallable = PreconditionedAdamW,
+        loss_weighting: Weighting = "tokens",
         lr_scheduler_type: Literal[
             "linear", "cosine", "constant", "constant_with_warmup", "polynomial"
         ] = "linear",
@@ -97,6 +99,7 @@ class LoraModule(LightningModule):
         self.merged = merged is not None
         self.make_optimizer = optimizer
         self._pair_optimizer = pair_optimizer(optimizer)
+        self.loss_weighting: Weighting = loss_weighting
         self.lr_scheduler_type = lr_scheduler_type
         self.warmup_steps = warmup_steps
         self.dtype_name: str = merged or dtype
@@ -110,7 +113,7 @@ class LoraModule(LightningModule):
         self.scoring: Scoring
         self.answers_folder: Path | None = None
         self.subtracted_factors: Factors = {}
-        self._token_mean = TokenMean()
+        self._step_mean = StepMean()
 
     @cached_property
     def source(self) -> ModelSource:
@@ -224,22 +227,21 @@ class LoraModule(LightningModule):
                 _ = self.blueprint
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return a loss whose gradients, summed over a step, are the token mean's; see `TokenMean`."""
-        loss, labels = supervised_loss(self.model, self.base, batch)
-        tokens = loss.new_tensor(labels.numel())
-        whole = sum_over_processes(torch.stack([loss.detach(), tokens]))
+        """Return a loss whose gradients, summed over a step, are those of its mean; see `StepMean`."""
+        loss, number = supervised_loss(self.model, self.base, batch, self.loss_weighting)
+        whole = sum_over_processes(torch.stack([loss.detach(), loss.new_tensor(number)]))
         check_loss(whole, self.current_epoch, batch_idx, batch["index"])
         # DDP takes the mean over processes, and Lightning that over accumulated batches.
         averaged = isinstance(self.trainer.strategy, DDPStrategy)
         divided_by = (world_size() if averaged else 1) * self.trainer.accumulate_grad_batches
-        return self._token_mean.scaled(loss, whole, divided_by)
+        return self._step_mean.scaled(loss, whole, divided_by)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the gradients those of the token mean, log it; refuse to step on one that is not finite."""
+        """Make the gradients those of the step's mean, log it; refuse to step on one that is not finite."""
         gradients = [p.grad for _, p in self._trained if p.grad is not None]
         if self.is_sharded:
             sum_in_one_buffer(gradients)
-        mean, factor = self._token_mean.finish()
+        mean, factor = self._step_mean.finish()
         self.log("train/loss", mean, prog_bar=True)
         if factor != 1:
             torch._foreach_mul_(gradients, factor)
@@ -280,10 +282,8 @@ class LoraModule(LightningModule):
         total = total_steps(self.trainer)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
         scheduler = get_scheduler(self.lr_scheduler_type, optimizer, round(warmup), total)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        schedule = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only trainable weights in the checkpoint, and what they belong to."""

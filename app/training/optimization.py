@@ -60,7 +60,7 @@ def check_loss(whole: Tensor, epoch: int, batch_idx: int, rows: Tensor) -> None:
     """Raise DivergedError if a loss is not finite.
 
     Args:
-        whole: (2,) loss and number of tokens of a batch, summed over the processes.
+        whole: (2,) loss and number of tokens or rows of a batch, summed over the processes.
         epoch: Epoch of the batch.
         batch_idx: Its number.
         rows: (B,) numbers of its training rows on this process.

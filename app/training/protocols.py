@@ -14,6 +14,7 @@ from app.models.adapter_config import LoraSettings
 from app.models.batch import Batch
 from app.models.loading import ModelSource
 from app.models.lora import LoraPair
+from app.models.loss import Weighting
 from app.tracking.record import RunRecord
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -41,6 +42,7 @@ class AdaptedModule(ModelSettings, Protocol):
     name: str
     model: nn.Module  # what is called: the PEFT model, or the transformers model without an adapter
     record: RunRecord
+    loss_weighting: Weighting
     answers_folder: Path | None  # where answers to benchmarks are kept; None keeps none
     scoring: Scoring  # of the validation or test loop that is running
     subtracted_factors: Factors  # what an initialization has taken off the base weights
@@ -103,7 +105,12 @@ class DataModule(Protocol):
         """Return where the rows come from and how many there are."""
 
     def gradient_batches(
-        self, num_samples: int, micro_batch_size: int, rank: int, world_size: int
+        self,
+        num_samples: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        drawn: bool = True,
     ) -> list[Batch]:
         """Return this process's share of the initialization rows."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from app.cli.main import main as train
-from app.training.token_mean import TokenMean
+from app.training.step_mean import StepMean
 from benchmarks.parts.limit import print_limit
 from benchmarks.peers.turns import Turns, read_rows
 from data_modules.rows import PaddedRows, TextRow
@@ -71,7 +71,7 @@ class TakeTurns(Callback):
             loss = module.training_step(batch, 0)
             loss.backward()
             module.zero_grad()
-            module._token_mean = TokenMean()
+            module._step_mean = StepMean()
             return loss.detach()
 
         if self.profile:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from app.models.loading import load_model, load_tokenizer
-from app.models.loss import summed_loss, supervised_logits
+from app.models.loss import supervised_loss
 from app.models.source import resolve_model
 from data_modules.gsm8k import Gsm8kDataModule
 from data_modules.packing import collate_packed, pack
@@ -113,18 +113,17 @@ def test_rows_that_are_scored_are_not_packed(causal):
         assert len(batch["input_ids"]) == 4
 
 
-def loss_and_gradients(model, data):
-    """Return the token mean over all training rows, its gradients, and the number of rows computed."""
-    model, rows, total, tokens = copy.deepcopy(model), 0, 0.0, 0
+def loss_and_gradients(model, data, weighting):
+    """Return the mean loss over all training rows, its gradients, and the number of rows computed."""
+    model, rows, total, number = copy.deepcopy(model), 0, 0.0, 0
     for batch in data.train_dataloader():
-        found = supervised_logits(model, model, batch)
-        loss = summed_loss(found)
+        loss, counted = supervised_loss(model, model, batch, weighting)
         loss.backward()
-        total, tokens = total + float(loss.detach()), tokens + found.labels.numel()
+        total, number = total + float(loss.detach()), number + counted
         rows += len(batch["input_ids"])
     return (
-        total / tokens,
-        {n: p.grad / tokens for n, p in model.named_parameters() if p.requires_grad},
+        total / number,
+        {n: p.grad / number for n, p in model.named_parameters() if p.requires_grad},
         rows,
     )
 
@@ -138,13 +137,13 @@ def gsm8k(tmp_path_factory):
     return file
 
 
-def check_packed(model, tokenizer, file, batch_size):
+def check_packed(model, tokenizer, file, batch_size, weighting="tokens"):
     found = []
     for packing in (False, True):
         options = {"packing": packing, "batch_size": batch_size, "validation_size": 0}
         data = Gsm8kDataModule(str(file), max_length=512, **options)
         data.attach(tokenizer, is_encoder_decoder=False)
-        found.append(loss_and_gradients(model, data))
+        found.append(loss_and_gradients(model, data, weighting))
     (alone, wanted, rows), (packed, gradients, packs) = found
     assert (rows, packs < 32) == (64, True)
     assert packed == pytest.approx(alone, rel=1e-5)
@@ -164,10 +163,11 @@ def words(gsm8k):
 
 
 @needs_data("gsm8k")
+@pytest.mark.parametrize("weighting", ["tokens", "rows"])
 @pytest.mark.parametrize(("build", "attention"), [("tiny_llama", "sdpa"), ("tiny_gpt2", "eager")])
-def test_gsm8k_packed_and_unpacked(build, attention, request, words, gsm8k):
+def test_gsm8k_packed_and_unpacked(build, attention, weighting, request, words, gsm8k):
     model = request.getfixturevalue(build)(attn_implementation=attention, vocab_size=1024)
-    check_packed(model, words, gsm8k, 4)
+    check_packed(model, words, gsm8k, 4, weighting)
 
 
 @needs_data("gsm8k")

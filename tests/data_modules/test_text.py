@@ -100,6 +100,16 @@ def test_gradient_rows_follow_the_seed(causal):
     assert rows() != sorted(next(iter(attached(causal).train_dataloader()))["index"].tolist())
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_first_gradient_rows_are_those_of_the_file(world_size, causal):
+    data = attached(causal)
+    shares = [
+        flat(indices(data.gradient_batches(7, 4, rank, world_size, drawn=False)))
+        for rank in range(world_size)
+    ]
+    assert sorted(row for row in flat(shares) if row >= 0) == list(range(7))
+
+
 @pytest.mark.parametrize("num_samples", [0, 31])
 def test_gradient_rows_out_of_range(causal, num_samples):
     with pytest.raises(InputError, match=f"{num_samples} initialization samples from 30"):

@@ -25,7 +25,8 @@ def batch(predicted, generator, answer_tokens):
     # What is no label word does not count, however high it is.
     logits[first, 0] += 100
     labels = torch.randint(VOCABULARY, (len(logits),), generator=generator)
-    return SupervisedLogits(logits, labels, first)
+    rows = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return SupervisedLogits(logits, labels, first, rows)
 
 
 def scores_of(predicted, target, classes, batch_size, seed=0):

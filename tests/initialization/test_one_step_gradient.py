@@ -71,6 +71,48 @@ def test_the_gradient_of_each_expert_is_autograds(kind, checkpointing):
     assert_untouched(wrapped, before)
 
 
+@pytest.mark.parametrize("build", BUILDERS)
+def test_the_mean_over_rows_is_that_of_each_row_alone(build, request):
+    model = request.getfixturevalue(build)()
+    is_encoder_decoder = model.config.is_encoder_decoder
+    alone = [oracle(model, batch) for batch in make_batches(is_encoder_decoder, size=1)]
+    loss = sum(loss for loss, _ in alone) / len(alone)
+    gradients = {
+        name: torch.stack([gradients[name] for _, gradients in alone]).mean(dim=0)
+        for name in alone[0][1]
+    }
+    wrapped = add_lora(model, LoraSettings(r=4))
+    of_tokens = run_whole(wrapped, make_batches(is_encoder_decoder))
+    for size in (1, 4, 6):
+        batches = make_batches(is_encoder_decoder, size=size)
+        result = run_whole(wrapped, batches, weighting="rows")
+        assert_same(result, loss, gradients)
+        assert result.tokens == of_tokens.tokens
+    assert of_tokens.loss != pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("build", ["tiny_gpt2", "tiny_t5"])
+def test_training_mode_has_the_masks_of_autograds_dropout_in_each_pass(
+    build, checkpointing, request
+):
+    model = request.getfixturevalue(build)()
+    [batch] = make_batches(model.config.is_encoder_decoder)
+    loss, _ = oracle(model, batch)
+    torch.manual_seed(7)
+    with_dropout, gradients = oracle(model, batch, train_mode=True)
+    assert with_dropout != pytest.approx(loss, rel=1e-4)
+    if checkpointing:
+        checkpointed(model)
+    wrapped = add_lora(model, LoraSettings(r=4))
+    torch.manual_seed(7)
+    before = snapshot(wrapped)
+    for estimator in (EXACT, Estimator(oversampling=64, passes=3)):
+        result = run_whole(wrapped, [batch], estimator, train_mode=True)
+        assert_same(result, with_dropout, gradients, 1e-4)
+    assert_untouched(wrapped, before)
+
+
 def test_trained_adapters_do_not_enter_the_gradient(tiny_llama):
     model = tiny_llama()
     loss, gradients = oracle(model, make_batches(False)[0])

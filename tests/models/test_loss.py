@@ -101,23 +101,24 @@ def chunk_rows(monkeypatch):
     return set_rows
 
 
-def loss_and_gradients(model, batch, chunked):
+def loss_and_gradients(model, batch, chunked, weighting="tokens"):
     model.zero_grad()
     if chunked:
-        loss, labels = supervised_loss(model, base_model(model), batch)
+        loss, number = supervised_loss(model, base_model(model), batch, weighting)
     else:
         found = supervised_logits(model, base_model(model), batch)
-        loss, labels = summed_loss(found), found.labels
+        loss, number = summed_loss(found, weighting), len(found.labels)
+        number = number if weighting == "tokens" else len(found.rows.unique())
     (loss * 0.7).backward()
     named = model.named_parameters()
-    return loss.item(), labels, {n: p.grad.clone() for n, p in named if p.grad is not None}
+    return loss.item(), number, {n: p.grad.clone() for n, p in named if p.grad is not None}
 
 
-def assert_chunks_change_nothing(model, batch):
-    loss, labels, gradients = loss_and_gradients(model, batch, chunked=True)
-    wanted, their_labels, theirs = loss_and_gradients(model, batch, chunked=False)
+def assert_chunks_change_nothing(model, batch, weighting="tokens"):
+    loss, number, gradients = loss_and_gradients(model, batch, True, weighting)
+    wanted, their_number, theirs = loss_and_gradients(model, batch, False, weighting)
     assert loss == pytest.approx(wanted, rel=1e-6)
-    assert torch.equal(labels, their_labels)
+    assert number == their_number
     assert gradients.keys() == theirs.keys()
     assert gradients
     for name, gradient in gradients.items():
@@ -137,13 +138,44 @@ def test_chunks_change_neither_loss_nor_gradients(trained, build, rows, chunk_ro
         for pair in lora_pairs(model):
             nn.init.normal_(pair.lora_B, std=0.1)
     chunk_rows(rows)
-    assert_chunks_change_nothing(model.double(), batch)
+    for weighting in ("tokens", "rows"):
+        assert_chunks_change_nothing(model.double(), batch, weighting)
+
+
+def mean_of_row_means(model, batch):
+    """Return transformers' own loss of each row alone, averaged over the rows that are supervised."""
+    rows = [i for i, labels in enumerate(batch["labels"]) if bool((labels != -100).any())]
+    inputs = model_inputs(batch)
+    losses = [model(**{k: v[i : i + 1] for k, v in inputs.items()}).loss for i in rows]
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_rows_count_alike_whatever_their_number_of_tokens(build, chunked, request):
+    """One row has no supervised token, as the padding rows of several processes, and does not count."""
+    model = request.getfixturevalue(build)().double()
+    plain = copy.deepcopy(model)
+    batch = dict(make_batches(model.config.is_encoder_decoder)[0])
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][2] = -100
+    loss, number, gradients = loss_and_gradients(model, batch, chunked, "rows")
+    wanted = mean_of_row_means(plain, batch)
+    (wanted * 0.7).backward()
+    assert number == 5
+    assert loss / number == pytest.approx(wanted.item(), rel=1e-6)
+    tokens, count, _ = loss_and_gradients(model, batch, chunked, "tokens")
+    assert tokens / count != pytest.approx(wanted.item(), rel=1e-5)
+    for name, p in plain.named_parameters():
+        error = (gradients[name] / number - p.grad).norm()
+        assert error <= 1e-6 * p.grad.norm(), name
 
 
 def test_without_supervised_positions_all_gradients_are_zero(tiny_llama):
     batch = dict(make_batches(False)[0])
     batch["labels"] = torch.full_like(batch["labels"], -100)
-    assert_chunks_change_nothing(tiny_llama(), batch)
+    for weighting in ("tokens", "rows"):
+        assert_chunks_change_nothing(tiny_llama(), batch, weighting)
 
 
 def seen_by(head, call):
@@ -223,9 +255,9 @@ def test_what_an_architecture_does_with_logits_is_done_with_each_chunk(name, chu
     chunk_rows(4)
     batch = make_batches(False)[0]
     assert_chunks_change_nothing(model.double(), batch)
-    loss, labels = supervised_loss(model, model, batch)
+    loss, number = supervised_loss(model, model, batch)
     wanted = model(**model_inputs(batch)).loss
-    assert loss.item() / len(labels) == pytest.approx(wanted.item(), rel=1e-5)
+    assert loss.item() / number == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_logits_that_are_not_made_of_the_heads_output_are_refused(tiny_llama, monkeypatch):

@@ -1,6 +1,9 @@
 """One process, DDP and FSDP2 train alike: same gradient, initialization, losses and scores."""
 
+import json
+
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from tests.support.parity import (
@@ -61,6 +64,30 @@ def test_the_initialization_alone(parity_config, models_without_dropout, finishe
         made = products(strategy)
         assert made.keys() == wanted.keys()
         assert max(relative_error(made[name], value) for name, value in wanted.items()) < 1e-4
+
+
+def test_a_mean_over_rows(parity_config, models_without_dropout, finished, tmp_path):
+    """Answers of 1 to 12 words: one process and two weigh each row alike."""
+    rows = [{"instruction": f"Say {i}.", "output": "so " * (i % 12 + 1)} for i in range(61)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = yaml.safe_load(parity_config.read_text())
+    config["data"] = {
+        "class_path": "InstructionDataModule",
+        "init_args": {"path": str(tmp_path / "rows.json"), "eval_batch_size": 7},
+    }
+    config["model"]["loss_weighting"] = "rows"
+    config["init"]["init_args"] |= {"weighting": "rows", "samples": "first"}
+    file = tmp_path / "rows.yaml"
+    file.write_text(yaml.safe_dump(config))
+
+    def job(where, batch_size, *more):
+        model = models_without_dropout / "llama"
+        return parity_job(file, model, tmp_path / where, batch_size, *more)
+
+    finished([job("alone", 8)], processes=1)
+    finished([job(strategy, 4, *two_processes(strategy)) for strategy in STRATEGIES])
+    for strategy in STRATEGIES:
+        assert_alike(tmp_path / strategy, tmp_path / "alone", 2)
 
 
 METHODS = {

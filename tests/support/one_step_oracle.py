@@ -51,9 +51,9 @@ def model_inputs(batch):
     return {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
 
 
-def oracle(model, batch):
+def oracle(model, batch, train_mode=False):
     """Return transformers' own loss and each weight's gradient, (out_features, in_features)."""
-    plain = copy.deepcopy(model).requires_grad_(True).eval()
+    plain = copy.deepcopy(model).requires_grad_(True).train(train_mode)
     loss = plain(**model_inputs(batch), use_cache=False).loss
     loss.backward()
     gradients = {}

@@ -154,9 +154,11 @@ def run_memory(
     if hasattr(trainer.init, "estimator"):
         init = cast(GradientInitialization, trainer.init)
         pairs, world = module.lora_pairs(), placement.world_size
-        batches = data.gradient_batches(init.num_samples, init.micro_batch_size, 0, world)
+        batches = data.gradient_batches(
+            init.num_samples, init.micro_batch_size, 0, world, init.drawn
+        )
         initialization = memory.InitializationMemory(
-            activations=fake.observation(batches[0], pairs).peak,
+            activations=fake.observation(batches[0], pairs, init.train_mode).peak,
             sketch=memory.sketch_bytes(pairs, init.estimator.oversampling),
             exact=memory.exact_bytes(pairs, world),
             estimator=init.estimator.kind,

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.integrations import moe
 
-from app.initialization.one_step_gradient import observed
+from app.initialization.observation import observed
 from app.models.batch import IGNORED_LABEL, Batch
 from app.models.lora import LoraPair
 from app.models.loss import summed_loss, supervised_logits, supervised_loss
@@ -86,9 +86,11 @@ class FakeModel:
         with torch.no_grad():
             return self._measure(batch, self._whole_loss)
 
-    def observation(self, batch: Batch, pairs: Sequence[LoraPair]) -> PassMemory:
+    def observation(
+        self, batch: Batch, pairs: Sequence[LoraPair], train_mode: bool = False
+    ) -> PassMemory:
         """Measure the pass of the one-step gradient, without what is kept of the gradient."""
-        with observed(self.model, pairs, listener=None):
+        with observed(self.model, pairs, None, train_mode):
             return self._measure(batch, self._whole_loss)
 
     def _whole_loss(self, batch: Batch) -> Tensor:

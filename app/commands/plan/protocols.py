@@ -70,3 +70,5 @@ class GradientInitialization(Protocol):
     num_samples: int
     micro_batch_size: int
     estimator: Estimator
+    drawn: bool  # whether its rows are drawn, or the first ones
+    train_mode: bool
