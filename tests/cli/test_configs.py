@@ -7,9 +7,10 @@ from app.tracking.config_files import CONFIGS
 
 THEORY = CONFIGS / "theory"  # another command's, see tests/commands/theory/test_command.py
 FILES = sorted(f for f in CONFIGS.rglob("*.yaml") if f.parent != THEORY)
-COMPLETE = [file for file in FILES if file.parent == CONFIGS]
+PAPER_OVERLAY = CONFIGS / "paper.yaml"
+COMPLETE = [file for file in FILES if file.parent == CONFIGS and file != PAPER_OVERLAY]
 BENCHMARKS = [file for file in FILES if file.parent.name == "eval"]
-OVERLAYS = [file for file in FILES if file not in COMPLETE + BENCHMARKS]
+OVERLAYS = [file for file in FILES if file not in [*COMPLETE, *BENCHMARKS, PAPER_OVERLAY]]
 
 
 def name_of(file):
@@ -17,8 +18,8 @@ def name_of(file):
 
 
 def test_all_are_here():
-    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) == 37
-    assert len(COMPLETE) == 12
+    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) + 1 == 40
+    assert len(COMPLETE) == 14
     assert len(BENCHMARKS) == 5
 
 
@@ -36,7 +37,9 @@ def test_complete_configs(file, parsed):
         assert config.data.init_args.task == file.stem.removeprefix("glue_")
 
 
-PAPER = [file for file in COMPLETE if file.stem.endswith("_llama2_7b")]
+COMMONSENSE = CONFIGS / "commonsense_llama2_7b.yaml"
+LLAMA2 = [file for file in COMPLETE if file.stem.endswith("_llama2_7b")]
+PAPER = [file for file in LLAMA2 if file != COMMONSENSE]
 
 
 @pytest.mark.parametrize("file", PAPER, ids=name_of)
@@ -62,6 +65,76 @@ def test_hyperparameters_of_the_paper(file, parsed):
     (asked,) = data.evals
     found = (data.keep_below, data.max_rows, data.validation_size)
     assert (asked.class_path.split(".")[-1], config.trainer.max_epochs, *found) == rules[file.stem]
+
+
+def test_hyperparameters_of_the_authors_commonsense_example(parsed):
+    """Those of the command line in their README."""
+    config = parsed("--config", COMMONSENSE)
+    model, data, init = config.model, config.data.init_args, config.init.init_args
+    assert (model.name, model.dtype) == ("meta-llama/Llama-2-7b-hf", "bfloat16")
+    assert (model.adapter.r, model.adapter.lora_alpha, model.adapter.use_rslora) == (16, 16, True)
+    assert model.adapter.lora_dropout == 0.05
+    assert model.adapter.target_modules == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    assert model.optimizer.init_args.lr == 5e-5
+    assert (model.lr_scheduler_type, model.warmup_steps) == ("linear", 100)
+    assert data.batch_size * config.trainer.accumulate_grad_batches == 16
+    assert (data.max_length, data.validation_size) == (256, 120)
+    assert (config.trainer.max_epochs, config.seed_everything) == (3, 42)
+    assert (init.gamma, init.num_samples) == (128, 8)
+
+
+def test_hyperparameters_of_pefts_method_comparison(parsed):
+    """Those of default_training_params.json and of experiments/lora/llama-3.2-3B-rank32."""
+    config = parsed("--config", "peft_benchmark_llama32_3b")
+    model, data, optimizer = config.model, config.data.init_args, config.model.optimizer.init_args
+    assert (model.name, model.dtype) == ("meta-llama/Llama-3.2-3B", "bfloat16")
+    adapter = model.adapter
+    assert (adapter.r, adapter.lora_alpha, adapter.use_rslora) == (32, 64, False)
+    assert (adapter.lora_dropout, adapter.target_modules) == (0, ["q_proj", "v_proj"])
+    assert (optimizer.lr, optimizer.weight_decay) == (1e-4, 0.1)
+    assert (model.lr_scheduler_type, model.warmup_steps) == ("cosine", 0.1)
+    assert (config.trainer.max_steps, config.trainer.gradient_clip_val) == (5000, 1)
+    assert data.batch_size * config.trainer.accumulate_grad_batches == 4
+    assert data.max_rows == 4 * config.trainer.max_steps
+    assert (data.max_length, data.prompt, data.completion_only_loss) == (768, "peft", False)
+    (asked,) = data.evals
+    assert (asked.init_args.prompt, asked.init_args.limit) == ("peft", None)
+    lora = parsed("--config", "peft_benchmark_llama32_3b", "--config", "methods/lora.yaml").model
+    assert (lora.optimizer.class_path, lora.adapter) == ("torch.optim.AdamW", adapter)
+
+
+def flat(config, prefix=""):
+    found = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+@pytest.mark.parametrize("file", COMPLETE, ids=name_of)
+def test_the_papers_overlay(file, parsed):
+    """It sets the authors' procedure over any run, and leaves the model, the rows and the rate alone."""
+    before = flat(parsed("--config", file).as_dict())
+    after = flat(parsed("--config", file, "--config", PAPER_OVERLAY).as_dict())
+    init, optimizer = "init.init_args", "model.optimizer"
+    wanted = {
+        "trainer.gradient_clip_val": 1.0,
+        "model.method": "lora_one_adamw",
+        "model.loss_weighting": "rows",
+        f"{optimizer}.class_path": "torch.optim.AdamW",
+        f"{optimizer}.init_args.weight_decay": 0.0,
+        "data.init_args.length_grouping": False,
+        f"{init}.gamma": 128,
+        f"{init}.num_samples": 8,
+        f"{init}.weighting": "rows",
+        f"{init}.samples": "first",
+        f"{init}.train_mode": True,
+        f"{init}.estimator.kind": "exact",
+    }
+    assert {name: after[name] for name in wanted} == wanted
+    changed = {name for name in before if name in after and before[name] != after[name]}
+    assert changed - {"config"} <= set(wanted)
+    assert after[f"{optimizer}.init_args.lr"] == before[f"{optimizer}.init_args.lr"]
 
 
 @pytest.mark.parametrize("name", ["gsm8k_smollm2", "code_alpaca_smollm2"])

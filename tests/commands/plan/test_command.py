@@ -209,3 +209,22 @@ def test_seventy_billion_parameters(plan, run_models, tmp_path):
     assert "host memory while loading            128.5 GiB   in the first process" in printed
     assert "trained parameters                 103,546,880" in printed
     assert "\nfits: " in printed
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "shown"),
+    [
+        # PEFT's comparison learns all tokens of a row but the first.
+        ("peft_benchmark_llama32_3b", "MetaMathQADataModule", "1. 1 tokens read, "),
+        ("commonsense_llama2_7b", "CommonsenseDataModule", ">>>the correct answer is true<eos><<<"),
+    ],
+)
+def test_runs_of_published_comparisons(config, kind, shown, command, run_models, tmp_path, capsys):
+    """With a model and rows that are here in the place of theirs."""
+    file, questions = tmp_path / "rows.json", tmp_path / "test.json"
+    file.write_text(json.dumps(rows_of(ROWS[kind], 4300)))
+    questions.write_text(json.dumps(rows_of(ROWS["Gsm8kDataModule"])))
+    here = [f"--model.name={run_models / 'llama'}", f"--data.path={file}", "--model.adapter.r=4"]
+    here += [f"--data.evals.path={questions}"] if config.startswith("peft") else []
+    assert command("plan", "--config", config, *here) == 0
+    assert shown in capsys.readouterr().out
