@@ -3,9 +3,9 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from app.tracking.record import RunRecord
 from app.tracking.run_folder import RunFolder, run_folders
@@ -80,21 +80,3 @@ def state_of(folder: Path, benchmarks: Collection[str] = ()) -> CellState:
     if run is not None:
         return CellState("trained", run)
     return CellState("started" if versions else "missing")
-
-
-def parse_list(option: str, text: str, kind: Any, expected: str) -> list[Any]:
-    """Read an option's values of a type that pydantic checks, with commas between.
-
-    Raises:
-        InputError: A value is not what is expected, or occurs twice.
-    """
-    values: list[Any] = []
-    for part in (part.strip() for part in text.split(",")):
-        try:
-            value = TypeAdapter(kind).validate_python(part)
-        except ValidationError as error:
-            raise InputError(f"{option} has {part!r}: expected {expected}") from error
-        if value in values:
-            raise InputError(f"{option} names {value} twice: expected each value once")
-        values.append(value)
-    return values

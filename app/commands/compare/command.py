@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Literal
 
 from app.commands.compare import resolve as resolving
-from app.commands.compare.cells import CELLS_FOLDER, Cell, CellState, Rate, Seed, grid, parse_list
+from app.commands.compare.cells import CELLS_FOLDER, Cell, CellState, Rate, Seed, grid
 from app.commands.compare.launch import check_array, write_launch_file
 from app.commands.compare.manifest import GridManifest, update_manifest
 from app.commands.compare.resolve import ResolvedRun, Resolver
 from app.commands.compare.scheduler import GridRun
 from app.commands.compare.settings import method_settings
 from app.tracking.config_files import CONFIGS, PROJECT, find_config
-from app.utils.command_parser import CommandParser
+from app.utils.command_parser import CommandParser, check_not_misspelt, parse_list
 from app.utils.errors import InputError
-from app.utils.text import did_you_mean, rate_text
+from app.utils.text import rate_text
 
 COMPARE = """Train methods with several learning rates and seeds, and report on all of them.
 
@@ -108,15 +108,12 @@ def _parse(arguments: Sequence[str], known: Sequence[str]) -> tuple[argparse.Nam
     add("--test_config", action="append", default=[], help=overlay)
     add("--score", help="score to report; default accuracy, or the benchmark's")
     given, rest = parser.parse_known_args(arguments)
-    own = [f"--{name}" for name in vars(given)]
     for name in (argument.partition("=")[0] for argument in rest):
         instead = SET_BY_COMPARE.get(name.removeprefix("--"))
         if name.startswith("--") and instead is not None:
             hint = f": give {instead}" if instead else ""
             raise InputError(f"{name} is set by compare for each run{hint}")
-        hint = did_you_mean(name, own, cutoff=0.8)
-        if name.startswith("--") and "." not in name and hint:
-            raise InputError(f"there is no option {name}{hint}")
+    check_not_misspelt(rest, given)
     if given.jobs < 1:
         raise InputError(f"--jobs is {given.jobs}: expected at least 1")
     if given.score and "/" not in given.score and given.score not in ROW_SCORES:
