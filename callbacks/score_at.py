@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.training.protocols import adapted, data_of, logged_scores
-from app.utils.console import track
+from app.training.scores import score
 
 Moment = Literal["zero_shot", "after_init", "final"]
 
@@ -87,21 +86,8 @@ class ScoreAt(Callback):
                 logger.log_metrics(logged, step=trainer.global_step)
         metrics[self.moment] = self.scores
 
-    @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         scoring = adapted(pl_module).new_scoring(self.moment, "validation")
-        training = [module for module in pl_module.modules() if module.training]
-        pl_module.eval()
-        try:
-            for loader in data_of(trainer).val_dataloader():
-                label = f"score, {self.moment.replace('_', ' ')}"
-                for batch in track(loader, label, scoring.speed):
-                    moved = trainer.strategy.batch_to_device(batch, pl_module.device)
-                    with trainer.precision_plugin.forward_context():
-                        scoring.update(moved)
-                    if self.between_batches is not None:
-                        self.between_batches(trainer, pl_module)
-        finally:
-            for module in training:
-                module.training = True
-        return {name: float(value) for name, value in scoring.compute().items()}
+        loaders = data_of(trainer).val_dataloader()
+        label = f"score, {self.moment.replace('_', ' ')}"
+        return score(trainer, pl_module, scoring, loaders, label, self.between_batches)
