@@ -121,6 +121,7 @@ def initialization_share(
     rank: int,
     world_size: int,
     drawn: bool = True,
+    last: bool = False,
 ) -> list[int]:
     """Draw the training rows of the initialization, or take the first; see `TextDataModule.gradient_batches`.
 
@@ -132,10 +133,11 @@ def initialization_share(
             f"{num_samples} initialization samples from {len(lengths)} training rows: expected 1 "
             f"to {len(lengths)}; change num_samples of the initialization or --data.train_size"
         )
-    chosen = list(range(num_samples))
+    order = list(range(len(lengths)))
     if drawn:
         # The stream's name is spelled as ever: another spelling would draw other rows.
-        chosen = sorted(draw(len(lengths), num_samples, seed, "initialisation"))
+        order = draw(len(order), len(order), seed, "initialisation")
+    chosen = sorted(order[-num_samples:] if last else order[:num_samples])
     order = [chosen[i] for i in longest_first([lengths[row] for row in chosen])]
     return equal_share(order, rank, world_size)
 

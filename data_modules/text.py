@@ -226,11 +226,10 @@ class TextDataModule(LightningDataModule):
     def _scored_loaders(self, split: str) -> Loaders:
         size, place, loaders = self.eval_batch_size, self._rank_and_world_size(), Loaders()
         if self.rows(split):
-            rows, workers = PaddedRows(self.encoded(split)), self.num_workers
+            rows = PaddedRows(self.encoded(split))
             order = LengthGroupedSampler(rows.lengths, size, False, self.seed, *place)
-            collate = self.encoder.collate
-            made = DataLoader(rows, size, sampler=order, num_workers=workers, collate_fn=collate)
-            loaders.append(made)
+            new = partial(DataLoader, num_workers=self.num_workers, collate_fn=self.encoder.collate)
+            loaders.append(new(rows, size, sampler=order))
         return [*loaders, *question_loaders(self.prepare_benchmarks(split), size, *place)]
 
     def _rank_and_world_size(self) -> tuple[int, int]:
@@ -266,17 +265,18 @@ class TextDataModule(LightningDataModule):
         rank: int = 0,
         world_size: int = 1,
         drawn: bool = True,
+        last: bool = False,
     ) -> list[Batch]:
         """Return this process's share of the initialization rows.
 
-        Of all processes together they are `num_samples` of the training rows, drawn by `seed` or the first,
-        whatever the micro-batch size and the number of processes. Padding rows make all shares equally large.
+        Of all processes together they are `num_samples` of the training rows, drawn by `seed` or in their order;
+        `last` takes the end of either, not its beginning. Padding rows make all shares equally large.
 
         Raises:
             InputError: `num_samples` is not between 1 and the number of training rows.
         """
-        rows = PaddedRows(self.encoded("train"))
-        share = initialization_share(rows.lengths, num_samples, self.seed, rank, world_size, drawn)
+        rows, place = PaddedRows(self.encoded("train")), (rank, world_size)
+        share = initialization_share(rows.lengths, num_samples, self.seed, *place, drawn, last)
         return [
             self.encoder.collate([rows[i] for i in share[start : start + micro_batch_size]])
             for start in range(0, len(share), micro_batch_size)

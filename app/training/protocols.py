@@ -111,8 +111,9 @@ class DataModule(Protocol):
         rank: int,
         world_size: int,
         drawn: bool = True,
+        last: bool = False,
     ) -> list[Batch]:
-        """Return this process's share of the initialization rows."""
+        """Return this process's share of the initialization rows, or of those that are taken last."""
 
 
 def adapted(pl_module: LightningModule) -> AdaptedModule:

@@ -91,6 +91,19 @@ def test_gradient_rows_do_not_depend_on_batches_or_processes(causal):
         assert {len(share) for share in shares} == {math.ceil(13 / world_size)}
 
 
+def test_the_last_rows_of_the_draw_are_in_no_smaller_one(causal):
+    data = attached(causal)
+    rows = len(data.rows("train"))
+    last = set(flat(indices(data.gradient_batches(5, 2, last=True))))
+    in_order = flat(indices(data.gradient_batches(5, 2, drawn=False, last=True)))
+    assert sorted(in_order) == list(range(rows - 5, rows))
+    first = set(flat(indices(data.gradient_batches(rows - 5, 4))))
+    assert len(last) == 5
+    assert last.isdisjoint(first)
+    assert last | first == set(range(rows))
+    assert last < set(flat(indices(data.gradient_batches(6, 3, last=True))))
+
+
 def test_gradient_rows_follow_the_seed(causal):
     def rows(**options):
         return sorted(flat(indices(attached(causal, **options).gradient_batches(8, 4))))
