@@ -90,6 +90,8 @@ class OneStepResult:
     seconds: float  # wall time of all passes and decompositions
     peak_bytes: list[int]  # on each process: allocated on the accelerator, or resident on the CPU
     sent_bytes: list[int]  # by each process to others
+    store: GradientStore  # what the estimates were made of: sums, `divisor` times the means
+    divisor: int
 
 
 def one_step_gradients(
@@ -151,6 +153,8 @@ def one_step_gradients(
         seconds=time.perf_counter() - began,
         peak_bytes=gather_numbers(memory.peak_bytes, device),
         sent_bytes=gather_numbers(store.sent_bytes, device),
+        store=store,
+        divisor=divisor,
     )
 
 
