@@ -269,7 +269,7 @@ class TextDataModule(LightningDataModule):
     ) -> list[Batch]:
         """Return this process's share of the initialization rows.
 
-        Of all processes together they are `num_samples` of the training rows, drawn by `seed` or in their order;
+        Of all processes together they are `num_samples` of the training rows, drawn by `seed` or in order;
         `last` takes the end of either, not its beginning. Padding rows make all shares equally large.
 
         Raises:

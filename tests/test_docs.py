@@ -171,7 +171,7 @@ def test_commands_parse(page, command, monkeypatch, capsys):
         parsed = parse(name, *options)
         if name in ("export", "report", "dashboard"):
             assert parsed[1] == [], parsed
-        if name in ("compare", "init"):
+        if name in ("compare", "init", "one_step"):
             given, rest = parsed
-            files = getattr(given, "config", [])  # of `init`, among the rest
+            files = getattr(given, "config", [])  # of the others, among the rest
             parse("fit", *(f"--config={file}" for file in files), *rest)

@@ -4,6 +4,8 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.cli.exit import run_and_exit
@@ -16,6 +18,7 @@ from app.utils.text import did_you_mean
 
 if TYPE_CHECKING:
     from app.cli.resolve import ResolvedFit
+    from app.commands.one_step.command import Grid
 
 HELP = """Fine-tune a language model with LoRA-One.
 
@@ -23,6 +26,7 @@ HELP = """Fine-tune a language model with LoRA-One.
   python train.py fit --config glue_sst2.yaml --config methods/lora.yaml     later files win
   python train.py plan --config quickstart.yaml           does it fit? no weights are loaded
   python train.py init --config quickstart.yaml           the initialization alone, for TRL and others to train
+  python train.py one_step --config quickstart.yaml       score W - eta G, and no training
   python train.py validate --run runs/quickstart/version_0    score a finished run's adapter on validation rows
   python train.py test --run runs/quickstart/version_0    score it on test rows, or ask it benchmarks
   python train.py export --run runs/quickstart/version_0 --merge    write a merged model
@@ -37,7 +41,7 @@ python train.py COMMAND --help has the options of each command.
 ALONE = ("plan", "export", "dashboard", "theory", "compare", "report")
 """Commands for which one process is enough."""
 
-COMMANDS = ("fit", "init", "validate", "test", *ALONE)
+COMMANDS = ("fit", "init", "one_step", "validate", "test", *ALONE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,9 +105,23 @@ def _imported(name: str, signals: StopSignals) -> Callable[[Sequence[str]], int]
         from app.cli.init_cli import init_command
 
         return lambda arguments: init_command(arguments, signals)
+    if name == "one_step":
+        from app.commands.one_step.command import one_step
+
+        return lambda arguments: one_step(arguments, partial(_score_steps, signals))
     from app.cli.lora_cli import LoraCLI
 
     return lambda arguments: LoraCLI(name, arguments, signals).status
+
+
+def _score_steps(
+    signals: StopSignals, options: Sequence[str], grid: "Grid", folder: Path | None
+) -> int:
+    """Score the steps of a grid; what does is imported where `one_step` has checked its own options."""
+    with _importing():
+        from app.cli.one_step_cli import OneStepCLI
+
+    return OneStepCLI(options, grid, folder, signals).status
 
 
 def _resolve_run(options: Sequence[str]) -> "ResolvedFit":

@@ -119,8 +119,7 @@ def one_step_gradients(
         model: The PEFT model that is called.
         base: The transformers model inside it.
         pairs: The layers to observe.
-        batches: This process's share of the initialization set, on the model's device or the CPU, as
-            micro-batches; all processes have as many.
+        batches: This process's share of the set on any device, as micro-batches; all processes have as many.
         rank: LoRA rank r, the triplets wanted of each gradient; by layer where they differ.
         estimator: How G is kept.
         forward_context: Makes the trainer's precision context, such as autocast.
@@ -138,10 +137,9 @@ def one_step_gradients(
     device = pairs[0].lora_A.device
     ranks = rank if isinstance(rank, Mapping) else {pair.name: rank for pair in pairs}
     store = make_store(pairs, ranks, estimator, device)
-    numbers = count_supervised(batches, device)
+    numbers, began = count_supervised(batches, device), time.perf_counter()
     divisor = numbers[weighting]
     run = partial(_run, model, base, store, device, forward_context, weighting, train_mode)
-    began = time.perf_counter()
     with PeakMemory(device) as memory, observed(model, pairs, store.listener, train_mode):
         shown = _passes(batches, estimator, store, progress)
         losses, estimates = _estimate(run, shown, pairs, store, ranks, estimator, divisor)

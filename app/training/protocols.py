@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from app.evaluation.benchmark import PreparedBenchmark
 from app.evaluation.scoring import Scoring
+from app.initialization.one_step_gradient import Estimator
 from app.models.adapter_config import LoraSettings
 from app.models.batch import Batch
 from app.models.loading import ModelSource
@@ -114,6 +115,17 @@ class DataModule(Protocol):
         last: bool = False,
     ) -> list[Batch]:
         """Return this process's share of the initialization rows, or of those that are taken last."""
+
+
+class GradientInitialization(Protocol):
+    """An initialization of the adapter that is made of the one-step gradient, as commands know it."""
+
+    num_samples: int
+    micro_batch_size: int
+    estimator: Estimator
+    drawn: bool  # whether its rows are drawn, or the first ones
+    weighting: Weighting
+    train_mode: bool
 
 
 def adapted(pl_module: LightningModule) -> AdaptedModule:

@@ -35,6 +35,8 @@ def imported(*argv):
         ("ftt",),
         ("report", "--help"),
         ("compare", "--help"),
+        ("one_step", "--help"),
+        ("one_step", "--config=quickstart.yaml", "--ranks=many"),
         ("dashboard", "--help"),
         ("compare", "--config=quickstart.yaml", "--methods=lora", "--learning_rates=much"),
     ],

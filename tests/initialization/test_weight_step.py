@@ -109,3 +109,13 @@ def test_each_expert_moves_along_its_own_gradient(kind):
             expected = weights[pair.name] - 0.5 * gradients[pair.name].G
             assert torch.equal(base_weight(pair), expected), pair.name
     assert_untouched(wrapped, before)
+
+
+@pytest.mark.parametrize("weighting", ["tokens", "rows"])
+def test_the_whole_gradient_is_of_the_mean_that_the_estimates_are_of(weighting, tiny_llama):
+    model = add_lora(tiny_llama(), LoraSettings(r=4))
+    result = run(model, make_batches(False, size=2), EXACT, RANK, weighting=weighting)
+    for name, gradient in whole_gradients(result).items():
+        assert float(gradient.G.norm()) == pytest.approx(result.estimates[name].norm, rel=1e-5)
+        top = torch.linalg.svdvals(gradient.G.double())[:RANK]
+        torch.testing.assert_close(gradient.svd.S.double(), top, rtol=1e-5, atol=0)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from app.commands.plan import memory
 from app.commands.plan.fake_pass import FakeModel
 from app.commands.plan.placement import Placement, device_memory, read_placement
-from app.commands.plan.protocols import GradientInitialization, PlannedData, TrainingRows
+from app.commands.plan.protocols import PlannedData, TrainingRows
 from app.commands.plan.report import data_text, memory_text, model_text, verdict_text
 from app.models.batch import Batch
 from app.models.lora import base_model, fsdp_incompatible_settings
@@ -23,6 +23,7 @@ from app.models.source import resolve_model
 from app.training.checks import check_sharding
 from app.training.module import LoraModule
 from app.training.optimization import parameter_groups
+from app.training.protocols import GradientInitialization
 
 
 class PlanTrainer(Trainer):

@@ -1,4 +1,4 @@
-"""What `plan` uses of a data module and of an initialization."""
+"""What `plan` uses of a data module."""
 
 from collections.abc import Sequence, Sized
 from typing import Any, Protocol
@@ -6,7 +6,6 @@ from typing import Any, Protocol
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from app.initialization.one_step_gradient import Estimator
 from app.models.batch import Batch
 from app.training.protocols import DataModule
 
@@ -62,13 +61,3 @@ class PlannedData(DataModule, Protocol):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of `TrainingRows`."""
-
-
-class GradientInitialization(Protocol):
-    """An initialization of the adapter that is made of the one-step gradient."""
-
-    num_samples: int
-    micro_batch_size: int
-    estimator: Estimator
-    drawn: bool  # whether its rows are drawn, or the first ones
-    train_mode: bool

@@ -1,0 +1,1 @@
+"""Score one step of the base weights, W - eta G, and no training."""
