@@ -327,7 +327,7 @@ def test_training_without_an_end(refused, tiny_run):
 
 
 def test_commands_and_stray_words(refused, tiny_run):
-    told = "there is no command 'ftt'; did you mean fit? Expected one of fit, init, one_step, validate, test, plan, "
+    told = "there is no command 'ftt'; did you mean fit? Expected one of fit, init, one_step, validate, "
     assert refused("ftt").startswith(told)
     assert refused("--config", tiny_run, "fit").startswith("there is no command '--config'")
     assert refused("fit", "--config", tiny_run, "extra").startswith("'extra' belongs to no setting")
