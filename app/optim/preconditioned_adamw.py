@@ -13,8 +13,9 @@ from app.optim.preconditioner import Cache, precondition_pairs
 class PreconditionedAdamW(LoraPairAdamW):
     """AdamW whose moments see the preconditioned gradients of LoRA pairs.
 
-        P_A = (lora_B^T lora_B + damping I)^-1 grad_A
-        P_B = grad_B (lora_A lora_A^T + damping I)^-1          then AdamW on P_A and P_B
+        P_A = (lora_B^T lora_B + lambda I)^-1 grad_A
+        P_B = grad_B (lora_A lora_A^T + lambda I)^-1           then AdamW on P_A and P_B
+        lambda = damping + relative_damping * mean eigenvalue of the Gram matrix beside it
 
     A parameter group with `lora_pairs: True` lists its parameters as lora_A_0, lora_B_0, lora_A_1,
     lora_B_1, ..., and under `experts` the number of experts that are stacked in each pair, which are pairs of
@@ -33,6 +34,11 @@ class PreconditionedAdamW(LoraPairAdamW):
             on the task. Where it is far above the Gram matrix, the step is plain AdamW's. Note
             that Lightning's `gradient_clip_val` clips the raw gradients: it works inside the
             closure, before the preconditioning.
+        relative_damping: Multiple of each Gram matrix's own mean eigenvalue, its trace / r, that is added
+            to its diagonal beside damping, >= 0; also per group; null adds none. Without a unit: 0.01 damps
+            directions whose eigenvalue is below a hundredth of the mean, whatever the size of the factors. A
+            Gram matrix that is zero (LoRA's lora_B at first, whose grad_A is zero too) has only damping,
+            which must be > 0.
         foreach: As in torch.
         fused: As in torch; by default a group on CPU or CUDA uses the fused kernel unless
             `foreach` is given. Under float16 scaling, `fused=True` leaves the unscaling to the
@@ -40,11 +46,13 @@ class PreconditionedAdamW(LoraPairAdamW):
             refuses to clip; the default lets the scaler divide first, so that clipping works.
 
     Raises:
-        ValueError: A `lora_pairs` group is not made of matching pairs, or damping is negative.
+        ValueError: A `lora_pairs` group is not made of matching pairs, damping or relative_damping is
+            negative, or relative_damping is given and damping is 0.
 
     Source: arXiv:2402.02347, arXiv:2502.01235 eq. 9. Differs from the authors' code: torch's bias
     correction (they have none, so their first step is 3.16 lr), both factors preconditioned by the
-    old values, weight decay before the update, eps 1e-8 as in LoRA-One.
+    old values, weight decay before the update, eps 1e-8 as in LoRA-One, damping in units of the Gram
+    matrices.
     """
 
     def __init__(
@@ -55,27 +63,29 @@ class PreconditionedAdamW(LoraPairAdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         damping: float = 1e-6,
+        relative_damping: float | None = None,
         *,
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        self._damping = damping
+        self._damping = {"damping": damping, "relative_damping": relative_damping}
         self._caches: dict[int, tuple[Any, Cache]] = {}
         super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:  # of an earlier version's state
+            group.setdefault("relative_damping", None)
         self._caches = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; raise ValueError if the class's conditions do not hold."""
         if "damping" not in self.defaults:  # torch writes the defaults anew in its constructor
-            self.defaults.update(lora_pairs=False, damping=self._damping)
+            self.defaults.update(lora_pairs=False, **self._damping)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            if not group["damping"] >= 0:
-                raise ValueError(f"damping must be >= 0, got {group['damping']}")
+            _check_damping(group["damping"], group["relative_damping"])
             if group["lora_pairs"]:
                 check_pairs(group["params"])
         except ValueError:
@@ -106,11 +116,23 @@ class PreconditionedAdamW(LoraPairAdamW):
         state = [g if g is None else (g.dtype, g.device) for g in grad_A + grad_B]
         if index not in self._caches or self._caches[index][0] != state:
             self._caches[index] = (state, {})
+        damping, relative = group["damping"], group["relative_damping"] or 0.0
         set_gradients(
             group,
             *precondition_pairs(
-                lora_A, lora_B, grad_A, grad_B, group["damping"], self._caches[index][1]
+                lora_A, lora_B, grad_A, grad_B, damping, self._caches[index][1], relative
             ),
+        )
+
+
+def _check_damping(damping: float, relative: float | None) -> None:
+    for name, value in (("damping", damping), ("relative_damping", relative or 0.0)):
+        if not value >= 0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
+    if relative and damping == 0:
+        raise ValueError(
+            f"relative_damping is {relative}, but damping is 0: set damping > 0, which is what is left where a "
+            "Gram matrix is zero (LoRA's lora_B at first)"
         )
 
 

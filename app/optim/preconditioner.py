@@ -41,27 +41,33 @@ def gram_matrices(factors: list[Tensor], kind: Kind, cache: Cache) -> Tensor:
     return stacked @ stacked.mT if kind == "lora_A" else stacked.mT @ stacked
 
 
-def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor | None]:
+def damped_inverse(
+    gram: Tensor, damping: float, relative_damping: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
     """Invert positive semi-definite matrices after adding damping to their diagonals.
 
-        inverse = (gram + damping I)^-1 = L^-T L^-1,   L L^T = gram + damping I
+        lambda  = damping + relative_damping * tr(gram) / r
+        inverse = (gram + lambda I)^-1 = L^-T L^-1,   L L^T = gram + lambda I
 
-    With damping > 0 nothing fails and nothing waits for the GPU: where damping is below the
+    With damping > 0 nothing fails and nothing waits for the GPU: where lambda is below the
     rounding error of a diagonal entry (1e-6 of it in float32), that error takes its place, so that
     the Cholesky factorisation of a finite matrix succeeds. With damping == 0 the matrices are used
-    as they are, and singular means that a pivot is all rounding error.
+    as they are, relative_damping must be 0, and singular means that a pivot is all rounding error.
 
-    `gram` is (P, r, r), float32 or float64, and not modified. Returned are the inverses in float64
-    and None or, if damping == 0, a bool tensor (P,) that marks the singular matrices, whose
-    inverses are meaningless. What is not finite stays so, without an error.
+    `gram` is (P, r, r), float32 or float64, and not modified; tr(gram) / r is its mean eigenvalue.
+    Returned are the inverses in float64 and None or, if damping == 0, a bool tensor (P,) that marks
+    the singular matrices, whose inverses are meaningless. What is not finite stays so, without an
+    error.
 
-    Source: arXiv:2402.02347. Differs: no identity in place of an inverse that fails.
+    Source: arXiv:2402.02347. Differs: no identity in place of an inverse that fails; damping in
+    units of the matrix.
     """
     noise = _ROUNDINGS * torch.finfo(gram.dtype).eps
     gram = gram.double()
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     if damping > 0:
-        gram = gram + torch.diag_embed((noise * diagonal).clamp(min=damping))
+        added = damping + relative_damping * diagonal.mean(-1, keepdim=True)
+        gram = gram + torch.diag_embed(torch.maximum(noise * diagonal, added))
     # check_errors=False: reading the status on the host would stall the GPU at every step.
     lower, info = torch.linalg.cholesky_ex(gram, check_errors=False)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
@@ -81,11 +87,12 @@ def precondition_pairs(
     grad_B: Gradients,
     damping: float,
     cache: Cache | None = None,
+    relative_damping: float = 0.0,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Precondition the gradients of many LoRA pairs, each by the Gram matrix of the other factor.
 
-        P_A = (lora_B^T lora_B + damping I)^-1 grad_A
-        P_B = grad_B (lora_A lora_A^T + damping I)^-1
+        P_A = (lora_B^T lora_B + lambda I)^-1 grad_A      lambda = damping
+        P_B = grad_B (lora_A lora_A^T + lambda I)^-1               + relative_damping * mean eigenvalue
 
     Args:
         lora_A: One tensor (r, n) a pair; r, n, dtype and device may differ from pair to pair.
@@ -95,6 +102,8 @@ def precondition_pairs(
         damping: Number added to the diagonal of each Gram matrix, >= 0.
         cache: A dict to keep between calls whose tensors agree in shape, dtype, device and places
             of None; results are then overwritten by the next call.
+        relative_damping: Multiple of each Gram matrix's mean eigenvalue that is added to its diagonal
+            too, >= 0; above 0 only with damping > 0.
 
     Returns:
         P_A and P_B, lists like `grad_A` and `grad_B` with None in the same places, in the dtype
@@ -119,7 +128,7 @@ def precondition_pairs(
         for grad_of, pairs in jobs:
             kind = other[grad_of]
             grams.append(gram_matrices([factors[kind][i] for i in pairs], kind, cache))
-        inverses, singular = damped_inverse(torch.cat(grams), damping)
+        inverses, singular = damped_inverse(torch.cat(grams), damping, relative_damping)
         if singular is not None and bool(singular.any()):
             raise RuntimeError(_singular_message(jobs, int(singular.nonzero()[0, 0])))
         sizes = [len(job.pairs) for job in jobs]

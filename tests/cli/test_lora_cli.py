@@ -295,6 +295,7 @@ def test_misspelt_settings(wrong, meant, old, new, refused, tiny_run):
         ("data", "GlueDataModul", "did you mean GlueDataModule?"),
         ("model.adapter.r", "0", "model.adapter.r must be at least 1, got 0"),
         ("model.optimizer.damping", "-1", "damping must be >= 0, got -1"),
+        ("model.optimizer.relative_damping", "-1", "relative_damping must be >= 0, got -1"),
         ("model.warmup_steps", "-1", "model.warmup_steps must be finite and >= 0, got -1"),
         ("init.gamma", "0", "init.gamma must lie between 1e-06 and 1e+12, got 0"),
         ("model.adapter.lora_alpha", "0", "model.adapter.lora_alpha must be > 0, got 0"),

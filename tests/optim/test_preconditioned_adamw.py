@@ -42,15 +42,17 @@ def make_closure(params, targets):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}])
-def test_ten_steps_equal_the_textbook(options, weight_decay):
+@pytest.mark.parametrize("relative", [None, 0.2])
+def test_ten_steps_equal_the_textbook(options, weight_decay, relative):
     """With a learning rate that a scheduler moves, and a damping of its own in each group."""
     params, _, closure = make_problem(torch.float64)
     damping = (0.7, 0.7, 1e-3, 1e-3)
-    reference = TextbookAdamW(params, 0.0, *damping, weight_decay=weight_decay)
-    groups = [pair_group(params[:4], damping=0.7), pair_group(params[4:])]
-    optimizer = PreconditionedAdamW(
-        groups, lr=0.01, damping=1e-3, weight_decay=weight_decay, **options
+    reference = TextbookAdamW(
+        params, 0.0, *damping, relative=relative or 0.0, weight_decay=weight_decay
     )
+    groups = [pair_group(params[:4], damping=0.7), pair_group(params[4:])]
+    options = {**options, "damping": 1e-3, "relative_damping": relative}
+    optimizer = PreconditionedAdamW(groups, lr=0.01, weight_decay=weight_decay, **options)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.8)
     for step in range(10):
         closure()
@@ -169,6 +171,26 @@ def test_state_of_another_optimizer_is_refused():
         PreconditionedAdamW([pair_group(params)]).load_state_dict(theirs.state_dict())
 
 
+@pytest.mark.parametrize("relative", [None, 0.2])
+def test_a_state_brings_its_damping_back_and_an_earlier_one_has_no_relative_damping(relative):
+    params = make_pairs()
+    options = {"damping": 0.5, "relative_damping": relative}
+    optimizer = PreconditionedAdamW([pair_group(params)], **options)
+    set_grads(params)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    if relative is None:
+        del state["param_groups"][0]["relative_damping"]
+    twins = copy.deepcopy(params)
+    resumed = PreconditionedAdamW([pair_group(twins)], damping=9.0, relative_damping=9.0)
+    resumed.load_state_dict(state)
+    set_grads(params, 2)
+    set_grads(twins, 2)
+    optimizer.step()
+    resumed.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+
+
 def test_pickled_optimizer_goes_on():
     params = make_pairs()
     optimizer = PreconditionedAdamW([pair_group(params)], damping=0.5)
@@ -263,3 +285,13 @@ def test_negative_damping_is_an_error(damping):
     assert len(optimizer.param_groups) == 1
     with pytest.raises(ValueError, match="damping must be >= 0"):
         PreconditionedAdamW(make_pairs(), damping=damping)
+
+
+@pytest.mark.parametrize("relative", [-1.0, float("nan")])
+def test_relative_damping_that_cannot_be_is_an_error(relative):
+    with pytest.raises(ValueError, match="relative_damping must be >= 0"):
+        PreconditionedAdamW(make_pairs(), relative_damping=relative)
+    with pytest.raises(
+        ValueError, match=r"relative_damping is 0\.1, but damping is 0: set damping"
+    ):
+        PreconditionedAdamW(make_pairs(), damping=0.0, relative_damping=0.1)

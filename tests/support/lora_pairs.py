@@ -31,23 +31,27 @@ def pair_group(params, **options):
     return {"params": params, "lora_pairs": True, **options}
 
 
-def textbook(a, b, g_a, g_b, damping):
+def textbook(a, b, g_a, g_b, damping, relative=0.0):
     """Return P_A and P_B by explicit inverses, one pair at a time, float64."""
     a, b, g_a, g_b = (t.detach().double() for t in (a, b, g_a, g_b))
-    eye = torch.eye(a.shape[0], dtype=torch.float64)
-    p_a = torch.linalg.inv(b.T @ b + damping * eye) @ g_a
-    p_b = g_b @ torch.linalg.inv(a @ a.T + damping * eye)
-    return p_a, p_b
+
+    def inverse(gram):
+        added = damping + relative * torch.linalg.eigvalsh(gram).mean()
+        return torch.linalg.inv(gram + added * torch.eye(len(gram), dtype=torch.float64))
+
+    return inverse(b.T @ b) @ g_a, g_b @ inverse(a @ a.T)
 
 
 class TextbookAdamW:
     """The equations of preconditioned AdamW, in float64, pair by pair; `damping` is that of each pair."""
 
-    def __init__(self, params, lr, *damping, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    def __init__(
+        self, params, lr, *damping, relative=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+    ):
         self.p = [p.detach().double().clone() for p in params]
         self.m = [torch.zeros_like(p) for p in self.p]
         self.v = [torch.zeros_like(p) for p in self.p]
-        self.lr, self.betas, self.eps = lr, betas, eps
+        self.lr, self.betas, self.eps, self.relative = lr, betas, eps, relative
         self.damping = damping if len(damping) > 1 else damping * (len(params) // 2)
         self.weight_decay, self.t = weight_decay, 0
 
@@ -55,7 +59,7 @@ class TextbookAdamW:
         """Take one step on raw gradients."""
         self.t += 1
         pairs = zip(self.p[::2], self.p[1::2], grads[::2], grads[1::2], self.damping, strict=True)
-        directions = [direction for pair in pairs for direction in textbook(*pair)]
+        directions = [direction for pair in pairs for direction in textbook(*pair, self.relative)]
         beta1, beta2 = self.betas
         for p, g, m, v in zip(self.p, directions, self.m, self.v, strict=True):
             m.mul_(beta1).add_((1 - beta1) * g)
