@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from app.initialization.factors import SVD
 from app.initialization.one_step_gradient import (
@@ -53,6 +54,9 @@ class AdapterInit(Callback):
         if self.subtracts_from_base:
             quantized = quantized_by(module.source, module.config)
             check_subtraction(name, module.name, quantized, module.is_sharded)
+
+    def check_rank(self, model: nn.Module) -> None:
+        """Refuse a rank for which a layer of an adapted model, which may have no weights, is too small."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute and install the factors, unless a checkpoint has brought trained ones."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from app.initialization.factors import lora_ga_factors
 from app.models.lora import lora_pairs
@@ -37,9 +38,13 @@ class LoraGaInit(GradientInit):
         self.gamma = check_gamma(gamma)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a rank that a layer has too few singular vectors for, before weights are loaded."""
+        """Refuse what cannot work before the model's weights are loaded."""
         super().setup(trainer, pl_module, stage)
-        for pair in lora_pairs(adapted(pl_module).blueprint):
+        self.check_rank(adapted(pl_module).blueprint)
+
+    def check_rank(self, model: nn.Module) -> None:
+        """Refuse a rank that a layer has too few singular vectors for."""
+        for pair in lora_pairs(model):
             smaller = min(pair.lora_B.shape[0], pair.lora_A.shape[1])
             if 2 * pair.rank > smaller:
                 raise InputError(

@@ -29,7 +29,7 @@ from app.models.loading import local_directory
 from app.models.source import resolve_model
 from tests.support.compare_runs import compare, refused, started  # noqa: F401 (fixtures)
 from tests.support.paths import ROOT
-from tests.support.report_runs import report, runs  # noqa: F401 (fixtures)
+from tests.support.report_runs import ranks, report, runs  # noqa: F401 (fixtures)
 from tests.support.run_hooks import killed_at, logged, passes, signalled  # noqa: F401 (fixtures)
 from tests.support.sandboxes import bubblewrap, mode  # noqa: F401 (fixtures)
 from tests.support.tiny_run import write_tiny_run

@@ -48,6 +48,12 @@ class ResolvedFit(LoraCLI):
         adapter = module.adapter if module.adapter_path is None else None
         check_length(adapter, trainer.get("max_steps"), trainer.get("max_epochs"))
 
+    def check_rank(self) -> None:
+        """Raise an error if a layer is too small for the adapter's rank, without loading the weights."""
+        model, init = self.made.model.blueprint, self.made.init
+        if init is not None:
+            init.check_rank(model)
+
 
 def resolve_run(options: Sequence[str]) -> ResolvedFit:
     """Parse the options of a `fit`.

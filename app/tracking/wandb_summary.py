@@ -21,12 +21,15 @@ def cell_of(settings: Mapping[str, Any], task: str | None) -> str:
     """Name what only the runs share that differ in their seed alone: W&B can group by one key.
 
     Returns:
-        W&B group, method and learning rate, such as `glue/sst2: lora_one, lr 1e-3`.
+        W&B group, method, rank and learning rate, such as `glue/sst2: lora_one, r 8, lr 1e-3`.
     """
     model = settings["model"]
+    rank = (model.get("adapter") or {}).get("r")
     rate = model["optimizer"].get("init_args", {}).get("lr")
-    method: str = model["method"]
-    cell = method if rate is None else f"{method}, lr {rate_text(rate)}"
+    parts = [model["method"]]
+    parts += [] if rank is None else [f"r {rank}"]
+    parts += [] if rate is None else [f"lr {rate_text(rate)}"]
+    cell = ", ".join(parts)
     group = settings["output"]["wandb_group"] or task
     return cell if group is None else f"{group}: {cell}"
 

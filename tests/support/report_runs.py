@@ -132,3 +132,19 @@ def report(tmp_path, capsys):
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """Return a folder with two methods at two ranks, and full fine-tuning; by test rank 64 is best."""
+    for r, gain in ((8, 0.0), (64, 0.1)):
+        for method, validation in (("lora", 0.6), ("lora_one", 0.7)):
+            for rate, more in ((1e-4, 0.01 if r == 8 else 0.0), (1e-3, 0.005)):
+                score = validation + gain + more
+                folder = tmp_path / "ranks" / f"{method}-{r}-{rate}"
+                write_run(folder, method, rate, 0, score, score - 0.05, r=r)
+    for seed in (0, 1):
+        write_run(
+            tmp_path / "ranks" / f"full-{seed}", "full", 1e-4, seed, 0.75, 0.5 + seed / 10, r=None
+        )
+    return tmp_path / "ranks"

@@ -44,6 +44,14 @@ WRONG_COMMAND_LINES = [
     ("compare --config config.yaml --methods lora --learning_rates fast", "fast"),
     ("compare --config config.yaml --methods lora --learning_rates -1", "--learning_rates"),
     (
+        "compare --config config.yaml --methods lora --learning_rates 1e-3 --ranks 0",
+        "--ranks",
+    ),
+    (
+        "compare --config config.yaml --methods lora --learning_rates 1e-3 --ranks 900",
+        "model.adapter.r",
+    ),
+    (
         "compare --config config.yaml --methods lora --learning_rates 1e-3 --seeds x",
         "x",
     ),

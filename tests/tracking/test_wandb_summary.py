@@ -60,7 +60,7 @@ def test_an_offline_run_holds_everything(no_key, command, tiny_run, tmp_path, mo
     assert config["model"]["adapter"]["r"] == saved["model"]["adapter"]["r"] == 4
     assert config["init"]["init_args"]["num_samples"] == 16
     assert config["seed_everything"] == 0
-    assert config["cell"] == "g: lora_one, lr 1e-2"
+    assert config["cell"] == "g: lora_one, r 4, lr 1e-2"
 
     [spectrum] = file.parent.glob("files/media/table/init/spectrum*.table.json")
     content = json.loads(spectrum.read_text())
@@ -192,9 +192,9 @@ def test_angles_that_are_no_numbers_are_left_out_of_the_chart(tmp_path):
     assert chart.table.data == [[0, sides[0], 70], [2, sides[0], 50], [2, sides[1], 40]]
 
 
-def cell(rate=2e-4, group=None, task="glue/sst2"):
+def cell(rate=2e-4, group=None, task="glue/sst2", adapter=None):
     optimizer = {"init_args": {} if rate is None else {"lr": rate}}
-    model = {"method": "lora", "optimizer": optimizer}
+    model = {"method": "lora", "optimizer": optimizer, "adapter": adapter}
     settings = {"seed_everything": 3, "model": model, "output": {"wandb_group": group}}
     return cell_of(settings, task)
 
@@ -203,6 +203,7 @@ def test_a_cell_is_all_but_the_seed():
     assert cell() == "glue/sst2: lora, lr 2e-4"
     assert cell(rate=3.5e-4) == "glue/sst2: lora, lr 3.5e-4"
     assert cell(rate=None) == "glue/sst2: lora"
+    assert cell(adapter={"r": 8}) == "glue/sst2: lora, r 8, lr 2e-4"
     assert cell(group="rank 64") == "rank 64: lora, lr 2e-4"
     assert cell(task=None) == "lora, lr 2e-4"
 

@@ -1,4 +1,4 @@
-"""Cells of a grid: method, learning rate and seed; where each one is stored, and how far it is."""
+"""Cells of a grid: method, rank, learning rate and seed; where each one is stored, and how far it is."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,19 @@ LOCK_FILE = "cell.lock"
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rank = Annotated[int, Field(ge=1)]
+
+
+class Variant(NamedTuple):
+    """A method at a rank; None is the rank of its configuration, which may be none."""
+
+    method: str
+    rank: Rank | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as `lora-r8`."""
+        return self.method if self.rank is None else f"{self.method}-r{self.rank}"
 
 
 class Cell(NamedTuple):
@@ -28,11 +41,17 @@ class Cell(NamedTuple):
     method: str
     learning_rate: Rate
     seed: int
+    rank: Rank | None = None
+
+    @property
+    def variant(self) -> Variant:
+        """The method at its rank."""
+        return Variant(self.method, self.rank)
 
     @property
     def name(self) -> str:
         """Its folder's name, the same for every spelling of the rate."""
-        return f"{self.method}-lr{rate_text(self.learning_rate)}-seed{self.seed}"
+        return f"{self.variant.name}-lr{rate_text(self.learning_rate)}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -48,9 +67,14 @@ class CellState:
     message: str = ""
 
 
-def grid(methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> list[Cell]:
+def grid(variants: Sequence[Variant], rates: Sequence[float], seeds: Sequence[int]) -> list[Cell]:
     """Return all cells, one seed after the other, so that half a grid says something already."""
-    return [Cell(method, rate, seed) for seed in seeds for rate in rates for method in methods]
+    return [
+        Cell(method, rate, seed, rank)
+        for seed in seeds
+        for rate in rates
+        for method, rank in variants
+    ]
 
 
 def state_of(folder: Path, benchmarks: Collection[str] = ()) -> CellState:

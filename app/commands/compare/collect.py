@@ -16,6 +16,7 @@ from app.commands.compare.settings import (
     differences,
     flat,
     method_settings,
+    rank_of,
     task_settings,
     without_model_name,
 )
@@ -65,6 +66,11 @@ class Run:
     def scores(self, moment: str) -> Mapping[str, float]:
         """Return the scores at a moment: zero_shot, after_init, final (of the validation rows), test."""
         return self.record.metrics.get(moment, {})
+
+    @property
+    def rank(self) -> int | None:
+        """The adapter's r; None without an adapter, or where it is not known."""
+        return rank_of(self.settings or {})
 
     @property
     def init_seconds(self) -> float:
@@ -213,7 +219,7 @@ def _cells_without_run(root: Path, manifest: GridManifest) -> Iterator[Run]:
             state, reason = "unfinished", "it was ended as it began"
         else:
             continue  # its run folder says more
-        settings = manifest.methods.get(cell.method)
+        settings = manifest.methods.get(cell.variant.name)
         yield Run(folder, state, reason, cell.method, cell.learning_rate, cell.seed, settings, task)
 
 

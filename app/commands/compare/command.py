@@ -7,18 +7,28 @@ from pathlib import Path
 from typing import Literal
 
 from app.commands.compare import resolve as resolving
-from app.commands.compare.cells import CELLS_FOLDER, Cell, CellState, Rate, Seed, grid
+from app.commands.compare.cells import (
+    CELLS_FOLDER,
+    Cell,
+    CellState,
+    Rank,
+    Rate,
+    Seed,
+    Variant,
+    grid,
+)
 from app.commands.compare.launch import check_array, write_launch_file
 from app.commands.compare.manifest import GridManifest, update_manifest
+from app.commands.compare.ranks import resolve_ranks
 from app.commands.compare.resolve import ResolvedRun, Resolver
 from app.commands.compare.scheduler import GridRun
-from app.commands.compare.settings import method_settings
+from app.commands.compare.settings import RANK, method_settings
 from app.tracking.config_files import CONFIGS, PROJECT, find_config
 from app.utils.command_parser import CommandParser, check_not_misspelt, parse_list
 from app.utils.errors import InputError
 from app.utils.text import rate_text
 
-COMPARE = """Train methods with several learning rates and seeds, and report on all of them.
+COMPARE = """Train methods with several ranks, learning rates and seeds, and report on all of them.
 
   python train.py compare --config glue_sst2.yaml \\
       --methods lora,lora_one --learning_rates 1e-4,3e-4,1e-3 --seeds 0,1,2
@@ -55,10 +65,10 @@ def compare(arguments: Sequence[str], resolve: Resolver) -> int:
     """
     known = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))
     given, rest = _parse(arguments, known)
-    cells = _parse_grid(given, known)
-    methods = list(dict.fromkeys(cell.method for cell in cells))
+    methods, ranks, rates, seeds = _parse_axes(given, known)
     options = resolving.RunOptions(given.config, rest, resolve)
-    runs = resolving.resolve_methods(methods, known, options)
+    runs = resolve_ranks(resolving.resolve_methods(methods, known, options), ranks, options)
+    cells = grid(list(runs), rates, seeds)
     folder, manifest = _check_grid(given, cells, runs)
     update_manifest(folder, manifest)
     if given.launch != "local":
@@ -75,7 +85,7 @@ def compare(arguments: Sequence[str], resolve: Resolver) -> int:
             tests = [f"--config={name}" for name in given.test_config]
             return [*program, "test", "--run", str(state.run), *tests]
         return [
-            *(*program, "fit", *options.of(cell.method)),
+            *(*program, "fit", *options.of(cell.method, cell.rank)),
             f"--model.optimizer.init_args.lr={rate_text(cell.learning_rate)}",
             f"--seed_everything={cell.seed}",
             f"--output.root={folder / CELLS_FOLDER}",
@@ -97,6 +107,7 @@ def _parse(arguments: Sequence[str], known: Sequence[str]) -> tuple[argparse.Nam
     add = parser.add_argument
     add("-c", "--config", action="append", default=[], help="as for fit; later files win")
     add("--methods", required=True, help=f"some of {', '.join(known)}")
+    add("--ranks", help="such as 8,32,128; default the configuration's model.adapter.r")
     add("--learning_rates", required=True, help="such as 1e-4,3e-4,1e-3")
     add("--seeds", default="0", help="such as 0,1,2 (default 0)")
     add("--name", help="folder below output.root; default compare_ and output.name")
@@ -108,8 +119,9 @@ def _parse(arguments: Sequence[str], known: Sequence[str]) -> tuple[argparse.Nam
     add("--test_config", action="append", default=[], help=overlay)
     add("--score", help="score to report; default accuracy, or the benchmark's")
     given, rest = parser.parse_known_args(arguments)
+    set_by_compare = SET_BY_COMPARE | ({RANK: "--ranks"} if given.ranks is not None else {})
     for name in (argument.partition("=")[0] for argument in rest):
-        instead = SET_BY_COMPARE.get(name.removeprefix("--"))
+        instead = set_by_compare.get(name.removeprefix("--"))
         if name.startswith("--") and instead is not None:
             hint = f": give {instead}" if instead else ""
             raise InputError(f"{name} is set by compare for each run{hint}")
@@ -128,21 +140,26 @@ def _parse(arguments: Sequence[str], known: Sequence[str]) -> tuple[argparse.Nam
     return given, rest
 
 
-def _parse_grid(given: argparse.Namespace, known: Sequence[str]) -> list[Cell]:
+def _parse_axes(
+    given: argparse.Namespace, known: Sequence[str]
+) -> tuple[list[str], list[int], list[float], list[int]]:
+    """Return methods, ranks (empty where they are the configuration's), learning rates and seeds."""
     rates = "numbers above 0, such as 1e-4,3e-4,1e-3"
     seeds = f"whole numbers from 0 to {2**32 - 1}, such as 0,1,2"
-    return grid(
+    ranks = "whole numbers from 1, such as 8,32,128"
+    return (
         parse_list("--methods", given.methods, Literal[*known], f"some of {', '.join(known)}"),
+        [] if given.ranks is None else parse_list("--ranks", given.ranks, Rank, ranks),
         parse_list("--learning_rates", given.learning_rates, Rate, rates),
         parse_list("--seeds", given.seeds, Seed, seeds),
     )
 
 
 def _check_grid(
-    given: argparse.Namespace, cells: list[Cell], runs: dict[str, ResolvedRun]
+    given: argparse.Namespace, cells: list[Cell], runs: dict[Variant, ResolvedRun]
 ) -> tuple[Path, GridManifest]:
     """Return the comparison's folder and what it is asked for; raise InputError if that is no comparison."""
-    configs = {method: run.resolved for method, run in runs.items()}
+    configs = {variant.name: run.resolved for variant, run in runs.items()}
     first = next(iter(runs.values()))
     task = resolving.check_methods(configs)
     if given.launch == "slurm":
@@ -153,7 +170,7 @@ def _check_grid(
         resolving.check_validation(first)
     benchmarks = resolving.asked_benchmarks(given.test_config, first)
     resolving.check_score(given.score, first, benchmarks)
-    settings = {method: method_settings(config) for method, config in configs.items()}
+    settings = {name: method_settings(config) for name, config in configs.items()}
     return folder, GridManifest(task=task, methods=settings, benchmarks=benchmarks, cells=cells)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from app.commands.compare.settings import RATE
+from app.commands.compare.settings import RANK, RATE
 from app.utils.command_parser import CommandParser
 from app.utils.errors import InputError
 
@@ -86,7 +86,10 @@ def workspace(entity: str, project: str, name: str, score: str, task: str | None
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=100),
         runset_settings=ws.RunsetSettings(
             filters=shown,
-            groupby=[ws.Metric("Group"), ws.Config("model.method"), ws.Config(RATE)],
+            groupby=[
+                *(ws.Metric("Group"), ws.Config("model.method")),
+                *(ws.Config(RANK), ws.Config(RATE)),
+            ],
             order=[ws.Ordering(ws.Summary(f"final/{score}"), ascending=is_loss(score))],
             pinned_columns=[
                 *("summary:method", "summary:task", "summary:seed"),

@@ -3,8 +3,8 @@
 import io
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -60,16 +61,45 @@ def alignment_plots(comparison: Comparison) -> list[Plot]:
 
 
 def comparison_plots(comparison: Comparison) -> list[Plot]:
-    """Draw the learning-rate curves, and loss and score over steps and seconds, as far as there are data."""
+    """Draw the learning-rate curves, and loss and score over steps and seconds, as far as there are data.
+
+    Names and titles have the rank of a comparison from `by_rank`.
+    """
     plots = [_rates_plot(comparison, reported) for reported in (False, True)]
     for name in dict.fromkeys(("loss", comparison.score)):
         plots += [_curves_plot(comparison, name, over) for over in ("steps", "seconds")]
-    return [plot for plot in plots if plot is not None]
+    ending = "" if comparison.rank is None else f"_r{comparison.rank}"
+    return [replace(plot, name=plot.name + ending) for plot in plots if plot is not None]
 
 
-def _looks(comparison: Comparison) -> dict[str, dict[str, Any]]:
+def rank_plot(parts: Sequence[Comparison]) -> Plot | None:
+    """Draw the compared scores over ranks, at each rank's best learning rate; None for fewer than two.
+
+    `parts` is from `by_rank`.
+    """
+    if len(parts) < 2:
+        return None
+    of, score, column = parts[0].compared
+    figure, axes = plt.subplots(layout="constrained")
+    rows = pd.concat([part.chosen.astype({"method": str}).assign(rank=part.rank) for part in parts])
+    for label, look in _looks(dict.fromkeys(rows.method)).items():
+        own = _factor(score) * rows[rows.method == label].groupby("rank")[column].agg(
+            ["mean", "std"]
+        )
+        stats = own.dropna(subset="mean")
+        if len(stats):
+            look |= {"label": label, "markersize": 5, "capsize": 3}
+            axes.errorbar(stats.index, stats["mean"], stats["std"].fillna(0), **look)
+    _scale_log(axes, [part.rank or 0 for part in parts], lambda rank: f"{rank:.0f}")
+    title = f"{of.capitalize()} {score} by rank"
+    label = "rank r, at its best learning rate"
+    axes.set(xlabel=label, ylabel=_score_label(of, score), title=title)
+    return _finish("rank", title, figure, axes)
+
+
+def _looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return colour, line style and marker of each method, in the order of the report."""
-    looks = {label: dict[str, Any]() for label in comparison.choices}
+    looks = {label: dict[str, Any]() for label in labels}
     for place, label in enumerate(sorted(looks)):
         turn, color = divmod(place, len(COLORS))
         marker = MARKERS[(color + 3 * turn) % len(MARKERS)]
@@ -83,7 +113,7 @@ def _rates_plot(comparison: Comparison, reported: bool) -> Plot | None:
     if reported:
         of, score, column = "test", comparison.score, "reported_score"
     figure, axes = plt.subplots(layout="constrained")
-    for label, look in _looks(comparison).items():
+    for label, look in _looks(comparison.choices).items():
         own = comparison.finished[comparison.finished.method == label].copy()
         own[column] *= _factor(score)
         # The choice's ring is drawn from the rows at that rate.
@@ -100,19 +130,24 @@ def _rates_plot(comparison: Comparison, reported: bool) -> Plot | None:
         bottom = axes.get_xaxis_transform()
         for rate in failed:
             axes.plot([rate], [0.02], "x", color=look["color"], transform=bottom, clip_on=False)
-    _scale_rates(axes, sorted(comparison.rows.learning_rate.dropna().unique()))
-    title = f"{of.capitalize()} {score} by learning rate"
+    _scale_log(axes, sorted(comparison.rows.learning_rate.dropna().unique()), rate_text)
+    title = f"{of.capitalize()} {score} by learning rate{_at_rank(comparison)}"
     notes = "ring: the chosen rate"
     notes += "" if comparison.failed.empty else "; cross: a run failed or diverged"
     axes.set(xlabel=f"learning rate ({notes})", ylabel=_score_label(of, score), title=title)
     return _finish(f"learning_rate_{of}", title, figure, axes)
 
 
-def _scale_rates(axes: Axes, ticks: Sequence[float]) -> None:
+def _at_rank(comparison: Comparison) -> str:
+    return "" if comparison.rank is None else f", rank {comparison.rank}"
+
+
+def _scale_log(axes: Axes, ticks: Sequence[float], text: Callable[[float], str]) -> None:
+    """Scale the x axis by the logarithm, and mark the values that were tried."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    names = FuncFormatter(lambda value, _: rate_text(float(f"{value:.12g}")))
+    names = FuncFormatter(lambda value, _: text(float(f"{value:.12g}")))
     axes.xaxis.set_major_formatter(names)
     axes.tick_params(axis="x", labelrotation=30 if len(ticks) > 5 else 0)
     if len(ticks) == 1:
@@ -121,7 +156,7 @@ def _scale_rates(axes: Axes, ticks: Sequence[float]) -> None:
 
 def _curves_plot(comparison: Comparison, name: str, over: str) -> Plot | None:
     figure, axes = plt.subplots(layout="constrained")
-    for label, look in _looks(comparison).items():
+    for label, look in _looks(comparison.choices).items():
         rows = comparison.chosen[comparison.chosen.method == label]
         curve = mean_curve(list(rows.run), name, over)
         if curve is None:
@@ -136,7 +171,7 @@ def _curves_plot(comparison: Comparison, name: str, over: str) -> Plot | None:
             band: dict[str, Any] = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
             axes.fill_between(x, mean - std, mean + std, **band)
     what = "Training loss" if name == "loss" else f"Validation {name}"
-    title = f"{what} over {over}"
+    title = f"{what} over {over}{_at_rank(comparison)}"
     label = "nats per token" if name == "loss" else _score_label("validation", name)
     axes.set(xlabel=LABELS[over], ylabel=label, title=title)
     axes.set_xlim(left=0)

@@ -69,6 +69,7 @@ def _sweep(path: Path, cells: Sequence[Cell], options: Sequence[str]) -> str:
     grid: dict[str, list[Any]] = {
         "seeds": [cell.seed for cell in cells],
         "learning_rates": [rate_text(cell.learning_rate) for cell in cells],
+        "ranks": [cell.rank for cell in cells if cell.rank is not None],
         "methods": [cell.method for cell in cells],
     }
     sweep = {
@@ -77,7 +78,7 @@ def _sweep(path: Path, cells: Sequence[Cell], options: Sequence[str]) -> str:
         "method": "grid",
         "metric": {"name": "final/loss", "goal": "minimize"},
         "parameters": {
-            name: {"values": list(dict.fromkeys(values))} for name, values in grid.items()
+            name: {"values": list(dict.fromkeys(values))} for name, values in grid.items() if values
         },
         "command": ["${env}", "python", "${program}", "compare", *options, "${args}"],
     }

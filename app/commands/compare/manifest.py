@@ -25,7 +25,7 @@ class GridManifest(BaseModel, frozen=True):
 
     Attributes:
         task: The settings that all runs share; None where the file does not say.
-        methods: The settings of each method, without the learning rate.
+        methods: The settings of each method, without the learning rate, by the name of its `Variant`.
         benchmarks: The settings of each benchmark that finished runs are asked, by its name.
         cells: The cells.
     """

@@ -3,7 +3,7 @@
 import base64
 import re
 import tempfile
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from markupsafe import Markup, escape
 
 from app.commands.compare import tables
 from app.commands.compare.collect import Run
-from app.commands.compare.figures import Plot, alignment_plots, comparison_plots
-from app.commands.compare.selection import Comparison, comparisons
+from app.commands.compare.figures import Plot, alignment_plots, comparison_plots, rank_plot
+from app.commands.compare.selection import Comparison, by_rank, comparisons
 from app.commands.compare.settings import differences_text
 from app.commands.compare.tables import Table
 from app.utils.errors import InputError
@@ -49,7 +49,7 @@ def write_report(runs: Sequence[Run], folder: Path, score: str | None = None) ->
     """
     compared = comparisons(runs, score)
     several = len(compared) > 1
-    count = len({label for comparison in compared for label in comparison.choices})
+    count = len({name for comparison in compared for name in comparison.rows.family})
     what = f"{len(compared)} tasks" if several else _task_name(compared[0])
     title = f"{count} method{'s' * (count > 1)} on {what}"
     sections, printed = [], []
@@ -100,21 +100,26 @@ def _sections(comparison: Comparison, heading: str, suffix: str) -> list[Section
     rates = [tables.rate_table(comparison, test) for test in (False, True)[: 1 + has_tests]]
     before, seeds = tables.before_training_table(comparison), tables.seed_table(comparison)
     settings = tables.settings_table(comparison)
-    plots, maps = (
-        {f"{plot.name}{suffix}.png": plot for plot in drawn}
-        for drawn in (comparison_plots(comparison), alignment_plots(comparison))
-    )
+    parts = by_rank(comparison)
+    ranks, over_ranks = tables.rank_table(parts), rank_plot(parts)
+    plots = [plot for part in parts for plot in comparison_plots(part)]
+    maps = alignment_plots(comparison)
+
+    def files(drawn: Iterable[Plot]) -> dict[str, Plot]:
+        return {f"{plot.name}{suffix}.png": plot for plot in drawn}
+
     about_maps = (
         "Each method's first seed at its best rate: how the factors stand to the one-step gradient, layer by "
         "layer (docs/alignment.md)."
     )
     sections = [
         Section(heading, 2, paragraphs, [tables.main_table(comparison)]),
+        Section("Ranks", tables=[ranks] if ranks else [], plots=files(filter(None, [over_ranks]))),
         Section("Learning rates", tables=rates),
         Section("Before and after training", tables=[before] if before else []),
         Section("Seed by seed", tables=[seeds] if seeds else []),
-        Section("Plots", plots=plots),
-        Section("Alignment metrics", paragraphs=[about_maps] if maps else [], plots=maps),
+        Section("Plots", plots=files(plots)),
+        Section("Alignment metrics", paragraphs=[about_maps] if maps else [], plots=files(maps)),
         Section("In what the methods differ", tables=[settings] if settings else []),
     ]
     return [s for s in sections if s.paragraphs or s.tables or s.plots]
@@ -130,6 +135,8 @@ def _description(comparison: Comparison) -> str:
     """Say what all runs share, and how many there are."""
     runs = list(comparison.finished.run)
     record = runs[0].record
+    methods = comparison.rows.family.unique()
+    ranks = [str(part.rank) for part in by_rank(comparison) if part.rank is not None]
     rows = ", ".join(f"{count:,} {split}" for split, count in record.data.rows.items())
     seeds = sorted({run.seed or 0 for run in runs})
     steps = sorted({run.record.train.steps for run in runs})
@@ -138,8 +145,9 @@ def _description(comparison: Comparison) -> str:
     times = f" of {batch} rows" + (f" x {accumulated}" if accumulated > 1 else "")
     parameters = record.model.parameters
     return (
-        f"{len(runs)} finished runs of {_count(comparison.choices, 'method')}; "
-        f"{_count(seeds, 'seed')}: {', '.join(map(str, seeds))}. "
+        f"{len(runs)} finished runs of {_count(methods, 'method')}"
+        + (f" at ranks {', '.join(ranks)}; " if ranks else "; ")
+        + f"{_count(seeds, 'seed')}: {', '.join(map(str, seeds))}. "
         f"Rows: {rows}. {' or '.join(f'{count:,}' for count in steps)} optimizer steps{times}, "
         f"schedule {comparison.shared.get('model.lr_scheduler_type')}"
         + (f"; a model of {parameters:,} parameters." if parameters else ".")

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from app.commands.compare.settings import (
     METHOD,
+    RANK,
     Settings,
     differences,
     differences_text,
@@ -55,6 +56,9 @@ class ResolvedRun(Protocol):
     def check(self) -> None:
         """Raise an error if a part cannot be made, or training is too short for the adapter."""
 
+    def check_rank(self) -> None:
+        """Raise an error if a layer is too small for the adapter's rank."""
+
 
 Resolver = Callable[[Sequence[str]], ResolvedRun]
 """Resolves the options of a `fit`; the command line hands it over, which knows the parser."""
@@ -87,19 +91,24 @@ class RunOptions:
         """Return all options, as they were given."""
         return [*self._files, *chain.from_iterable(self._groups)]
 
-    def of(self, method: str) -> list[str]:
-        """Return the options of a method's runs."""
+    def of(self, method: str, rank: int | None = None) -> list[str]:
+        """Return the options of a method's runs, at a rank or at that of its configuration."""
         groups = [g for g in self._groups if method in self.takers.get(_key(g), [method])]
-        return [*self._files, f"--config=methods/{method}.yaml", *chain.from_iterable(groups)]
+        own = [] if rank is None else [f"--{RANK}={rank}"]
+        return [*self._files, f"--config=methods/{method}.yaml", *chain.from_iterable(groups), *own]
 
     def add(self, option: str) -> None:
         """Add an option of all methods."""
         self._groups.append([option])
 
-    def resolve(self, method: str) -> ResolvedRun:
-        """Parse a method's run; raise InputError, with the method's name, if a setting is unknown or wrong."""
-        with named(method):
-            return self._resolve(self.of(method))
+    def resolve(self, method: str, rank: int | None = None) -> ResolvedRun:
+        """Parse a method's run, at a rank or at that of its configuration.
+
+        Raises:
+            InputError: A setting is unknown or wrong; names the method.
+        """
+        with named(method, rank):
+            return self._resolve(self.of(method, rank))
 
     def distribute(self, methods: Sequence[str], known: Sequence[str]) -> None:
         """Find out which methods have the settings that are given, and print what does not go to all of them.
@@ -147,8 +156,8 @@ def _has_setting(config: Mapping[str, Any], key: str) -> bool:
 
 
 @contextmanager
-def named(method: str) -> Iterator[None]:
-    """Put the method's name before what is wrong with its run."""
+def named(method: str, rank: int | None = None) -> Iterator[None]:
+    """Put the method's name, and its rank where one is given, before what is wrong with its run."""
     try:
         yield
     except ValueError as error:
@@ -156,7 +165,8 @@ def named(method: str) -> Iterator[None]:
         message = next((e for e in causes(error) if isinstance(e, InputError)), None)
         if message is None:
             raise
-        raise InputError(f"method {method}: {message}") from error
+        at = "" if rank is None else f" at rank {rank}"
+        raise InputError(f"method {method}{at}: {message}") from error
 
 
 def resolve_methods(

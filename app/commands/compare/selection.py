@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from app.commands.compare.collect import KNOWN_AT_THE_END, Run
 from app.commands.compare.settings import Settings, differences
+from app.commands.compare.variants import MethodRuns, variants_of
 from app.utils.errors import InputError
 from app.utils.text import rate_text
 
@@ -42,6 +43,7 @@ class Comparison:
         selected_by: The score of the validation rows that the rates are chosen by.
         shared: The settings that all runs share.
         differs_by: Settings in which it differs from the first comparison of the report.
+        rank: That of all its methods with an adapter, where it is one of `by_rank`.
     """
 
     rows: pd.DataFrame
@@ -50,6 +52,7 @@ class Comparison:
     selected_by: str
     shared: Settings
     differs_by: dict[str, tuple[Any, Any]]
+    rank: int | None = None
 
     @property
     def finished(self) -> pd.DataFrame:
@@ -61,6 +64,13 @@ class Comparison:
         """Whether any run is tested, or can be; else the scores of the validation rows are compared."""
         runs: list[Run] = list(self.finished.run)
         return any(run.record.data.has_test or run.scores("test") for run in runs)
+
+    @property
+    def compared(self) -> tuple[str, str, str]:
+        """By what methods are compared: the set `test` or `validation`, the score, its column of `rows`."""
+        if self.has_test:
+            return "test", self.score, "reported_score"
+        return "validation", self.selected_by, "selection_score"
 
     @property
     def failed(self) -> pd.DataFrame:
@@ -104,8 +114,27 @@ def comparisons(runs: Sequence[Run], score: str | None = None) -> list[Compariso
     for members in by_size:
         own = [run for run in excluded if _belongs(run, members, len(groups) == 1)]
         differs_by = differences(by_size[0][0].task, members[0].task)
-        made.append(_compare(_variants([*members, *own]), score, members[0].task, differs_by))
+        made.append(_compare(variants_of([*members, *own]), score, members[0].task, differs_by))
     return made
+
+
+def by_rank(comparison: Comparison) -> list[Comparison]:
+    """Separate the ranks of a comparison, where some method has several; else return it alone.
+
+    A method without an adapter is in each of them. Methods are named without their rank.
+    """
+    rows = comparison.rows
+    if rows.groupby("family")["rank"].nunique().max() < 2:
+        return [comparison]
+    parts = []
+    for rank in sorted(rows["rank"].dropna().unique()):
+        own = rows[(rows["rank"] == rank) | rows["rank"].isna()]
+        labels = own.drop_duplicates("method").set_index("family").method
+        choices = {family: comparison.choices[label] for family, label in labels.items()}
+        family = pd.Categorical(own.family, list(choices), ordered=True)
+        own = own.assign(method=family)
+        parts.append(replace(comparison, rows=own, choices=choices, rank=int(rank)))
+    return parts
 
 
 def _score_names(runs: Sequence[Run]) -> list[str]:
@@ -124,31 +153,6 @@ def _belongs(excluded: Run, members: Sequence[Run], only: bool) -> bool:
     return only or any(run.folder.is_relative_to(excluded.folder.parent) for run in members)
 
 
-def _variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Put runs of one method with the same settings together, the finished ones first, by a label.
-
-    The label is the method's name, with the settings that differ between those of the same name. A run whose
-    settings are not known, which is an excluded one, counts for every variant of its method.
-    """
-    variants: list[tuple[str | None, Settings, list[Run]]] = []
-    for run in runs:
-        namesakes = [variant for variant in variants if variant[0] == run.method]
-        same = [v for v in namesakes if run.settings is None or not differences(v[1], run.settings)]
-        if not same:
-            same = [(run.method, run.settings or {}, [])]
-            variants += same
-        for _, _, members in same:
-            members.append(run)
-    labels: dict[str, list[Run]] = {}
-    for method, settings, members in variants:
-        known = [other for name, other, _ in variants if name == method]
-        differ = dict.fromkeys(name for other in known for name in differences(known[0], other))
-        parts = [f"{name.rpartition('.')[2]}={settings.get(name)}" for name in differ]
-        label = f"{method} ({', '.join(parts)})" if parts else str(method)
-        labels.setdefault(label, []).extend(members)
-    return labels
-
-
 def run_rows(runs: Mapping[str, Sequence[Run]], selected_by: str, reported: str) -> pd.DataFrame:
     """Return a row for each run, which are given by the label of their method.
 
@@ -159,6 +163,7 @@ def run_rows(runs: Mapping[str, Sequence[Run]], selected_by: str, reported: str)
     rows = [
         {
             "method": label,
+            "rank": run.rank,
             "learning_rate": run.learning_rate,
             "seed": run.seed,
             "state": run.state,
@@ -182,7 +187,7 @@ def run_rows(runs: Mapping[str, Sequence[Run]], selected_by: str, reported: str)
     ]
     frame = pd.DataFrame(rows)
     scores = [name for name in frame if name.endswith(("_score", "_loss"))]
-    whole = ["seed", "trainable_parameters", "peak_bytes"]
+    whole = ["rank", "seed", "trainable_parameters", "peak_bytes"]
     names = frame.sort_values("learning_rate").learning_rate.map(rate_name).unique()
     rates = pd.Categorical(frame.learning_rate.map(rate_name), names, ordered=True)
     types = dict.fromkeys(scores, float) | dict.fromkeys(whole, "Int64")
@@ -195,12 +200,12 @@ def rate_name(value: float) -> str:
 
 
 def _compare(
-    variants: Mapping[str, list[Run]],
+    variants: Mapping[str, MethodRuns],
     score: str | None,
     shared: Settings,
     differs_by: dict[str, tuple[Any, Any]],
 ) -> Comparison:
-    finished = [run for runs in variants.values() for run in runs if run.state == "finished"]
+    finished = [run for own in variants.values() for run in own.runs if run.state == "finished"]
     names = _score_names(finished)
     benchmarks = [name for name in names if name.count("/") == 1]
     usual = "accuracy" if "accuracy" in names else (benchmarks or ["loss"])[0]
@@ -208,7 +213,13 @@ def _compare(
     # A benchmark's questions are of the reported set: only rows may choose.
     on_rows = "/" not in reported and all(reported in run.scores("final") for run in finished)
     chooser = reported if on_rows else "loss"
-    rows = run_rows(variants, chooser, reported)
+    rows = run_rows({label: own.runs for label, own in variants.items()}, chooser, reported)
+    # An excluded run of unknown settings has those of the variant that it counts for.
+    ranks = rows.method.map({label: own.rank for label, own in variants.items()})
+    rows = rows.assign(
+        family=rows.method.map({label: own.family for label, own in variants.items()}),
+        rank=ranks.astype("Int64"),
+    )
     # An excluded run of an unknown rate is listed, and belongs to no rate.
     rows = rows[(rows.state == "finished") | rows.learning_rate.notna()]
     choices = {

@@ -7,6 +7,8 @@ from app.utils.class_paths import DROPPED, bare_name
 
 OPTIMIZER = "model.optimizer"
 RATE = f"{OPTIMIZER}.init_args.lr"
+RANK = "model.adapter.r"
+ALPHA = "model.adapter.lora_alpha"
 METHOD = ("model.method", "model.adapter", OPTIMIZER, "init", "trainer.callbacks")
 """The method: what an overlay in configs/methods may change."""
 
@@ -73,6 +75,12 @@ def task_settings(config: Mapping[str, Any]) -> Settings:
 def without_model_name(task: Settings) -> Settings:
     """Return a task's settings without the model's name: the same weights may lie elsewhere."""
     return {name: value for name, value in task.items() if name != "model.name"}
+
+
+def rank_of(settings: Settings) -> int | None:
+    """Return the rank of a method's adapter; None without one."""
+    rank = settings.get(RANK)
+    return rank if isinstance(rank, int) else None
 
 
 def differences(left: Settings, right: Settings) -> dict[str, tuple[Any, Any]]:

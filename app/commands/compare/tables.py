@@ -23,7 +23,7 @@ COSTS = {
 """Columns of the main table: of which column of the runs the mean, its factor, decimal places."""
 
 RUN_COLUMNS = (
-    *("task", "method", "learning_rate", "seed", "state"),
+    *("task", "method", "rank", "learning_rate", "seed", "state"),
     *("untouched_score", "start_score", "selection_score", "reported_score"),
     *("trainable_parameters", "init_seconds", "step_seconds", "train_seconds", "peak_bytes"),
     *("device", "folder", "reason"),
@@ -91,6 +91,31 @@ def main_table(comparison: Comparison) -> Table:
     return Table(frame, main_notes(comparison))
 
 
+def rank_table(parts: Sequence[Comparison]) -> Table | None:
+    """Return the compared scores: one row a method, one column a rank; None for fewer than two ranks.
+
+    `parts` is from `by_rank`.
+    """
+    if len(parts) < 2:
+        return None
+    of, score, column = parts[0].compared
+    columns: dict[str, dict[str, str]] = {}
+    for part in parts:
+        columns[f"rank {part.rank}"] = column_of = {}
+        for label, choice in part.choices.items():
+            own = part.chosen[part.chosen.method == label]
+            text = score_text(own[column], score)
+            column_of[label] = text and f"{text} at {choice.rate}{EDGE_MARKS[choice.edge]}"
+    note = (
+        f"{of.capitalize()} {score}{_percent(score, ', in ')}, mean ± standard deviation over seeds, at each "
+        "rank's best learning rate. In a row only the rank differs, and lora_alpha where it is tied to the "
+        "rank; the scaling is lora_alpha / sqrt(r), or lora_alpha / r without use_rslora. A method without an "
+        "adapter stands in every column."
+    )
+    frame = pd.DataFrame(columns).fillna("")
+    return Table(frame.rename_axis("method"), [note])
+
+
 def rate_table(comparison: Comparison, reported: bool) -> Table:
     """Return the test or the validation scores: one row a method, one column a learning rate."""
     score = comparison.score if reported else comparison.selected_by
@@ -113,9 +138,7 @@ def rate_table(comparison: Comparison, reported: bool) -> Table:
 
 def seed_table(comparison: Comparison) -> Table | None:
     """Return the compared scores at the chosen rates, one column a seed; None for one seed or none tested."""
-    of, score, column = "Test", comparison.score, "reported_score"
-    if not comparison.has_test:
-        of, score, column = "Validation", comparison.selected_by, "selection_score"
+    of, score, column = comparison.compared
     tested = comparison.chosen.dropna(subset=column)
     scores = tested.pivot(index="method", columns="seed", values=column)
     if scores.shape[1] < 2:
@@ -123,8 +146,8 @@ def seed_table(comparison: Comparison) -> Table | None:
     labels = [label for label, choice in comparison.choices.items() if choice.rate is not None]
     frame = scores.reindex(labels).map(lambda value: score_text(pd.Series([value]), score))
     note = (
-        f"{of} {score}{_percent(score, ', in ')}. A seed gives every method the same rows in the same order, "
-        "so that the differences in a column are paired."
+        f"{of.capitalize()} {score}{_percent(score, ', in ')}. A seed gives every method the same rows in the "
+        "same order, so that the differences in a column are paired."
     )
     return Table(frame.add_prefix("seed "), [note])
 
@@ -182,6 +205,7 @@ def runs_csv(compared: Sequence[Comparison], runs: Sequence[Run]) -> str:
     excluded = [run for run in runs if run.state != "finished"]
     if excluded:
         rows = run_rows({"": excluded}, "", "").assign(method=[run.method for run in excluded])
-        frames.append(rows[["method", "learning_rate", "seed", "state", "folder", "reason"]])
-    table = pd.concat(frames).astype({"task": "Int64"})
+        known = ["method", "rank", "learning_rate", "seed", "state", "folder", "reason"]
+        frames.append(rows[known])
+    table = pd.concat(frames).astype({"task": "Int64", "rank": "Int64"})
     return str(table.to_csv(columns=list(RUN_COLUMNS), index=False))

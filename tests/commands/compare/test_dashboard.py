@@ -70,6 +70,7 @@ def test_the_table_groups_runs_with_the_best_on_top(score, ascending, dashboard)
     assert [(key["section"], key["name"]) for key in shown["grouping"]] == [
         ("run", "group"),
         ("config", "model.value.method"),
+        ("config", "model.value.adapter.r"),
         ("config", "model.value.optimizer.init_args.lr"),
     ]
     [key] = shown["sort"]["keys"]

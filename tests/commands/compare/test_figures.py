@@ -6,7 +6,7 @@ import yaml
 
 from app.commands.compare import figures
 from app.commands.compare.collect import collect
-from app.commands.compare.selection import comparisons
+from app.commands.compare.selection import by_rank, comparisons
 from tests.support.report_runs import RATES, SCORES
 
 
@@ -29,9 +29,10 @@ def test_curves(runs):
     assert std == pytest.approx(table.std(axis=0, ddof=1))
 
 
-def test_the_curves_over_learning_rates(runs, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Return the points of each plot that is drawn with error bars, by its name and the method's label."""
     drawn = {}
-    finish = figures._finish
 
     def watched(name, title, figure, axes):
         handles, labels = axes.get_legend_handles_labels()
@@ -40,9 +41,14 @@ def test_the_curves_over_learning_rates(runs, monkeypatch):
             for bars, label in zip(handles, labels, strict=True)
             if hasattr(bars, "lines")
         }
-        return finish(name, title, figure, axes)
+        figures.plt.close(figure)
+        return figures.Plot(name, title, b"")
 
     monkeypatch.setattr(figures, "_finish", watched)
+    return drawn
+
+
+def test_the_curves_over_learning_rates(runs, drawn):
     figures.comparison_plots(comparisons(collect([runs]))[0])
     for i, split in enumerate(("validation", "test")):
         for method, by_rate in SCORES.items():
@@ -50,6 +56,19 @@ def test_the_curves_over_learning_rates(runs, monkeypatch):
             assert tuple(x) == RATES
             means = [100 * np.mean([scores[i] for scores in by_rate[rate]]) for rate in RATES]
             assert y.tolist() == pytest.approx(means)
+
+
+def test_the_curves_over_ranks(ranks, drawn):
+    parts = by_rank(comparisons(collect([ranks]))[0])
+    assert figures.rank_plot(parts).title == "Test accuracy by rank"
+    wanted = {"lora": (56.0, 65.5), "lora_one": (66.0, 75.5), "full": (55.0, 55.0)}
+    for method, values in wanted.items():
+        x, y = drawn["rank"][method]
+        assert x.tolist() == [8, 64]
+        assert y.tolist() == pytest.approx(values)
+    names = [plot.name for part in parts for plot in figures.comparison_plots(part)]
+    assert len(set(names)) == len(names)
+    assert {name.rpartition("_")[2] for name in names} == {"r8", "r64"}
 
 
 @pytest.mark.parametrize("name", ["alignment", "inside"])  # of this version and of earlier ones

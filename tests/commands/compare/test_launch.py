@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import yaml
 
-from app.commands.compare.cells import Cell, grid
+from app.commands.compare.cells import Cell, Variant, grid
 from app.utils.command_parser import CommandParser
 from tests.support.compare_runs import OPTIONS
 from tests.support.paths import ROOT
@@ -41,10 +41,11 @@ def parsed(argv):
     assert argv[1] == "compare"
     assert argv[0].endswith("train.py")
     own = CommandParser("compare")
-    for name in ("--methods", "--learning_rates", "--seeds"):
+    for name in ("--methods", "--ranks", "--learning_rates", "--seeds"):
         own.add_argument(name)
     given, rest = own.parse_known_args(argv[2:])
-    cell = (given.methods, float(given.learning_rates), int(given.seeds))
+    rank = None if given.ranks is None else int(given.ranks)
+    cell = (given.methods, float(given.learning_rates), int(given.seeds), rank)
     return Cell(*cell), rest
 
 
@@ -60,7 +61,7 @@ def test_the_slurm_array_runs_every_cell(compare, started, tiny_run, tmp_path, c
         cells.append(asked)
         shared = {f"--config={tiny_run}", "--name=compare_tiny", "--model.adapter.r=3", *OPTIONS}
         assert shared <= set(rest)
-    assert cells == grid(["lora", "lora_one"], [1e-2, 3e-2], [0, 7])
+    assert cells == grid([Variant("lora"), Variant("lora_one")], [1e-2, 3e-2], [0, 7])
 
 
 @pytest.mark.slow
@@ -91,3 +92,17 @@ def test_the_sweep_is_the_same_grid(compare, started, tiny_run, tmp_path):
     asked, rest = parsed(run_file(["bash", "-c", shlex.join(words)], tmp_path))
     assert asked == Cell("lora_one", 3e-2, 7)
     assert {f"--config={tiny_run}", "--name=compare_tiny"} <= set(rest)
+
+
+def test_the_slurm_array_has_the_ranks(compare, tmp_path):
+    wanted = ("--methods=full,lora", "--ranks=2,4", "--learning_rates=1e-2")
+    assert compare(*wanted, "--launch=slurm") == 0
+    file = tmp_path / "runs" / "compare_tiny" / "array.sbatch"
+    cells = [parsed(run_task(file, tmp_path, task))[0] for task in range(3)]
+    assert cells == [Cell("full", 1e-2, 0), Cell("lora", 1e-2, 0, 2), Cell("lora", 1e-2, 0, 4)]
+
+
+def test_the_sweep_has_the_ranks(compare, tmp_path):
+    assert compare("--methods=lora", "--ranks=2", "--learning_rates=1e-2", "--launch=wandb") == 0
+    sweep = yaml.safe_load((tmp_path / "runs" / "compare_tiny" / "sweep.yaml").read_text())
+    assert sweep["parameters"]["ranks"] == {"values": [2]}

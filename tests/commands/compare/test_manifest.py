@@ -39,6 +39,14 @@ def test_settings_that_a_class_no_longer_has_are_left_out(tmp_path):
     assert read_manifest(tmp_path) == now
 
 
+def test_a_manifest_without_ranks_is_read(tmp_path):
+    (tmp_path / "compare.json").write_text('{"cells": [["lora", 0.001, 0], ["lora", 0.001, 0, 8]]}')
+    cells = [CELL, Cell("lora", 1e-3, 0, 8)]
+    assert read_manifest(tmp_path).cells == cells
+    update_manifest(tmp_path, manifest(1, *cells))
+    assert read_manifest(tmp_path).cells == cells
+
+
 def test_a_wider_grid_adds_to_it(tmp_path):
     settings = {"model.optimizer.class_path": "app.precond_adamw.PreconditionedAdamW"}
     named = {"model.optimizer.class_path": "PreconditionedAdamW"}  # as this version does

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from app.commands.compare.cells import Cell, grid, state_of
+from app.commands.compare.cells import Cell, Variant, grid, state_of
 from app.commands.compare.scheduler import GridRun, failure_message
 from app.utils.signals import Stopped, StopSignals
 
@@ -25,7 +25,7 @@ rmdir "$cell/busy"
 echo "end $stage $(basename "$cell") $$" >> "$journal"
 mv "$cell/version_0/part" "$cell/version_0/summary.json"
 """
-CELLS = grid(["lora", "lora_one"], [1e-4, 1e-3], [0])
+CELLS = grid([Variant("lora"), Variant("lora_one")], [1e-4, 1e-3], [0])
 PATIENCE = 60.0
 
 
@@ -190,3 +190,4 @@ def test_what_a_failure_says():
 
 def test_a_cell_has_one_name():
     assert Cell("lora", 0.0001, 3).name == Cell("lora", 1e-04, 3).name == "lora-lr1e-4-seed3"
+    assert Cell("lora", 1e-4, 3, 8).name == "lora-r8-lr1e-4-seed3"

@@ -5,8 +5,9 @@ import json
 import pytest
 import yaml
 
+from app.commands.compare.cells import Cell
 from app.commands.compare.collect import collect
-from app.commands.compare.selection import comparisons
+from app.commands.compare.selection import by_rank, comparisons
 from app.commands.compare.settings import method_settings
 from app.utils.errors import InputError
 from tests.support.report_runs import change, fail, grid_run, main_rows, manifest, write_run
@@ -133,6 +134,59 @@ def test_variants_of_a_method(tmp_path):
     assert scores == [("lora (r=64)", "90.00"), ("lora (r=8)", "70.00")]
     assert "‡ No other learning rate was tried: lora (r=64), lora (r=8)." in notes
     assert "One seed says nothing about the spread between seeds." in notes
+
+
+def test_ranks_apart(ranks):
+    """Each has the methods that it was run for, by their names alone, and full fine-tuning."""
+    [comparison] = comparisons(collect([ranks]))
+    assert len(comparison.choices) == 5
+    parts = by_rank(comparison)
+    assert [part.rank for part in parts] == [8, 64]
+    for part, rates in zip(parts, ({"1e-4"}, {"1e-3"}), strict=True):
+        assert set(part.choices) == {"lora", "lora_one", "full"}
+        assert {part.choices[label].rate for label in ("lora", "lora_one")} == rates
+        assert set(part.rows["rank"].dropna()) == {part.rank}
+        assert part.chosen.method.value_counts().to_dict() == {"lora": 1, "lora_one": 1, "full": 2}
+    [alone] = by_rank(comparisons(collect([ranks / "full-0", ranks / "lora-8-0.0001"]))[0])
+    assert (alone.rank, set(alone.choices)) == (None, {"full", "lora"})
+
+
+@pytest.mark.parametrize(
+    ("alphas", "families"),
+    [
+        ((16, 16), {"lora"}),
+        ((8, 64), {"lora"}),  # tied to the rank
+        ((8, 64, 16), {f"lora (lora_alpha={alpha})" for alpha in (8, 64, 16)}),
+    ],
+)
+def test_what_only_the_rank_sets_apart(alphas, families, tmp_path):
+    for i, (r, alpha) in enumerate(zip((8, 64, 64), alphas, strict=False)):
+        write_run(tmp_path / f"{i}", r=r)
+        config = yaml.safe_load((tmp_path / f"{i}" / "config.yaml").read_text())
+        config["model"]["adapter"]["lora_alpha"] = alpha
+        (tmp_path / f"{i}" / "config.yaml").write_text(yaml.safe_dump(config))
+    [comparison] = comparisons(collect([tmp_path]))
+    assert set(comparison.rows.family) == families
+
+
+def test_a_failed_cell_counts_for_its_rank(tmp_path):
+    settings = {}
+    for r in (8, 64):
+        for rate, validation in ((1e-4, 0.7), (1e-3, 0.8)):
+            cell = Cell("lora", rate, 0, r)
+            folder = tmp_path / "cells" / cell.name / "version_0"
+            write_run(folder, "lora", rate, 0, validation, r=r)
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        settings[cell.variant.name] = method_settings(config)
+    lost = Cell("lora", 1e-3, 1, 64)
+    (tmp_path / "cells" / lost.name).mkdir()
+    failure = json.dumps({"message": "no memory", "diverged": False})
+    (tmp_path / "cells" / lost.name / "failure.json").write_text(failure)
+    cells = [Cell("lora", rate, 0, r) for r in (8, 64) for rate in (1e-4, 1e-3)]
+    manifest(tmp_path, [*cells, lost], methods=settings)
+    rows, _ = main_rows(tmp_path)
+    assert rate_of(rows["lora (r=8)"]) == "1e-3 †"
+    assert rate_of(rows["lora (r=64)"]) == "1e-4 †"
 
 
 def test_measuring_alignment_makes_no_other_method(tmp_path):

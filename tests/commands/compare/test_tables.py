@@ -9,8 +9,14 @@ import pytest
 
 from app.commands.compare.cells import state_of
 from app.commands.compare.collect import collect
-from app.commands.compare.selection import comparisons
-from app.commands.compare.tables import before_training_table, rate_table, runs_csv, seed_table
+from app.commands.compare.selection import by_rank, comparisons
+from app.commands.compare.tables import (
+    before_training_table,
+    rank_table,
+    rate_table,
+    runs_csv,
+    seed_table,
+)
 from tests.support.report_runs import RATES, SCORES, fail, grid_run, main_rows, manifest, write_run
 
 
@@ -92,6 +98,17 @@ def test_the_whole_curve(runs, comparison):
     manifest(runs, [["lora_one", 1e-3, seed] for seed in (3, 4, 5, 6)])
     rows = rows_of(rate_table(comparisons(collect([runs]))[0], reported=False))
     assert rows["lora_one"]["1e-3"] == "91.00 ± 1.00, 2 diverged, 1 failed, 1 missing"
+
+
+def test_ranks_side_by_side(ranks):
+    table = rank_table(by_rank(comparisons(collect([ranks]))[0]))
+    full = f"55.00 ± {100 * np.std([0.5, 0.6], ddof=1):.2f} at 1e-4 ‡"
+    assert rows_of(table) == {
+        "lora": {"rank 8": "56.00 at 1e-4 †", "rank 64": "65.50 at 1e-3 †"},
+        "lora_one": {"rank 8": "66.00 at 1e-4 †", "rank 64": "75.50 at 1e-3 †"},
+        "full": {"rank 8": full, "rank 64": full},
+    }
+    assert table.notes[0].startswith("Test accuracy, in %")
 
 
 def test_before_training_and_seed_by_seed(comparison, tmp_path):
