@@ -102,8 +102,7 @@ def precondition_pairs(
         damping: Number added to the diagonal of each Gram matrix, >= 0.
         cache: A dict to keep between calls whose tensors agree in shape, dtype, device and places
             of None; results are then overwritten by the next call.
-        relative_damping: Multiple of each Gram matrix's mean eigenvalue that is added to its diagonal
-            too, >= 0; above 0 only with damping > 0.
+        relative_damping: Multiple of each one's mean eigenvalue, likewise; above 0 with damping > 0 only.
 
     Returns:
         P_A and P_B, lists like `grad_A` and `grad_B` with None in the same places, in the dtype

@@ -46,6 +46,7 @@ EXPERIMENTS: dict[str, list[Experiment]] = {
         alignment.angle_by_size,
         alignment.alignment_time,
         alignment.paths,
+        experiments.steps_by_damping,
         *OF_BOTH_MODELS,
     ],
     "relu": [alignment.relu_angles, experiments.error_by_gamma, *OF_BOTH_MODELS],

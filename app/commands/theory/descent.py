@@ -68,12 +68,13 @@ def descend(
     steps: int,
     damping: float | None = None,
     offset: Tensor | float = 0.0,
+    relative_damping: float = 0.0,
 ) -> Iterator[LoraFactors]:
     """Yield the factors before the first and after each step of full-batch gradient descent.
 
         G       = dL/dW at W + offset + lora_B @ lora_A
-        lora_A <- lora_A - lr * P_A(lora_B^T G)          P_A(g) = (lora_B^T lora_B + damping I)^-1 g
-        lora_B <- lora_B - lr * P_B(G lora_A^T)          P_B(g) = g (lora_A lora_A^T + damping I)^-1
+        lora_A <- lora_A - lr * P_A(lora_B^T G)          P_A(g) = (lora_B^T lora_B + lambda I)^-1 g
+        lora_B <- lora_B - lr * P_B(G lora_A^T)          P_B(g) = g (lora_A lora_A^T + lambda I)^-1
 
     both from the old factors; without a damping P_A and P_B are the identity.
 
@@ -84,6 +85,7 @@ def descend(
         steps: Number of steps.
         damping: Of the preconditioner; 0 is the paper's; None leaves the preconditioner out.
         offset: What is added to W beside the product (P, m, n).
+        relative_damping: Multiple of a Gram matrix's mean eigenvalue that lambda has beside damping.
 
     Raises:
         RuntimeError: The damping is 0 and a Gram matrix is singular.
@@ -97,8 +99,10 @@ def descend(
         G = problem.gradient(offset + lora_B @ lora_A)
         grad_A, grad_B = lora_B.mT @ G, G @ lora_A.mT
         if damping is not None:
+            factors = (lora_A.unbind(), lora_B.unbind())
+            gradients = (grad_A.unbind(), grad_B.unbind())
             ready = precondition_pairs(
-                lora_A.unbind(), lora_B.unbind(), grad_A.unbind(), grad_B.unbind(), damping, cache
+                *factors, *gradients, damping, cache, relative_damping=relative_damping
             )
             grad_A, grad_B = (torch.stack([g for g in side if g is not None]) for side in ready)
         lora_A, lora_B = lora_A - lr * grad_A, lora_B - lr * grad_B

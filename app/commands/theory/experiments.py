@@ -2,25 +2,31 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
+from numpy.random import default_rng
 from torch.linalg import matrix_norm, svdvals
 
 from app.commands.theory.descent import (
     METHODS,
     along,
+    descend,
     descend_core,
     first_step,
     lora_ga_updates,
     make_problem,
+    random_init,
     spectral_init,
     squared_errors,
     updates,
 )
 from app.commands.theory.figures import Axis, Curve, Picture
-from app.commands.theory.problems import LinearProblem, ReluProblem, deviation
+from app.commands.theory.problems import LinearProblem, Problem, ReluProblem, deviation
 from app.commands.theory.settings import TheorySettings
 from app.commands.theory.theorems import Check
+from app.initialization.factors import LoraFactors
 
 STEP = "gradient descent step t"
 FLOOR = 1e-30
@@ -29,6 +35,12 @@ TOLERANCE = 1e-4
 """|BA - Delta|_F at which a descent has arrived; |Delta|_op is 1."""
 GAMMAS = tuple(0.5 + 0.25 * i for i in range(11))
 """The paper's gamma, from 0.5 to 3; ours is its inverse."""
+DAMPINGS = tuple(10.0**power for power in range(-4, 2))
+ENDS = (DAMPINGS[0], DAMPINGS[-1])
+NEGLIGIBLE = 1e-30
+"""The damping beside a relative one: only a Gram matrix of zero has no more."""
+MOST_STEPS = 200
+"""Of preconditioned descents over the damping."""
 
 
 def loss_by_kappa(settings: TheorySettings) -> list[Picture]:
@@ -94,6 +106,56 @@ def steps_by_kappa(settings: TheorySettings) -> list[Picture]:
     title = f"Steps to |BA - Delta|_F = {TOLERANCE:g} |Delta|, {settings.problem.kind} model"
     x = Axis("condition number kappa of Delta", "log")
     return [Picture("steps_by_kappa", title, x, Axis("steps", "log"), curves)]
+
+
+def steps_by_damping(settings: TheorySettings) -> list[Picture]:
+    """Draw the steps to a fixed error over the damping, absolute and in units of the Gram matrices.
+
+    Of the linear model, at the true rank, above it, and above it in other units, those of a Delta of a
+    hundredth: variance of LoRA's random lora_A and step size of gradient descent are in them too.
+    """
+    given, low, kappa = settings.descent, settings.problem.true_rank, max(settings.sweep.kappas)
+    problem = make_problem(settings, [kappa])
+    assert isinstance(problem, LinearProblem)
+    curves = []
+    for rank, size in ((low, 1.0), (2 * low, 1.0), (2 * low, 0.01)):
+        sized = replace(problem, change=size * problem.change)
+        panel = f"r = {rank}, r* = {low}, |Delta|_op = {size:g}"
+        rng = default_rng(settings.problem.seed)
+        initials = {
+            "LoRA": random_init(rng, sized, rank, (size * given.init_variance) ** 0.5),
+            "spectral initialization": spectral_init(sized, rank),
+        }
+        for name, initial in initials.items():
+            steps = partial(_steps, sized, size * TOLERANCE, initial)
+            lr = given.preconditioned_lr
+            absolute = [steps(lr, MOST_STEPS, damping) for damping in DAMPINGS]
+            relative = [steps(lr, MOST_STEPS, NEGLIGIBLE, damping) for damping in DAMPINGS]
+            plain = steps(given.lr / size, 5 * MOST_STEPS, None)  # it has the units of 1 / Delta
+            curves += [
+                Curve(panel, f"{name}, damping", DAMPINGS, absolute),
+                Curve(panel, f"{name}, relative damping", DAMPINGS, relative),
+                Curve(panel, f"{name}, gradient descent", ENDS, [plain, plain], "bound"),
+            ]
+    title = f"Steps to |BA - Delta|_F = {TOLERANCE:g} |Delta|, linear model, kappa = {kappa:g}"
+    x = Axis("damping, or relative damping", "log")
+    return [Picture("steps_by_damping", title, x, Axis("steps", "log"), curves)]
+
+
+def _steps(
+    problem: Problem,
+    tolerance: float,
+    initial: LoraFactors,
+    lr: float,
+    most: int,
+    damping: float | None,
+    relative_damping: float = 0.0,
+) -> float:
+    """Return the first of at most so many steps at which the error is small enough; NaN if none is."""
+    path = descend(problem, initial, lr, most, damping, relative_damping=relative_damping)
+    updates_of = (lora_B @ lora_A for lora_A, lora_B in path)
+    [first] = first_step(updates_of, lambda u: matrix_norm(u - problem.change) <= tolerance, 1)
+    return first
 
 
 def spectral_error(settings: TheorySettings) -> list[Picture]:

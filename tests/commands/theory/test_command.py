@@ -62,7 +62,7 @@ def test_a_run(kind, run, command, tmp_path, capsys, monkeypatch):
     assert summary["holds"] is True
     pictures = {path.name for path in folder.glob("*.png")}
     assert pictures == set(summary["figures"])
-    assert len(pictures) == {"linear": 10, "relu": 7}[kind]
+    assert len(pictures) == {"linear": 11, "relu": 7}[kind]
     rows = read(folder)
     assert {f"{row[0]}.png" for row in rows} == pictures
     assert all(float(x) == float(x) for *_, x, _ in rows)

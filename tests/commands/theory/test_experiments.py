@@ -6,7 +6,14 @@ import pytest
 from app.commands.theory.alignment import angles
 from app.commands.theory.command import SECTIONS
 from app.commands.theory.descent import LORA_GA_GAMMA, make_problem
-from app.commands.theory.experiments import TOLERANCE, error_by_gamma, error_by_rank, steps_by_kappa
+from app.commands.theory.experiments import (
+    DAMPINGS,
+    TOLERANCE,
+    error_by_gamma,
+    error_by_rank,
+    steps_by_damping,
+    steps_by_kappa,
+)
 from app.commands.theory.settings import (
     AlignmentSettings,
     DescentSettings,
@@ -37,16 +44,18 @@ def first_problem(given, *kappas):
     ]
 
 
-def walk(change, moment, A, B, lr, steps, damping=None, offset=0.0):
+def walk(change, moment, A, B, lr, steps, damping=None, offset=0.0, relative=0.0):
     """Yield what is added to W before and after each step of the descent in docs/theory.md."""
     yield offset + B @ A
     for _ in range(steps):
         G = (offset + B @ A - change) @ moment
         grad_A, grad_B = B.T @ G, G @ A.T
         if damping is not None:
-            ridge = damping * np.eye(len(A))
-            grad_A = np.linalg.solve(B.T @ B + ridge, grad_A)
-            grad_B = np.linalg.solve(A @ A.T + ridge, grad_B.T).T
+            gram_A, gram_B = (
+                gram + (damping + relative * np.linalg.eigvalsh(gram).mean()) * np.eye(len(A))
+                for gram in (A @ A.T, B.T @ B)
+            )
+            grad_A, grad_B = np.linalg.solve(gram_B, grad_A), np.linalg.solve(gram_A, grad_B.T).T
         A, B = A - lr * grad_A, B - lr * grad_B
         yield offset + B @ A
 
@@ -76,6 +85,32 @@ def test_steps_to_a_fixed_error():
             expected.append(next(t for t, error in enumerate(errors) if error <= TOLERANCE))
         assert curve(picture, label) == expected
         assert min(expected) > 3
+
+
+@pytest.mark.slow
+def test_steps_by_damping():
+    """In other units the relative damping has the same curve, and the absolute one is in those units."""
+    given = settings(sweep=SweepSettings(kappas=[5.0]))
+    [picture] = steps_by_damping(given)
+    panels = [f"r = {r}, r* = 2, |Delta|_op = {size:g}" for r, size in ((2, 1), (4, 1), (4, 0.01))]
+    [(change, moment)] = first_problem(given, 5.0)
+    lr = given.descent.preconditioned_lr
+    for label, damping, relative in (("damping", 1, 0), ("relative damping", 0, 1)):
+        drawn = curve(picture, f"spectral initialization, {label}", panels[0])
+        for place in (0, 3):
+            value = DAMPINGS[place]
+            initial = spectral(change, moment, 2)
+            path = walk(
+                change, moment, *initial, lr, 200, damping * value, relative=relative * value
+            )
+            errors = (np.linalg.norm(update - change) for update in path)
+            assert drawn[place] == next(t for t, e in enumerate(errors) if e <= TOLERANCE) > 3
+    for start in ("LoRA", "spectral initialization"):
+        absolute, other = (curve(picture, f"{start}, damping", panel) for panel in panels[1:])
+        np.testing.assert_allclose(other[:-2], absolute[2:], atol=1)
+        for label in ("relative damping", "gradient descent"):
+            same, again = (curve(picture, f"{start}, {label}", panel) for panel in panels[1:])
+            np.testing.assert_allclose(again, same, atol=1)
 
 
 def test_errors_of_lora_ga_with_what_it_subtracts_from_the_base():
