@@ -111,11 +111,11 @@ class GradientInit(AdapterInit):
         super().setup(trainer, pl_module, stage)
         self.batches(trainer)
 
-    def batches(self, trainer: Trainer) -> Sequence[Batch]:
-        """Return this process's share of the initialization rows."""
+    def batches(self, trainer: Trainer, num_rows: int | None = None) -> Sequence[Batch]:
+        """Return this process's share of the initialization rows, or of so many of them."""
         place = trainer.global_rank, trainer.world_size
         return data_of(trainer).gradient_batches(
-            self.num_samples, self.micro_batch_size, *place, self.drawn
+            num_rows or self.num_samples, self.micro_batch_size, *place, self.drawn
         )
 
     def observe(

@@ -1,6 +1,6 @@
 """LoRA-One's initialization: one-step full gradient, spectral factors, installed before the first step."""
 
-import time
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -8,15 +8,15 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from app.initialization.factors import SVD, spectral_factors
-from app.initialization.gamma_search import MAX_TRIALS, mean_loss, search_gamma
+from app.initialization.factors import SVD, common_unit, spectral_factors
+from app.initialization.gamma_search import GammaSearch, first_gamma, install_best, task_losses
 from app.models.lora import LoraPair, install
-from app.training.protocols import AdaptedModule
+from app.training.protocols import AdaptedModule, data_of
 from app.utils.console import track
 from callbacks.initialization import GradientInit, check_gamma
 
-Triplets = list[tuple[LoraPair, SVD]]
-"""The pairs to fill, with the leading r triplets of their gradients."""
+SHARE, FEWEST = 4, 8
+"""Of how many samples one is a row whose task loss chooses `gamma: auto`; and how many these are at least."""
 
 
 class LoraOneInit(GradientInit):
@@ -29,9 +29,11 @@ class LoraOneInit(GradientInit):
 
     Args:
         gamma: Divisor of the factors' product, 1e-6 to 1e12 (the authors' `stable_gamma`); larger is a smaller
-            first step. `auto` searches the one with the smallest loss on the same samples, at most 8 forward
-            passes over them (`app.initialization.gamma_search`), and is never worse there than the untouched
-            model.
+            first step. `auto` tries three on a quarter of the samples and takes the one that lowers the task
+            loss most surely (`app.initialization.gamma_search`): among the label words, where rows have
+            classes. Where none does, training starts from the untouched model.
+        scale: `layer` divides by each layer's own S_1, `global` by the largest S_1 of all layers: a gradient
+            step with one step size.
         **gradient: See `GradientInit`.
 
     Source: arXiv:2502.01235, Algorithm 1. Differs, unless configs/paper.yaml is given: L is the mean over
@@ -39,76 +41,96 @@ class LoraOneInit(GradientInit):
     drawn by the seed (theirs are the first rows of the file).
     """
 
-    def __init__(self, gamma: float | Literal["auto"] = 128.0, **gradient: Any) -> None:
+    def __init__(
+        self,
+        gamma: float | Literal["auto"] = 128.0,
+        scale: Literal["layer", "global"] = "layer",
+        **gradient: Any,
+    ) -> None:
         super().__init__(**gradient)
         self.gamma = gamma if gamma == "auto" else check_gamma(gamma)
+        self.scale = scale
 
     def install_init(self, trainer: Trainer, module: AdaptedModule) -> dict[str, Any]:
         """Install the factors; return how, for the run's record."""
-        pairs, batches = module.lora_pairs(), self.batches(trainer)
+        pairs = module.lora_pairs()
         ranks = {pair.name: pair.rank for pair in pairs}
-        gradients, report = self.observe(trainer, module, batches, ranks, "LoRA-One")
+        gradients, report = self.observe(trainer, module, self.batches(trainer), ranks, "LoRA-One")
         triplets = [
             (pair, SVD(*(part[..., : pair.rank] for part in gradients[pair.name])))
             for pair in pairs
             if pair.name in gradients
         ]
+        unit = common_unit(svd for _, svd in triplets) if self.scale == "global" else None
+
+        def install_step(gamma: float) -> None:
+            for pair, svd in triplets:
+                install(pair, *spectral_factors(svd, gamma, unit))
+
+        if not triplets:
+            return {**report, "gamma": None}
         if self.gamma != "auto":
-            _install(triplets, self.gamma)
+            install_step(self.gamma)
             return {**report, "gamma": self.gamma}
-        loss_at = partial(
-            mean_loss,
+        steps = [(pair.scaling, svd) for pair, svd in triplets]
+        first = first_gamma(steps, unit, report["loss"])
+        filled = [pair for pair, _ in triplets]
+        search = self._search(trainer, module, filled, install_step, first)
+        report["seconds"] += search["gamma_search"]["seconds"]
+        return {**report, **search}
+
+    def _search(
+        self,
+        trainer: Trainer,
+        module: AdaptedModule,
+        pairs: list[LoraPair],
+        install_step: Callable[[float], None],
+        first: float,
+    ) -> dict[str, Any]:
+        """Install the factors with the best gamma, or none; return what the run's record holds of it."""
+        rows, labels = judging_rows(self.num_samples), data_of(trainer).label_token_ids()
+        losses = partial(
+            task_losses,
             module.model,
             module.base,
-            batches,
-            pairs[0].lora_A.device,
+            self.batches(trainer, rows),
+            labels,
+            module.lora_pairs()[0].lora_A.device,
             trainer.precision_plugin.forward_context,
             self.weighting,
         )
-        # Without dropout, as in the trials; the product of the new factors is still zero.
-        untouched = loss_at() if self.train_mode else report["loss"]
-        return {**report, **_install_best(triplets, untouched, loss_at)}
+        search = install_best(pairs, install_step, losses, first, track)
+        measure = "loss among the label words" if labels else "loss"
+        _say(search, measure, rows)
+        trials = [
+            {
+                "gamma": gamma,
+                **{
+                    name: value if math.isfinite(value) else None
+                    for name, value in trial._asdict().items()
+                },
+            }
+            for gamma, trial in search.trials.items()
+        ]
+        found = {"measure": measure, "rows": rows, "untouched": search.untouched, "trials": trials}
+        return {"gamma": search.gamma, "gamma_search": {**found, "seconds": search.seconds}}
 
 
-def _install(triplets: Triplets, gamma: float) -> None:
-    for pair, svd in triplets:
-        install(pair, *spectral_factors(svd, gamma))
+def judging_rows(num_samples: int) -> int:
+    """Return how many of the initialization samples choose gamma."""
+    return min(num_samples, max(num_samples // SHARE, FEWEST))
 
 
-def _install_best(
-    triplets: Triplets, untouched: float, loss: Callable[[], float]
-) -> dict[str, Any]:
-    """Install the factors with the best gamma, or PEFT's again; return what the search came to.
-
-    Args:
-        triplets: Pairs and their gradients.
-        untouched: Loss of the untouched model.
-        loss: Returns the loss with the factors that are installed.
-    """
-    usual = [
-        (pair, pair.lora_A.detach().clone(), pair.lora_B.detach().clone()) for pair, _ in triplets
-    ]
-    began = time.perf_counter()
-    trials = iter(track(range(MAX_TRIALS), "search of gamma"))
-
-    def loss_at(gamma: float) -> float:
-        next(trials)
-        _install(triplets, gamma)
-        return loss()
-
-    gamma, tried = search_gamma(loss_at, untouched)
-    next(trials, None)  # ends the progress
-    if gamma is None:
-        for pair, lora_A, lora_B in usual:
-            install(pair, lora_A, lora_B)
+def _say(search: GammaSearch, measure: str, rows: int) -> None:
+    after = f"{len(search.trials)} trials on {rows} samples, {search.seconds:.1f} s"
+    if search.gamma is None:
+        tried = ", ".join(f"{gamma:g}" for gamma in search.trials)
         rank_zero_warn(
-            f"no gamma that was tried ({', '.join(f'{g:g}' for g in tried)}) lowers the loss of "
-            f"{untouched:.4f} on the initialization samples: training starts from the untouched model"
+            f"no gamma that was tried ({tried}) lowers the {measure}, {search.untouched:.4f}, by more than "
+            f"half its standard error: training starts from the untouched model; {after}"
         )
     else:
-        _install(triplets, gamma)
+        loss = search.trials[search.gamma].loss
         rank_zero_info(
-            f"gamma {gamma:g}: loss {untouched:.4f} -> {tried[gamma]:.4f} on the initialization samples, "
-            f"best of {len(tried)}; {time.perf_counter() - began:.1f} s"
+            f"gamma {search.gamma:g}: {measure} {search.untouched:.4f} -> {loss:.4f}; {after}"
         )
-    return {"gamma": gamma, "gamma_search": [{"gamma": g, "loss": v} for g, v in tried.items()]}

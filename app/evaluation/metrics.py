@@ -13,7 +13,7 @@ from torchmetrics.classification import (
 )
 
 from app.distributed.collectives import sum_over_processes
-from app.models.loss import SupervisedLogits, summed_loss
+from app.models.loss import SupervisedLogits, label_logits, summed_loss
 
 
 class MatthewsCorrelation(MulticlassConfusionMatrix):
@@ -62,9 +62,8 @@ class LabelScores(torch.nn.Module):
         """Add one batch, of which `target` (B,) has the classes; -1 is a padding row, which does not count."""
         counted = target >= 0
         if self.metrics and counted.any():
-            first = output.first[counted]
-            predicted = output.logits[first][:, self.label_token_ids].argmax(dim=1)  # type: ignore[index]
-            self.metrics.update(predicted, target[counted])
+            logits = label_logits(output, self.label_token_ids, counted)  # type: ignore[arg-type]
+            self.metrics.update(logits.argmax(dim=1), target[counted])
         self.loss.update(summed_loss(output))
         self.tokens.update(output.labels.numel())
 

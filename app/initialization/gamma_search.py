@@ -1,79 +1,218 @@
-"""Search the gamma with the smallest loss on the initialization set, by forward passes."""
+"""Search a gamma that lowers the task loss, by forward passes over some of the initialization rows."""
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from app.distributed.collectives import sum_over_processes
+from app.initialization.factors import SVD
 from app.initialization.gradient_hooks import frozen
-from app.initialization.one_step_gradient import count_supervised
 from app.models.batch import Batch
-from app.models.loss import Weighting, summed_loss, supervised_logits
+from app.models.lora import LoraPair, install
+from app.models.loss import SupervisedLogits, Weighting, label_logits, supervised_logits
 
-FIRST_GAMMA = 128.0  # the authors' for language models
-MAX_TRIALS = 8  # gammas that a search may try
-FIRST_FACTOR = 4.0  # between the first gammas tried
+PASSES = 4  # over the rows: of the untouched model, and of three gammas
+FACTOR = 4.0  # between neighbouring gammas
+CAUTION = 0.5  # standard errors of what a step gains that count against it
 
 
-def mean_loss(
+class RowLosses(NamedTuple):
+    """The task loss of this process's rows: their mean is the sum of `sums` over that of `counts`."""
+
+    sums: Tensor  # (R,) float64
+    counts: Tensor  # (R,) float64: its supervised tokens, or 1 in a mean over rows
+
+
+class Difference(NamedTuple):
+    """A mean loss beside that of the untouched model on the same rows, of all processes."""
+
+    loss: float
+    excess: float  # above the untouched model's
+    error: float  # standard error of the excess
+
+
+@dataclass(frozen=True)
+class GammaSearch:
+    """What a search came to."""
+
+    gamma: float | None  # None: training starts from the untouched model
+    untouched: float  # task loss of the untouched model
+    trials: dict[float, Difference]  # by gamma, in their order
+    seconds: float
+
+
+def task_losses(
     model: nn.Module,
     base: PreTrainedModel,
     batches: Sequence[Batch],
+    label_token_ids: Sequence[int],
     device: torch.device,
     forward_context: Callable[[], AbstractContextManager[None]] = nullcontext,
     weighting: Weighting = "tokens",
-) -> float:
-    """Return the mean of the loss over all processes' batches, in evaluation mode.
+) -> RowLosses:
+    """Return the task's own loss of each row, in evaluation mode.
 
-    See `one_step_gradients` for the arguments.
+    Of a row with a class it is the cross-entropy among the label words alone, of the logits that the accuracy
+    is made of: that any label word becomes likelier than all other tokens does not count. Of other rows it is
+    the training loss.
+
+    Args:
+        model: The PEFT model that is called, with the adapter as it is.
+        base: The transformers model inside it.
+        batches: This process's share of the rows; all processes have as many.
+        label_token_ids: First token of each label word, in the order of the classes; none without classes.
+        device: The model's.
+        forward_context: Makes the trainer's precision context, such as autocast.
+        weighting: What the mean of rows without classes is over: tokens, or rows, each with its tokens' mean.
     """
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    ids = torch.tensor(label_token_ids, dtype=torch.int64, device=device)
+    parts = []
     with frozen(model), torch.no_grad():
         for batch in batches:
             moved = {key: value.to(device) for key, value in batch.items()}
             with forward_context():
-                total += summed_loss(supervised_logits(model, base, moved), weighting).double()
-    return float(sum_over_processes(total)) / count_supervised(batches, device)[weighting]
+                supervised = supervised_logits(model, base, moved)
+            parts.append(
+                _label_losses(supervised, ids, moved["target"])
+                if label_token_ids
+                else _token_losses(supervised, weighting)
+            )
+    return RowLosses(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _label_losses(supervised: SupervisedLogits, ids: Tensor, target: Tensor) -> RowLosses:
+    rows = target >= 0  # without padding rows
+    logits = label_logits(supervised, ids, rows)
+    losses = cross_entropy(logits.float(), target[rows], reduction="none").double()
+    return RowLosses(losses, torch.ones_like(losses))
+
+
+def _token_losses(supervised: SupervisedLogits, weighting: Weighting) -> RowLosses:
+    losses = cross_entropy(supervised.logits.float(), supervised.labels, reduction="none").double()
+    _, rows, tokens = supervised.rows.unique_consecutive(return_inverse=True, return_counts=True)
+    sums = losses.new_zeros(len(tokens)).index_add(0, rows, losses)
+    if weighting == "rows":
+        return RowLosses(sums / tokens, torch.ones_like(sums))
+    return RowLosses(sums, tokens.double())
+
+
+def difference(losses: RowLosses, untouched: RowLosses) -> Difference:
+    """Compare a model with the untouched one on the same rows of all processes.
+
+        excess = sum_i (a_i - b_i) / sum_i c_i,    a_i, b_i the sums of row i, c_i its count
+        error = sqrt(n / (n - 1) sum_i (a_i - b_i - excess c_i)^2) / sum_i c_i
+
+    that is, the standard error of a ratio of means over n rows, infinite for a single row.
+    """
+    a, b, c = losses.sums, untouched.sums, losses.counts
+    d = a - b
+    terms = [a.sum(), d.sum(), c.sum(), (c > 0).double().sum()]
+    squares = [(d * d).sum(), (d * c).sum(), (c * c).sum()]
+    total, change, count, rows, dd, dc, cc = sum_over_processes(
+        torch.stack([*terms, *squares])
+    ).tolist()
+    excess = change / count
+    residual = max(dd - 2 * excess * dc + excess**2 * cc, 0.0)
+    error = math.sqrt(rows / (rows - 1) * residual) / count if rows > 1 else math.inf
+    return Difference(total / count, excess, error)
+
+
+def first_gamma(steps: Iterable[tuple[float, SVD]], unit: float | None, loss: float) -> float:
+    """Return the power of two next to the gamma whose step would, to first order, take the whole loss away.
+
+        loss = sum over layers of scaling * sum_i S_i^2 / (unit * gamma)
+
+    Args:
+        steps: Scaling of each layer, and the triplets of its gradient that are installed.
+        unit: As for `spectral_factors`.
+        loss: The loss whose gradient it is, of the untouched model.
+
+    Source: Polyak's step size, (f - min f) / |g|^2, with 0 for the minimum.
+    """
+    decrease = sum(
+        scaling * float(svd.S.double().square().sum()) / (float(svd.S[0]) if unit is None else unit)
+        for scaling, svd in steps
+    )
+    return 2.0 ** round(math.log2(decrease / loss))
 
 
 def search_gamma(
-    loss_at: Callable[[float], float], untouched: float
+    bound_at: Callable[[float], float], first: float
 ) -> tuple[float | None, dict[float, float]]:
-    """Search the gamma with the smallest loss: the initialization's direction is given, its size is not.
+    """Search the gamma with the smallest bound: the initialization's direction is given, its size is not.
 
-    A pattern search over log(gamma) from 128: it moves by a factor of 4 to whichever side is better, and
-    halves the exponent of the factor where neither is. Losses that are not finite count as infinite.
+    Tries `first` and a step of a quarter of its size; then, on the side of the better one, a step that is a
+    factor of 4 larger or smaller than both.
 
     Args:
-        loss_at: Installs the factors with a gamma and returns the loss; called at most 8 times.
-        untouched: Loss of the untouched model, gamma -> infinity.
+        bound_at: Installs the factors with a gamma and returns an upper bound of what the loss gains.
+        first: Where to begin.
 
     Returns:
-        The best gamma, or None if none of those tried is better than the untouched model; and the loss at
-        each gamma, in the order of the trials.
+        The best gamma, or None if no bound is negative; and the bound at each gamma, in their order.
     """
-    losses: dict[float, float] = {}  # by exponent of 2
+    bounds: dict[float, float] = {}
 
-    def at(exponent: float) -> float:
-        if exponent not in losses:
-            loss = loss_at(2**exponent)
-            losses[exponent] = loss if math.isfinite(loss) else math.inf
-        return losses[exponent]
+    def better() -> float:
+        # Of equal ones, such as infinite ones, the smaller step.
+        return min(bounds, key=lambda gamma: (bounds[gamma], -gamma))
 
-    best, step = math.log2(FIRST_GAMMA), math.log2(FIRST_FACTOR)
-    at(best)
-    while len(losses) < MAX_TRIALS:
-        for neighbour in (best - step, best + step):
-            if len(losses) < MAX_TRIALS or neighbour in losses:
-                at(neighbour)
-        # Of equal losses, such as infinite ones, that of the larger gamma.
-        better = min(losses, key=lambda exponent: (losses[exponent], -exponent))
-        if better == best:
-            step /= 2
-        best = better
-    tried = {2**exponent: loss for exponent, loss in losses.items()}
-    return (2**best if losses[best] < untouched else None), tried
+    def try_gamma(gamma: float) -> None:
+        bound = bound_at(gamma)
+        bounds[gamma] = bound if math.isfinite(bound) else math.inf
+
+    for gamma in (first, first * FACTOR):
+        try_gamma(gamma)
+    try_gamma(first / FACTOR if better() == first else first * FACTOR**2)
+    return (better() if bounds[better()] < 0 else None), bounds
+
+
+def install_best(
+    pairs: Sequence[LoraPair],
+    install_step: Callable[[float], None],
+    losses: Callable[[], RowLosses],
+    first: float,
+    progress: Callable[[Sequence[int], str], Iterable[int]] = lambda passes, label: passes,
+) -> GammaSearch:
+    """Install the step that lowers the loss most surely; leave the pairs as they were where none does.
+
+    Of a step counts what it gains beside the untouched model on the same rows, less half the standard error of
+    that: a large step changes the rows' losses up and down, and few rows can flatter it.
+
+    Args:
+        pairs: New LoRA pairs, lora_B = 0: the model is the untouched one.
+        install_step: Fills the pairs with the factors of a gamma.
+        losses: Returns the losses of the model as it is; called four times.
+        first: The first gamma to try.
+        progress: Shows, under a label, how many passes are done.
+    """
+    began = time.perf_counter()
+    usual = [(pair, pair.lora_A.detach().clone(), pair.lora_B.detach().clone()) for pair in pairs]
+    passes = iter(progress(range(PASSES), "search of gamma"))
+    next(passes)
+    untouched = losses()
+    trials: dict[float, Difference] = {}
+
+    def bound_at(gamma: float) -> float:
+        next(passes)
+        install_step(gamma)
+        trials[gamma] = difference(losses(), untouched)
+        return trials[gamma].excess + CAUTION * trials[gamma].error
+
+    gamma, _ = search_gamma(bound_at, first)
+    next(passes, None)  # ends the progress
+    if gamma is None:
+        for pair, lora_A, lora_B in usual:
+            install(pair, lora_A, lora_B)
+    else:
+        install_step(gamma)
+    seconds = time.perf_counter() - began
+    return GammaSearch(gamma, difference(untouched, untouched).loss, trials, seconds)

@@ -92,6 +92,17 @@ def supervised_logits(model: nn.Module, base: PreTrainedModel, batch: Batch) -> 
     return SupervisedLogits(logits, wanted[chosen], first, _rows_of(chosen, inputs))
 
 
+def label_logits(supervised: SupervisedLogits, label_token_ids: Tensor, rows: Tensor) -> Tensor:
+    """Return the logits (R, C) of the label words, by their first tokens, where the answers of rows begin.
+
+    Args:
+        supervised: Of a batch of B rows.
+        label_token_ids: (C,) the first token of each class's word.
+        rows: (B,) bool, which rows: R of them. Not those without a supervised token.
+    """
+    return supervised.logits[supervised.first[rows]][:, label_token_ids]
+
+
 def row_weights(rows: Tensor) -> tuple[Tensor, int]:
     """Return the weight of each supervised token in the sum of the rows' means, and the number of rows.
 

@@ -273,6 +273,14 @@ def test_misspelt_settings(wrong, meant, old, new, refused, tiny_run):
     assert refused("fit", "--config", edited(tiny_run, old, new)) == told
 
 
+def test_a_scale_is_refused_by_an_initialization_that_has_none(refused, tiny_run):
+    for name in ("lora_ga", "pissa"):
+        told = refused(
+            "fit", "--config", tiny_run, "--config", f"methods/{name}", "--init.scale=global"
+        )
+        assert told.startswith("there is no setting init.scale")
+
+
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
@@ -297,6 +305,7 @@ def test_misspelt_settings(wrong, meant, old, new, refused, tiny_run):
         ("model.optimizer.damping", "-1", "damping must be >= 0, got -1"),
         ("model.optimizer.relative_damping", "-1", "relative_damping must be >= 0, got -1"),
         ("model.warmup_steps", "-1", "model.warmup_steps must be finite and >= 0, got -1"),
+        ("init.scale", "all", "init.scale is all: expected one of layer, global"),
         ("init.gamma", "0", "init.gamma must lie between 1e-06 and 1e+12, got 0"),
         ("model.adapter.lora_alpha", "0", "model.adapter.lora_alpha must be > 0, got 0"),
         ("init.num_samples", "0", "init.num_samples must be > 0, got 0"),

