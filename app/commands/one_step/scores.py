@@ -12,7 +12,7 @@ from app.evaluation.metrics import LabelScores
 from app.evaluation.scoring import Scoring
 from app.initialization.gradient_hooks import frozen
 from app.models.lora import without_adapters
-from app.models.loss import SupervisedLogits
+from app.models.loss import SupervisedLogits, label_logits
 from app.training.protocols import GradientInitialization, adapted, data_of
 from app.training.scores import score
 
@@ -34,7 +34,7 @@ class TaskScores(LabelScores):
         super().update(output, target)
         rows = target >= 0
         if self.metrics and rows.any():
-            logits = output.logits[output.first[rows]][:, self.label_token_ids]  # type: ignore[index]
+            logits = label_logits(output, self.label_token_ids, rows)  # type: ignore[arg-type]
             self.label_loss.update(cross_entropy(logits.float(), target[rows], reduction="sum"))
             self.labelled.update(len(logits))
 

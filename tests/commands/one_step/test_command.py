@@ -96,7 +96,7 @@ def test_a_grid_is_measured_and_the_best_steps_are_reported(
     assert not list(folder.parent.glob("version_*"))
 
 
-@pytest.mark.parametrize("scale", ["layer"])
+@pytest.mark.parametrize("scale", ["layer", "global"])
 def test_a_truncated_step_scores_as_the_initialization_of_its_gamma(
     scale, command, undrawn, fit, tiny_run, tmp_path
 ):
@@ -107,7 +107,7 @@ def test_a_truncated_step_scores_as_the_initialization_of_its_gamma(
     [step] = run_folders.summary(folder)["steps"]
     assert step["gamma"] == pytest.approx(16)  # lora_alpha / sqrt(r) = 8
     run = fit(
-        *(f"--init.gamma={step['gamma']}", "--init.estimator.kind=exact"),
+        *(f"--init.gamma={step['gamma']}", f"--init.scale={scale}", "--init.estimator.kind=exact"),
         *("--init.num_samples=16", "--trainer.max_steps=1"),
     )
     after = run_folders.summary(run)["metrics"]["after_init"]
