@@ -1,11 +1,13 @@
 """The base of the callbacks that initialize an adapter: when they may run, and what a resumed run knows."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from app.initialization.factors import SVD
 from app.initialization.one_step_gradient import (
@@ -15,6 +17,7 @@ from app.initialization.one_step_gradient import (
     one_step_gradients,
 )
 from app.models.batch import Batch
+from app.models.lora import LoraPair, base_weight
 from app.models.loss import Weighting
 from app.models.quantization import quantized_by
 from app.tracking.record import InitRecord
@@ -35,6 +38,12 @@ class AdapterInit(Callback):
     """Fill a new adapter when fitting starts, once; a resumed run has it already."""
 
     subtracts_from_base = False  # whether the product of the factors is
+
+    @property
+    def elsewhere(self) -> str:
+        """Why another tool cannot train what this installs; empty where one can."""
+        subtracts = "changes the base weights, too, but another tool loads them as they were"
+        return subtracts if self.subtracts_from_base else ""
 
     def __init__(self) -> None:
         self.report: dict[str, Any] = {}  # how the adapter was filled, for the run's record
@@ -70,6 +79,30 @@ class AdapterInit(Callback):
     def install_init(self, trainer: Trainer, module: AdaptedModule) -> dict[str, Any]:
         """Fill the module's adapter; return how, for the run's record."""
         raise NotImplementedError
+
+
+class WeightInit(AdapterInit):
+    """An initialization made of each layer's own weight, and subtracted from it."""
+
+    subtracts_from_base = True
+    title: str  # the method's name
+
+    def factors(self, pair: LoraPair, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Return lora_A (r, n) and lora_B (m, r) of a pair's weight W (m, n), float32, on its device."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def install_init(self, trainer: Trainer, module: AdaptedModule) -> dict[str, Any]:
+        """Install the factors and subtract their product from the base; return how, for the run's record."""
+        began = time.perf_counter()
+        factors = {
+            pair.name: self.factors(pair, base_weight(pair).float())
+            for pair in track(module.lora_pairs(), f"{self.title} factors of the weights")
+        }
+        module.install_and_subtract(factors)
+        seconds = time.perf_counter() - began
+        rank_zero_info(f"{self.title} initialization: {len(factors)} layers, {seconds:.1f} s")
+        return {"seconds": seconds}
 
 
 class GradientInit(AdapterInit):
@@ -152,7 +185,7 @@ class GradientInit(AdapterInit):
             self.train_mode,
         )
         svds = {name: estimate.svd for name, estimate in result.estimates.items()}
-        if self.kept is not None:
+        if self.kept is not None and self.estimator.kind != "signs":
             self.kept.update(svds)
         without = [name for name, svd in svds.items() if float(svd.S[0]) == 0]
         if without:

@@ -1,21 +1,18 @@
 """PiSSA's initialization: the weight's own leading singular triplets, subtracted from the base."""
 
-import time
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
-from app.initialization.factors import pissa_factors
-from app.models.lora import base_weight
+from app.initialization.weight_factors import pissa_factors
+from app.models.lora import LoraPair
 from app.training.protocols import AdaptedModule
-from app.utils.console import track
 from app.utils.errors import InputError
-from callbacks.initialization import AdapterInit
+from callbacks.initialization import WeightInit
 
 
-class PissaInit(AdapterInit):
+class PissaInit(WeightInit):
     """Let the adapter train the weight's principal part, and freeze the rest.
 
         U S V^T = SVD(W)
@@ -33,7 +30,7 @@ class PissaInit(AdapterInit):
     LoRA of rank 2r that belongs to the untouched base.
     """
 
-    subtracts_from_base = True
+    title = "PiSSA"
 
     def __init__(self, niter: int | None = None) -> None:
         super().__init__()
@@ -43,15 +40,10 @@ class PissaInit(AdapterInit):
             )
         self.niter = niter
 
-    @torch.no_grad()
+    def factors(self, pair: LoraPair, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors of a pair's weight."""
+        return pissa_factors(W, pair.rank, pair.scaling, self.niter)
+
     def install_init(self, trainer: Trainer, module: AdaptedModule) -> dict[str, Any]:
         """Install the factors and subtract their product from the base; return how, for the run's record."""
-        began = time.perf_counter()
-        factors = {}
-        for pair in track(module.lora_pairs(), "singular values of the weights"):
-            W = base_weight(pair).float()
-            factors[pair.name] = pissa_factors(W, pair.rank, pair.scaling, self.niter)
-        module.install_and_subtract(factors)
-        seconds = time.perf_counter() - began
-        rank_zero_info(f"PiSSA initialization: {len(factors)} layers, {seconds:.1f} s")
-        return {"niter": self.niter, "seconds": seconds}
+        return {"niter": self.niter, **super().install_init(trainer, module)}

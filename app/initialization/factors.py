@@ -1,4 +1,4 @@
-"""Truncated SVDs, and the factors that each initialization makes of them."""
+"""Truncated SVDs of gradients, and the factors that LoRA-One and LoRA-GA make of them."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -174,19 +174,18 @@ def lora_ga_factors(gradient: SVD, rank: int, gamma: float) -> tuple[Tensor, Ten
     return scale * gradient.V[:, :rank].T, scale * gradient.U[:, rank : 2 * rank]
 
 
-def pissa_factors(
-    W: Tensor, rank: int, scaling: float, niter: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Compute PiSSA's lora_A (r, n) and lora_B (m, r) of a weight W (m, n), float32.
+def lora_sb_factors(signs: SVD, rate: float, scaling: float) -> LoraFactors:
+    """Compute LoRA-SB's factors from the leading triplets of the signs of a gradient.
 
-    `niter` counts the power iterations of a randomised SVD, with a seed of its own; None takes the exact one.
+        U S V^T = SVD(-rate sign(G)),    scaling * lora_B = U diag(S),    lora_A = V^T
+
+    the best rank-r approximation of the first AdamW step of full fine-tuning.
+
+    Args:
+        signs: Leading r triplets of sign(G): U (m, r), S (r,), V (n, r).
+        rate: Learning rate of that step, > 0.
+        scaling: Factor of lora_B @ lora_A in the forward pass.
+
+    Source: arXiv:2411.19557; repository CERT-Lab/lora-sb (`find_and_initialize_grad`, with R = diag(S)).
     """
-    if niter is None:
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        U, S, V = U[:, :rank], S[:rank], Vh[:rank].T
-    else:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            U, S, V = torch.svd_lowrank(W, rank, niter=niter)
-    root = (S / scaling).sqrt()
-    return root[:, None] * V.T, U * root
+    return LoraFactors(signs.V.T, -rate / scaling * signs.U * signs.S)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from app.initialization.factors import pissa_factors
+from app.initialization.weight_factors import pissa_factors
 from app.models.adapter_io import save_adapter
 from app.models.lora import base_weight, lora_pairs
 from tests.support.alpha_r_reader import with_adapter

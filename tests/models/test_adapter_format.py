@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from app.initialization.factors import pissa_factors
+from app.initialization.weight_factors import pissa_factors
 from app.models.adapter_config import AdaLoraBudget, LoraSettings
 from app.models.adapter_format import largest_rank, layer_names, unserved_settings
 from app.models.adapter_io import load_adapter, read_adapter, save_adapter, write_adapter
