@@ -1,6 +1,7 @@
 """Base of the optimizers of LoRA pairs: AdamW on gradients that are replaced for the length of a step."""
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,21 @@ def check_pairs(params: Sequence[Tensor]) -> None:
                 f"lora_pairs, pair {i}: expected lora_A (r, n) and lora_B (m, r), "
                 f"got {tuple(a.shape)} and {tuple(b.shape)}"
             )
+
+
+def with_scaling(param_group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group with `scaling`, None where it is not of pairs.
+
+    Raises:
+        ValueError: The group is of pairs that do not match, or has not as many scalings.
+    """
+    if not param_group.get("lora_pairs"):
+        return {**param_group, "scaling": None}
+    params, scaling = list(param_group["params"]), param_group.get("scaling")
+    check_pairs(params)
+    if scaling is None or len(scaling) != len(params) // 2:
+        raise ValueError(f"scaling must have a number for each pair, got {scaling}")
+    return {**param_group, "params": params}
 
 
 class Expert(NamedTuple):
@@ -57,6 +73,16 @@ def _columns(lora_B: Tensor, experts: int) -> Sequence[Tensor]:
     return lora_B.unflatten(1, (-1, experts)).unbind(-1)
 
 
+def alike(experts: Sequence[Expert]) -> list[list[int]]:
+    """Group the places of the pairs that have both gradients by shape, dtype and device."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, pair in enumerate(experts):
+        if pair.grad_A is not None and pair.grad_B is not None:
+            A, B = pair.lora_A, pair.lora_B
+            groups[A.shape, B.shape, A.dtype, A.device].append(i)
+    return list(groups.values())
+
+
 def set_gradients(
     group: dict[str, Any], grad_A: Sequence[Tensor | None], grad_B: Sequence[Tensor | None]
 ) -> None:
@@ -86,12 +112,46 @@ class LoraPairAdamW(torch.optim.AdamW):
     `.grad` holds the raw gradient before and after a step.
     """
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; raise ValueError if its pairs do not match."""
+        group = {"lora_pairs": False, **param_group}
+        if group["lora_pairs"]:
+            group["params"] = list(group["params"])
+            check_pairs(group["params"])
+        super().add_param_group(group)
+
     def replace_gradients(self, index: int, group: dict[str, Any]) -> None:
         """Replace `.grad` of the parameters of a `lora_pairs` group; AdamW leaves those with None alone.
 
         `index` is the group's place in `param_groups`.
         """
         raise NotImplementedError
+
+    def normalised(self, pair: Expert, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Take a gradient of any shape into moments kept for the pair; return Adam's update, in its memory.
+
+        The moments are the state of the parameter lora_B, of the gradient's shape or of stacked experts
+        (experts, *shape).
+        """
+        param = group["params"][2 * pair.pair + 1]
+        state, experts = self.state[param], param.shape[1] // pair.lora_B.shape[1]
+        if "exp_avg" not in state:
+            shape = gradient.shape if experts == 1 else (experts, *gradient.shape)
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = gradient.new_zeros(shape)
+            state["exp_avg_sq"] = gradient.new_zeros(shape)
+        beta1, beta2 = group["betas"]
+        state["step"] += pair.number == 0
+        t = int(state["step"])
+        exp_avg, exp_avg_sq = (
+            state[name] if experts == 1 else state[name][pair.number]
+            for name in ("exp_avg", "exp_avg_sq")
+        )
+        exp_avg.lerp_(gradient, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root = torch.sqrt(exp_avg_sq, out=gradient)
+        root.div_((1 - beta2**t) ** 0.5).add_(group["eps"])
+        return torch.div(exp_avg, root, out=root).div_(1 - beta1**t)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -5,7 +5,6 @@ gradient of the weight, which nobody needs to know: grad_A = s lora_B^T G and gr
 the scaling, hold all of it that matters.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -15,9 +14,10 @@ from torch import Tensor
 from app.optim.lora_pairs import (
     Expert,
     LoraPairAdamW,
-    check_pairs,
+    alike,
     set_gradients,
     split_experts,
+    with_scaling,
 )
 from app.optim.preconditioner import damped_inverse
 
@@ -154,15 +154,7 @@ class LoraProAdamW(LoraPairAdamW):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; raise ValueError if its pairs or their scalings do not fit."""
-        if param_group.get("lora_pairs"):
-            params = list(param_group["params"])
-            check_pairs(params)
-            scaling = param_group.get("scaling")
-            if scaling is None or len(scaling) != len(params) // 2:
-                raise ValueError(f"scaling must have a number for each pair, got {scaling}")
-        else:
-            param_group = {**param_group, "lora_pairs": False, "scaling": None}
-        super().add_param_group(param_group)
+        super().add_param_group(with_scaling(param_group))
 
     def replace_gradients(self, index: int, group: dict[str, Any]) -> None:
         """Adjust the gradients of a group; mode `full` takes the whole step and leaves AdamW none."""
@@ -185,7 +177,7 @@ class LoraProAdamW(LoraPairAdamW):
         for pair, adj_A, adj_B in zip(experts, *adjusted, strict=True):  # (m, n) matrices are large
             scaling = group["scaling"][pair.pair]
             equivalent = torch.cat([pair.lora_B, adj_B], dim=1) @ torch.cat([adj_A, pair.lora_A])
-            update = self._normalised(pair, equivalent.mul_(scaling), group)
+            update = self.normalised(pair, equivalent.mul_(scaling), group)
             onto_A.append(scaling * (pair.lora_B.T @ update))
             onto_B.append(scaling * (update @ pair.lora_A.T))
         projected = stack._replace(grad_A=torch.stack(onto_A), grad_B=torch.stack(onto_B))
@@ -195,42 +187,12 @@ class LoraProAdamW(LoraPairAdamW):
             pair.lora_A.mul_(keep).add_(adj_A, alpha=-group["lr"])
             pair.lora_B.mul_(keep).add_(adj_B, alpha=-group["lr"])
 
-    def _normalised(self, pair: Expert, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        """Take a gradient (m, n) into the moments kept for the pair; return the update, in its memory.
-
-        The moments are the state of the parameter lora_B, (m, n) or of stacked experts (experts, m, n).
-        """
-        param = group["params"][2 * pair.pair + 1]
-        state, experts = self.state[param], param.shape[1] // pair.lora_B.shape[1]
-        if not state:
-            shape = gradient.shape if experts == 1 else (experts, *gradient.shape)
-            state["step"] = torch.zeros(())
-            state["exp_avg"] = gradient.new_zeros(shape)
-            state["exp_avg_sq"] = gradient.new_zeros(shape)
-        beta1, beta2 = group["betas"]
-        state["step"] += pair.number == 0
-        t = int(state["step"])
-        exp_avg, exp_avg_sq = (
-            state[name] if experts == 1 else state[name][pair.number]
-            for name in ("exp_avg", "exp_avg_sq")
-        )
-        exp_avg.lerp_(gradient, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = torch.sqrt(exp_avg_sq, out=gradient)
-        root.div_((1 - beta2**t) ** 0.5).add_(group["eps"])
-        return torch.div(exp_avg, root, out=root).div_(1 - beta1**t)
-
 
 def _stacks(
     experts: Sequence[Expert], scaling: Sequence[float]
 ) -> Iterator[tuple[list[int], _Stack]]:
-    """Stack the pairs that have both gradients by shape, dtype and device; yield their places, too."""
-    alike: dict[Any, list[int]] = defaultdict(list)
-    for i, pair in enumerate(experts):
-        if pair.grad_A is not None and pair.grad_B is not None:
-            A, B = pair.lora_A, pair.lora_B
-            alike[A.shape, B.shape, A.dtype, A.device].append(i)
-    for places in alike.values():
+    """Stack the pairs of `alike`; yield their places, too."""
+    for places in alike(experts):
         pairs = [experts[i] for i in places]
         stack = _Stack(
             torch.stack([pair.lora_A for pair in pairs]),

@@ -13,18 +13,9 @@ from app.tracking.config_files import CONFIGS
 from app.training.module import LoraModule
 from app.training.optimization import parameter_groups
 from tests.support.configured import configured
+from tests.support.small_regression import M, N, R, Regression, S, group, numpy_adam, random_pairs
 
-M, N, R, S = 7, 9, 3, 2.5
 TINY = 1e-14
-
-
-def problem(pairs=1, seed=0):
-    """Return stacks of factors and full gradients, in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((R, N), (M, R), (M, N))
-    return tuple(
-        torch.randn(pairs, *shape, generator=generator, dtype=torch.float64) for shape in shapes
-    )
 
 
 def raw(A, B, G, s=S):
@@ -42,7 +33,7 @@ def equivalent(A, B, adjustment, s=S):
 
 def test_the_step_in_weight_space_is_the_least_squares_one():
     """min |s (B a + b A) - G| over all a and b, as one dense problem for each pair of a stack."""
-    stack = problem(pairs=3)
+    stack = random_pairs(3)
     adjustment = adjusted(*stack)
     steps = equivalent(*stack[:2], adjustment)
     for A, B, G, step in zip(*stack, steps, strict=True):
@@ -58,7 +49,7 @@ def test_the_step_in_weight_space_is_the_least_squares_one():
 
 
 def test_of_all_best_steps_it_is_the_closest_to_the_raw_gradients():
-    A, B, G = problem()
+    A, B, G = random_pairs()
     adjustment = adjusted(A, B, G)
     grad_A, grad_B = raw(A, B, G)
 
@@ -94,7 +85,7 @@ def test_the_sylvester_equation_is_scipys():
 
 def test_the_loss_falls_as_the_theorem_says():
     """dL = -eta (<grad_A, s^-2 (B^T B)^-1 grad_A> + <grad_B, s^-2 (I - P_B) grad_B (A A^T)^-1>), at most 0."""
-    A, B, G = problem()
+    A, B, G = random_pairs()
     adjustment = adjusted(A, B, G)
     change = (G * equivalent(A, B, adjustment)).sum()
     grad_A, grad_B = raw(A, B, G)
@@ -106,7 +97,7 @@ def test_the_loss_falls_as_the_theorem_says():
 
 
 def test_at_loras_initialization_only_lora_b_moves():
-    A, _, G = problem(pairs=2)
+    A, _, G = random_pairs(2)
     B = torch.zeros(2, M, R, dtype=torch.float64)
     adjustment = adjusted(A, B, G, damping=1e-8)
     assert torch.equal(adjustment.lora_A, torch.zeros_like(A))
@@ -178,14 +169,7 @@ def numpy_adjusted(A, B, gA, gB, s=S, damping=1e-8):
 
 def numpy_steps(A, B, gradients, mode, lr, betas, eps, weight_decay):
     """Ten steps of either mode, written plainly; `gradients(A, B)` returns the raw ones."""
-    (b1, b2), moments = betas, {}
-
-    def adam(name, g, t):
-        m, v = moments.get(name, (0.0, 0.0))
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        moments[name] = m, v
-        return m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
-
+    adam = numpy_adam(betas, eps)
     for t in range(1, 11):
         gA, gB = gradients(A, B)
         aA, aB = numpy_adjusted(A, B, gA, gB)
@@ -200,31 +184,10 @@ def numpy_steps(A, B, gradients, mode, lr, betas, eps, weight_decay):
     return A, B
 
 
-class Regression:
-    """|W X - Y|^2 of a layer W0 + s B A, with its factors' gradients by autograd."""
-
-    def __init__(self, seed=5):
-        generator = torch.Generator().manual_seed(seed)
-        self.X, self.Y = (
-            torch.randn(size, 20, generator=generator, dtype=torch.float64) for size in (N, M)
-        )
-
-    def loss(self, A, B):
-        return ((S * B @ A @ self.X - self.Y) ** 2).mean()
-
-    def gradients(self, A, B):
-        A, B = (torch.tensor(x, requires_grad=True) for x in (A, B))
-        return [g.numpy() for g in torch.autograd.grad(self.loss(A, B), (A, B))]
-
-
-def group(params):
-    return {"params": params, "lora_pairs": True, "scaling": [S] * (len(params) // 2)}
-
-
 @pytest.mark.parametrize("start", ["lora", "spectral"])
 @pytest.mark.parametrize("mode", ["full", "efficient"])
 def test_ten_steps_are_those_of_numpy(mode, start):
-    A, B, _ = (x[0] for x in problem())
+    A, B, _ = (x[0] for x in random_pairs())
     if start == "lora":
         B = torch.zeros_like(B)
     options = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
