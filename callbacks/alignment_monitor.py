@@ -191,7 +191,8 @@ def _folder(trainer: Trainer) -> RunFolder | None:
 
 def _gradient_inits(trainer: Trainer) -> list[GradientInit]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
-    return [callback for callback in callbacks if isinstance(callback, GradientInit)]
+    inits = (callback for callback in callbacks if isinstance(callback, GradientInit))
+    return [init for init in inits if init.estimator.kind != "signs"]
 
 
 def measure(pairs: list[LoraPair], reference: dict[str, SVD]) -> list[dict[str, Any]]:

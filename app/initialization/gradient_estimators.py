@@ -23,10 +23,14 @@ class GradientEstimate:
 
 
 class ExactGradient:
-    """Sum the whole gradient, G = sum_t delta_t x_t^T (m, n), in float32: m * n numbers."""
+    """Sum the whole gradient, G = sum_t delta_t x_t^T (m, n), in float32: m * n numbers.
 
-    def __init__(self, m: int, n: int, device: torch.device) -> None:
+    With `signs` what is decomposed is sign(G), the direction of AdamW's first step.
+    """
+
+    def __init__(self, m: int, n: int, device: torch.device, signs: bool = False) -> None:
         self.total = torch.zeros(m, n, device=device, dtype=torch.float32)
+        self.signs = signs
 
     def update(self, x: Tensor, delta: Tensor) -> Tensor:
         """Add delta^T x to the sum; return a number that is finite only if both are."""
@@ -35,11 +39,17 @@ class ExactGradient:
         return largest(x, delta)
 
     def estimate(self, rank: int, scale: float) -> GradientEstimate:
-        """Return the leading triplets of scale * G; `rank_error` is their residual, |G V - U S| / |S|."""
+        """Return the leading triplets of scale * G; `rank_error` is their residual, |G V - U S| / |S|.
+
+        Those of sign(G), whatever the scale, with `signs`.
+        """
         # In float64: what is left out is a small difference of the two.
         norm = float(torch.linalg.vector_norm(self.total, dtype=torch.float64))
         if not math.isfinite(norm):
             raise ValueError("its sum is not finite")
+        if self.signs:
+            self.total, scale = self.total.sign_(), 1.0
+            norm = float(torch.linalg.vector_norm(self.total, dtype=torch.float64))
         svd = truncated_svd(self.total, rank)
         kept = float(torch.linalg.vector_norm(svd.S, dtype=torch.float64))
         energy = min(1.0, (kept / norm) ** 2) if norm > 0 else 0.0

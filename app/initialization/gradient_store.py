@@ -141,7 +141,7 @@ class ExactStore(GradientStore):
     what enters a bucket afterwards waits for the next micro-batch.
     """
 
-    def __init__(self, layers: Sequence[Layer], device: torch.device) -> None:
+    def __init__(self, layers: Sequence[Layer], device: torch.device, signs: bool = False) -> None:
         self.buckets = assign_buckets(layers, world_size())
         owners = {layer.name: owner for owner, members in self.buckets for layer in members}
         super().__init__(layers, device, owners)
@@ -149,7 +149,7 @@ class ExactStore(GradientStore):
             layer.name: i for i, (_, members) in enumerate(self.buckets) for layer in members
         }
         self.sums = {
-            layer.name: ExactGradient(layer.m, layer.n, device)
+            layer.name: ExactGradient(layer.m, layer.n, device, signs)
             for layer in layers
             if owners[layer.name] == global_rank()
         }

@@ -35,7 +35,8 @@ class Estimator:
 
     Args:
         kind: `sketch` keeps a low-rank form of (m + n) * (r + oversampling) numbers a layer and never a
-            full gradient; `exact` keeps the whole sum, m * n numbers a layer.
+            full gradient; `exact` keeps the whole sum, m * n numbers a layer; `signs`, too, and decomposes
+            the sign of each entry, which is the first step of AdamW.
         passes: Passes of the sketch over the samples, 1 to 4; each makes it more exact. `auto` makes as many of
             them as the mean over layers of `rank_error` takes to fall to `tolerance`.
         tolerance: Largest such error, between 0 and 1.
@@ -43,7 +44,7 @@ class Estimator:
         seed: Seed of the sketch's random first basis and probes.
     """
 
-    kind: Literal["sketch", "exact"] = "sketch"
+    kind: Literal["sketch", "exact", "signs"] = "sketch"
     passes: int | Literal["auto"] = "auto"
     tolerance: float = 0.02
     oversampling: int = 8
@@ -54,9 +55,9 @@ class Estimator:
             raise InputError(
                 f"init.estimator.passes must lie in 1..{MAX_PASSES} or be auto, got {self.passes}"
             )
-        if self.kind == "exact" and self.passes not in (1, "auto"):
+        if self.kind != "sketch" and self.passes not in (1, "auto"):
             raise InputError(
-                f"init.estimator.kind is exact, which takes one pass, but init.estimator.passes is "
+                f"init.estimator.kind is {self.kind}, which takes one pass, but init.estimator.passes is "
                 f"{self.passes}: leave passes at auto or set kind to sketch"
             )
         if not 0 < self.tolerance < 1:
@@ -259,8 +260,8 @@ def make_store(
 ) -> GradientStore:
     """Make what keeps the gradients of the pairs' layers; the arguments are those of `one_step_gradients`."""
     layers = [Layer(pair.name, pair.lora_B.shape[0], pair.lora_A.shape[1]) for pair in pairs]
-    if estimator.kind == "exact":
-        return ExactStore(layers, device)
+    if estimator.kind != "sketch":
+        return ExactStore(layers, device, estimator.kind == "signs")
     widths = {name: rank + estimator.oversampling for name, rank in ranks.items()}
     return SketchStore(layers, widths, device, RandomColumns(device, estimator.seed))
 

@@ -6,13 +6,12 @@ import pytest
 import torch
 from peft import LoraGAConfig, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
-from transformers import AutoModelForCausalLM
 
 from app.initialization.factors import lora_ga_factors
 from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora, base_weight, install, lora_pairs, subtract_from_base
 from callbacks.initialization import GradientInit
-from tests.support.one_step_oracle import make_batches, oracle, run
+from tests.support.one_step_oracle import make_batches, run, untouched_gradients
 from tests.support.run_folders import summary, weights
 from tests.support.subtracted import R, initialized, peft_config
 from tests.support.watched_fit import plain_loop
@@ -70,17 +69,6 @@ def test_lora_ga_is_pefts_but_for_the_scales_of_its_columns(build, options, requ
         assert torch.allclose(base_weight(other), base_weight(mine), atol=1e-5)
     losses = [plain_loop(model, make_batches(False, rows=20, size=2)) for model in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def untouched_gradients(folder, batches):
-    """Return autograd's gradient of the token mean over all batches in every weight of the saved model."""
-    model = AutoModelForCausalLM.from_pretrained(folder).double()
-    tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
-    parts = [oracle(model, batch)[1] for batch in batches]
-    return {
-        name: sum(n * part[name] for n, part in zip(tokens, parts, strict=True)) / sum(tokens)
-        for name in parts[0]
-    }
 
 
 def test_the_command_initializes_with_the_gradient_of_the_untouched_model(

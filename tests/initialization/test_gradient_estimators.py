@@ -259,3 +259,20 @@ def test_norm_and_energy_where_most_is_missed():
         energies.append((1 - estimate.captured_energy) / left)
     assert sum(norms) / 10 == pytest.approx(1, rel=0.03)
     assert sum(energies) / 10 == pytest.approx(1, rel=0.05)
+
+
+def test_signs_are_decomposed_in_the_place_of_the_sum():
+    """Whatever the scale; an entry that is 0 has none."""
+    tokens = stream(40, 30, decaying(30), batches=10, tokens=3)
+    for x, _ in tokens:
+        x[:, 7] = 0
+    exact = ExactGradient(40, 30, CPU, signs=True)
+    for x, delta in tokens:
+        exact.update(x, delta)
+    signs = gradient(tokens).sign()
+    estimate = exact.estimate(RANK, 0.5)
+    assert relative(product(estimate.svd), best(signs, RANK)) < 1e-4
+    assert estimate.norm == pytest.approx((40 * 29) ** 0.5)
+    exact.total[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="its sum is not finite"):
+        exact.estimate(RANK, 0.5)

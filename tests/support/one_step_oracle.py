@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from app.initialization.one_step_gradient import Estimator, one_step_gradients
 from app.models.lora import base_model, lora_pairs
@@ -63,6 +64,17 @@ def oracle(model, batch, train_mode=False):
         elif type(module).__name__ == "Conv1D":
             gradients[name] = module.weight.grad.T
     return float(loss), gradients
+
+
+def untouched_gradients(folder, batches):
+    """Return autograd's gradient of the token mean over all batches in every weight of the saved model."""
+    model = AutoModelForCausalLM.from_pretrained(folder).double()
+    tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    parts = [oracle(model, batch)[1] for batch in batches]
+    return {
+        name: sum(n * part[name] for n, part in zip(tokens, parts, strict=True)) / sum(tokens)
+        for name in parts[0]
+    }
 
 
 def run(model, batches, estimator=EXACT, rank=4, pairs=None, **options):

@@ -162,7 +162,7 @@ def run_memory(
             activations=fake.observation(batches[0], pairs, init.train_mode).peak,
             sketch=memory.sketch_bytes(pairs, init.estimator.oversampling),
             exact=memory.exact_bytes(pairs, world),
-            estimator=init.estimator.kind,
+            estimator="sketch" if init.estimator.kind == "sketch" else "exact",
         )
     groups = parameter_groups(model)
     return memory.RunMemory(
