@@ -57,8 +57,8 @@ class InitCLI(UntrainedCLI):
         """Make the trainer if there is an adapter that other tools can train."""
         init, model = self.made.init, self.made.model
         name = None if init is None else type(init).__name__
-        subtracts = init is not None and init.subtracts_from_base
-        check_init_alone(name, subtracts, model.adapter, model.adapter_path)
+        elsewhere = "" if init is None else init.elsewhere
+        check_init_alone(name, elsewhere, model.adapter, model.adapter_path)
         return super().instantiate_trainer(**kwargs)
 
     def _fit_callbacks(self) -> list[Callback]:

@@ -33,6 +33,7 @@ from app.tracking.loggers import (
 from app.tracking.run_folder import RunFolder
 from app.training import trainer_checks
 from app.training.checkpoint_io import NEEDED, TRAINED, CheckpointFiles
+from app.training.checks import check_span
 from app.training.module import LoraModule
 from app.training.resume import ResumePoint, find_resume_point, run_to_continue
 from app.training.resume_checks import ADAPTER, TRAINING, check_rows_per_step, check_settings
@@ -199,7 +200,11 @@ class LoraCLI(LightningCLI):
         """Make the trainer with the run's loggers and the project's callbacks."""
         given = self.made.trainer
         trainer_checks.check_trainer_settings(given, self.command)
-        available_attention(self.made.model.attn_implementation)
+        model = self.made.model
+        if self.command in ("fit", "plan"):
+            starts = self.made.init is not None
+            check_span(model.pair_optimizer, starts, model.adapter, model.adapter_path)
+        available_attention(model.attn_implementation)
         loggers = self._run_loggers() if self.command == "fit" else []
         try:
             if self.command == "plan":

@@ -155,7 +155,7 @@ def fsdp_incompatible_options(config: LoraConfig) -> list[str]:
 
 
 _INSTEAD = {
-    "init_lora_weights": "set init (LoraOneInit, LoraGaInit, PissaInit), or leave both out for PEFT's own",
+    "init_lora_weights": "set init (LoraOneInit, LoraGaInit, PissaInit, OloraInit), or neither for PEFT's own",
     "modules_to_save": "train every weight with adapter: null, or leave it out",
     "target_r": "the budget is model.adapter.r",
     "total_step": "it is the length of training",

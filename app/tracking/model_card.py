@@ -40,9 +40,13 @@ PAPERS = {
     "use_dora": "DoRA: Liu et al., ICML 2024, arXiv:2402.09353",
     "LoraGaInit": "LoRA-GA: Wang, Yu and Li, NeurIPS 2024, arXiv:2407.05000",
     "PissaInit": "PiSSA: Meng, Wang and Zhang, NeurIPS 2024, arXiv:2404.02948",
+    "OloraInit": "OLoRA: Büyükakyüz, 2024, arXiv:2406.01775",
+    "LoramInit": "LoRAM: Zhang et al., NeurIPS 2025, arXiv:2507.06558",
+    "LoraSbInit": "LoRA-SB: Ponkshe et al., 2024, arXiv:2411.19557",
     "PreconditionedAdamW": "preconditioned LoRA: Zhang and Pilanci, ICML 2024, arXiv:2402.02347",
     "LoraPlusAdamW": "LoRA+: Hayou, Ghosh and Yu, ICML 2024, arXiv:2402.12354",
     "LoraProAdamW": "LoRA-Pro: Wang et al., ICLR 2025, arXiv:2407.18242",
+    "RefLoraAdamW": "RefLoRA: Zhang, Li and Giannakis, NeurIPS 2025, arXiv:2505.18877",
 }
 """By what a method consists of: kind and switches of the adapter, initialization, optimizer."""
 LORA_ONE = "LoRA-One: Zhang, Liu and Chen, ICML 2025, arXiv:2502.01235"

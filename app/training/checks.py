@@ -45,6 +45,26 @@ def check_optimizer(optimizer: str | None, pairs: bool) -> None:
         )
 
 
+def check_span(
+    optimizer: str | None, init: bool, adapter: LoraSettings | None, adapter_path: str | None
+) -> None:
+    """Raise InputError if the optimizer keeps to the span that lora_B begins with, but that is PEFT's 0.
+
+    Args:
+        optimizer: Name of an optimizer of pairs; None for any other optimizer.
+        init: Whether there is an initialization.
+        adapter: The new adapter.
+        adapter_path: Of a saved one.
+    """
+    new = adapter_path is None and adapter is not None and adapter.adalora is None
+    if optimizer == "LoraSbAdamW" and new and not init:
+        raise InputError(
+            "model.optimizer is LoraSbAdamW, which keeps to the span that lora_B begins with, but init is "
+            "null, so that lora_B is 0: set init to LoraSbInit, as methods/lora_sb.yaml does, or "
+            "model.optimizer to torch.optim.AdamW"
+        )
+
+
 def check_length(
     adapter: LoraSettings | None, max_steps: int | None, max_epochs: int | None
 ) -> None:
@@ -85,13 +105,13 @@ def check_new_adapter(init: str, adapter: LoraSettings | None, adapter_path: str
 
 
 def check_init_alone(
-    init: str | None, subtracts: bool, adapter: LoraSettings | None, adapter_path: str | None
+    init: str | None, elsewhere: str, adapter: LoraSettings | None, adapter_path: str | None
 ) -> None:
     """Raise InputError unless other tools can train what `python train.py init` would write.
 
     Args:
         init: Class of the initialization; None for PEFT's own.
-        subtracts: Whether it changes the base weights, too.
+        elsewhere: What of it no other tool does as `fit` does; empty if one does all.
         adapter: The new adapter.
         adapter_path: Of a saved one.
     """
@@ -110,11 +130,11 @@ def check_init_alone(
             "model.adapter.adalora is set, whose triplets are initialized at random and pruned by the training "
             "loop: train it with `python train.py fit`, or let the other tool make PEFT's AdaLoraConfig"
         )
-    if subtracts:
+    if elsewhere:
         raise InputError(
-            f"init is {init}, which changes the base weights, too, but another tool loads them as they were: "
+            f"init is {init}, which {elsewhere}: "
             "train with `python train.py fit`, let the other tool initialize (PEFT's init_lora_weights: "
-            "pissa, lora_ga), or use --config methods/lora_one.yaml, which leaves the base as it is"
+            "pissa, olora, lora_ga), or use --config methods/lora_one.yaml, which leaves the base as it is"
         )
 
 

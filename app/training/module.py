@@ -41,7 +41,7 @@ from app.training import checks
 from app.training.checkpoint_state import check_trained, keep_trained, saved_factors
 from app.training.lightning_internals import total_steps
 from app.training.model_building import build_model, empty_adapted
-from app.training.optimization import check_gradients, check_loss, pair_optimizer, parameter_groups
+from app.training.optimization import check_gradients, check_loss, make_optimizer, pair_optimizer
 from app.training.protocols import AdaptedModule, Factors, data_of
 from app.training.step_mean import StepMean
 from app.training.trainer_checks import check_loops
@@ -98,7 +98,7 @@ class LoraModule(LightningModule):
         self.adapter_path = adapter_path
         self.merged = merged is not None
         self.make_optimizer = optimizer
-        self._pair_optimizer = pair_optimizer(optimizer)
+        self.pair_optimizer = pair_optimizer(optimizer)
         self.loss_weighting: Weighting = loss_weighting
         self.lr_scheduler_type = lr_scheduler_type
         self.warmup_steps = warmup_steps
@@ -222,7 +222,7 @@ class LoraModule(LightningModule):
             new = self.adapter if self.adapter_path is None else None
             checks.check_length(new, self.trainer.max_steps, self.trainer.max_epochs)
             has_pairs = self.adapter is not None and self.adapter.adalora is None
-            checks.check_optimizer(self._pair_optimizer, has_pairs or self.adapter_path is not None)
+            checks.check_optimizer(self.pair_optimizer, has_pairs or self.adapter_path is not None)
             if new is not None or self.adapter_path is not None:
                 _ = self.blueprint
 
@@ -275,11 +275,11 @@ class LoraModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer over LoRA pairs and other trainable weights, and its schedule."""
-        checks.check_optimizer(self._pair_optimizer, bool(self.lora_pairs()))
+        checks.check_optimizer(self.pair_optimizer, bool(self.lora_pairs()))
         # Found here once, and not in a walk over all modules in each step.
         self._trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        optimizer = self.make_optimizer(parameter_groups(self.model))
         total = total_steps(self.trainer)
+        optimizer = make_optimizer(self.make_optimizer, self.model, total)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
         scheduler = get_scheduler(self.lr_scheduler_type, optimizer, round(warmup), total)
         schedule = {"scheduler": scheduler, "interval": "step"}

@@ -4,16 +4,20 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from app.models.lora import stacked_pairs
 from app.optim.lora_plus import LoraPlusAdamW
 from app.optim.lora_pro import LoraProAdamW
+from app.optim.lora_sb import LoraSbAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW
+from app.optim.reflora import RefLoraAdamW
 from app.utils.errors import DivergedError, InputError
 
-PAIR_OPTIMIZERS = (PreconditionedAdamW, LoraPlusAdamW, LoraProAdamW)
+PAIR_OPTIMIZERS = (PreconditionedAdamW, LoraPlusAdamW, LoraProAdamW, RefLoraAdamW, LoraSbAdamW)
 """Optimizers of LoRA pairs, which are plain AdamW on anything else."""
 
 ADVICE = (
@@ -54,6 +58,17 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     if others:
         groups.append({"params": others})
     return groups
+
+
+def make_optimizer(make: OptimizerCallable, model: nn.Module, steps: int) -> Optimizer:
+    """Make the optimizer of a model that is trained for so many steps; warn if these are all its warm-up."""
+    optimizer = make(parameter_groups(model))
+    if isinstance(optimizer, RefLoraAdamW) and optimizer.warmup_steps >= steps:
+        rank_zero_warn(
+            f"model.optimizer.warmup_steps is {optimizer.warmup_steps}, but training has {steps} steps, so "
+            "that RefLoraAdamW is plain AdamW throughout: set it lower, or train longer"
+        )
+    return optimizer
 
 
 def check_loss(whole: Tensor, epoch: int, batch_idx: int, rows: Tensor) -> None:

@@ -18,7 +18,7 @@ def name_of(file):
 
 
 def test_all_are_here():
-    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) + 1 == 40
+    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) + 1 == 45
     assert len(COMPLETE) == 14
     assert len(BENCHMARKS) == 5
 

@@ -25,7 +25,8 @@ from tests.support.watched_fit import logits, plain_loop
 LORA = 2 * 4 * (2 * 32 + 2 * 24 + 3 * 48)
 MAGNITUDES = 2 * (16 + 16 + 8 + 8 + 32 + 32 + 16)
 METHODS = ("lora", "rslora", "lora_plus", "p_lora", "lora_pro", "lora_pro_efficient")
-METHODS += ("lora_one", "lora_one_adamw", "pissa", "lora_ga")
+METHODS += ("lora_one", "lora_one_adamw", "pissa", "lora_ga", "olora", "loram", "loram_one")
+METHODS += ("reflora", "lora_sb")
 TRAINED = dict.fromkeys(METHODS, LORA)
 TRAINED |= {"dora": LORA + MAGNITUDES, "dora_one": LORA + MAGNITUDES, "full": 8784}
 DROPOUT = "--model.adapter.lora_dropout=0.3"
@@ -34,8 +35,10 @@ OFTEN = ("--trainer.max_steps=6", "--output.checkpoint_every_n_steps=1")
 
 def options(method):
     chosen = (f"--config=methods/{method}.yaml", *OFTEN)
-    if method == "lora_ga":
+    if method in ("lora_ga", "lora_sb"):
         chosen += ("--init.num_samples=16",)
+    if method == "reflora":
+        chosen += ("--model.optimizer.warmup_steps=2",)
     return chosen if method == "full" else (*chosen, DROPOUT)
 
 
@@ -147,6 +150,8 @@ def test_doras_magnitudes_belong_to_the_installed_factors(build, request):
         "app.optim.preconditioned_adamw.PreconditionedAdamW",
         "app.optim.lora_plus.LoraPlusAdamW",
         "app.optim.lora_pro.LoraProAdamW",
+        "app.optim.reflora.RefLoraAdamW",
+        "app.optim.lora_sb.LoraSbAdamW",
     ],
 )
 def test_an_optimizer_of_pairs_wants_pairs(optimizer, error_of, tiny_run, monkeypatch):

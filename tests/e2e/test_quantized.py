@@ -106,6 +106,8 @@ def missing(package):
 REFUSED = {
     "pissa": "init is PissaInit, which subtracts its factors from the base weights",
     "lora_ga": "init is LoraGaInit, which subtracts its factors from the base weights",
+    "olora": "init is OloraInit, which subtracts its factors from the base weights",
+    "loram": "init is LoramInit, which subtracts its factors from the base weights",
     "full": "model.adapter is null, which trains every weight",
 }
 

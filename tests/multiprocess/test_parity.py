@@ -120,6 +120,9 @@ METHODS = {
     "lora_ga": ("--init.num_samples=13", "--init.estimator.kind=exact"),
     "adalora": ("--model.adapter.adalora.init_r=6",),
     "lora_pro": (),
+    "loram": (),
+    "reflora": ("--model.optimizer.warmup_steps=1",),
+    "lora_sb": ("--init.num_samples=13",),
     "dora": (),
 }
 

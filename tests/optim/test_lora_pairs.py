@@ -12,13 +12,15 @@ from app.models.adapter_config import LoraSettings
 from app.models.lora import add_lora, install, lora_pairs
 from app.optim.lora_plus import LoraPlusAdamW
 from app.optim.lora_pro import LoraProAdamW
+from app.optim.lora_sb import LoraSbAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW
+from app.optim.reflora import RefLoraAdamW
 from app.training.optimization import parameter_groups
 from tests.support.lora_pairs import TextbookAdamW, make_pairs, pair_group, set_grads
 from tests.support.mixtures import TARGETS, build_mixture
 from tests.support.one_step_oracle import make_batches, model_inputs
 
-OPTIMIZERS = [PreconditionedAdamW, LoraProAdamW, LoraPlusAdamW]
+OPTIMIZERS = [PreconditionedAdamW, LoraProAdamW, LoraPlusAdamW, RefLoraAdamW, LoraSbAdamW]
 
 
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
@@ -52,7 +54,14 @@ def test_groups_that_are_not_pairs_are_an_error(optimizer_class, shapes, message
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("kind", [*OPTIMIZERS, partial(LoraProAdamW, mode="efficient")])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *OPTIMIZERS,
+        partial(LoraProAdamW, mode="efficient"),
+        partial(RefLoraAdamW, warmup_steps=2),
+    ],
+)
 def test_a_state_dict_goes_on_bit_for_bit(kind):
     """It brings the settings of each group, and the moments of pairs and of other parameters."""
 
@@ -78,8 +87,17 @@ def test_a_state_dict_goes_on_bit_for_bit(kind):
     assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
 
 
+EXPERTS = {
+    "preconditioned": partial(PreconditionedAdamW, damping=1e-3),
+    "full": partial(LoraProAdamW, mode="full", damping=1e-3),
+    "efficient": partial(LoraProAdamW, mode="efficient", damping=1e-3),
+    "reflora": partial(RefLoraAdamW, warmup_steps=1),
+    "lora_sb": LoraSbAdamW,
+}
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-@pytest.mark.parametrize("method", ["preconditioned", "full", "efficient"])
+@pytest.mark.parametrize("method", EXPERTS)
 def test_a_step_of_stacked_experts_is_that_of_each_expert_in_float64(kind, method):
     """Over three steps, each from a saved state."""
     model = add_lora(build_mixture(kind), LoraSettings(r=2, **TARGETS.get(kind, {})))
@@ -87,10 +105,8 @@ def test_a_step_of_stacked_experts_is_that_of_each_expert_in_float64(kind, metho
     pairs = lora_pairs(model)
     for pair in pairs:
         install(pair, 0.3 * torch.randn(pair.lora_A.shape), 0.3 * torch.randn(pair.lora_B.shape))
-    options = {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1, "damping": 1e-3}
-    make = partial(LoraProAdamW, mode=method, **options)
-    if method == "preconditioned":
-        make = partial(PreconditionedAdamW, **options)
+    options = {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1}
+    make = partial(EXPERTS[method], **options)
     optimizer = make(parameter_groups(model))
     alone = [
         nn.Parameter(factor.detach().double().clone())

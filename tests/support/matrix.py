@@ -268,7 +268,7 @@ def tried(command, tmp_path, logged, watched_fit, loaded, matrix_models, expect_
         model = matrix_models / KINDS.get(column, column)
         if table == "Methods":
             options = (f"--config=methods/{row}.yaml",)
-            options += ("--init.num_samples=4",) if row == "lora_ga" else ()
+            options += ("--init.num_samples=4",) if row in ("lora_ga", "lora_sb") else ()
             found = trial.of_run(model, DATA["GlueDataModule"](tmp_path), *options)
         elif table == "Data modules":
             found = trial.of_run(model, DATA[row](tmp_path))

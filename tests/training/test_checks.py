@@ -10,6 +10,8 @@ from app.models.adapter_config import AdaLoraBudget, LoraSettings
 from app.training.checks import check_init_alone
 from app.training.module import LoraModule
 from app.utils.errors import InputError
+from callbacks.lora_ga_init import LoraGaInit
+from callbacks.lora_sb_init import LoraSbInit
 
 
 @pytest.fixture
@@ -23,7 +25,9 @@ def tied(tmp_path, tiny_llama, run_models):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "name"), [("pissa", "PissaInit"), ("lora_ga", "LoraGaInit")])
+@pytest.mark.parametrize(
+    ("method", "name"), [("pissa", "PissaInit"), ("lora_ga", "LoraGaInit"), ("loram", "LoramInit")]
+)
 def test_what_cannot_be_subtracted_from(
     method, name, error_of, tiny_run, run_models, tied, tmp_path, monkeypatch
 ):
@@ -69,27 +73,42 @@ def test_a_weight_of_two_modules_is_not_merged(fit, command, error_of, tied, mon
 
 
 @pytest.mark.parametrize(
-    ("init", "subtracts", "adapter", "path", "message"),
+    ("init", "elsewhere", "adapter", "path", "message"),
     [
         (
             "LoraGaInit",
-            True,
+            LoraGaInit().elsewhere,
             LoraSettings(),
             None,
             "LoraGaInit, which changes the base weights, too",
         ),
-        (None, False, None, None, "model.adapter is null, so there is no adapter"),
+        (
+            "LoraSbInit",
+            LoraSbInit().elsewhere,
+            LoraSettings(),
+            None,
+            "LoraSbInit, which makes factors that LoraSbAdamW alone trains",
+        ),
+        (None, "", None, None, "model.adapter is null, so there is no adapter"),
         (
             None,
-            False,
+            "",
             LoraSettings(adalora=AdaLoraBudget()),
             None,
             "adalora is set, whose triplets",
         ),
-        (None, False, LoraSettings(), "runs/x/adapter", "an adapter that is there already"),
+        (None, "", LoraSettings(), "runs/x/adapter", "an adapter that is there already"),
     ],
 )
-def test_adapters_that_other_tools_cannot_begin_with(init, subtracts, adapter, path, message):
+def test_adapters_that_other_tools_cannot_begin_with(init, elsewhere, adapter, path, message):
     with pytest.raises(InputError, match=message):
-        check_init_alone(init, subtracts, adapter, path)
-    check_init_alone("LoraOneInit", False, LoraSettings(), None)
+        check_init_alone(init, elsewhere, adapter, path)
+    check_init_alone("LoraOneInit", "", LoraSettings(), None)
+
+
+def test_an_optimizer_of_a_span_wants_one(error_of, tiny_run, monkeypatch):
+    monkeypatch.setattr("app.training.model_building.load_model", None)
+    for command in ("fit", "plan"):
+        told = error_of(command, "--config", tiny_run, "--config=methods/lora_sb", "--init=null")
+        assert told.startswith("model.optimizer is LoraSbAdamW, which keeps to the span")
+        assert "set init to LoraSbInit, as methods/lora_sb.yaml does" in told

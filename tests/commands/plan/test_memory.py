@@ -27,7 +27,9 @@ from app.models.adapter_config import LoraSettings
 from app.models.loss import summed_loss, supervised_loss
 from app.optim.lora_plus import LoraPlusAdamW
 from app.optim.lora_pro import LoraProAdamW
+from app.optim.lora_sb import LoraSbAdamW
 from app.optim.preconditioned_adamw import PreconditionedAdamW
+from app.optim.reflora import RefLoraAdamW
 from app.training.module import LoraModule
 from app.training.optimization import parameter_groups
 from app.utils.errors import InputError
@@ -180,6 +182,8 @@ def test_activations(kind, checkpointing, run_models):
         LoraPlusAdamW,
         LoraProAdamW,
         partial(LoraProAdamW, mode="efficient"),
+        RefLoraAdamW,
+        LoraSbAdamW,
         torch.optim.AdamW,
         partial(torch.optim.SGD, lr=0.1),
         partial(torch.optim.SGD, lr=0.1, momentum=0.9),
@@ -200,7 +204,7 @@ def test_bytes_of_full_fine_tuning_and_of_accumulators(kind, run_models):
 def test_fused_experts_are_planned_for(run_models, tmp_path):
     """Factors, states and passes; the gradient of a layer's experts is whole in that of the initialization."""
     save_mixture("mixtral", tmp_path, run_models / "llama")
-    for optimizer in (PreconditionedAdamW, LoraProAdamW):
+    for optimizer in (PreconditionedAdamW, LoraProAdamW, LoraSbAdamW):
         check_after_a_step(tmp_path, optimizer)
     check_activations(tmp_path, 0.2)
     plan = planned(tmp_path)
