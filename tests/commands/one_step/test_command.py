@@ -218,3 +218,17 @@ def test_a_folder_holds_one_run(command, undrawn, error_of, tiny_run, tmp_path):
     told = error_of(*again, "--seed_everything=3", "--trainer.precision=bf16-mixed")
     assert "holds measurements with other settings: " in told
     assert "seed_everything 0 (now 3), trainer.precision " in told
+
+
+@pytest.mark.slow
+def test_benchmarks_score_the_chosen_steps_alone(command, undrawn, tiny_run, tmp_path):
+    """Also without validation rows; which training rows choose has nothing to do with them."""
+    options = ("--samples=8", "--ranks=2", "--scale=layer", "--etas=0.1,1", "--eta_rows=12")
+    evals = "--data.evals=[{class_path: tests.support.toy_benchmarks.Choosing}]"
+    rows = "--data.validation_size=0"
+    assert command("one_step", "--config", tiny_run, evals, rows, *options) == 0
+    measured = lines(tmp_path / "runs" / "tiny" / "one_step")
+    names = {tuple(line["scores"]) for line in measured if line["rows"] == "validation"}
+    assert [name.partition("/")[0] for (name,) in names] == ["choosing"]
+    assert len([line for line in measured if line["rows"] == "validation"]) == 2
+    assert all("task_loss" in line["scores"] for line in measured if line["rows"] == 12)
