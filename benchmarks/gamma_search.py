@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
-from app.evaluation.metrics import LabelScores
+from app.commands.one_step.scores import TaskScores
 from app.initialization.factors import SVD, common_unit, spectral_factors
 from app.initialization.gamma_search import first_gamma, install_best, task_losses
 from app.initialization.gradient_hooks import frozen
@@ -27,7 +26,7 @@ from app.initialization.one_step_gradient import Estimator, one_step_gradients
 from app.models.adapter_config import LoraSettings
 from app.models.loading import load_model, load_tokenizer
 from app.models.lora import add_lora, base_model, install, lora_pairs
-from app.models.loss import label_logits, supervised_logits
+from app.models.loss import supervised_logits
 from app.models.source import resolve_model
 from app.utils.console import track
 from callbacks.lora_one_init import judging_rows
@@ -121,18 +120,13 @@ class Bench:
 
     def score(self, data: TextDataModule, labels: Sequence[int]) -> dict[str, float]:
         """Return the task loss and the scores of the model as it is on the validation rows."""
-        scores, losses = LabelScores(labels), []
+        scores = TaskScores(labels)
         [loader] = data.val_dataloader()
         with frozen(self.model), torch.no_grad():
             for batch in track(list(loader), "score"):
                 supervised = supervised_logits(self.model, self.base, batch)
-                target = batch["target"]
-                scores.update(supervised, target)
-                if labels:
-                    logits = label_logits(supervised, torch.tensor(labels), target >= 0)
-                    losses.append(cross_entropy(logits, target, reduction="none"))
-        found = {name: float(value) for name, value in scores.compute().items()}
-        return {"task_loss": float(torch.cat(losses).mean()) if labels else found["loss"], **found}
+                scores.update(supervised, batch["target"])
+        return {name: float(value) for name, value in scores.compute().items()}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from app.training.protocols import AdaptedModule, data_of
 from app.utils.console import track
 from callbacks.initialization import GradientInit, check_gamma
 
-SHARE, FEWEST = 4, 8
+SHARE, FEWEST = 5, 6
 """Of how many samples one is a row whose task loss chooses `gamma: auto`; and how many these are at least."""
 
 
@@ -29,7 +29,7 @@ class LoraOneInit(GradientInit):
 
     Args:
         gamma: Divisor of the factors' product, 1e-6 to 1e12 (the authors' `stable_gamma`); larger is a smaller
-            first step. `auto` tries three on a quarter of the samples and takes the one that lowers the task
+            first step. `auto` tries three on a fifth of the samples and takes the one that lowers the task
             loss most surely (`app.initialization.gamma_search`): among the label words, where rows have
             classes. Where none does, training starts from the untouched model.
         scale: `layer` divides by each layer's own S_1, `global` by the largest S_1 of all layers: a gradient

@@ -216,7 +216,7 @@ def test_the_command_starts_from_the_best_gamma(fit, command, tiny_run, tmp_path
     search = init["gamma_search"]
     tried = {trial["gamma"]: trial for trial in search["trials"]}
     assert len(tried) == PASSES - 1
-    assert (search["measure"], search["rows"]) == ("loss", 10)
+    assert (search["measure"], search["rows"]) == ("loss", 8)
     assert 0 < search["seconds"] < init["seconds"]
     bounds = {gamma: trial["excess"] + CAUTION * trial["error"] for gamma, trial in tried.items()}
     assert init["gamma"] == min(bounds, key=bounds.__getitem__)
