@@ -180,6 +180,6 @@ def test_docs_show_every_figure():
         str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs" / "theory").glob("*.png")
     }
     assert shown == files
-    assert len(files) == 17
+    assert len(files) == 18
     for name in files:
         assert (ROOT / "docs" / name).stat().st_size < 150_000
