@@ -10,6 +10,8 @@ LoRA-GA beside.
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import io
 import json
 import subprocess
@@ -220,6 +222,8 @@ def measure(procedure: str, base: str, folder: Path) -> dict[str, float | str]:
                 optimizer.step()
                 optimizer.zero_grad()
 
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what loading has freed is not the procedure's to use
     before = psutil.Process().memory_info().rss
     try:
         with PeakMemory(torch.device("cpu")) as memory:

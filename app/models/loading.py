@@ -149,6 +149,7 @@ def empty_model(
             quantizer.preprocess_model(model=model, device_map={"": "meta"})
             quantizer.postprocess_model(model)
             empty_codes(model)
+            settle(model)
             check_casts(model, source.name)
         return model
 

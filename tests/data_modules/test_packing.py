@@ -130,10 +130,10 @@ def loss_and_gradients(model, data, weighting):
 
 @pytest.fixture(scope="module")
 def gsm8k(tmp_path_factory):
-    """Return a file of the first 64 rows of GSM8K."""
+    """Return a file of 64 rows of GSM8K: every twentieth of the shorter ones, which are computed sooner."""
     lines = gzip.decompress((DATA / "gsm8k" / "train.jsonl.gz").read_bytes()).splitlines(True)
     file = tmp_path_factory.mktemp("gsm8k") / "train.jsonl"
-    file.write_bytes(b"".join(lines[:64]))
+    file.write_bytes(b"".join(sorted(lines, key=len)[:1280:20]))
     return file
 
 

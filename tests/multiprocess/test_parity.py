@@ -180,7 +180,7 @@ def test_options_of_fsdp(parity_config, models_without_dropout, finished, refere
 
 @pytest.mark.smollm2
 def test_smollm2(smollm2_dir, finished, tmp_path):
-    steps = 8
+    steps = 4
 
     def job(where, batch_size, *more):
         own = (
