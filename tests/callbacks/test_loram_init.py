@@ -56,3 +56,13 @@ def test_rank_one_and_sizes_out_of_range_are_refused(error_of, tiny_run, monkeyp
     assert "init is LoramInit, whose factors are 0 at rank 1, which" in told
     assert "k_proj has: set model.adapter.r to at least 2, or give the size as init.gamma" in told
     assert "init.gamma must lie between 1e-06 and 1e+12, got 0" in error_of(*run, "--init.gamma=0")
+
+
+def test_the_gamma_of_a_run_of_lora_one_does_not_reach_the_overlay(parsed):
+    given = parsed("--config", "quickstart.yaml").init.init_args.gamma
+    inits = [
+        parsed("--config", "quickstart.yaml", "--config", f"methods/{name}.yaml").init.init_args
+        for name in ("loram", "loram_one")
+    ]
+    assert given is not None
+    assert [init.gamma for init in inits] == [None, 128]
