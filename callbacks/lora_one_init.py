@@ -127,7 +127,7 @@ def _say(search: GammaSearch, measure: str, rows: int) -> None:
         tried = ", ".join(f"{gamma:g}" for gamma in search.trials)
         rank_zero_warn(
             f"no gamma that was tried ({tried}) lowers the {measure}, {search.untouched:.4f}, by more than "
-            f"half its standard error: training starts from the untouched model; {after}"
+            f"its standard error: training starts from the untouched model; {after}"
         )
     else:
         loss = search.trials[search.gamma].loss

@@ -21,7 +21,6 @@ from app.models.loss import SupervisedLogits, Weighting, label_logits, supervise
 
 PASSES = 4  # over the rows: of the untouched model, and of three gammas
 FACTOR = 4.0  # between neighbouring gammas
-CAUTION = 0.5  # standard errors of what a step gains that count against it
 
 
 class RowLosses(NamedTuple):
@@ -184,8 +183,8 @@ def install_best(
 ) -> GammaSearch:
     """Install the step that lowers the loss most surely; leave the pairs as they were where none does.
 
-    Of a step counts what it gains beside the untouched model on the same rows, less half the standard error of
-    that: a large step changes the rows' losses up and down, and few rows can flatter it.
+    Of a step counts what it gains beside the untouched model on the same rows, less the standard error of that:
+    a large step changes the rows' losses up and down, and few rows can flatter it.
 
     Args:
         pairs: New LoRA pairs, lora_B = 0: the model is the untouched one.
@@ -205,7 +204,7 @@ def install_best(
         next(passes)
         install_step(gamma)
         trials[gamma] = difference(losses(), untouched)
-        return trials[gamma].excess + CAUTION * trials[gamma].error
+        return trials[gamma].excess + trials[gamma].error
 
     gamma, _ = search_gamma(bound_at, first)
     next(passes, None)  # ends the progress

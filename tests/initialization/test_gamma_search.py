@@ -10,7 +10,6 @@ from torch import nn
 
 from app.initialization.factors import SVD, spectral_factors, truncated_svd
 from app.initialization.gamma_search import (
-    CAUTION,
     PASSES,
     RowLosses,
     difference,
@@ -190,7 +189,7 @@ def test_a_step_that_lowers_the_loss_is_installed_and_no_other(helps, tiny_llama
     if helps:
 
         def bound(gamma):
-            return search.trials[gamma].excess + CAUTION * search.trials[gamma].error
+            return search.trials[gamma].excess + search.trials[gamma].error
 
         assert search.gamma == min(search.trials, key=bound)
         install_step(search.gamma)
@@ -218,7 +217,7 @@ def test_the_command_starts_from_the_best_gamma(fit, command, tiny_run, tmp_path
     assert len(tried) == PASSES - 1
     assert (search["measure"], search["rows"]) == ("loss", 8)
     assert 0 < search["seconds"] < init["seconds"]
-    bounds = {gamma: trial["excess"] + CAUTION * trial["error"] for gamma, trial in tried.items()}
+    bounds = {gamma: trial["excess"] + trial["error"] for gamma, trial in tried.items()}
     assert init["gamma"] == min(bounds, key=bounds.__getitem__)
     assert f"gamma {init['gamma']:g}: loss {search['untouched']:.4f} -> " in caplog.text
     # The same gamma, given, is the same run.
