@@ -125,6 +125,7 @@ def test_the_papers_overlay(file, parsed):
         f"{optimizer}.init_args.weight_decay": 0.0,
         "data.init_args.length_grouping": False,
         f"{init}.gamma": 128,
+        f"{init}.scale": "layer",
         f"{init}.num_samples": 8,
         f"{init}.weighting": "rows",
         f"{init}.samples": "first",
