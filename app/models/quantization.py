@@ -146,12 +146,12 @@ def check_kernel(model: PreTrainedModel, name: str, device: torch.device) -> Non
         name: `model.name`.
         device: Where it is to be.
     """
-    from bitsandbytes import functional
-
     layers = {
         m.in_features: place for place, m in quantized_layers(model) if hasattr(m, "quant_state")
     }
     for n, place in layers.items():
+        from bitsandbytes import functional
+
         W = torch.arange(n, device=device).repeat_interleave(64).view(64, n) + 1.0
         codes, state = functional.quantize_4bit(W, blocksize=64, quant_type="nf4")
         if not torch.allclose(functional.dequantize_4bit(codes, state), W):

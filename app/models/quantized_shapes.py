@@ -12,12 +12,15 @@ from app.models.quantization import quantized_layers
 
 def empty_codes(model: PreTrainedModel) -> None:
     """Give bitsandbytes' layers of a model on the meta device codes and scales in their final shapes."""
+    layers = [module for _, module in quantized_layers(model)]
+    if not layers:  # the codes are another library's
+        return
     import bitsandbytes as bnb
 
     with torch.device("cpu"):
         # The first call makes the table of values that all others use, which must not be an empty one.
         bnb.functional.quantize_blockwise(torch.zeros(1))
-    for _, module in quantized_layers(model):
+    for module in layers:
         codes, state = _quantized_empty(module, "meta")
         if isinstance(module, bnb.nn.Linear4bit):
             old: Any = module.weight

@@ -1,6 +1,7 @@
 """Quantised weights, against the table of NF4, transformers' own loading, and autograd of the values."""
 
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,8 @@ from app.commands.plan.memory import tensor_bytes
 from app.models.adapter_config import LoraSettings
 from app.models.loading import empty_model, load_float32, load_model, model_fingerprint
 from app.models.lora import add_lora
-from app.models.quantization import number_of_weights, scales
+from app.models.quantization import check_kernel, number_of_weights, scales
+from app.models.quantized_shapes import empty_codes
 from app.models.source import resolve_model
 from app.utils.errors import InputError
 from benchmarks.init import peft_lora_ga
@@ -192,6 +194,12 @@ def test_the_observed_gradient_on_smollm2_is_that_of_autograd_at_the_values(smol
     assert len(result.estimates) == 3
     for name, estimate in result.estimates.items():
         assert relative(product(estimate.svd, 8), best(gradients[name].double(), 8)) < 1e-4
+
+
+def test_codes_of_another_library_need_no_bitsandbytes(tiny_llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # an import raises
+    check_kernel(tiny_llama(), "tiny", torch.device("cpu"))
+    empty_codes(tiny_llama().to("meta"))
 
 
 def test_the_fingerprint_names_it(wide_models):
