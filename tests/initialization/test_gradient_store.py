@@ -97,6 +97,19 @@ def test_neither_no_tokens_nor_many_large_numbers_are_reported_as_not_finite():
         assert bool(store.update("small", *large, ["small"]).isfinite().all())
 
 
+def test_a_batch_ends_without_the_readers_that_its_loss_does_not_depend_on():
+    """`other` reads the same input and hears nothing, also in the last batch."""
+    pairs = stream(8, 9, decaying(2), batches=2, tokens=5)
+    _, sketch = stores()
+    for x, delta in pairs:
+        sketch.update("small", x, delta, ["small", "other"])
+        sketch.end_batch()
+    sketch.end_pass()
+    found = sketch.estimates({"small": 2, "other": 2}, 1.0)
+    assert relative(product(found["small"].svd), gradient(pairs)) < 1e-5
+    assert found["other"].norm == 0
+
+
 def test_a_sum_that_overflows_names_its_layer():
     exact, sketch = stores()
     huge = torch.full((3, 9), 1e20), torch.full((3, 8), 1e20)
