@@ -88,6 +88,18 @@ def test_a_model_that_mixes_packed_examples_is_known_without_weights(kind):
     assert (packing_obstacle(model.to("meta")) is None) == apart
 
 
+def test_what_no_mask_can_tell(tiny_llama, monkeypatch):
+    """A state beside attention, and a flash kernel that is not given the positions."""
+    model = tiny_llama().to("meta")
+    monkeypatch.setattr(type(model), "_is_stateful", True)
+    assert "(a state)" in packing_obstacle(model)
+    monkeypatch.setattr(type(model), "_is_stateful", False)
+    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
+    assert packing_obstacle(model) is None
+    model.config._attn_implementation = "flash_attention_2"
+    assert "does not hand the positions" in packing_obstacle(model)
+
+
 def test_a_sequence_to_sequence_model(tiny_t5):
     assert "sequence-to-sequence" in packing_obstacle(tiny_t5())
 

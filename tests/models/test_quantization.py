@@ -14,7 +14,12 @@ from app.commands.plan.memory import tensor_bytes
 from app.models.adapter_config import LoraSettings
 from app.models.loading import empty_model, load_float32, load_model, model_fingerprint
 from app.models.lora import add_lora
-from app.models.quantization import check_kernel, number_of_weights, scales
+from app.models.quantization import (
+    check_kernel,
+    number_of_weights,
+    quantized_layers,
+    scales,
+)
 from app.models.quantized_shapes import empty_codes
 from app.models.source import resolve_model
 from app.utils.errors import InputError
@@ -113,6 +118,18 @@ def test_without_content_it_has_the_bytes_of_the_real_one(kind, name, wide_model
     assert number_of_weights(model)[0] == total == number_of_weights(plain)[0]
     assert 0 < number_of_weights(model)[1] < total
     add_lora(empty, LoraSettings(r=2))
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_the_bytes_of_scales_are_those_of_the_format(name, wide_models):
+    model = empty_model(quantized_source(wide_models / "llama", name))
+    expected = 0
+    for _, quantized in quantized_layers(model):
+        m, n = quantized.out_features, quantized.in_features
+        blocks = m * n // 64  # a byte each, and a float32 for 256 of these
+        nf4 = blocks + 4 * -(-blocks // 256) + 4 * (16 + 256) + 4  # two tables, and the mean
+        expected += nf4 if name == "nf4" else 4 * m
+    assert sum(t.nbytes for t in scales(model)) == expected > 0
 
 
 @pytest.mark.parametrize("kind", CLASSES)

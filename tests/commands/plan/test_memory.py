@@ -25,6 +25,7 @@ from app.initialization.gradient_store import ExactStore
 from app.initialization.one_step_gradient import Estimator, make_store
 from app.models.adapter_config import LoraSettings
 from app.models.loss import summed_loss, supervised_loss
+from app.models.quantization import scales
 from app.optim.lora_plus import LoraPlusAdamW
 from app.optim.lora_pro import LoraProAdamW
 from app.optim.lora_sb import LoraSbAdamW
@@ -229,6 +230,9 @@ def test_most_bytes_on_four_bits(kind, dora, wide_models):
     """DoRA reads the values of the codes."""
     settings = {"adapter": LoraSettings(r=4, use_dora=dora), "quantization": "nf4"}
     real, plan = (make(wide_models / kind, **settings) for make in (loaded, planned))
+    frozen = [p for p in real.model.parameters() if not p.requires_grad]
+    held = tensor_bytes([*frozen, *real.model.buffers(), *scales(real.model)])
+    assert frozen_bytes(plan.model, Placement("auto")) == held
     batch = batch_for(real)
     measured = FakeModel(plan.model, plan.base).training(batch)
     assert measured.peak == pytest.approx(real_peak(real, batch), rel=0.01)
