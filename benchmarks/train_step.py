@@ -71,16 +71,8 @@ DEFAULT = [name for name in CONTENDERS if name != "packed"]
 STEPS = {"reviews": 5, "gsm8k": 3}  # of a turn: five rounds of everything take about 20 minutes
 SAME_LOSS = 1e-4
 HEADINGS = (
-    "contender",
-    "seconds a step",
-    "samples/s",
-    "supervised tokens/s",
-    "time / ours",
-    "CPU time / ours",
-    "peak, MiB",
-    "above the model, MiB",
-    "our peak / its",
-    "our excess / its",
+    "contender | seconds a step | samples/s | supervised tokens/s | time / ours | CPU time / ours | "
+    "peak, MiB | above the model, MiB | our peak / its | our excess / its"
 )
 
 
@@ -226,7 +218,7 @@ def report(task: str, epoch: Figures, measured: dict[str, list[Figures]]) -> dic
         f"{task}: {epoch['steps']} steps of {epoch['rows'] / epoch['steps']:.0f} rows a turn, "
         f"{epoch['tokens']} tokens, {epoch['supervised']} of them supervised; {len(ours)} rounds\n"
     )
-    print(f"| {' | '.join(HEADINGS)} |\n{'| --- ' * len(HEADINGS)}|")
+    print(f"| {HEADINGS} |\n{'| --- ' * len(HEADINGS.split(' | '))}|")
     our_peak, our_excess = (
         statistics.median(r[key] for r in ours) for key in ("peak_mib", "excess_mib")
     )
