@@ -71,7 +71,7 @@ def loading_code(
         base: On which the adapter is put.
         whole: Whether the folder has a whole model.
         encodes: Whether the model is an encoder-decoder.
-        dtype: Of the weights.
+        dtype: Of the weights that are not quantised while they are loaded.
         trainable: Whether the adapter is to be trained further.
     """
     auto = "AutoModelForSeq2SeqLM" if encodes else "AutoModelForCausalLM"
@@ -83,6 +83,8 @@ def loading_code(
             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
         )
     quantized = quantization_code(base.quantization, dtype)
+    if quantized:  # as `load_model` does: of weights in 16 bits it makes other codes
+        dtype = "float32"
     return (
         "from peft import PeftModel\n"
         f"from transformers import {auto}, AutoTokenizer{', BitsAndBytesConfig' * bool(quantized)}\n\n"
