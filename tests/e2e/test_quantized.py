@@ -36,6 +36,8 @@ def losses(folder):
 @pytest.mark.slow
 def test_elsewhere_the_model_is_the_trained_one(fit, wide, wide_models, command, monkeypatch):
     """With plain PEFT on a base of four bits, loaded as the model card says, and merged into its values."""
+    # Where it can, bitsandbytes rounds evaluation to bfloat16 in a model that others have loaded.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     kept = []
     monkeypatch.setattr(
         LoraModule,
