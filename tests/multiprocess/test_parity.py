@@ -92,6 +92,18 @@ def test_a_mean_over_rows(parity_config, models_without_dropout, finished, tmp_p
         assert_alike(tmp_path / strategy, tmp_path / "alone", 2, steps=6)
 
 
+def test_a_base_of_four_bits(parity_config, wide_models, finished, tmp_path):
+    """Each process quantises the whole model to the same codes."""
+
+    def job(where, batch_size, *more):
+        more = ("--config=models/nf4.yaml", "--trainer.max_steps=6", *more)
+        return parity_job(parity_config, wide_models / "llama", tmp_path / where, batch_size, *more)
+
+    finished([job("alone", 8)], processes=1)
+    finished([job("ddp", 4, *two_processes("ddp"))])
+    assert_alike(tmp_path / "ddp", tmp_path / "alone", 2, steps=6)
+
+
 def test_the_search_of_gamma(parity_config, models_without_dropout, finished, tmp_path):
     """One process, DDP and FSDP2 try the same gammas, find the same losses and decide alike."""
 
