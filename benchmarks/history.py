@@ -88,9 +88,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                     for name, value in row["figures"].items():
                         point = (datetime.fromisoformat(row["date"]), value)
                         lines.setdefault((name, settings), []).append(point)
-            numbers = {settings: i for i, settings in enumerate(dict.fromkeys(s for _, s in lines))}
-            for (name, settings), points in lines.items():
-                style = "os^Dvx"[numbers[settings] % 6] + "-"
+            for i, ((name, _), points) in enumerate(lines.items()):
+                style = f"C{i % 10}{'os^Dvx'[i // 10 % 6]}-"
                 axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
             axes.set(title=script, ylabel="ratio")
             axes.xaxis.set_major_formatter(
