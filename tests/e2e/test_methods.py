@@ -58,12 +58,12 @@ def test_what_a_run_leaves_computes_what_was_trained_and_a_resumed_run_leaves_th
     else:
         model = AutoPeftModelForCausalLM.from_pretrained(whole / "adapter")
     trained = watched_fit["logits"]
+    # Weights that LoRA+ has changed by much are rounded by 2e-5, and products by 6e-6, on some processors.
+    atol = 1e-5 if method == "lora_plus" else 1e-6
     if method in METHODS:
         served = with_adapter(copy.deepcopy(base), whole / "adapter")
-        # Weights that LoRA+ has changed by much are rounded by 2e-5, on some processors.
-        atol = 4e-5 if method == "lora_plus" else 1e-5
-        assert torch.allclose(logits(served), trained, atol=atol)
-    assert torch.allclose(logits(model), trained, atol=1e-6)
+        assert torch.allclose(logits(served), trained, atol=max(4 * atol, 1e-5))
+    assert torch.allclose(logits(model), trained, atol=atol)
     assert not torch.allclose(logits(base), trained, atol=1e-3)
     # The same by the project's own command; the matrix of tests/support has the merged model.
     assert command("test", "--run", whole) == 0

@@ -18,6 +18,7 @@ from app.commands.compare.settings import (
 from app.tracking.config_files import find_config
 from app.utils.errors import InputError, causes
 from app.utils.files import read_yaml
+from app.utils.text import nearest
 
 MOST_ASIDE = 1000
 """Training rows that choose the learning rate, where the configuration says nothing."""
@@ -121,7 +122,7 @@ class RunOptions:
         """
         configs = {method: self.resolve(method).resolved for method in methods}
         for key in self.method_keys:
-            takers = [method for method in methods if _has_setting(configs[method], key)]
+            takers = [method for method in methods if _settings(configs[method], key)]
             if not takers:
                 self._check_known(key, [*methods, *(m for m in known if m not in methods)])
             others = [method for method in methods if method not in takers]
@@ -132,15 +133,17 @@ class RunOptions:
 
     def _check_known(self, key: str, methods: Sequence[str]) -> None:
         """Let the parser refuse a setting that no method has, where the section that it should be in is."""
-        nearest = methods[0]
+        section = key.rpartition(".")[0]
+        settings: dict[str, str] = {}  # of the section, each with a method that has it
         for method in methods:
             config = self.resolve(method).resolved
-            if _has_setting(config, key):
+            if _settings(config, key):
                 return
-            if _has_setting(config, f"{key.rpartition('.')[0]}.class_path"):
-                nearest = method
-        self.takers[key] = [nearest]
-        self.resolve(nearest)
+            settings |= dict.fromkeys(_settings(config, section), method)
+        close = nearest(key, settings)
+        method = settings[close] if close else next(iter(settings.values()), methods[0])
+        self.takers[key] = [method]
+        self.resolve(method)
 
 
 def _key(group: Sequence[str]) -> str:
@@ -149,10 +152,10 @@ def _key(group: Sequence[str]) -> str:
     return ".".join(part for part in name.split(".") if part != "init_args")
 
 
-def _has_setting(config: Mapping[str, Any], key: str) -> bool:
-    """Return whether a resolved configuration has a setting or section; below a null section it has none."""
+def _settings(config: Mapping[str, Any], key: str) -> list[str]:
+    """Return a setting of a resolved configuration, or those of a section; below a null section there is none."""
     names = (name.replace("init_args.", "") for name in flat(config))
-    return any(name == key or name.startswith(f"{key}.") for name in names)
+    return [name for name in names if name == key or name.startswith(f"{key}.")]
 
 
 @contextmanager
