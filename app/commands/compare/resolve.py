@@ -153,7 +153,7 @@ def _key(group: Sequence[str]) -> str:
 
 
 def _settings(config: Mapping[str, Any], key: str) -> list[str]:
-    """Return a setting of a resolved configuration, or those of a section; below a null section there is none."""
+    """Return a setting of a resolved configuration, or those of a section; a null section has none."""
     names = (name.replace("init_args.", "") for name in flat(config))
     return [name for name in names if name == key or name.startswith(f"{key}.")]
 
