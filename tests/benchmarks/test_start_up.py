@@ -15,7 +15,7 @@ def python(code):
 def test_a_process_is_measured_up_to_its_mark_and_no_further(tmp_path):
     code = f"import time; print('{MARK} first step', flush=True); time.sleep(60)"
     wall, cpu = measure(python(code), tmp_path, "first step")
-    assert 0 < cpu < wall < 30
+    assert 0 < cpu < wall + 0.1 < 30  # two clocks
     with pytest.raises(RuntimeError, match="ended with 0"):
         measure(python("print('no mark')"), tmp_path, "first step")
     with pytest.raises(RuntimeError, match="ended with 3"):

@@ -118,7 +118,8 @@ def test_saved_adapter_loads_on_a_fresh_base(tiny_llama, tmp_path):
         assert torch.equal(logits(loaded, batch), wanted)
         assert all(pair.lora_A.requires_grad == trainable for pair in lora_pairs(loaded))
     plain = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter")).eval()
-    assert torch.equal(logits(plain, batch), wanted)
+    # PEFT adds the product in another order than ours.
+    assert torch.allclose(logits(plain, batch), wanted, atol=1e-6)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # As on the processes of a sharded run that do not read the weights.

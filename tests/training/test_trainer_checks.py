@@ -152,7 +152,7 @@ def test_the_known_callbacks_are_those_of_the_project():
         kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
         own = [kind for kind in kinds if kind.__module__ == module.__name__]
         made |= {f"{k.__module__}.{k.__name__}" for k in own if issubclass(k, Callback)}
-    bases = {"callbacks.initialization.AdapterInit", "callbacks.initialization.GradientInit"}
+    bases = {f"callbacks.initialization.{kind}Init" for kind in ("Adapter", "Weight", "Gradient")}
     assert made - bases - {"callbacks.write_init.WriteInit"} == KNOWN
 
 
