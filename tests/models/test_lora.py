@@ -118,8 +118,8 @@ def test_saved_adapter_loads_on_a_fresh_base(tiny_llama, tmp_path):
         assert torch.equal(logits(loaded, batch), wanted)
         assert all(pair.lora_A.requires_grad == trainable for pair in lora_pairs(loaded))
     plain = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter")).eval()
-    # PEFT adds the product in another order than ours.
-    assert torch.allclose(logits(plain, batch), wanted, atol=1e-6)
+    # PEFT adds the product in another order; each is as far from float64, on some processors 3e-6.
+    assert torch.allclose(logits(plain, batch), wanted, atol=1e-5)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # As on the processes of a sharded run that do not read the weights.
