@@ -11,6 +11,7 @@ from app.commands.one_step.command import UNTOUCHED, Grid, Step
 from app.commands.one_step.measurements import VALIDATION, Measurements, Rows
 from app.commands.one_step.report import scores_text
 from app.commands.one_step.scores import Scorer
+from app.initialization.factors import common_unit
 from app.initialization.one_step_gradient import Estimator, one_step_gradients
 from app.initialization.weight_step import WholeGradient, stepped, whole_gradients
 from app.models.lora import lora_pairs, tied_target_layers
@@ -130,7 +131,7 @@ class Experiment:
             init.train_mode,
         )
         self._samples, self._gradients = samples, whole_gradients(result)
-        self._largest = max(float(each.svd.S[0]) for each in self._gradients.values())
+        self._largest = common_unit(each.svd for each in self._gradients.values())
 
     def _step(self, step: Step, layer: str) -> Tensor:
         """Return the step (m, n) of a layer; none where the gradient is zero."""
