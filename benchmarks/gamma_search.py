@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from app.commands.one_step.scores import TaskScores
+from app.evaluation.metrics import LabelScores
 from app.initialization.factors import SVD, common_unit, spectral_factors
 from app.initialization.gamma_search import first_gamma, install_best, task_losses
 from app.initialization.gradient_hooks import frozen
@@ -120,13 +120,14 @@ class Bench:
 
     def score(self, data: TextDataModule, labels: Sequence[int]) -> dict[str, float]:
         """Return the task loss and the scores of the model as it is on the validation rows."""
-        scores = TaskScores(labels)
+        scores = LabelScores(labels)
         [loader] = data.val_dataloader()
         with frozen(self.model), torch.no_grad():
             for batch in track(list(loader), "score"):
                 supervised = supervised_logits(self.model, self.base, batch)
-                scores.update(supervised, batch["target"])
-        return {name: float(value) for name, value in scores.compute().items()}
+                scores.update(supervised, batch["target"], batch["index"])
+        found = {name: float(value) for name, value in scores.compute().items()}
+        return {"task_loss": found["loss"], **found}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

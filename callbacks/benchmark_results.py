@@ -1,4 +1,4 @@
-"""Where answers to benchmarks go, how fast they come, and the scores of a test."""
+"""Where answers to benchmarks go, how fast they come, and the scores of a test, of each row too."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from app.tracking.loggers import OutputSettings, run_folder_of
 from app.tracking.model_card import write_run_card
 from app.tracking.record import RunRecord
+from app.tracking.row_scores import write_row_scores
 from app.tracking.run_folder import RunFolder
 from app.tracking.wandb_summary import log_test_scores
 from app.training.protocols import adapted, logged_scores
@@ -52,7 +53,9 @@ class BenchmarkResults(Callback):
         """Add the scores to the run's summary and W&B run, those of benchmarks to earlier tests'."""
         if self.folder is None or not trainer.is_global_zero:
             return
-        results = adapted(pl_module).scoring.results()
+        scoring = adapted(pl_module).scoring
+        write_row_scores(self.folder, "test", scoring.rows.rows)
+        results = scoring.results()
         if results:
             path = self.folder.scores
             write_json(path, {**(read_json(path) or {}), **results})

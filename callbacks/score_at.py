@@ -5,14 +5,18 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from app.evaluation.scoring import Scoring
+from app.tracking.loggers import run_folder_of
+from app.tracking.row_scores import remove_row_scores, write_row_scores
 from app.training.protocols import adapted, data_of, logged_scores
 from app.training.scores import score
+from app.utils.console import warn_on_failure
 
 Moment = Literal["zero_shot", "after_init", "final"]
 
 
 class ScoreAt(Callback):
-    """Record the validation scores before training, after the initialization, or at the end.
+    """Record the validation scores before training, after the initialization, or at the end (each row's, too).
 
     Args:
         moment: `zero_shot` and `after_init` score when fitting starts, in the order of the callbacks, so
@@ -59,6 +63,9 @@ class ScoreAt(Callback):
         """Drop the final scores of a run that is trained further: they are an earlier model's."""
         if self.moment == "final":
             adapted(pl_module).record.metrics.pop("final", None)
+            folder = run_folder_of(trainer.loggers)
+            if folder is not None and trainer.is_global_zero:
+                remove_row_scores(folder)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember when the whole set was validated last: that may be the final model already."""
@@ -78,6 +85,7 @@ class ScoreAt(Callback):
         elif not self.scores or (self.moment == "final" and self._step != trainer.global_step):
             if self._validated_at == trainer.global_step:
                 self.scores = logged_scores(trainer, "val/")
+                self._write_rows(trainer, adapted(pl_module).scoring)
             else:
                 self.scores = self._measure(trainer, pl_module)
             self._step = trainer.global_step
@@ -90,4 +98,12 @@ class ScoreAt(Callback):
         scoring = adapted(pl_module).new_scoring(self.moment, "validation")
         loaders = data_of(trainer).val_dataloader()
         label = f"score, {self.moment.replace('_', ' ')}"
-        return score(trainer, pl_module, scoring, loaders, label, self.between_batches)
+        scores = score(trainer, pl_module, scoring, loaders, label, self.between_batches)
+        self._write_rows(trainer, scoring)
+        return scores
+
+    def _write_rows(self, trainer: Trainer, scoring: Scoring) -> None:
+        folder = run_folder_of(trainer.loggers)
+        if self.moment == "final" and folder is not None and trainer.is_global_zero:
+            with warn_on_failure("writing the scores of each row"):
+                write_row_scores(folder, self.moment, scoring.rows.rows)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection, SumMetric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     BinaryF1Score,
     MulticlassAccuracy,
@@ -12,8 +12,9 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
-from app.distributed.collectives import sum_over_processes
-from app.models.loss import SupervisedLogits, label_logits, summed_loss
+from app.distributed.collectives import largest_over_processes, sum_over_processes
+from app.models.loss import SupervisedLogits
+from app.models.task_loss import label_losses, token_losses
 
 
 class MatthewsCorrelation(MulticlassConfusionMatrix):
@@ -40,6 +41,12 @@ class LabelScores(torch.nn.Module):
     The prediction is the label word whose first token has the highest logit where the answer begins:
     one forward pass, no generation. F1 is that of class 1 for two classes and the macro mean for more.
     `label_token_ids` is in the order of the classes; where rows have none, only the loss is scored.
+
+    Attributes:
+        rows: After `compute` the scores of all processes' rows, in their order: a list by column, `row`
+            (its number), `loss` (mean over its supervised tokens), `tokens` (how many), and with classes
+            `task_loss` (cross-entropy among the label words), `target`, `predicted` and `correct` (0 or 1).
+        names: Those of the scores.
     """
 
     def __init__(self, label_token_ids: Sequence[int]) -> None:
@@ -55,22 +62,61 @@ class LabelScores(torch.nn.Module):
                 "mcc": MatthewsCorrelation(classes),
             }
         self.metrics = MetricCollection(metrics, compute_groups=False)
-        # Not MeanMetric, which leaves out batches that are not a number.
-        self.loss, self.tokens = (SumMetric(nan_strategy="disable") for _ in range(2))
+        self.names = ["loss", *metrics, *(["task_loss"] if classes else [])]
+        self.rows: dict[str, list[float]] = {}
+        self._parts: list[Tensor] = []  # (R, columns) of each batch
 
-    def update(self, output: SupervisedLogits, target: Tensor) -> None:
-        """Add one batch, of which `target` (B,) has the classes; -1 is a padding row, which does not count."""
+    @property
+    def updated(self) -> bool:
+        """Whether there has been any batch."""
+        return bool(self._parts)
+
+    def update(self, output: SupervisedLogits, target: Tensor, index: Tensor) -> None:
+        """Add one batch.
+
+        Args:
+            output: Of B rows.
+            target: (B,) the classes; -1 is a padding row, which does not count.
+            index: (B,) the numbers of the rows.
+        """
         counted = target >= 0
-        if self.metrics and counted.any():
-            logits = label_logits(output, self.label_token_ids, counted)  # type: ignore[arg-type]
-            self.metrics.update(logits.argmax(dim=1), target[counted])
-        self.loss.update(summed_loss(output))
-        self.tokens.update(output.labels.numel())
+        losses = token_losses(output, counted)
+        columns = [index[counted], losses.sums, losses.counts]
+        if self.metrics:
+            own, predicted = label_losses(output, self.label_token_ids, target)  # type: ignore[arg-type]
+            columns += [own.sums, target[counted], predicted]
+            if len(predicted):
+                self.metrics.update(predicted, target[counted])
+        self._parts.append(torch.stack([column.double() for column in columns], dim=1))
 
     def compute(self) -> dict[str, Tensor]:
-        """Return `loss` (token mean) and, of rows with classes, `accuracy`, `f1` and `mcc`."""
-        scores = self.metrics.compute() if self.metrics else {}
-        return {"loss": self.loss.compute() / self.tokens.compute(), **scores}
+        """Return `loss` (token mean) and, of rows with classes, `accuracy`, `f1`, `mcc` and `task_loss`."""
+        table = _by_row(torch.cat(self._parts))
+        index, sums, tokens, *labelled = table.unbind(dim=1)
+        self.rows = {
+            "row": index.long().tolist(),
+            "loss": (sums / tokens).tolist(),
+            "tokens": tokens.long().tolist(),
+        }
+        scores = {"loss": sums.sum() / tokens.sum()}
+        if labelled:
+            losses, target, predicted = labelled
+            self.rows["task_loss"] = losses.tolist()
+            for name, values in (("target", target), ("predicted", predicted)):
+                self.rows[name] = values.long().tolist()
+            self.rows["correct"] = (target == predicted).long().tolist()
+            scores |= {**self.metrics.compute(), "task_loss": losses.mean()}
+        return {name: value.float() for name, value in scores.items()}
+
+
+def _by_row(table: Tensor) -> Tensor:
+    """Return the rows of all processes' tables by their first column, a number that no two rows share."""
+    index = table[:, 0].long()
+    last = int(index.max()) if len(index) else -1
+    whole = table.new_zeros(largest_over_processes(last + 1, table.device), table.shape[1] + 1)
+    whole[index] = torch.cat([table, table.new_ones(len(table), 1)], dim=1)
+    whole = sum_over_processes(whole)
+    return whole[whole[:, -1] > 0, :-1]
 
 
 class MeanScores:

@@ -18,7 +18,7 @@ def score_names(
     label_token_ids: Sequence[int], rows: bool, benchmarks: Sequence[PreparedBenchmark]
 ) -> list[str]:
     """Return the names of what `Scoring.compute` returns of rows, if there are any, and of benchmarks."""
-    names = ["loss", *LabelScores(label_token_ids).metrics] if rows else []
+    names = LabelScores(label_token_ids).names if rows else []
     for prepared in benchmarks:
         benchmark, questions = prepared.benchmark, [each.question for each in prepared.questions]
         means = dict.fromkeys(benchmark.score_names(questions), 0.0)
@@ -59,11 +59,12 @@ class Scoring:
         if BENCHMARK in batch:
             self.runners[int(batch[BENCHMARK])].ask(batch["index"].tolist())
         else:
-            self.rows.update(self.module.supervised_logits(batch), batch["target"])
+            output = self.module.supervised_logits(batch)
+            self.rows.update(output, batch["target"], batch["index"])
 
     def compute(self) -> dict[str, Tensor]:
         """Return the rows' scores and each benchmark's, the same on every process."""
-        scores = self.rows.compute() if self.rows.tokens.update_called else {}
+        scores = self.rows.compute() if self.rows.updated else {}
         for runner in self.runners:
             for name, value in runner.finish().items():
                 scores[f"{runner.name}/{name}"] = torch.tensor(value)

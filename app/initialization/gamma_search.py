@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 from transformers import PreTrainedModel
 
 from app.distributed.collectives import sum_over_processes
@@ -17,17 +16,11 @@ from app.initialization.factors import SVD
 from app.initialization.gradient_hooks import frozen
 from app.models.batch import Batch
 from app.models.lora import LoraPair, install
-from app.models.loss import SupervisedLogits, Weighting, label_logits, supervised_logits
+from app.models.loss import Weighting, supervised_logits
+from app.models.task_loss import RowLosses, label_losses, token_losses
 
 PASSES = 4  # over the rows: of the untouched model, and of three gammas
 FACTOR = 4.0  # between neighbouring gammas
-
-
-class RowLosses(NamedTuple):
-    """The task loss of this process's rows: their mean is the sum of `sums` over that of `counts`."""
-
-    sums: Tensor  # (R,) float64
-    counts: Tensor  # (R,) float64: its supervised tokens, or 1 in a mean over rows
 
 
 class Difference(NamedTuple):
@@ -57,10 +50,9 @@ def task_losses(
     forward_context: Callable[[], AbstractContextManager[None]] = nullcontext,
     weighting: Weighting = "tokens",
 ) -> RowLosses:
-    """Return the task's own loss of each row, in evaluation mode.
+    """Return the task's own loss of each row of this process, in evaluation mode.
 
-    Of a row with a class it is the cross-entropy among the label words alone, of the logits that the accuracy
-    is made of: that any label word becomes likelier than all other tokens does not count. Of other rows it is
+    Of a row with a class it is the cross-entropy among the label words alone (`label_losses`), of other rows
     the training loss.
 
     Args:
@@ -80,27 +72,11 @@ def task_losses(
             with forward_context():
                 supervised = supervised_logits(model, base, moved)
             parts.append(
-                _label_losses(supervised, ids, moved["target"])
+                label_losses(supervised, ids, moved["target"])[0]
                 if label_token_ids
-                else _token_losses(supervised, weighting)
+                else token_losses(supervised, moved["index"] >= 0, weighting)
             )
     return RowLosses(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-
-def _label_losses(supervised: SupervisedLogits, ids: Tensor, target: Tensor) -> RowLosses:
-    rows = target >= 0  # without padding rows
-    logits = label_logits(supervised, ids, rows)
-    losses = cross_entropy(logits.float(), target[rows], reduction="none").double()
-    return RowLosses(losses, torch.ones_like(losses))
-
-
-def _token_losses(supervised: SupervisedLogits, weighting: Weighting) -> RowLosses:
-    losses = cross_entropy(supervised.logits.float(), supervised.labels, reduction="none").double()
-    _, rows, tokens = supervised.rows.unique_consecutive(return_inverse=True, return_counts=True)
-    sums = losses.new_zeros(len(tokens)).index_add(0, rows, losses)
-    if weighting == "rows":
-        return RowLosses(sums / tokens, torch.ones_like(sums))
-    return RowLosses(sums, tokens.double())
 
 
 def difference(losses: RowLosses, untouched: RowLosses) -> Difference:

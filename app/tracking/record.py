@@ -126,5 +126,5 @@ def main_scores(metrics: Iterable[Mapping[str, float]]) -> list[str]:
     A score over a part of a benchmark has two slashes and is left to metrics.csv.
     """
     names = list(dict.fromkeys(name for scores in metrics for name in scores))
-    first = [name for name in ("accuracy", "f1", "mcc", "loss") if name in names]
+    first = [name for name in ("accuracy", "f1", "mcc", "loss", "task_loss") if name in names]
     return first + [name for name in names if name not in first and name.count("/") < 2]

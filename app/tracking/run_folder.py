@@ -30,6 +30,7 @@ class RunFolder:
         self.model = path / "model"  # all weights, where all were trained
         self.answers = path / "answers"  # to benchmarks
         self.scores = path / "benchmarks.json"
+        self.row_scores = path / "row_scores"  # of each row that was scored: final.csv, test.csv
         self.wandb = path / "wandb.json"  # which W&B run a test adds its scores to
         self.lock = path / ".lock"  # held by the process that trains
 

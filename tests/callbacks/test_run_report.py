@@ -128,7 +128,7 @@ def test_weights_that_cannot_be_saved_are_tried_again(
         error = error_of("fit", "--config", tiny_run)
     assert "could not all be saved (No space left on device): make room" in error
     names = {path.name for path in (tmp_path / "runs" / "tiny" / "version_1").iterdir()}
-    assert names == {".lock", "config.yaml", "metrics.csv", "checkpoints"}
+    assert names == {".lock", "config.yaml", "metrics.csv", "checkpoints", "row_scores"}
     monkeypatch.setattr(run_report, "save_adapter", original)
     RunFolder(fit("--ckpt_path=last")).check_finished()
 

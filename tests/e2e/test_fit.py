@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from app.training.module import LoraModule
-from tests.support.run_folders import losses, same_weights, summary, weights
+from tests.support.run_folders import check_rows, losses, same_weights, summary, weights
 
 
 @pytest.mark.parametrize("model", ["llama", "t5", "gpt2"])
@@ -67,7 +67,7 @@ def test_summary(fitted):
     assert told["data"]["rows"] == {"train": 40, "validation": 20, "test": 20}
     assert list(told["metrics"]) == ["zero_shot", "after_init", "final"]
     for scores in told["metrics"].values():
-        assert set(scores) == {"loss", "accuracy", "f1", "mcc"}
+        assert set(scores) == {"loss", "accuracy", "f1", "mcc", "task_loss"}
     init = told["init"]
     assert (init["estimator"], init["passes"], init["samples"]) == ("sketch", 1, 16)
     assert init["seconds"] > 0
@@ -121,6 +121,9 @@ def test_validate_and_test_reproduce_the_final_scores(method, fit, command, tiny
         assert logged[f"{prefix}/accuracy"] == final["accuracy"]
         assert logged[f"{prefix}/loss"] == pytest.approx(final["loss"], abs=1e-5)
         assert logged[f"{prefix}/mcc"] == pytest.approx(final["mcc"], abs=1e-6)
+    for moment in ("final", "test"):
+        scores = summary(folder)["metrics"][moment]
+        check_rows(folder / "row_scores" / f"{moment}.csv", scores, rows=20)
     assert final != summary(folder)["metrics"]["zero_shot"]
 
 

@@ -44,6 +44,8 @@ def check_same(parts, whole, *names):
         assert values(parts, name) == values(whole, name), name
     assert same_weights(parts, whole)
     assert summary(parts)["metrics"] == summary(whole)["metrics"]
+    ours, theirs = (run / "row_scores" / "final.csv" for run in (parts, whole))
+    assert ours.read_bytes() == theirs.read_bytes()
     for name in ("steps", "samples"):
         assert summary(parts)["train"][name] == summary(whole)["train"][name]
 
@@ -111,7 +113,10 @@ def test_a_run_that_is_trained_further_is_the_longer_run(
     first, [checkpoint] = summary(parts), parts.glob("checkpoints/*.ckpt")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == first["train"]["steps"]
     monkeypatch.setattr(callbacks.lora_one_init, "install", None)
+    tested = parts / "row_scores" / "test.csv"
+    tested.write_text("row,loss,tokens\n")
     assert run(*options, f"--trainer.{setting}={long}") == 0
+    assert not tested.exists(), "scores of an earlier model"
     assert len(passes) == 1
     check_same(parts, whole)
     assert summary(parts)["init"] == first["init"]

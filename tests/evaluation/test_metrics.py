@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, f1_score, log_loss, matthews_corrcoef
 from torch.nn.functional import cross_entropy
 
 from app.evaluation.metrics import LabelScores, MeanScores
@@ -38,7 +38,7 @@ def scores_of(predicted, target, classes, batch_size, seed=0):
         lengths = torch.randint(1, 4, (len(target[part]),), generator=generator).tolist()
         output = batch(predicted[part], generator, lengths)
         losses.append(cross_entropy(output.logits, output.labels, reduction="none"))
-        keeper.update(output, target[part])
+        keeper.update(output, target[part], torch.arange(len(target))[part])
     return {name: float(value) for name, value in keeper.compute().items()}, torch.cat(losses)
 
 
@@ -100,10 +100,10 @@ def test_large_counts():
 
 def test_a_loss_that_is_not_a_number_shows():
     keeper, generator = LabelScores(TOKENS[:2]), torch.Generator().manual_seed(0)
-    keeper.update(batch(torch.tensor([0]), generator, [1]), torch.tensor([0]))
+    keeper.update(batch(torch.tensor([0]), generator, [1]), torch.tensor([0]), torch.tensor([2]))
     output = batch(torch.tensor([0, 1]), generator, [1, 1])
     output.logits[1] = torch.nan
-    keeper.update(output, torch.tensor([0, 1]))
+    keeper.update(output, torch.tensor([0, 1]), torch.tensor([1, 0]))
     assert torch.isnan(keeper.compute()["loss"])
 
 
@@ -111,9 +111,40 @@ def test_rows_without_classes_have_a_loss_alone():
     keeper = LabelScores([])
     generator = torch.Generator().manual_seed(0)
     output = batch(torch.tensor([1, 0]), generator, [2, 1])
-    keeper.update(output, torch.tensor([0, 0]))
-    alone = cross_entropy(output.logits, output.labels)
-    assert keeper.compute() == {"loss": pytest.approx(float(alone), rel=1e-6)}
+    keeper.update(output, torch.tensor([0, 0]), torch.tensor([1, 0]))
+    losses = cross_entropy(output.logits, output.labels, reduction="none").double()
+    assert keeper.compute() == {"loss": pytest.approx(float(losses.mean()), rel=1e-6)}
+    first, second = float(losses[:2].mean()), float(losses[2])
+    assert keeper.rows == {"row": [0, 1], "loss": [second, first], "tokens": [1, 2]}
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_rows_hold_what_the_scores_are_made_of(classes):
+    """In the order of their numbers, without padding rows; the task loss is scikit-learn's."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.arange(23) % classes
+    order = torch.randperm(23, generator=generator)
+    keeper, label_logits = LabelScores(TOKENS[:classes]), torch.zeros(23, classes)
+    for index in order.split(5):
+        padded = torch.cat([torch.tensor([-1]), index])
+        guess = torch.randint(classes, (len(padded),), generator=generator)
+        output = batch(guess, generator, [0] + [2] * len(index))
+        label_logits[index] = output.logits[output.first[1:]][:, TOKENS[:classes]]
+        keeper.update(output, torch.where(padded < 0, -1, target[padded]), padded)
+    scores, rows = keeper.compute(), keeper.rows
+    assert rows["row"] == list(range(23))
+    assert rows["target"] == target.tolist()
+    assert rows["predicted"] == label_logits.argmax(dim=1).tolist()
+    assert rows["correct"] == [int(a == b) for a, b in zip(rows["predicted"], target, strict=True)]
+    probabilities = label_logits.double().softmax(dim=1)
+    for name, column in (("accuracy", "correct"), ("loss", "loss"), ("task_loss", "task_loss")):
+        assert float(scores[name]) == float(torch.tensor(rows[column]).double().mean().float())
+    assert float(scores["task_loss"]) == pytest.approx(log_loss(target, probabilities), rel=1e-6)
+    each = [
+        log_loss([t], p[None], labels=range(classes))
+        for t, p in zip(target, probabilities, strict=True)
+    ]
+    assert rows["task_loss"] == pytest.approx(each, rel=1e-12)
 
 
 def test_a_score_counts_the_questions_that_have_it():

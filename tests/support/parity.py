@@ -78,5 +78,10 @@ def assert_alike(root: Path, reference: Path, processes: int, steps: int = STEPS
     ours, theirs = (run_folders.summary(at / "tiny" / "version_0") for at in (root, reference))
     for moment, scores in theirs["metrics"].items():
         assert ours["metrics"][moment] == pytest.approx(scores, rel=1e-4), moment
+    file = Path("tiny", "version_0", "row_scores", "final.csv")
+    rows, wanted_rows = (run_folders.row_scores(at / file) for at in (root, reference))
+    run_folders.check_rows(root / file, ours["metrics"]["final"], len(wanted_rows["row"]))
+    for name, column in wanted_rows.items():
+        assert rows[name] == pytest.approx(column, rel=1e-3, abs=1e-6), name
     assert ours["train"]["samples"] == theirs["train"]["samples"]
     assert len(ours["init"]["peak_bytes"]) == processes

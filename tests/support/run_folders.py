@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -14,6 +15,24 @@ def summary(folder):
 def table(folder, name="metrics.csv"):
     with (folder / name).open(newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+def row_scores(file):
+    """Return the columns of a table of row scores."""
+    rows = table(file.parent, file.name)
+    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+
+
+def check_rows(file, scores, rows):
+    """Assert that the rows of a file are all rows in their order, and that the scores are their means."""
+    columns = row_scores(file)
+    assert columns["row"].tolist() == list(range(rows))
+    means = {"loss": np.average(columns["loss"], weights=columns["tokens"])}
+    if "correct" in columns:
+        means |= {"accuracy": columns["correct"].mean(), "task_loss": columns["task_loss"].mean()}
+        assert (columns["correct"] == (columns["target"] == columns["predicted"])).all()
+    for name, mean in means.items():
+        assert np.float32(mean) == np.float32(scores[name]), name
 
 
 def values(folder, name):

@@ -8,9 +8,9 @@ from torch import nn
 
 from app.training.module import LoraModule
 from callbacks.score_at import ScoreAt
-from tests.support.run_folders import summary, values
+from tests.support.run_folders import check_rows, summary, values
 
-SCORES = {"loss", "accuracy", "f1", "mcc"}
+SCORES = {"loss", "accuracy", "f1", "mcc", "task_loss"}
 DROPOUT = "--model.adapter.lora_dropout=0.5"
 
 
@@ -108,7 +108,9 @@ def test_final_scores_are_the_last_validations_if_that_saw_the_final_model_and_a
         validated = {name: values(folder, f"val/{name}") for name in SCORES}
         assert all(list(steps) == [1, 3] for steps in validated.values())
         last = {name: steps[3][1] for name, steps in validated.items()}
-        return sum(taken), summary(folder)["metrics"]["final"], last
+        final = summary(folder)["metrics"]["final"]
+        check_rows(folder / "row_scores" / "final.csv", final, rows=20)
+        return sum(taken), final, last
 
     monkeypatch.setattr(LoraModule, "supervised_logits", supervised_logits)
     # Scoring the 20 validation rows takes 3 batches: zero_shot and after_init make 6.

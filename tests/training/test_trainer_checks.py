@@ -67,7 +67,7 @@ def told_early(error_of, tiny_run, tmp_path, monkeypatch):
         (
             [text.format("val/acuracy") for text in EARLY_STOPPING],
             "EarlyStopping.monitor is 'val/acuracy', which nothing logs; did you mean val/accuracy? There are "
-            "train/loss, train/seconds, val/loss, val/accuracy, val/f1, val/mcc",
+            "train/loss, train/seconds, val/loss, val/accuracy, val/f1, val/mcc, val/task_loss",
         ),
         (
             ["--trainer.strategy=ddp_spawn", "--trainer.devices=2"],

@@ -42,7 +42,7 @@ REPORT = """Draw tables and plots of finished runs, as report.html, report.md an
   python train.py report runs/compare_glue_sst2
   python train.py report runs/glue_sst2/version_0 runs/quickstart --output my_report"""
 
-ROW_SCORES = ("accuracy", "f1", "mcc", "loss")
+ROW_SCORES = ("accuracy", "f1", "mcc", "loss", "task_loss")
 SET_BY_COMPARE = {
     "seed_everything": "--seeds",
     "model.method": "--methods",

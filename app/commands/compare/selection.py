@@ -85,7 +85,7 @@ class Comparison:
 
 def is_loss(score: str) -> bool:
     """Return whether a score is a loss: the less the better, and no percentage."""
-    return score.rpartition("/")[2] == "loss"
+    return score.rpartition("/")[2] in ("loss", "task_loss")
 
 
 def comparisons(runs: Sequence[Run], score: str | None = None) -> list[Comparison]:
