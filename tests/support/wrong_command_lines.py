@@ -39,6 +39,7 @@ WRONG_COMMAND_LINES = [
     ("report model", "model"),
     (f"report {RUN} --scroe accuracy", "scroe"),
     (f"report {RUN} --score acuracy", "acuracy"),
+    (f"report {RUN} --reference lora_two", "lora_two"),
     ("compare", "--methods"),
     ("compare --config config.yaml --methods lor --learning_rates 1e-3", "lor"),
     ("compare --config config.yaml --methods lora --learning_rates fast", "fast"),
@@ -62,6 +63,10 @@ WRONG_COMMAND_LINES = [
     (
         "compare --config config.yaml --methods lora --learning_rates 1e-3 --score no",
         "no",
+    ),
+    (
+        "compare --config config.yaml --methods lora --learning_rates 1e-3 --reference lora_one",
+        "lora_one",
     ),
     (
         "compare --config nothing.yaml --methods lora --learning_rates 1e-3",

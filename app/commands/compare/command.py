@@ -18,11 +18,11 @@ from app.commands.compare.cells import (
     grid,
 )
 from app.commands.compare.launch import check_array, write_launch_file
-from app.commands.compare.manifest import GridManifest, update_manifest
+from app.commands.compare.manifest import GridManifest, read_manifest, update_manifest
 from app.commands.compare.ranks import resolve_ranks
 from app.commands.compare.resolve import ResolvedRun, Resolver
 from app.commands.compare.scheduler import GridRun
-from app.commands.compare.settings import RANK, method_settings
+from app.commands.compare.settings import RANK, check_reference, method_settings
 from app.tracking.config_files import CONFIGS, PROJECT, find_config
 from app.utils.command_parser import CommandParser, check_not_misspelt, parse_list
 from app.utils.errors import InputError
@@ -42,6 +42,7 @@ REPORT = """Draw tables and plots of finished runs, as report.html, report.md an
   python train.py report runs/compare_glue_sst2
   python train.py report runs/glue_sst2/version_0 runs/quickstart --output my_report"""
 
+REFERENCE = "method that the others are compared to; default lora, rslora, or else the best"
 ROW_SCORES = ("accuracy", "f1", "mcc", "loss", "task_loss")
 SET_BY_COMPARE = {
     "seed_everything": "--seeds",
@@ -75,6 +76,7 @@ def compare(arguments: Sequence[str], resolve: Resolver) -> int:
         shared = [*options.everything(), f"--name={folder.name}"]
         shared += [f"--test_config={name}" for name in given.test_config]
         shared += [f"--score={given.score}"] if given.score else []
+        shared += [f"--reference={given.reference}"] if given.reference else []
         print(write_launch_file(given.launch, folder, cells, shared))
         return 0
 
@@ -97,7 +99,7 @@ def compare(arguments: Sequence[str], resolve: Resolver) -> int:
     run.work()
     states = [state.state for state in run.states.values()]
     if "finished" in states:
-        _report([folder], folder, given.score)
+        _report([folder], folder, given.score, given.reference)
     return 1 if "failed" in states or "finished" not in states else 0
 
 
@@ -118,6 +120,7 @@ def _parse(arguments: Sequence[str], known: Sequence[str]) -> tuple[argparse.Nam
     overlay = "overlay for the test of each run, such as eval/gsm8k.yaml"
     add("--test_config", action="append", default=[], help=overlay)
     add("--score", help="score to report; default accuracy, or the benchmark's")
+    add("--reference", help=REFERENCE)
     given, rest = parser.parse_known_args(arguments)
     set_by_compare = SET_BY_COMPARE | ({RANK: "--ranks"} if given.ranks is not None else {})
     for name in (argument.partition("=")[0] for argument in rest):
@@ -170,6 +173,9 @@ def _check_grid(
         resolving.check_validation(first)
     benchmarks = resolving.asked_benchmarks(given.test_config, first)
     resolving.check_score(given.score, first, benchmarks)
+    if given.reference is not None:
+        before = read_manifest(folder).cells
+        check_reference(given.reference, [cell.method for cell in (*cells, *before)])
     settings = {name: method_settings(config) for name, config in configs.items()}
     return folder, GridManifest(task=task, methods=settings, benchmarks=benchmarks, cells=cells)
 
@@ -184,17 +190,18 @@ def report(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders above them")
     parser.add_argument("--output", type=Path, help="folder to write; default runs/report")
     parser.add_argument("--score", help="score to report; default accuracy, or the benchmark's")
+    parser.add_argument("--reference", help=REFERENCE)
     given = parser.parse_args(list(arguments))
     is_grid = len(given.runs) == 1 and (given.runs[0] / CELLS_FOLDER).is_dir()
     usual = given.runs[0] if is_grid else Path("runs") / "report"
-    _report(given.runs, given.output or usual, given.score)
+    _report(given.runs, given.output or usual, given.score, given.reference)
     return 0
 
 
-def _report(runs: Sequence[Path], folder: Path, score: str | None) -> None:
+def _report(runs: Sequence[Path], folder: Path, score: str | None, reference: str | None) -> None:
     """Write a report; print its tables and where it is."""
     # pandas and matplotlib take a second to import, which help and wrong options need not wait for.
     from app.commands.compare.collect import collect
     from app.commands.compare.report import write_report
 
-    print(write_report(collect(runs), folder, score))
+    print(write_report(collect(runs), folder, score, reference))

@@ -1,9 +1,9 @@
-"""Write a report: report.html, report.md, runs.csv, a table.csv for each task, and the plots."""
+"""Write a report: report.html, report.md, runs.csv, and of each task table.csv, differences.csv and plots."""
 
 import base64
 import re
 import tempfile
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +12,17 @@ from markupsafe import Markup, escape
 
 from app.commands.compare import tables
 from app.commands.compare.collect import Run
+from app.commands.compare.difference_plot import differences_plot
+from app.commands.compare.differences import (
+    Differences,
+    differences_csv,
+    differences_notes,
+    differences_table,
+    differences_to,
+)
 from app.commands.compare.figures import Plot, alignment_plots, comparison_plots, rank_plot
 from app.commands.compare.selection import Comparison, by_rank, comparisons
-from app.commands.compare.settings import differences_text
+from app.commands.compare.settings import check_reference, differences_text
 from app.commands.compare.tables import Table
 from app.utils.errors import InputError
 
@@ -38,15 +46,24 @@ class Section:
     plots: dict[str, Plot] = field(default_factory=dict)
 
 
-def write_report(runs: Sequence[Run], folder: Path, score: str | None = None) -> str:
+def write_report(
+    runs: Sequence[Run], folder: Path, score: str | None = None, reference: str | None = None
+) -> str:
     """Write everything about some runs into a folder.
+
+    Args:
+        runs: From `collect`.
+        folder: Where to.
+        score: To report; None takes the usual one of each task.
+        reference: The method that the others are compared to; None takes the usual one.
 
     Returns:
         The main tables as text, and where the report is.
 
     Raises:
-        InputError: No run has that score, or the folder cannot be written.
+        InputError: No run has that score or that method, or the folder cannot be written.
     """
+    check_reference(reference, [run.method for run in runs])
     compared = comparisons(runs, score)
     several = len(compared) > 1
     count = len({name for comparison in compared for name in comparison.rows.family})
@@ -63,10 +80,14 @@ def write_report(runs: Sequence[Run], folder: Path, score: str | None = None) ->
     for number, comparison in enumerate(compared, 1):
         heading = f"Task {number}: {_task_name(comparison)}" if several else ""
         suffix = f"_{number}" if several else ""
-        own = _sections(comparison, heading, suffix)
+        several_ranks = [differences_to(part, reference) for part in by_rank(comparison)]
+        differences = [each for each in several_ranks if each is not None]
+        own = _sections(comparison, differences, heading, suffix)
         [table] = own[0].tables
         files[f"table{suffix}.csv"] = table.frame.to_csv().encode()
+        files[f"differences{suffix}.csv"] = differences_csv(differences).encode()
         printed.append(f"{heading or title}\n\n{table.text()}")
+        printed += [table.text() for table in map(differences_table, differences) if table]
         sections += own
     excluded = tables.excluded_table(runs)
     if excluded is not None:
@@ -76,6 +97,11 @@ def write_report(runs: Sequence[Run], folder: Path, score: str | None = None) ->
     files |= {name: plot.png for section in sections for name, plot in section.plots.items()}
     files[HTML_FILE] = _html(title, sections).encode()
     files[MARKDOWN_FILE] = _markdown(title, sections).encode()
+    _write(folder, files)
+    return "\n\n".join([*printed, f"report: {folder / HTML_FILE}"])
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -88,10 +114,11 @@ def write_report(runs: Sequence[Run], folder: Path, score: str | None = None) ->
         raise InputError(
             f"the report cannot be written into {str(folder)!r} ({error.strerror}): set --output"
         ) from error
-    return "\n\n".join([*printed, f"report: {folder / HTML_FILE}"])
 
 
-def _sections(comparison: Comparison, heading: str, suffix: str) -> list[Section]:
+def _sections(
+    comparison: Comparison, differences: Sequence[Differences], heading: str, suffix: str
+) -> list[Section]:
     """Return what a report shows of one task; the first section has the main table."""
     paragraphs = [_description(comparison)]
     if comparison.differs_by:
@@ -114,6 +141,7 @@ def _sections(comparison: Comparison, heading: str, suffix: str) -> list[Section
     )
     sections = [
         Section(heading, 2, paragraphs, [tables.main_table(comparison)]),
+        _differences_section(differences, files),
         Section("Ranks", tables=[ranks] if ranks else [], plots=files(filter(None, [over_ranks]))),
         Section("Learning rates", tables=rates),
         Section("Before and after training", tables=[before] if before else []),
@@ -123,6 +151,17 @@ def _sections(comparison: Comparison, heading: str, suffix: str) -> list[Section
         Section("In what the methods differ", tables=[settings] if settings else []),
     ]
     return [s for s in sections if s.paragraphs or s.tables or s.plots]
+
+
+def _differences_section(
+    differences: Sequence[Differences], files: Callable[[Iterable[Plot]], dict[str, Plot]]
+) -> Section:
+    """Return the differences to the reference, or why there are none."""
+    references = dict.fromkeys(each.reference for each in differences)
+    shown = [table for table in map(differences_table, differences) if table]
+    notes = [note for each in differences if not each.found for note in differences_notes(each)]
+    plots = filter(None, map(differences_plot, differences))
+    return Section(f"Difference to {' or '.join(references)}", 3, notes, shown, files(plots))
 
 
 def _task_name(comparison: Comparison) -> str:

@@ -1,9 +1,10 @@
 """Which settings of two runs must agree for a comparison, and which ones make the method."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from app.utils.class_paths import DROPPED, bare_name
+from app.utils.errors import InputError
 
 OPTIMIZER = "model.optimizer"
 RATE = f"{OPTIMIZER}.init_args.lr"
@@ -99,3 +100,12 @@ def differences_text(differing: Mapping[str, tuple[Any, Any]], most: int = 4) ->
 
 def _is_below(name: str, sections: tuple[str, ...]) -> bool:
     return any(name == section or name.startswith(f"{section}.") for section in sections)
+
+
+def check_reference(wanted: str | None, methods: Iterable[str | None]) -> None:
+    """Raise InputError if none of the methods is the one that the others are to be compared to."""
+    known = sorted({method for method in methods if method})
+    if wanted is not None and wanted not in known:
+        raise InputError(
+            f"--reference is {wanted!r}, which is the method of no run: expected one of {', '.join(known)}"
+        )

@@ -28,6 +28,17 @@ def test_a_grid_from_end_to_end_and_again(compare, started, tmp_path, capsys):
         assert int(row["peak_bytes"]) >= train["peak_bytes"] > 2**20
         assert float(row["step_seconds"]) == pytest.approx(train["seconds"] / 2)
     assert [row["seeds"] for row in table(folder, "table.csv")] == ["1", "1"]
+    chosen = {row["method"]: row["learning rate"].split()[0] for row in table(folder, "table.csv")}
+    ours, lora = (
+        summary(folder / "cells" / f"{method}-lr{chosen[method]}-seed0" / "version_0")["metrics"]
+        for method in ("lora_one", "lora")
+    )
+    differences = {row["score"]: row for row in table(folder, "differences.csv")}
+    assert list(differences) == ["accuracy", "task_loss"]
+    for score, row in differences.items():
+        assert (row["method"], row["reference"], row["rows"]) == ("lora_one", "lora", "20")
+        change = ours["test"][score] - lora["test"][score]
+        assert float(row["difference"]) == pytest.approx(change, abs=1e-6)
 
     # Again nothing is trained; a wider grid trains what is new, in any spelling of the rates.
     started.clear()
@@ -110,6 +121,10 @@ def test_refusals_of_what_is_asked_for(refused, tmp_path):
         (
             [lora, rates, "--score=gsm8k/strict"],
             "the runs are asked no benchmark: name its overlay",
+        ),
+        (
+            [lora, rates, "--reference=pissa"],
+            "--reference is 'pissa', which is the method of no run",
         ),
         ([lora, rates, "--learning_rate=1"], "did you mean --learning_rates?"),
         ([lora, rates, "--model.optimizer.lr=1"], "give --learning_rates"),

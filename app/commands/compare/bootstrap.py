@@ -1,0 +1,75 @@
+"""The interval of a paired difference: a bootstrap over seeds and rows."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+DRAWS = 10_000
+CHUNK = 2_000_000  # weights of rows that exist at a time
+LEVEL = 0.95
+
+Array = NDArray[np.float64]
+Statistic = Callable[[Array], Array]
+"""From the means over rows of some features (..., K) to a score (...)."""
+
+
+class Interval(NamedTuple):
+    """A difference, and the interval that holds `LEVEL` of its bootstrap draws."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def resampled_means(features: Array, draws: int = DRAWS, seed: int = 0) -> Array:
+    """Return the means of features over rows that are drawn with replacement.
+
+    Every feature, so every run and every method, gets the same rows in a draw.
+
+    Args:
+        features: (N, F) of N rows.
+        draws: Number of draws D.
+        seed: Of the draws.
+
+    Returns:
+        (D, F).
+    """
+    generator = np.random.default_rng(seed)
+    num_rows, parts = len(features), []
+    at_once = max(1, CHUNK // num_rows)
+    for start in range(0, draws, at_once):
+        size = min(at_once, draws - start)
+        drawn = generator.integers(num_rows, size=(size, num_rows))
+        flat = (drawn + num_rows * np.arange(size)[:, None]).ravel()
+        counts = np.bincount(flat, minlength=size * num_rows).reshape(size, num_rows)
+        parts.append(counts @ features / num_rows)
+    return np.concatenate(parts)
+
+
+def paired_interval(
+    scores: Array, reference: Array, drawn: Array, drawn_reference: Array, seed: int = 1
+) -> Interval:
+    """Return the mean over seeds of a difference of scores, and its interval.
+
+        d_b = 1/S sum_s (m[b, t_bs] - r[b, t_bs]),    t_bs drawn with replacement from the S seeds
+
+    whose draws b have rows of their own; the interval lies between the quantiles of d_b. Seeds and rows are
+    drawn independently, since every seed is scored on the same rows; of one seed only the rows are.
+
+    Args:
+        scores: (S,) of a method, by seed.
+        reference: (S,) of the method that it is compared to, of the same seeds.
+        drawn: (D, S) the method's on drawn rows.
+        drawn_reference: (D, S) the reference's on the same ones.
+        seed: Of the draws of seeds.
+
+    Source: Owen, The pigeonhole bootstrap (2007), for rows and seeds that are crossed.
+    """
+    differences = drawn - drawn_reference
+    draws, seeds = differences.shape
+    chosen = np.random.default_rng(seed).integers(seeds, size=(draws, seeds))
+    means = np.take_along_axis(differences, chosen, axis=1).mean(axis=1)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(np.mean(scores - reference)), float(low), float(high))

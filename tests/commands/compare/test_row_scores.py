@@ -1,0 +1,91 @@
+"""The scores of rows that a report reads: the same scores, or the reason why there are none."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+from app.commands.compare.collect import read_run
+from app.commands.compare.row_scores import NoRowScoresError, f1, matthews, read_row_scores
+from tests.support.report_runs import change, write_rows, write_run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_run(tmp_path / "run")
+    write_rows(tmp_path / "run", np.arange(12) % 4 > 0)
+    return tmp_path / "run"
+
+
+def reason(folder, score="accuracy"):
+    with pytest.raises(NoRowScoresError) as error:
+        read_row_scores(read_run(folder), "test", score)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_f1_and_matthews_of_confusion_matrices(classes):
+    """Against scikit-learn, also where a class does not occur."""
+    generator = np.random.default_rng(0)
+    for size in (1, 2, 5, 40):
+        target, predicted = generator.integers(classes, size=(2, size))
+        shares = np.eye(classes**2)[target * classes + predicted].mean(axis=0)
+        stacked = np.stack([shares, shares])
+        assert matthews(stacked) == pytest.approx(2 * [matthews_corrcoef(target, predicted)])
+        average = "binary" if classes == 2 else "macro"
+        wanted = f1_score(target, predicted, average=average, zero_division=0.0)
+        assert f1(stacked) == pytest.approx(2 * [wanted])
+
+
+def test_every_score_of_rows_is_made_again(folder):
+    table = np.genfromtxt(folder / "row_scores" / "test.csv", delimiter=",", names=True)
+    scores = {"f1": f1_score, "mcc": matthews_corrcoef}
+    more = {
+        name: float(score(table["target"], table["predicted"])) for name, score in scores.items()
+    }
+    run = read_run(folder)
+    change(folder, metrics={"test": {**run.scores("test"), **more}})
+    run = read_run(folder)
+    for name in ("accuracy", "loss", "task_loss", "f1", "mcc"):
+        rows = read_row_scores(run, "test", name)
+        made = rows.statistic(rows.features.mean(axis=0))
+        assert made == pytest.approx(run.scores("test")[name], rel=1e-12), name
+        assert list(rows.ids) == list(range(12))
+
+
+def test_rows_that_are_not_there_or_of_other_scores(folder):
+    file = folder / "row_scores" / "test.csv"
+    change(folder, metrics={"test": {"accuracy": 0.5}})
+    assert reason(folder) == "its rows make accuracy 0.75000, but it reports 0.50000"
+    file.write_text("row,loss\n0,a\n")
+    assert "test.csv is damaged" in reason(folder)
+    assert "test.csv is damaged" in reason(folder, "loss")
+    file.unlink()
+    assert reason(folder) == "it has no row_scores/test.csv, which earlier versions did not write"
+
+
+def test_the_questions_of_a_benchmark(folder):
+    """Those of the test whose score is reported; a mean over those that have the score."""
+    answers = folder / "answers" / "test"
+    answers.mkdir(parents=True)
+    hard = [{"hard": 1.0}, {"hard": 1.0}, {}, {}, {}]
+    lines = [{"key": f"q/{i}", "scores": {"strict": i % 2, **hard[i]}} for i in range(5)]
+    (answers / "toy-b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    entries = {
+        "toy-a": {"name": "toy", "scores": {"strict": 0.9}},
+        "toy-b": {"name": "toy", "scores": {"strict": 0.4, "hard": 1.0, "worst": 0.1}},
+    }
+    (folder / "benchmarks.json").write_text(json.dumps(entries))
+    scores = {"toy/strict": 0.4, "toy/hard": 1.0, "toy/worst": 0.1, "other/strict": 0.4}
+    change(folder, metrics={"test": scores})
+    run = read_run(folder)
+    rows = read_row_scores(run, "test", "toy/strict")
+    assert list(rows.ids) == [f"q/{i}" for i in range(5)]
+    assert rows.features.tolist() == [[i % 2, 1.0] for i in range(5)]
+    rows = read_row_scores(run, "test", "toy/hard")
+    assert rows.features.tolist() == [[1, 1], [1, 1], [0, 0], [0, 0], [0, 0]]
+    assert reason(folder, "toy/worst") == "toy/worst is no mean over questions"
+    assert reason(folder, "other/strict") == "benchmarks.json has no other of its other/strict"
+    (answers / "toy-b.jsonl").unlink()
+    assert "answers/test/toy-b.jsonl cannot be read" in reason(folder, "toy/strict")
