@@ -117,7 +117,9 @@ class Grid:
         began = time.perf_counter()
         seed_everything(self.given.seed)
         if rank not in self.modules:
-            self.modules[rank] = LoraModule(MODEL, adapter=LoraSettings(r=rank), dtype="bfloat16")
+            self.modules[rank] = LoraModule(
+                MODEL, adapter=LoraSettings(r=rank), dtype="bfloat16", attn_implementation="eager"
+            )
         module = self.modules[rank]
         module.make_optimizer = make_optimizer(lr, DAMPINGS[damping])
         # Those of LoRA come first, since the first cell of a model may be one of LoRA-One's.

