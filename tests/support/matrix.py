@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import json
 import math
 from typing import NamedTuple
 
@@ -28,8 +29,9 @@ from tests.support.paths import ROOT
 from tests.support.run_folders import summary, weights
 from tests.support.watched_fit import logits
 
-COMMANDS = ("plan", "init", "fit", "validate", "test")
+COMMANDS = ("plan", "init", "one_step", "fit", "validate", "test")
 COMMANDS += ("export", "export --as lora", "export --merge", "resume")
+ON_THE_RUN = COMMANDS[4:]
 ASKING = ("plan", "fit", "validate", "test", "test --run")
 METHODS = tuple(sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml")))
 FAMILIES = ("Llama", "GPT-2", "T5", "Gemma-3", "Gemma-3 with vision", "Mixtral")
@@ -47,8 +49,8 @@ class Table(NamedTuple):
 
 
 TABLES = {
-    "Methods": Table(METHODS, FAMILIES, COMMANDS, COMMANDS[3:]),
-    "Data modules": Table(tuple(DATA), tuple(KINDS), COMMANDS, COMMANDS[3:]),
+    "Methods": Table(METHODS, FAMILIES, COMMANDS, ON_THE_RUN),
+    "Data modules": Table(tuple(DATA), tuple(KINDS), COMMANDS, ON_THE_RUN),
     "Benchmarks": Table(BENCHMARKS, tuple(KINDS), ASKING, ()),
 }
 RUNS, NO_RUN = "runs", "no run"  # the outcomes that are no refusal
@@ -149,6 +151,7 @@ class Trial:
             {
                 "plan": ("plan", *given),
                 "init": ("init", *given),
+                "one_step": ("one_step", *given, "--eta_rows=4", "--etas=0.1,1"),
                 "fit": ("fit", *given),
                 "validate": ("validate", *run),
                 "test": ("test", *run),
@@ -157,7 +160,7 @@ class Trial:
                 "export --merge": ("export", *run, "--merge"),
                 "resume": ("fit", *given, "--ckpt_path=last", "--trainer.max_steps=3"),
             },
-            COMMANDS[3:],
+            ON_THE_RUN,
         )
 
     def of_benchmark(self, model, data, trained):
@@ -209,7 +212,7 @@ class Trial:
         assert status == 2, (argv, status, err)
         [line] = [line for line in err.splitlines() if line.startswith("error: ")]
         assert not self.loaded, "refused when the weights were loaded"
-        if name in ("plan", "init", "fit"):
+        if name in ("plan", "init", "one_step", "fit"):
             assert not self.run.exists(), "a run that never began left its folder"
         whole = err[err.index(line) :].removeprefix("error: ")
         for text, stands_for in self.placeholders.items():
@@ -225,6 +228,9 @@ class Trial:
             assert told["train"]["steps"] == (2 if name == "fit" else 3)
             assert all(map(math.isfinite, told["metrics"]["final"].values()))
             assert weights(self.run)
+        elif name == "one_step":
+            told = json.loads((self.run.with_name("one_step") / "summary.json").read_text())
+            assert {step["rank"] for step in told["steps"]} == {4, "full"}
         elif name == "init":
             assert load_file(self.run.with_name("init") / "adapter_model.safetensors")
         elif name == "export":
