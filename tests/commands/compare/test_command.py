@@ -4,6 +4,8 @@ import pytest
 import yaml
 
 from app.commands.compare.cells import Cell
+from app.commands.compare.collect import read_run
+from app.commands.compare.row_scores import read_row_scores
 from tests.support.compare_runs import OPTIONS
 from tests.support.run_folders import summary, table
 from tests.support.toy_benchmarks import Writing
@@ -180,6 +182,8 @@ def test_finished_runs_are_asked_a_benchmark_that_is_added(compare, started, tmp
     run = tmp_path / "runs" / "compare_tiny" / "cells" / "lora-lr1e-3-seed0" / "version_0"
     test = summary(run)["metrics"]["test"]
     assert {"accuracy", "writing/has_e"} <= set(test)
+    for score, rows in (("accuracy", 20), ("writing/has_e", 3)):
+        assert len(read_row_scores(read_run(run), "test", score).ids) == rows
     toy["init_args"]["limit"] = 1
     overlay.write_text(yaml.safe_dump(content))
     capsys.readouterr()

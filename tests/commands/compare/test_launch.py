@@ -66,9 +66,11 @@ def test_the_slurm_array_runs_every_cell(compare, started, tiny_run, tmp_path, c
 
 @pytest.mark.slow
 def test_a_task_of_the_array_trains_its_cell(compare, command, started, tmp_path):
-    assert compare("--methods=lora,lora_one", "--learning_rates=1e-2", "--launch=slurm") == 0
+    wanted = ("--methods=lora,lora_one", "--learning_rates=1e-2", "--reference=lora")
+    assert compare(*wanted, "--launch=slurm") == 0
     folder = tmp_path / "runs" / "compare_tiny"
     argv = run_task(folder / "array.sbatch", tmp_path, 1)
+    assert "--reference=lora" in argv, "which is the method of another task"
     assert command(*argv[1:]) == 0
     assert [argv[0] for argv in started] == ["fit", "test"]
     states = [(row["method"], row["state"]) for row in table(folder, "runs.csv")]
