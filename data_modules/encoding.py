@@ -1,7 +1,6 @@
 """From (prompt, answer) text to token ids and padded batches."""
 
 import json
-import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from app.models.batch import Batch
 from app.utils.console import track
 from app.utils.errors import InputError
 from data_modules.rows import EncodedRow, TextRow, collate
+from data_modules.special_tokens import special_token_pattern
 
 CHUNK_ROWS = 1024  # tokenized in one call: fast, without the token strings of a corpus in memory
 MANY_CHUNKS = 20
@@ -74,10 +74,8 @@ class TextEncoder:
 
     def _with_special_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return which texts have a special token's characters in them."""
-        marks = self.tokenizer.added_tokens_decoder.values()
-        words = sorted({mark.content for mark in marks if mark.special}, key=len, reverse=True)
-        found = re.compile("|".join(map(re.escape, words)) or "$^").search
-        return [i for i, text in enumerate(texts) if found(text)]
+        pattern = special_token_pattern(self.tokenizer)
+        return [i for i, text in enumerate(texts) if pattern.search(text)]
 
     def _around(self, turn: str, text: str) -> list[int]:
         """Tokenize a turn of the chat template, whose special tokens are none inside the text."""
@@ -173,7 +171,7 @@ class TextEncoder:
                 raise InputError(
                     f"the labels {words_by_id[first_id]!r} and {word!r} of {name} begin with the same token "
                     f"{tokenizer.convert_ids_to_tokens(first_id)!r}: expected words that differ there; change "
-                    "--model.name or --data"
+                    "--model.name or --data (of a table, --data.label_words)"
                 )
             words_by_id[first_id] = word
         return list(words_by_id)
@@ -236,9 +234,10 @@ class TextEncoder:
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = json.dumps(tokenizer.get_vocab()) if backend is None else backend.to_str()
-        # A template may write today's date.
-        user = {"role": "user", "content": "a"}
-        turn = self._turns([user], ask=True) if self.chat_template else ""
+        turn = ""
+        if self.chat_template:  # which may write today's date
+            turn = self._turns([{"role": "user", "content": "a"}], ask=True)
+            turn += str(tokenizer.chat_template)
         probe = f"{tokenizer('a')['input_ids']} {tokenizer.eos_token_id} {self.is_encoder_decoder}"
         versions = f"{transformers.__version__} {tokenizers.__version__}"
         return type(tokenizer).__name__, vocabulary, turn, probe, versions, str(limits)
@@ -246,7 +245,7 @@ class TextEncoder:
     def warn_of_special_tokens(self, rows_of: Mapping[str, Sequence[TextRow]]) -> None:
         """Say how many rows have the characters of special tokens, which some tools read as such."""
         for name, rows in rows_of.items():
-            if marked := len(self._with_special_tokens([row.prompt + row.answer for row in rows])):
+            if marked := len(self._with_special_tokens([row.text for row in rows])):
                 rank_zero_warn(
                     f"{marked} of {len(rows)} {name} rows have the characters of special tokens, such as "
                     f"{self.tokenizer.eos_token}, which are read as text"

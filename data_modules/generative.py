@@ -1,7 +1,7 @@
 """Rows of prompts and free answers: which are taken, and which validate."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -65,10 +65,14 @@ class GenerativeDataModule(TextDataModule):
         """Yield prompt and answer of each row, in the order of the file; each source writes this."""
         raise NotImplementedError
 
+    def candidates(self) -> list[TextRow]:
+        """Return a row of each example."""
+        return rows_of_examples(self.examples(), self.task_name)
+
     def read(self) -> None:
         """Read the rows that have an answer; which of them are short enough depends on the tokenizer."""
         if not self._candidates:
-            rows = rows_of_examples(self.examples(), self.task_name)
+            rows = self.candidates()
             self._candidates = [row for row in rows if row.answer.strip()]
             self.dropped_rows["empty_answer"] = len(rows) - len(self._candidates)
             if not self._candidates:
@@ -120,11 +124,15 @@ class GenerativeDataModule(TextDataModule):
                 below = zip(part, lengths, strict=True)
                 part = [numbered for numbered, length in below if length < self.keep_below]
             texts_of = [row for _, row in part]
-            for tokens in self.encoder.rows(texts_of, self.max_length, self.task_name, "drop")[0]:
+            for tokens in self.encode(texts_of):
                 kept.append(dataclasses.replace(tokens, index=part[tokens.index][0]))
             if len(kept) >= needed:
                 break
         return kept, num_read
+
+    def encode(self, rows: Sequence[TextRow]) -> list[EncodedRow]:
+        """Return the rows of at most `max_length` tokens as token ids, numbered as they stand in `rows`."""
+        return self.encoder.rows(rows, self.max_length, self.task_name, "drop")[0]
 
     def encoded(self, split: str) -> list[EncodedRow]:
         """Return the rows of a split as token ids; none is cut."""
@@ -145,7 +153,7 @@ class GenerativeDataModule(TextDataModule):
                 "decoder writes no prompt: set it to true"
             )
         ids = row.prompt_ids + row.answer_ids
-        return dataclasses.replace(row, prompt_ids=ids[:1], answer_ids=ids[1:])
+        return dataclasses.replace(row, prompt_ids=ids[:1], answer_ids=ids[1:], read_only=())
 
     def describe(self) -> dict[str, Any]:
         """Return what the base does, and which rows are taken."""

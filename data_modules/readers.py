@@ -76,24 +76,33 @@ def hub_rows(
     setting: str,
     types: tuple[type, ...] = (str, int, list),
 ) -> Iterator[LocatedRow]:
-    """Read a set of the Hub; without a network it comes from its cache. See `file_rows`."""
+    """Read a set of the Hub; see `load_from_hub` and `file_rows`."""
+    for number, row in enumerate(load_from_hub(hub_id, config, split, setting)):
+        where = f"row {number} of {hub_id} {split}"
+        yield where, with_fields(row, fields, where, setting, types)
+
+
+def load_from_hub(hub_id: str, config: str | None, split: str | None, setting: str) -> Any:
+    """Return a split of a set of the Hub, or all by their names; without a network it comes from its cache.
+
+    Raises:
+        InputError: There is no such set, or no way to it.
+    """
     import datasets  # slow, as pandas comes with it; other rows are read without
 
     offline = datasets.config.HF_HUB_OFFLINE
     # Without the Hub the library would retry for half a minute.
     datasets.config.HF_HUB_OFFLINE = offline or not _reachable(hub_id)
     try:
-        rows = datasets.load_dataset(hub_id, config, split=split)
+        return datasets.load_dataset(hub_id, config, split=split)
     except (OSError, ValueError, HTTPError, datasets.exceptions.DatasetsError) as error:
+        named = f"{hub_id} ({config})" if config else hub_id
         raise InputError(
-            f"cannot load {hub_id} ({config}): {error}. Expected a network or a filled cache; or "
-            f"name a local copy in {setting}"
+            f"cannot load {named}: {error}. Expected a network or a filled cache; or name a local copy in "
+            f"{setting}"
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
-    for number, row in enumerate(rows):
-        where = f"row {number} of {hub_id} {split}"
-        yield where, with_fields(row, fields, where, setting, types)
 
 
 @functools.cache

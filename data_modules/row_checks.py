@@ -69,6 +69,8 @@ def check_rows(rows: Iterable[Any], name: str, label_words: Sequence[str] = ()) 
             )
         _check_text(row.prompt, "prompt", where)
         _check_text(row.answer, "answer", where)
+        for turn in row.turns:
+            _check_text(turn.content, f"message of the {turn.role}", where)
         # A bool or a number of numpy is a class, too.
         if label_words and row.target not in range(len(label_words)):
             raise InputError(
@@ -112,3 +114,16 @@ def _check_text(text: Any, part: str, where: str) -> None:
 
 def _shown(value: Any) -> str:
     return f"{str(value)[:60]!r} ({type(value).__name__})"
+
+
+def warn_of_repeated(rows_of: Mapping[str, Sequence[TextRow]], source: str) -> None:
+    """Say how many training rows are there twice, and how many of the other rows are training rows, too."""
+    train = set(rows_of["train"])
+    if repeated := len(rows_of["train"]) - len(train):
+        rank_zero_warn(f"{repeated} of {len(rows_of['train'])} rows of {source} repeat another row")
+    for split, rows in rows_of.items():
+        if split != "train" and (known := sum(row in train for row in rows)):
+            rank_zero_warn(
+                f"{known} of {len(rows)} {split} rows of {source} are training rows, too: their scores measure "
+                "what was memorized"
+            )

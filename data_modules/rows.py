@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,30 +12,63 @@ from torch.utils.data import Dataset
 from app.models.batch import IGNORED_LABEL, Batch
 
 
+class Turn(NamedTuple):
+    """One message of a conversation, of the role system, user or assistant, and whether it is supervised."""
+
+    role: str
+    content: str
+    learnt: bool = False
+
+
 @dataclass(frozen=True)
 class TextRow:
-    """One example as text: what the model reads, what it shall answer, and the answer's class, if any."""
+    """One example as text: what the model reads, what it shall answer, and the answer's class, if any.
+
+    The `turns` of a conversation end with one that is learnt. Its prompt is then the first question, its answer
+    all that is learnt.
+    """
 
     prompt: str
     answer: str
     target: int = 0
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """All that the data says."""
+        return "\n".join(turn.content for turn in self.turns) or self.prompt + self.answer
 
 
 @dataclass(frozen=True)
 class EncodedRow:
     """One example as token ids; those of the answer with its end are the supervised ones.
 
-    A padding row evens out the processes' numbers of rows: its `index` and `target` are -1, and none of its
-    tokens is supervised.
+    Of a conversation, the answer is all behind the first prompt, and the stretches [begin, end) of it in
+    `read_only` are not supervised. A padding row evens out the processes' numbers of rows: its `index` and
+    `target` are -1, and none of its tokens is supervised.
     """
 
     prompt_ids: "array[int]"
     answer_ids: "array[int]"
     index: int
     target: int
+    read_only: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
+
+    @property
+    def labels(self) -> list[int]:
+        """The tokens of the answer, `IGNORED_LABEL` where nothing is supervised."""
+        labels = self.answer_ids.tolist()
+        for begin, end in self.read_only:
+            labels[begin:end] = [IGNORED_LABEL] * (end - begin)
+        return labels
+
+    @property
+    def num_supervised(self) -> int:
+        """The number of supervised tokens."""
+        return len(self.answer_ids) - sum(end - begin for begin, end in self.read_only)
 
 
 class PaddedRows(Dataset[EncodedRow]):
@@ -68,7 +102,7 @@ def collate(rows: Sequence[EncodedRow], pad_id: int, is_encoder_decoder: bool) -
     inputs, labels = [], []
     for row in rows:
         prompt, answer = row.prompt_ids.tolist(), row.answer_ids.tolist()
-        wanted = [IGNORED_LABEL] * len(answer) if row.index < 0 else answer
+        wanted = [IGNORED_LABEL] * len(answer) if row.index < 0 else row.labels
         inputs.append(prompt if is_encoder_decoder else prompt + answer)
         before = [] if is_encoder_decoder else [IGNORED_LABEL] * len(prompt)
         labels.append(before + wanted)

@@ -1,6 +1,7 @@
 """Keep the tokens of large data, so that only the first start makes them."""
 
 import hashlib
+import json
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -62,7 +63,8 @@ def _name(rows: Sequence[TextRow], settings: Iterable[str]) -> str:
         name.update(f"\n{len(setting)} {setting}".encode())
     for row in rows:
         head = f"\n{len(row.prompt)} {len(row.answer)} {row.target}\n"
-        name.update(f"{head}{row.prompt}{row.answer}".encode("utf-8", "surrogatepass"))
+        turns = json.dumps(row.turns) if row.turns else ""
+        name.update(f"{head}{row.prompt}{row.answer}{turns}".encode("utf-8", "surrogatepass"))
     return name.hexdigest()
 
 
@@ -71,7 +73,9 @@ def _packed(rows: Sequence[EncodedRow], count: int) -> dict[str, np.ndarray]:
     for row in rows:
         tokens += row.prompt_ids + row.answer_ids
     table = [(len(row.prompt_ids), len(row.answer_ids), row.index, row.target) for row in rows]
+    read_only = [(number, *stretch) for number, row in enumerate(rows) for stretch in row.read_only]
     return {
+        "read_only": np.array(read_only, dtype=np.int64).reshape(-1, 3),
         "tokens": np.asarray(tokens, dtype=np.int32),
         "rows": np.array(table, dtype=np.int64).reshape(-1, 4),
         "count": np.array([count]),
@@ -88,8 +92,11 @@ def _unpacked(arrays: dict[str, np.ndarray]) -> Encoded:
         at += length * part.itemsize
         return part
 
+    stretches: dict[int, list[tuple[int, int]]] = {}
+    for number, begin, end in arrays["read_only"].tolist():
+        stretches.setdefault(number, []).append((begin, end))
     rows = [
-        EncodedRow(take(prompt), take(answer), index, target)
-        for prompt, answer, index, target in arrays["rows"].tolist()
+        EncodedRow(take(prompt), take(answer), index, target, tuple(stretches.get(number, ())))
+        for number, (prompt, answer, index, target) in enumerate(arrays["rows"].tolist())
     ]
     return rows, int(arrays["count"][0])

@@ -18,8 +18,8 @@ def name_of(file):
 
 
 def test_all_are_here():
-    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) + 1 == 45
-    assert len(COMPLETE) == 14
+    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) + 1 == 47
+    assert len(COMPLETE) == 16
     assert len(BENCHMARKS) == 5
 
 

@@ -40,7 +40,7 @@ def _section(name: str, path: Path | str, **options: Any) -> dict[str, Any]:
     return {"class_path": name, "init_args": {**SIZES, "path": str(path), **options}}
 
 
-def _json_file(folder: Path, row: dict[str, str], name: str = "rows.json") -> str:
+def _json_file(folder: Path, row: dict[str, Any], name: str = "rows.json") -> str:
     file = folder / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(rows_of(row)))
@@ -95,6 +95,19 @@ def benchmark_data(name: str, folder: Path) -> dict[str, Any]:
     return {"class_path": "BenchmarkDataModule", "init_args": arguments}
 
 
+def table(folder: Path) -> dict[str, Any]:
+    """Write a labelled text a line."""
+    file = folder / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"film {i},{'ab'[i % 2]}\n" for i in range(NUM_ROWS)))
+    return _section("TableDataModule", file, test_size=4)
+
+
+def chat(folder: Path) -> dict[str, Any]:
+    """Write conversations of two questions and answers."""
+    ask, say = ({"role": role, "content": "It is {i}."} for role in ("user", "assistant"))
+    return _section("ChatDataModule", _json_file(folder, {"messages": [ask, say, ask, say]}))
+
+
 def with_evals(folder: Path) -> dict[str, Any]:
     """Write GSM8K's rows, and its benchmark's."""
     (folder / "evals").mkdir()
@@ -116,6 +129,8 @@ DATA = {
     **{name: lambda folder, name=name: free_answers(name, folder) for name in ROWS},
     "Gsm8kDataModule with evals": with_evals,
     "InstructionDataModule with chat_template": with_chat_template,
+    "TableDataModule": table,
+    "ChatDataModule": chat,
 }
 """Writes the files of each data module that has rows; returns the section `data` that reads them."""
 BENCHMARKS = ("Commonsense", "Gsm8k", "Gsm8kCot", "HumanEval", "Mmlu")

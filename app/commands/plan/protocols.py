@@ -14,8 +14,8 @@ class EncodedRow(Sized, Protocol):
     """A row as token ids; its length is that of prompt and answer together."""
 
     @property
-    def answer_ids(self) -> Sequence[int]:
-        """The supervised tokens."""
+    def num_supervised(self) -> int:
+        """The number of supervised tokens."""
 
 
 class RowEncoder(Protocol):

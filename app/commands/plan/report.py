@@ -1,5 +1,6 @@
 """What `plan` prints: examples as the model sees them, counts, a table of memory, a verdict."""
 
+import itertools
 import math
 from typing import cast
 
@@ -56,7 +57,7 @@ def data_text(trainer: Trainer, module: LoraModule, data: PlannedData, placement
         note = f"longest {max(map(len, prepared.questions))} tokens; {how}"
         lines.append(_line(prepared.benchmark.name, f"{len(prepared.questions):,} questions", note))
     rows, accumulated = data.encoded("train"), trainer.accumulate_grad_batches
-    supervised = sum(len(row.answer_ids) for row in rows)
+    supervised = sum(row.num_supervised for row in rows)
     tokens = sum(map(len, rows))
     lines.append(_line("tokens an epoch", tokens, f"{supervised:,} supervised"))
     loader = data.train_dataloader()
@@ -90,14 +91,21 @@ def steps_of(num_rows: int, batch_size: int, trainer: Trainer, world_size: int) 
 
 def _example(number: int, row: dict[str, Tensor], module: LoraModule) -> list[str]:
     """Show one row of a batch, decoded from the very ids that the model is given."""
-    decode = module.tokenizer.decode
-    labels, prompt = row["labels"], row["attention_mask"].bool()
-    supervised = labels != IGNORED_LABEL
-    if not module.is_encoder_decoder:
-        prompt = prompt & ~supervised
-    read, answer = row["input_ids"][prompt].tolist(), labels[supervised].tolist()
-    text = f"{decode(read)}{OPEN}{decode(answer)}{CLOSE}"
-    head = f"  {number + 1}. {len(read)} tokens read, {len(answer)} supervised {answer}"
+    labels = row["labels"]
+    ids, supervised = row["input_ids"][row["attention_mask"].bool()], labels != IGNORED_LABEL
+    if module.is_encoder_decoder:
+        stretches = [(False, ids.tolist()), (True, labels[supervised].tolist())]
+    else:
+        marked = zip(supervised[: len(ids)].tolist(), ids.tolist(), strict=True)
+        grouped = itertools.groupby(marked, key=lambda pair: pair[0])
+        stretches = [(learnt, [token for _, token in pairs]) for learnt, pairs in grouped]
+    text, answer = "", list[int]()
+    for learnt, tokens in stretches:
+        decoded = str(module.tokenizer.decode(tokens))
+        text += f"{OPEN}{decoded}{CLOSE}" if learnt else decoded
+        answer += tokens if learnt else []
+    num_read = sum(len(tokens) for learnt, tokens in stretches if not learnt)
+    head = f"  {number + 1}. {num_read} tokens read, {len(answer)} supervised {answer}"
     return [head, *(f"     | {line}" for line in text.splitlines())]
 
 
