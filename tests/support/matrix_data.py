@@ -98,7 +98,8 @@ def benchmark_data(name: str, folder: Path) -> dict[str, Any]:
 def table(folder: Path) -> dict[str, Any]:
     """Write a labelled text a line."""
     file = folder / "rows.csv"
-    file.write_text("text,label\n" + "".join(f"film {i},{'ab'[i % 2]}\n" for i in range(NUM_ROWS)))
+    lines = [f"film {i},{('negative', 'positive')[i % 2]}\n" for i in range(NUM_ROWS)]
+    file.write_text("text,label\n" + "".join(lines))
     return _section("TableDataModule", file, test_size=4)
 
 
