@@ -53,6 +53,7 @@ class Differences:
         found: One for each other method and score, the best method first.
         left_out: Why a method has none, by its label.
         rank: That of the comparison, where it is one of `by_rank`.
+        unfinished: The reference that was asked for, if it has no finished run at a chosen rate.
     """
 
     reference: str
@@ -60,6 +61,7 @@ class Differences:
     found: list[Difference] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     rank: int | None = None
+    unfinished: str | None = None
 
     @property
     def scores(self) -> list[str]:
@@ -89,7 +91,8 @@ def differences_to(comparison: Comparison, wanted: str | None = None) -> Differe
     names = (wanted, *USUAL_REFERENCES)
     reference = next((by_method[name] for name in names if name in by_method), next(iter(chosen)))
     of, score, _ = comparison.compared
-    differences = Differences(reference, of, rank=comparison.rank)
+    unfinished = wanted if wanted not in by_method else None
+    differences = Differences(reference, of, rank=comparison.rank, unfinished=unfinished)
     moment = "test" if of == "test" else "final"
     read, reasons = _read(chosen, moment, score)
     differences.left_out.update(reasons)
@@ -178,6 +181,10 @@ def differences_table(differences: Differences) -> Table | None:
 def differences_notes(differences: Differences) -> list[str]:
     """Return the sentences below the table, or in its place where there is none."""
     notes = []
+    if differences.unfinished is not None:
+        notes.append(
+            f"**Not to {differences.unfinished}**, as asked for: it has no finished run at a chosen rate."
+        )
     if differences.found:
         most, rows = (
             max(getattr(each, name) for each in differences.found) for name in ("seeds", "rows")

@@ -127,6 +127,9 @@ def test_the_reference(runs, error_of, report):
     for path in runs.glob("lora-*"):
         shutil.rmtree(path)
     assert found(runs).reference == "lora_one"  # the best
+    other = found(runs, "lora")
+    assert other.reference == "lora_one"
+    assert differences_notes(other)[0].startswith("**Not to lora**, as asked for")
     error = error_of("report", runs, "--reference=lora")
     assert (
         error
