@@ -64,7 +64,7 @@ def _rows(run: Run, moment: str, score: str) -> RowScores:
         features, statistic = FEATURES[score](table)
     except FileNotFoundError:
         missing = f"it has no {path.relative_to(run.folder)}"
-        raise NoRowScoresError(f"{missing}, which earlier versions did not write") from None
+        raise NoRowScoresError(f"{missing}: not scored yet, or by an earlier version") from None
     except (OSError, ValueError, KeyError) as error:
         raise NoRowScoresError(f"{path.name} is damaged ({error})") from error
     return RowScores(table.index, features, statistic)

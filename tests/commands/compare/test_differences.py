@@ -164,7 +164,7 @@ def test_what_has_no_rows_is_left_out_and_said(runs, report):
     differences = found(runs)
     assert differences.found == []
     assert differences.left_out == {
-        "pissa": "it has no row_scores/test.csv, which earlier versions did not write",
+        "pissa": "it has no row_scores/test.csv: not scored yet, or by an earlier version",
         "lora_one": "its rows are not those of lora",
     }
     assert differences_table(differences) is None
@@ -173,8 +173,8 @@ def test_what_has_no_rows_is_left_out_and_said(runs, report):
     text = (runs / "out" / "report.md").read_text()
     section = text.partition("### Difference to lora\n\n")[2].partition("\n\n#")[0]
     assert section == (
-        "Without a difference to lora: pissa: it has no row_scores/test.csv, which earlier versions did not "
-        "write; lora_one: its rows are not those of lora."
+        "Without a difference to lora: pissa: it has no row_scores/test.csv: not scored yet, or by an earlier "
+        "version; lora_one: its rows are not those of lora."
     )
 
 

@@ -62,7 +62,9 @@ def test_rows_that_are_not_there_or_of_other_scores(folder):
     assert "test.csv is damaged" in reason(folder)
     assert "test.csv is damaged" in reason(folder, "loss")
     file.unlink()
-    assert reason(folder) == "it has no row_scores/test.csv, which earlier versions did not write"
+    assert (
+        reason(folder) == "it has no row_scores/test.csv: not scored yet, or by an earlier version"
+    )
 
 
 def test_the_questions_of_a_benchmark(folder):
