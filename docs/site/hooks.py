@@ -115,9 +115,10 @@ def configurations_page() -> str:
             assert head is not None
             path = f"{folder}/{file.name}".lstrip("/")
             parts.append(f"### {path} {{#{anchor(path)}}}")
-            parts.append(
-                " ".join(line.lstrip("# ") for line in head[0].splitlines()).replace("*", r"\*")
-            )
+            lines = [line.lstrip("# ") for line in head[0].splitlines()]
+            if lines[0].startswith("python "):
+                parts.append(f"```bash\n{lines.pop(0)}\n```")
+            parts.append(" ".join(lines).replace("*", r"\*"))
             parts.append(f"```yaml\n{text[head.end() :].rstrip()}\n```")
     return "\n\n".join(parts) + "\n"
 
