@@ -184,7 +184,7 @@ class ChatEncoder:
             if piece:
                 ids += self._plain_ids(piece, True, begins and at == 0)
             if mark:
-                ids += self.tokenizer.convert_tokens_to_ids([mark[0]])
+                ids += self.tokenizer(mark[0], add_special_tokens=False)["input_ids"]
                 at = mark.end()
         return ids
 
