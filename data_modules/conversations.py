@@ -43,7 +43,7 @@ def conversation(row: Mapping[str, Any], where: str, setting: str) -> Conversati
         if all(row.get(column) is not None for column in columns):
             return _conversation(messages_of(row), where, setting)
     forms = "; ".join(" and ".join(columns) for columns in FORMS)
-    found = ", ".join(str(column) for column, value in row.items() if value is not None)
+    found = ", ".join(repr(column) for column, value in row.items() if value is not None)
     raise InputError(
         f"{where} has {found or 'nothing'}: expected one of the forms {forms}; correct it, or change {setting}"
     )

@@ -3,7 +3,9 @@
 Files are streamed: no more than a part of one is in memory.
 """
 
+import codecs
 import glob
+import gzip
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +34,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 EXTRA_CELL = "__index_level_0__"  # pandas' name of a column that the header has no name for
 SPLITS = ("train", "validation", "test")
 READ_AT_ONCE = 1000  # rows
+DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, zlib.error, StopIteration)
+"""What the readers raise of files that are cut short, or hold something else."""
 
 
 class Table:
@@ -64,7 +68,7 @@ class Table:
             where = f"row {number} of {self.name}"
             number += 1
             if EXTRA_CELL in row:
-                header = ", ".join(str(column) for column in row if column != EXTRA_CELL)
+                header = ", ".join(repr(column) for column in row if column != EXTRA_CELL)
                 raise InputError(
                     f"{where} has more cells than the {len(row) - 1} columns of the header ({header}): "
                     "expected as many, a cell with the separator in double quotes (.csv alone); correct it, or "
@@ -103,12 +107,21 @@ def read_table(path: str, setting: str) -> Table:
     files = {"train": glob.escape(str(file.resolve()))}
     load = partial(datasets.load_dataset, kind, data_files=files, split="train", streaming=True)
     with _told(path, setting):
+        if kind == "json":
+            _check_first_value(file)
         rows = load(**options)
         if kind == "csv" and (first := next(iter(rows), None)) and EXTRA_CELL not in first:
             # As text: the label 01 is not 1.
             features = datasets.Features({name: datasets.Value("string") for name in first})
             rows = load(**options, features=features)
     return Table(rows, path, setting)
+
+
+def _check_first_value(file: Path) -> None:
+    """Raise ValueError if a JSON file begins with `null`, on which pyarrow (26.0) ends the process."""
+    with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
+        if stream.read(99).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"null"):
+            raise ValueError("it begins with null: expected an object")
 
 
 def read_tables(path: str, config_name: str | None, setting: str) -> dict[str, Table]:
@@ -174,10 +187,9 @@ def _told(name: str, setting: str) -> Iterator[None]:
     verbosity, offline = datasets.logging.get_verbosity(), datasets.config.HF_HUB_OFFLINE
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.config.HF_HUB_OFFLINE = True
-    errors = (OSError, ValueError, TypeError, EOFError, zlib.error, StopIteration)
     try:
         yield
-    except (*errors, datasets.exceptions.DatasetsError) as error:
+    except (*DAMAGED, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or "it is empty"
         wanted = "expected UTF-8 text; " if isinstance(error, UnicodeError) else ""
         raise InputError(

@@ -1,5 +1,6 @@
 """Files as people have them, in tests/data/shapes: the rows that each gives, or the line that refuses it."""
 
+import random
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from app.utils.errors import InputError
 from data_modules.chat import ChatDataModule
 from data_modules.table import TableDataModule
 
+SEEDS = 12
 SHAPES = Path(__file__).parents[1] / "data" / "shapes"
 FILMS = ["a fine film>good", "a dull film>bad"]
 AB = ["a>good", "b>bad"]
@@ -61,7 +63,7 @@ TABLES = {
     "no_header.csv": "has the columns 'a fine film', 'good': expected 'text'; .* --data.text",
     "semicolons.csv": "has the columns 'text;label': expected 'text'; .* of .csv are commas",
     "under_a_key.json": "has the columns 'data': expected 'text'",
-    "extra_cell.csv": r"row 0 of .* more cells than the 2 columns of the header \(text, label\)",
+    "extra_cell.csv": r"row 0 of .* more cells than the 2 columns of the header \('text', 'label'\)",
     "extra_cell_later.csv": "Expected 2 fields in line 3, saw 3",
     "tab_in_cell.tsv": "row 0 of .* more cells than the 2 columns of the header",
     "unclosed_quote.csv": "EOF inside string starting at row 1",
@@ -70,6 +72,7 @@ TABLES = {
     "half_character.jsonl": "surrogate pair in string is invalid. in row 0",
     "cut_short.jsonl": "JSON parse error: .* in row 1",
     "cut_short.jsonl.gz": "ended before the end-of-stream marker",
+    "null_first.jsonl": "it begins with null: expected an object",
     "web_page.jsonl": "JSON parse error: Invalid value. in row 0",
     "no_parquet.parquet": "not a parquet file",
     "notes.txt": "cannot tell the form of .*notes.txt: expected a file .csv, .tsv, .json",
@@ -115,7 +118,7 @@ CHATS = {
     "image.jsonl": "message 0 of row 0 of .* in its content: expected text alone",
     "text_in_json.jsonl": "row 0 of .* as its messages: expected a list of them",
     "list_of_texts.jsonl": "row 0 of .* as its messages: expected a list of them",
-    "other_columns.jsonl": "row 0 of .* has question, answer: expected one of the forms messages; conv",
+    "other_columns.jsonl": "row 0 of .* has 'question', 'answer': expected one of the forms messages; conv",
 }
 
 
@@ -170,3 +173,44 @@ def test_chats(name):
     counts = {what: count for what, count in data.dropped_rows.items() if count}
     wanted = [part for part in CHATS[name] if isinstance(part, dict)]
     assert counts == (wanted[0] if wanted else {})
+
+
+def damaged(content, rng):
+    """Return bytes cut short, or with some replaced, removed, doubled or put in."""
+    at, size = rng.randrange(len(content)), rng.randrange(1, 9)
+    odd = rng.choice([b"\0", b"\xff\xfe\x80", b'"', b"\n", b"\r", b",", b"{", b"]", b"\t", b"\x1a"])
+    return rng.choice(
+        [
+            content[:at],
+            content[:at] + odd + content[at:],
+            content[:at] + odd + content[at + size :],
+            content[:at] + content[at + size :],
+            content[: at + size] + content[at:],
+            content[at:],
+        ]
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [TableDataModule, ChatDataModule])
+def test_damaged_files_give_rows_or_one_line(kind, tmp_path):
+    """Files of each form, damaged at random."""
+    folder, known = (SHAPES, TABLES) if kind is TableDataModule else (SHAPES / "chat", CHATS)
+    names = ["quotes.csv", "quotes.tsv", "mixed_types.jsonl", "list.json", "packed.csv.gz"]
+    names += ["messages.jsonl", "sharegpt.json", "tool_calls.jsonl", "rows.parquet"]
+    tried, refused = 0, 0
+    for name in [name for name in names if name in known]:
+        content = (folder / name).read_bytes()
+        for seed in range(SEEDS):
+            file = tmp_path / f"{seed}-{name}"
+            file.write_bytes(damaged(content, random.Random(seed)))
+            data = kind(str(file), validation_size=0)
+            told = ""
+            try:
+                data.read() if kind is ChatDataModule else data.load()
+            except InputError as error:
+                told = str(error)
+                refused += 1
+            assert "\n" not in told
+            tried += 1
+    assert 0.2 < refused / tried < 0.95
