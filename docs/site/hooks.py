@@ -175,7 +175,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Rewrite the links of a page; one that is alone in its tab needs no list of pages beside it."""
-    if page.file.src_uri in ("index.md", "results.md"):
-        page.meta["hide"] = ["navigation"]
-    return rewritten(markdown, page.file.src_uri)
+    """Rewrite the links of a page, and say how it is shown and found."""
+    uri = page.file.src_uri
+    if uri in ("index.md", "results.md"):
+        page.meta["hide"] = [
+            "navigation"
+        ]  # a page alone in its tab needs no list of pages beside it
+    if uri.startswith("reference/api/"):
+        page.meta["search"] = {"boost": 0.2}  # guides come first
+    return rewritten(markdown, uri)
