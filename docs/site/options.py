@@ -129,7 +129,9 @@ def table(actions: Iterable[argparse.Action]) -> str:
         kind, default = type_name(annotation), default_of(action)
         help_text = re.sub(r":\w+:`~?([^`<]+?)`", r"`\1`", action.help or "").replace("``", "`")
         rows.append(f"| `{action.dest}` | {cell(kind)} | {cell(default)} | {cell(help_text)} |")
-    return "\n".join(rows) if len(rows) > 2 else "No options."
+    if len(rows) == 2:
+        return "No options."
+    return "\n".join(['<div class="options" markdown>', "", *rows, "", "</div>"])
 
 
 def about(kind: type) -> tuple[str, str]:
