@@ -10,10 +10,10 @@ For each task and seed: one gradient of SmolLM2-135M (bfloat16, rank 8, alpha 16
 - `auto`: `init.gamma: auto`, by the task's own loss;
 - `global`: the same search with `init.scale: global`.
 
-Each start is trained with AdamW at one constant rate, and the validation rows, which choose nothing, are
-scored before training, after 40 steps and after 160. Two starts with the same factors are trained once. Every
-run is a line of OUTPUT/runs.jsonl and is not repeated when the script is started again. At the end, or with
---report, it prints a Markdown table.
+Each start is trained with AdamW from one learning rate, which falls linearly to zero, for 40 steps and anew for
+160; the validation rows, which choose nothing, are scored before training and at the end of either. Two starts
+with the same factors are trained once. What is finished is a line of OUTPUT/runs.jsonl and is not repeated when
+the script is started again. At the end, or with --report, it prints a Markdown table.
 """
 
 import argparse
@@ -26,33 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 
 from app.initialization.factors import spectral_factors
 from app.models.adapter_config import LoraSettings
 from app.training.module import LoraModule
 from benchmarks.gamma_search import MODEL, RANK, SAMPLES, Bench, data_module, unit_of
-from data_modules.text import TextDataModule
 
 STARTS = ("untouched", "gamma 128", "gamma 512", "vocabulary", "auto", "global")
 TASKS = ("reviews", "sst2", "mrpc", "gsm8k", "code_alpaca")
 BATCH = {"gsm8k": 2, "code_alpaca": 2}  # 4 of all others
 HELD_OUT = {"gsm8k": 60, "code_alpaca": 60}  # 160 of all others
-CHECKPOINTS = (40, 160)
-
-
-class ScoreOnTheWay(Callback):
-    """Install a start, and score the validation rows after some optimizer steps."""
-
-    def __init__(self, bench: Bench, data: TextDataModule, steps: Sequence[int]) -> None:
-        self.bench, self.data, self.steps = bench, data, steps
-        self.scores: dict[int, dict[str, float]] = {}
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Score."""
-        if trainer.global_step in self.steps:
-            self.scores[trainer.global_step] = self.bench.score(self.data)
-            pl_module.train()
+STEPS = (40, 160)
 
 
 class Task:
@@ -87,19 +72,32 @@ class Task:
         losses = self.losses(label_token_ids=())  # type: ignore[call-arg]
         return float(losses.sums.sum() / losses.counts.sum())
 
-    def train(self, scale: str, gamma: float | None, lr: float) -> dict[str, Any]:
-        """Train from a start; return its scores by the number of steps."""
-        seed_everything(self.seed)
+    def train(self, scale: str, gamma: float | None, lr: float) -> dict[str, dict[str, float]]:
+        """Train from a start, for each number of steps anew; return the scores by that number."""
         factors = self.bench.usual
         if gamma is not None:
             unit = unit_of(self.svds, scale)
             factors = [spectral_factors(svd, gamma, unit) for svd in self.svds]
         self.bench.install(factors)
-        scores = {0: self.before if gamma is None else self.bench.score(self.data)}
-        on_the_way = ScoreOnTheWay(self.bench, self.data, CHECKPOINTS)
+        scores = {"0": self.before if gamma is None else self.bench.score(self.data)}
+        for steps in STEPS:
+            self.bench.install(factors)
+            self.fit(lr, steps)
+            scores[str(steps)] = self.bench.score(self.data)
+        return scores
+
+    def fit(self, lr: float, steps: int) -> None:
+        """Train from the factors that are installed."""
+        seed_everything(self.seed)
+        module = LoraModule(
+            MODEL,
+            adapter=LoraSettings(r=RANK),
+            optimizer=lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=0.0),
+            dtype="bfloat16",
+        )
+        module.model = self.bench.model.train()
         trainer = Trainer(
-            max_steps=max(CHECKPOINTS),
-            callbacks=[on_the_way],
+            max_steps=steps,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -108,16 +106,7 @@ class Task:
             limit_val_batches=0,
             use_distributed_sampler=False,
         )
-        module = LoraModule(
-            MODEL,
-            adapter=LoraSettings(r=RANK),
-            optimizer=lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=0.0),
-            lr_scheduler_type="constant_with_warmup",
-            dtype="bfloat16",
-        )
-        module.model = self.bench.model.train()
         trainer.fit(module, datamodule=self.data)
-        return scores | on_the_way.scores
 
 
 def run(bench: Bench, folder: Path, task: str, seed: int, lr: float, log: Path) -> None:
@@ -165,14 +154,13 @@ def cell(runs: Sequence[Mapping[str, Any]], step: int) -> str:
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table: a row a task and start, a column a number of steps."""
-    steps = (0, *CHECKPOINTS)
-    titles = ["task", "start", "gamma", *(f"after {step} steps" for step in steps), "seeds"]
+    titles = ["task", "start", "gamma", *(f"after {step} steps" for step in (0, *STEPS)), "seeds"]
     lines = [f"| {' | '.join(titles)} |", f"| {' | '.join(['---'] * len(titles))} |"]
     for task in TASKS:
         for start in STARTS:
             chosen = [run for run in runs if (run["task"], run["start"]) == (task, start)]
             gammas = ", ".join(f"{run['gamma']:g}" if run["gamma"] else "none" for run in chosen)
-            cells = [cell(chosen, step) for step in steps]
+            cells = [cell(chosen, step) for step in (0, *STEPS)]
             lines.append(f"| {' | '.join([task, start, gammas, *cells, str(len(chosen))])} |")
     return "\n".join(lines)
 
