@@ -13,6 +13,7 @@ from data_modules.conversations import Conversation, conversation
 from data_modules.generative import GenerativeDataModule
 from data_modules.row_checks import check_rows, warn_of_repeated
 from data_modules.rows import EncodedRow, TextRow
+from data_modules.sampling import tenth_for_validation
 from data_modules.tables import is_published, read_tables
 
 
@@ -28,7 +29,7 @@ class ChatDataModule(GenerativeDataModule):
         path: File (also gzipped, .gz), a folder that `save_to_disk` of `datasets` wrote, or the name of a set
             of the Hub, whose split `train` is read.
         max_length: Most tokens of a conversation; a longer one is dropped.
-        validation_size: Conversations that validate.
+        validation_size: Conversations that validate; null takes a tenth, at most 1,000, and 0 none.
         config_name: Which of the sets that the Hub has under the name `path`.
         **options: See `GenerativeDataModule`.
     """
@@ -39,7 +40,7 @@ class ChatDataModule(GenerativeDataModule):
         self,
         path: str,
         max_length: int = 1024,
-        validation_size: int = 100,
+        validation_size: int | None = None,
         config_name: str | None = None,
         **options: Any,
     ) -> None:
@@ -47,10 +48,11 @@ class ChatDataModule(GenerativeDataModule):
             path,
             max_length,
             keep_below=None,
-            validation_size=validation_size,
+            validation_size=validation_size or 0,
             chat_template=True,
             **options,
         )
+        self.validation_size = validation_size
         self.config_name = config_name
         self._conversations: list[TextRow] = []
 
@@ -58,6 +60,12 @@ class ChatDataModule(GenerativeDataModule):
         """Download a set of the Hub, once for all processes of a node."""
         if is_published(str(self.path)):
             self.read()
+
+    def read(self) -> None:
+        """Read the conversations, and decide how many of them validate."""
+        super().read()
+        if self.validation_size is None:
+            self.validation_size = tenth_for_validation(len(self._candidates), str(self.path))
 
     def candidates(self) -> list[TextRow]:
         """Return a row of each conversation with an answer, and say what is left out of them."""

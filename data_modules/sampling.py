@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DistributedSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -11,6 +12,7 @@ from app.utils.errors import InputError
 from data_modules.rows import TextRow
 
 SPLIT_SEED = 0  # rows held out do not depend on `seed`: runs with other seeds meet the same ones
+MOST_VALIDATION = 1000
 PADDING = -1  # no row: where the processes would otherwise get unequal numbers of rows
 
 
@@ -181,3 +183,13 @@ def split_off(
         )
     rest = [row for number, row in enumerate(rows) if number not in aside]
     return rest, [row for number, row in enumerate(rows) if number in aside]
+
+
+def tenth_for_validation(num_rows: int, source: str) -> int:
+    """Return how many training rows validate where nobody has said: a tenth, at most 1,000; and say so."""
+    size = min(MOST_VALIDATION, num_rows // 10)
+    rank_zero_info(
+        f"{source} has no rows to validate on: {size} training rows are set aside (--data.validation_size sets "
+        "how many)"
+    )
+    return size

@@ -5,13 +5,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.utils.errors import InputError
 from app.utils.text import did_you_mean
 from data_modules.row_checks import warn_of_repeated
 from data_modules.rows import TextRow
-from data_modules.sampling import split_off
+from data_modules.sampling import split_off, tenth_for_validation
 from data_modules.tables import Table, is_published, read_table, read_tables
 from data_modules.text import TextDataModule
 
@@ -19,7 +19,6 @@ PROMPT = "classify the text: {text}\nresult: "
 PROMPT_OF_PAIR = "classify the texts: {text}\n{text_pair}\nresult: "
 NO_LABELS = ("", "-1")  # an empty cell, and what `datasets` marks rows without a label with
 MOST_CLASSES = 256
-MOST_VALIDATION = 1000
 
 Labelled = tuple[str, str]
 """The prompt of a row, and its label."""
@@ -188,11 +187,7 @@ class TableDataModule(TextDataModule):
         if "validation" not in rows or self.validation_size is not None:
             size = self.validation_size
             if size is None:
-                size = min(MOST_VALIDATION, len(rows["train"]) // 10)
-                rank_zero_info(
-                    f"{self.path} has no rows to validate on: {size} training rows are set aside "
-                    "(--data.validation_size sets how many)"
-                )
+                size = tenth_for_validation(len(rows["train"]), str(self.path))
             published = rows.get("validation")
             rows["train"], rows["validation"] = split_off(
                 rows["train"], size, "data.validation_size"

@@ -120,7 +120,7 @@ def read_table(path: str, setting: str) -> Table:
 def _check_first_value(file: Path) -> None:
     """Raise ValueError if a JSON file begins with `null`, on which pyarrow (26.0) ends the process."""
     with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
-        if stream.read(99).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"null"):
+        if re.match(rb"\s*\[?\s*null", stream.read(99).removeprefix(codecs.BOM_UTF8)):
             raise ValueError("it begins with null: expected an object")
 
 

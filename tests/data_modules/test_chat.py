@@ -153,6 +153,12 @@ def test_validation_rows_do_not_begin_as_training_rows_do(chatty, tmp_path):
     assert not train & validation
 
 
+def test_a_tenth_validates_where_nothing_else_is_asked(chatty, tmp_path):
+    rows = [talk(f"q{i}", f"a{i}") for i in range(29)]
+    data = from_file(ChatDataModule, chatty, tmp_path, rows, validation_size=None)
+    assert [len(data.rows(split)) for split in ("train", "validation")] == [27, 2]
+
+
 def test_models_that_cannot_chat_are_refused(tiny_tokenizer, chatty, tmp_path):
     data = from_file(ChatDataModule, chatty, tmp_path, LONG)
     data.attach(chatty, is_encoder_decoder=True)

@@ -73,6 +73,7 @@ TABLES = {
     "cut_short.jsonl": "JSON parse error: .* in row 1",
     "cut_short.jsonl.gz": "ended before the end-of-stream marker",
     "null_first.jsonl": "it begins with null: expected an object",
+    "null_first.json": "it begins with null: expected an object",
     "web_page.jsonl": "JSON parse error: Invalid value. in row 0",
     "no_parquet.parquet": "not a parquet file",
     "notes.txt": "cannot tell the form of .*notes.txt: expected a file .csv, .tsv, .json",
