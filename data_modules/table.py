@@ -3,7 +3,7 @@
 import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -101,6 +101,11 @@ class TableDataModule(TextDataModule):
             if file is not None:
                 tables[split] = read_table(file, f"--data.{split}_file")
         labelled = {split: list(self._labelled(table)) for split, table in tables.items()}
+        for split, part in list(labelled.items()):
+            if not part and self.files.get(split) is None and split != "train":
+                del labelled[split]  # a published test set without labels
+            elif not part:
+                self._refuse_empty(tables[split])
         names = tables["train"].class_names(self.label)
         words = self._words([label for _, _, label in labelled["train"]], names)
         self._label_words = tuple(words.values())
@@ -143,13 +148,14 @@ class TableDataModule(TextDataModule):
                 f"column in {settings.get(missing[0], '--data.label')}, or change {table.setting}{hint}"
             )
 
+    def _refuse_empty(self, table: Table) -> NoReturn:
+        raise InputError(
+            f"{table.name} has no row with both a {self.columns['text']} and a {self.label}: expected some; "
+            f"change {table.setting}, --data.text or --data.label"
+        )
+
     def _words(self, labels: list[str], names: Sequence[str] | None) -> dict[str, str]:
         """Return the word of each label, in the order of the classes."""
-        if not labels:
-            raise InputError(
-                f"{self.path} has no row with both a {self.columns['text']} and a {self.label}: expected some; "
-                "change --data.path, --data.text or --data.label"
-            )
         if self.words:
             return self.words
         found = set(labels)

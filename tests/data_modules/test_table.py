@@ -142,3 +142,20 @@ def test_splits_of_the_hub(monkeypatch):
         data.prepare_data()
     assert [len(data.rows(split)) for split in ("train", "validation", "test")] == [6, 1, 2]
     assert data.describe()["source"] == "someone/films"
+
+
+def test_a_published_test_set_without_labels_is_none(monkeypatch):
+    rows = [{"text": f"film {i}", "label": i % 2} for i in range(6)]
+    hidden = [{"text": "a film", "label": -1}]
+    Hub(monkeypatch, train=rows[:5], validation=rows[5:], test=hidden)
+    data = TableDataModule("someone/films")
+    with pytest.warns(UserWarning, match="has no test rows: those that validate are tested"):
+        assert data.rows("test") == data.rows("validation") != []
+    assert data.describe()["dropped_rows"]["without_label"] == 1
+
+
+def test_a_test_file_without_labels_is_refused(table):
+    path, other = table(*NUMBERS), table("a,", name="none.csv")
+    message = r"none.csv has no row with both a text and a label.* change --data.test_file"
+    with pytest.raises(InputError, match=message):
+        TableDataModule(path, test_file=other).load()

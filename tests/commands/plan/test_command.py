@@ -7,7 +7,8 @@ import pytest
 import yaml
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from tests.support.matrix_data import ROWS, rows_of
+from tests.support.matrix import CHAT_TEMPLATE
+from tests.support.matrix_data import ROWS, chat, rows_of
 
 
 @pytest.fixture
@@ -90,6 +91,17 @@ def test_rows_that_the_tokenizer_chooses(name, plan, tmp_path):
     assert printed.count("tokens read, ") == 3
     assert "initialization (sketch)" in printed
     assert "\nfits: " in printed
+
+
+def test_every_answer_of_a_conversation_is_marked(plan, run_models, tmp_path):
+    model = shutil.copytree(run_models / "llama", tmp_path / "model")
+    (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    file = tmp_path / "data.yaml"
+    file.write_text(yaml.safe_dump({"data": chat(tmp_path)}))
+    printed = plan("--config", file, "--model.name", model, "--init.num_samples=4")
+    turn = "user: It is {i}.<eos>assistant: >>>It is {i}.<eos><<<"
+    assert 2 * turn.format(i=2) in printed
+    assert printed.count("supervised [") == 3
 
 
 def test_rows_of_movie_reviews(plan, tmp_path):
