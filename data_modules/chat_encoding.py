@@ -1,5 +1,6 @@
 """From a conversation to the tokens of a model's chat template, and which of them the assistant writes."""
 
+import itertools
 import re
 from array import array
 from collections.abc import Sequence
@@ -81,15 +82,9 @@ class ChatEncoder:
                 "change --model.name"
             )
         text, answers = found
-        ids: list[int] = []
-        bounds, ends, begin = [], [end for answer in answers for end in answer], 0
-        whole = [self._ids(text[:end], words) for end in ends]
-        for end, upto in zip(ends, whole, strict=True):
-            # A token across a bound is not what the model meets when it answers.
-            fits = upto[: len(ids)] == ids
-            ids = upto if fits else [*ids, *self._ids(text[begin:end], words, not begin)]
-            bounds.append(len(ids))
-            begin = end
+        parts = self._parts(text, [0, *(end for answer in answers for end in answer)], words)
+        ids = [token for part in parts for token in part]
+        bounds = list(itertools.accumulate(map(len, parts)))
         eos = self.tokenizer.eos_token_id
         if eos is not None and ids[-1] != eos:
             ids.append(eos)
@@ -102,6 +97,25 @@ class ChatEncoder:
         return EncodedRow(
             array("i", ids[:first]), array("i", ids[first:]), index, 0, tuple(read_only)
         )
+
+    def _parts(self, text: str, bounds: Sequence[int], words: Sequence[str]) -> list[list[int]]:
+        """Return the tokens between bounds: those of the whole text, if none of them is across a bound.
+
+        A token across a bound is not what the model meets when it answers; from there on, parts are tokenized
+        apart.
+        """
+        stretches = list(itertools.pairwise(bounds))
+        parts = [self._ids(text[begin:end], words, not begin) for begin, end in stretches]
+        if [token for part in parts for token in part] == self._ids(text[: bounds[-1]], words):
+            return parts
+        ids: list[int] = []
+        for number, (_, end) in enumerate(stretches):
+            upto = self._ids(text[:end], words)
+            if upto[: len(ids)] != ids:
+                break
+            parts[number] = upto[len(ids) :]
+            ids = upto
+        return parts
 
     def _answers(
         self, turns: Sequence[Turn], where: str
