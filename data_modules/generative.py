@@ -66,7 +66,7 @@ class GenerativeDataModule(TextDataModule):
         raise NotImplementedError
 
     def candidates(self) -> list[TextRow]:
-        """Return a row of each example."""
+        """Return a row of each example; a source of conversations writes this."""
         return rows_of_examples(self.examples(), self.task_name)
 
     def read(self) -> None:
