@@ -71,7 +71,7 @@ class ChatDataModule(GenerativeDataModule):
         """Return a row of each conversation with an answer, and say what is left out of them."""
         table = read_tables(str(self.path), self.config_name, "--data.path")["train"]
         ignored: Counter[str] = Counter()
-        self.dropped_rows |= {"tool_calls": 0, "no_answer": 0}
+        self.dropped_rows |= {"tool_calls": 0, "no_question_or_answer": 0}
         rows = []
         for where, columns in table:
             told = conversation(columns, where, table.setting)
@@ -93,13 +93,14 @@ class ChatDataModule(GenerativeDataModule):
             self.dropped_rows["tool_calls"] += 1
             return None
         begin = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
-        user = next((i for i, turn in enumerate(turns) if turn.role == "user"), begin)
+        user = next((i for i, turn in enumerate(turns) if turn.role == "user"), len(turns))
+        answered = any(turn.learnt for turn in turns[user:])
+        if not answered:
+            self.dropped_rows["no_question_or_answer"] += 1
+            return None
         ignored["begin with the assistant, whose first words are left out"] += user > begin
         del turns[begin:user]
-        last = max((i for i, turn in enumerate(turns) if turn.learnt), default=-1)
-        if last < 1:
-            self.dropped_rows["no_answer"] += 1
-            return None
+        last = max(i for i, turn in enumerate(turns) if turn.learnt)
         ignored["end with turns that are not answered or learnt, which are left out"] += (
             last < len(turns) - 1
         )

@@ -17,7 +17,7 @@ from data_modules.text import TextDataModule
 
 PROMPT = "classify the text: {text}\nresult: "
 PROMPT_OF_PAIR = "classify the texts: {text}\n{text_pair}\nresult: "
-NO_LABELS = ("", "-1")  # an empty cell, and what `datasets` marks rows without a label with
+NO_CLASS = -1  # of a row without a label, where `datasets` knows the classes by names
 MOST_CLASSES = 256
 
 Labelled = tuple[str, str]
@@ -45,7 +45,7 @@ class TableDataModule(TextDataModule):
         test_file: File with the rows that are tested.
         validation_size: Training rows set aside to validate on, in place of others, which are then tested where
             there are no test rows; null sets a tenth aside, at most 1,000, where there are no others.
-        test_size: Training rows set aside to test; null sets none aside.
+        test_size: Training rows set aside to test, in place of others; null sets none aside.
         config_name: Which of the sets that the Hub has under the name `path`.
         **options: See `TextDataModule`.
     """
@@ -131,7 +131,7 @@ class TableDataModule(TextDataModule):
             label = _label(row[self.label], where, self.label, names, table.setting)
             if not texts["text"]:
                 self.dropped_rows["without_text"] += 1
-            elif label in NO_LABELS:
+            elif not label:
                 self.dropped_rows["without_label"] += 1
             else:
                 yield where, self.prompt.format(**texts), label
@@ -202,10 +202,11 @@ class TableDataModule(TextDataModule):
                 rows.setdefault("test", published)
         if "test" not in rows:
             rows["test"] = rows["validation"]
-            rank_zero_warn(
-                f"{self.path} has no test rows: those that validate are tested; give a --data.test_file, or "
-                "set --data.test_size"
-            )
+            if rows["test"]:
+                rank_zero_warn(
+                    f"{self.path} has no test rows: those that validate are tested; give a --data.test_file, "
+                    "or set --data.test_size"
+                )
         return rows
 
     def _say_left_out(self) -> None:
@@ -251,7 +252,7 @@ def _label(value: Any, where: str, column: str, names: Sequence[str] | None, set
     """Return a label as text, the name of the class where classes have names; "" for none."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if value is None or value == -1:
+    if value is None or (names is not None and value == NO_CLASS):
         return ""
     if names is not None and isinstance(value, int) and 0 <= value < len(names):
         return names[value]

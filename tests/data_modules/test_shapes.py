@@ -48,7 +48,7 @@ TABLES = {
     ],
     "missing_cell.csv": ["a>good", "c>bad", "left out: 1 without_label"],
     "missing_field.jsonl": ["a>good", "d>bad", "left out: 1 without_text, 1 without_label"],
-    "minus_one.jsonl": ["a>0", "b>1", "left out: 2 without_label"],
+    "minus_one.jsonl": ["a>0", "b>1", "c>-1", "left out: 1 without_label"],
     "duplicates.csv": ["a>good", "b>bad", "a>good", "a>good", "c>bad", "2 of 5 rows of .* repeat"],
     # Refused.
     "header_only.csv": "header_only.csv has no rows: expected some; change --data.path",
@@ -109,7 +109,7 @@ CHATS = {
     "ends_with_user.jsonl": [HI, "1 conversations of .* end with turns that are not answered"],
     "tools.jsonl": [HI, "1 conversations of .* have tools, which their prompts are not told of"],
     "duplicates.jsonl": [HI, HI, HI, "2 of 3 rows of .* repeat another row"],
-    "no_answer.jsonl": [HI, {"no_answer": 2}],
+    "no_answer.jsonl": [HI, {"no_question_or_answer": 3}],
     "empty_answer.jsonl": [HI, {"empty_answer": 2}],
     "tool_calls.jsonl": [HI, {"tool_calls": 2}],
     "function_call.jsonl": [HI, {"tool_calls": 1}],

@@ -144,14 +144,20 @@ def test_splits_of_the_hub(monkeypatch):
     assert data.describe()["source"] == "someone/films"
 
 
-def test_a_published_test_set_without_labels_is_none(monkeypatch):
-    rows = [{"text": f"film {i}", "label": i % 2} for i in range(6)]
-    hidden = [{"text": "a film", "label": -1}]
-    Hub(monkeypatch, train=rows[:5], validation=rows[5:], test=hidden)
-    data = TableDataModule("someone/films")
+def test_a_published_test_set_without_labels_is_none(tmp_path):
+    """As GLUE's, whose labels are -1, which is a class like others where classes have no names."""
+    rows = datasets.Dataset.from_dict({"text": list("abcdef"), "label": [0, 1, 0, 1, 0, -1]})
+    named = rows.cast_column("label", datasets.ClassLabel(names=["bad", "good"]))
+    for name, part in (("named", named), ("numbers", rows)):
+        parts = {"train": part.select(range(4)), "validation": part.select([4])}
+        parts |= {"test": part.select([5])}
+        datasets.DatasetDict(parts).save_to_disk(tmp_path / name)
+    data = TableDataModule(str(tmp_path / "named"))
     with pytest.warns(UserWarning, match="has no test rows: those that validate are tested"):
         assert data.rows("test") == data.rows("validation") != []
     assert data.describe()["dropped_rows"]["without_label"] == 1
+    with pytest.raises(InputError, match=r"\(test\) has the label '-1': expected one of 0, 1"):
+        TableDataModule(str(tmp_path / "numbers")).load()
 
 
 def test_a_test_file_without_labels_is_refused(table):
