@@ -29,7 +29,9 @@ class ChatDataModule(GenerativeDataModule):
         path: File (also gzipped, .gz), a folder that `save_to_disk` of `datasets` wrote, or the name of a set
             of the Hub, whose split `train` is read.
         max_length: Most tokens of a conversation; a longer one is dropped.
-        validation_size: Conversations that validate; null takes a tenth, at most 1,000, and 0 none.
+        validation_size: Conversations set aside to validate; null takes a tenth, at most 1,000, where there is
+            no `validation_file`, and 0 none.
+        validation_file: File with the conversations that validate.
         config_name: Which of the sets that the Hub has under the name `path`.
         **options: See `GenerativeDataModule`.
     """
@@ -41,6 +43,7 @@ class ChatDataModule(GenerativeDataModule):
         path: str,
         max_length: int = 1024,
         validation_size: int | None = None,
+        validation_file: str | None = None,
         config_name: str | None = None,
         **options: Any,
     ) -> None:
@@ -52,8 +55,15 @@ class ChatDataModule(GenerativeDataModule):
             chat_template=True,
             **options,
         )
+        if validation_file is not None and validation_size is not None:
+            raise InputError(
+                f"--data.validation_file={validation_file} and --data.validation_size={validation_size} are "
+                "given: expected one of them; set the other to null"
+            )
         self.validation_size = validation_size
+        self.validation_file = validation_file
         self.config_name = config_name
+        self._setting = "--data.path"
         self._conversations: list[TextRow] = []
 
     def prepare_data(self) -> None:
@@ -64,12 +74,25 @@ class ChatDataModule(GenerativeDataModule):
     def read(self) -> None:
         """Read the conversations, and decide how many of them validate."""
         super().read()
-        if self.validation_size is None:
+        if self.validation_size is None and self.validation_file is None:
             self.validation_size = tenth_for_validation(len(self._candidates), str(self.path))
+
+    def load(self) -> dict[str, list[TextRow]]:
+        """Return the conversations by their use."""
+        rows = super().load()
+        if self.validation_file is not None:
+            held_out = ChatDataModule(self.validation_file, self.max_length, validation_size=0)
+            held_out._setting = "--data.validation_file"
+            held_out._encoder = self.encoder
+            rows["validation"] = held_out.load()["train"]
+            self._tokens |= held_out._tokens
+            once = {**rows, "train": list(dict.fromkeys(rows["train"]))}  # what repeats is told of
+            warn_of_repeated(once, str(self.path))
+        return rows
 
     def candidates(self) -> list[TextRow]:
         """Return a row of each conversation with an answer, and say what is left out of them."""
-        table = read_tables(str(self.path), self.config_name, "--data.path")["train"]
+        table = read_tables(str(self.path), self.config_name, self._setting)["train"]
         ignored: Counter[str] = Counter()
         self.dropped_rows |= {"tool_calls": 0, "no_question_or_answer": 0}
         rows = []

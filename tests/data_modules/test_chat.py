@@ -12,7 +12,7 @@ from data_modules.chat import ChatDataModule
 from data_modules.instructions import InstructionDataModule, instruction_prompt
 from tests.support.matrix import CHAT_TEMPLATE
 from tests.support.paths import DATA, needs_data
-from tests.support.rows import attached, from_file
+from tests.support.rows import attached, from_file, write_jsonl
 
 REWRITING = (
     "{% for m in messages %}{{ m.role + ': ' + m.content }}"
@@ -157,6 +157,25 @@ def test_a_tenth_validates_where_nothing_else_is_asked(chatty, tmp_path):
     rows = [talk(f"q{i}", f"a{i}") for i in range(29)]
     data = from_file(ChatDataModule, chatty, tmp_path, rows, validation_size=None)
     assert [len(data.rows(split)) for split in ("train", "validation")] == [27, 2]
+
+
+def test_a_file_that_validates(chatty, tmp_path):
+    other = write_jsonl(tmp_path / "held_out.jsonl", talk("q", "held"), talk("q1", "a1"))
+    rows = [talk(f"q{i}", f"a{i}") for i in range(20)]
+    data = from_file(
+        ChatDataModule, chatty, tmp_path, rows, validation_size=None, validation_file=other
+    )
+    with pytest.warns(UserWarning, match="1 of 2 validation rows of .* are training rows, too"):
+        assert learnt(data, "validation") == ["held<eos>", "a1<eos>"]
+    assert len(learnt(data)) == 20
+    (tmp_path / "held_out.jsonl").write_text("{}\n")
+    data = from_file(
+        ChatDataModule, chatty, tmp_path, rows, validation_size=None, validation_file=other
+    )
+    with pytest.raises(InputError, match=r"held_out.jsonl .*change --data.validation_file"):
+        data.rows("train")
+    with pytest.raises(InputError, match=r"validation_size=3 are given: expected one of them"):
+        ChatDataModule("x.jsonl", validation_size=3, validation_file=other)
 
 
 def test_models_that_cannot_chat_are_refused(tiny_tokenizer, chatty, tmp_path):
