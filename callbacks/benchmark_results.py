@@ -5,14 +5,16 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from app.evaluation.answers import answer_tables
 from app.tracking.loggers import OutputSettings, run_folder_of
 from app.tracking.model_card import write_run_card
 from app.tracking.record import RunRecord
 from app.tracking.row_scores import write_row_scores
 from app.tracking.run_folder import RunFolder
-from app.tracking.wandb_summary import log_test_scores
+from app.tracking.wandb_summary import log_answers, log_test_scores
 from app.training.protocols import adapted, logged_scores
 from app.utils.files import read_json, write_json
 
@@ -49,6 +51,14 @@ class BenchmarkResults(Callback):
         """Show the speed beside the bar."""
         self.on_validation_batch_end(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the answers that have references, of all moments of the run, to W&B as tables."""
+        folder = adapted(pl_module).answers_folder
+        if folder is not None and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    log_answers(logger, answer_tables(folder))
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the scores to the run's summary and W&B run, those of benchmarks to earlier tests'."""
         if self.folder is None or not trainer.is_global_zero:
@@ -70,4 +80,5 @@ class BenchmarkResults(Callback):
                 if trained.is_dir():
                     write_run_card(self.folder, trained)
             if self.output is not None:
-                log_test_scores(self.folder, self.output)
+                tables = answer_tables(self.folder.answers)
+                log_test_scores(self.folder, self.output, tables)

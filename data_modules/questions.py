@@ -1,6 +1,6 @@
 """Choose, encode and batch the questions of a data module's benchmarks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -8,11 +8,20 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
-from app.evaluation.benchmark import BENCHMARK, Benchmark, EncodedQuestion, PreparedBenchmark
+from app.evaluation.benchmark import (
+    BENCHMARK,
+    Benchmark,
+    EncodedQuestion,
+    PreparedBenchmark,
+    Question,
+)
 from app.models.batch import Batch
 from app.utils.errors import InputError
 from app.utils.files import digest
+from data_modules.chat_encoding import ChatEncoder
 from data_modules.encoding import TextEncoder
+from data_modules.evals.free_answers import FreeAnswers
+from data_modules.rows import TextRow
 from data_modules.sampling import SPLIT_SEED, LengthGroupedSampler, draw
 
 
@@ -40,10 +49,16 @@ class BenchmarkQuestions:
         self.prompts: dict[str, list[str]] = {}  # of each prepared benchmark, asked or not
         self.num_cut: dict[str, int] = {}  # prompts of each benchmark that lost their beginning
 
-    def prepare(self, split: str, encoder: TextEncoder) -> list[PreparedBenchmark]:
+    def prepare(
+        self,
+        split: str,
+        encoder: TextEncoder,
+        rows: Callable[[str], Sequence[TextRow]] = lambda split: (),
+    ) -> list[PreparedBenchmark]:
         """Read, choose and encode the questions of a split, of the benchmarks that have any there.
 
-        "validation" asks each benchmark's `validation_size` questions, "test" its `limit`.
+        "validation" asks each benchmark's `validation_size` questions, "test" its `limit`. `rows` are the data
+        module's of each split.
 
         Raises:
             InputError: A benchmark cannot run here, its file is wrong, or a prompt is too long.
@@ -52,12 +67,20 @@ class BenchmarkQuestions:
         asked = [(b, size) for b, size in zip(self.benchmarks, sizes, strict=True) if size != 0]
         for benchmark, _ in asked:
             benchmark.check()
+            if isinstance(benchmark, FreeAnswers):
+                benchmark.take_rows(rows(split) or rows("validation"))
         return [self._prepare(benchmark, size, encoder) for benchmark, size in asked]
 
     def _prepare(
         self, benchmark: Benchmark, size: int | None, encoder: TextEncoder
     ) -> PreparedBenchmark:
         questions = benchmark.load()
+        if benchmark.runs_model:
+            about = f"{size} {encoder.chat_template}"
+            tasks = [EncodedQuestion(q, (), digest(f"{about} {q.reference}")) for q in questions]
+            return PreparedBenchmark(
+                benchmark, tasks, (), size=size, chat_template=encoder.chat_template
+            )
         self.prompts[benchmark.name] = [question.prompt for question in questions]
         if size is not None:
             if not 1 <= size <= len(questions):
@@ -73,7 +96,7 @@ class BenchmarkQuestions:
             encoder.tokenizer(prefix + choice.strip(), add_special_tokens=False)["input_ids"]
             for choice in benchmark.choices
         ]
-        prompts = encoder.prompts([question.prompt for question in questions])
+        prompts = _token_ids(questions, encoder)
         prompts = self._shortened(prompts, benchmark, choices, encoder)
         encoded = [
             EncodedQuestion(question, ids, digest(" ".join(map(str, ids))))
@@ -118,6 +141,18 @@ class BenchmarkQuestions:
         return [ids if len(ids) <= room else encoder.last_tokens(ids, room) for ids in prompts]
 
 
+def _token_ids(questions: Sequence[Question], encoder: TextEncoder) -> list[list[int]]:
+    """Return what the model reads of each question, up to where its output begins."""
+    if not any(question.turns for question in questions):
+        return encoder.prompts([question.prompt for question in questions])
+    prompts, chat = [], ChatEncoder(encoder.tokenizer)
+    for question in questions:
+        row = chat.row(question.turns, 0, question.key)
+        begin = row.read_only[-1][1] if row.read_only else 0  # of the last answer
+        prompts.append([*row.prompt_ids, *row.answer_ids[:begin]])
+    return prompts
+
+
 def question_loaders(
     benchmarks: Sequence[PreparedBenchmark], batch_size: int, rank: int, world_size: int
 ) -> list[DataLoader[int]]:
@@ -131,9 +166,11 @@ def question_loaders(
         if prepared.choice_ids:
             # In the file's order neighbours begin alike (MMLU's subjects), which is read once.
             lengths = [1] * len(lengths)
+        collate, places = partial(_collate, number), _Places(len(lengths))
+        if prepared.benchmark.runs_model:  # on all processes together, task by task
+            loaders.append(DataLoader(places, 1, collate_fn=collate))
+            continue
         sampler = LengthGroupedSampler(lengths, batch_size, False, 0, rank, world_size)
-        collate = partial(_collate, number)
-        places = _Places(len(lengths))
         loaders.append(DataLoader(places, batch_size, sampler=sampler, collate_fn=collate))
     return loaders
 

@@ -198,7 +198,7 @@ class TextDataModule(LightningDataModule):
     def prepare_benchmarks(self, split: str) -> list[PreparedBenchmark]:
         """Return the benchmarks of a split with their questions encoded; see `BenchmarkQuestions.prepare`."""
         if split not in self._benchmarks:
-            self._benchmarks[split] = self.questions.prepare(split, self.encoder)
+            self._benchmarks[split] = self.questions.prepare(split, self.encoder, self.rows)
         return self._benchmarks[split]
 
     def train_dataloader(self) -> DataLoader[Any]:

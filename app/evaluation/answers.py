@@ -17,6 +17,8 @@ from app.utils.files import atomic_write, digest
 Answer = dict[str, Any]
 """`key` and `prompt_hash` of a question, its `outputs`, their `tokens` and `finished`, and its `scores`."""
 
+MOMENTS = ("zero_shot", "after_init", "step_", "final", "test")  # in the order of a run
+
 
 class AnswersFile:
     """Answers as JSON lines, written as they come.
@@ -98,3 +100,38 @@ class AnswersFile:
                 stream.writelines(f"{json.dumps(row)}\n".encode() for row in rows)
             for part in self._parts():
                 part.unlink()
+
+
+def answer_tables(folder: Path) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    """Return a table of the answers that have a reference beside them, by the benchmark's name.
+
+    Of a benchmark that was asked twice at a moment, in other ways, the later answers are taken.
+
+    Args:
+        folder: Where a folder of each moment is.
+
+    Returns:
+        The names of the columns, and the rows: moment, key, prompt, reference, output, scores.
+    """
+    tables: dict[str, tuple[list[str], list[list[Any]]]] = {}
+    paths = sorted(folder.glob("*/*-*.jsonl"), key=lambda path: path.stat().st_mtime)
+    last = {(path.parent.name, path.name.rpartition("-")[0]): path for path in paths}
+    for (moment, name), path in sorted(last.items(), key=lambda item: _place(item[0][0])):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if "reference" not in row:
+                break
+            texts = [row["key"], row["prompt"], row["reference"], row["outputs"][0]]
+            scores = {key: value for key, value in row["scores"].items() if not key.startswith("_")}
+            columns = ["moment", "key", "prompt", "reference", "output", *scores]
+            _, rows = tables.setdefault(name, (columns, []))
+            rows.append([moment, *texts, *scores.values()])
+    return tables
+
+
+def _place(moment: str) -> tuple[int, int]:
+    """Return the place of a moment in the order of a run: zero_shot, ..., step_5, step_10, final, test."""
+    name, _, step = moment.rpartition("_")
+    known = f"{name}_" if step.isdigit() else moment
+    number = MOMENTS.index(known) if known in MOMENTS else len(MOMENTS)
+    return number, int(step) if step.isdigit() else 0

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from app.distributed.collectives import sum_over_processes
-from app.distributed.processes import world_size
+from app.distributed.processes import is_first_process, world_size
 from app.evaluation.answers import Answer, AnswersFile
 from app.evaluation.benchmark import Benchmark, EncodedQuestion, PreparedBenchmark
 from app.evaluation.metrics import MeanScores
+from app.evaluation.server_requests import ServerRequests
 from app.models.generation import generate
 from app.models.likelihood import choice_log_likelihoods
 from app.models.protocols import ScoredModel
@@ -80,8 +81,14 @@ class BenchmarkRunner:
         self.tokens = 0  # that this process has generated, or read where choices are compared
         self.seconds = 0.0
         self.asked = self.known = 0
+        self.task_scores: dict[str, float] = {}  # of a benchmark that runs the model itself
         self.scores: dict[str, float] = {}
         self.counts: dict[str, float | None] = {}
+        self.requests: ServerRequests | None = None
+        if prepared.server is not None and prepared.benchmark.decoding is not None:
+            served = str(prepared.served)
+            self.requests = ServerRequests(prepared.server, served, prepared.benchmark.decoding)
+            identity = {"served": served, "api": prepared.server.api}
         self.identity = {**benchmark_identity(prepared.benchmark), **identity}
         self.file = None if folder is None else AnswersFile(folder, self.name, self.identity)
 
@@ -90,6 +97,10 @@ class BenchmarkRunner:
 
         `index` (B,) holds places in the benchmark's questions; -1 is a padding row, which is not asked.
         """
+        if self.prepared.benchmark.runs_model:
+            for i in index:
+                self._run_task(self.prepared.questions[i])
+            return
         unanswered = []
         for encoded in (self.prepared.questions[i] for i in index if i >= 0):
             scores = self.file.scores_before(encoded) if self.file else None
@@ -98,6 +109,9 @@ class BenchmarkRunner:
             else:
                 self.known += 1
                 self.means.update(scores)
+        if self.requests is not None:
+            self._keep(self.requests.ask(unanswered))
+            return
         if not unanswered and not self.together:
             return
         start = time.perf_counter()
@@ -106,6 +120,30 @@ class BenchmarkRunner:
         )
         self.seconds += time.perf_counter() - start
         self._judge(unanswered, answers)
+
+    def _keep(self, answered: Iterable[tuple[EncodedQuestion, Answer]]) -> None:
+        """Judge and keep a server's answers, each as it comes."""
+        start = time.perf_counter()
+        for encoded, answer in answered:
+            self.tokens += sum(answer["tokens"])
+            self._judge([encoded], [answer])
+        self.seconds += time.perf_counter() - start
+
+    def _run_task(self, task: EncodedQuestion) -> None:
+        """Let the benchmark run the model on a task, unless that has an answer; on all processes together."""
+        benchmark, prepared = self.prepared.benchmark, self.prepared
+        scores = self.file.scores_before(task) if self.file else None
+        self.known += scores is not None and is_first_process()
+        if scores is None:
+            size, chat_template = prepared.size, prepared.chat_template
+            answer = benchmark.run(self.module, task.question, size, chat_template)
+            scores = benchmark.score(task.question, answer["outputs"])
+            if is_first_process():
+                self.asked += 1
+                if self.file is not None:
+                    named = {"key": task.question.key, "prompt_hash": task.prompt_hash}
+                    self.file.add([{**named, **answer, "scores": scores}])
+        self.task_scores |= scores
 
     def _generate(self, asked: Sequence[EncodedQuestion]) -> list[Answer]:
         decoding = self.prepared.benchmark.decoding
@@ -158,15 +196,21 @@ class BenchmarkRunner:
             rows = []
             for e, answer, scores in zip(asked, answers, judged, strict=True):
                 named = {"key": e.question.key, "prompt_hash": e.prompt_hash}
+                if isinstance(e.question.reference, str):  # to read beside the output
+                    named |= {"prompt": e.question.prompt, "reference": e.question.reference}
                 rows.append({**named, **answer, "scores": scores})
             self.file.add(rows)
 
     def finish(self) -> dict[str, float]:
         """Join the answers of all processes and return the scores, the same on every process."""
+        if self.requests is not None:
+            self._keep(self.requests.rest())
         if self.file is not None:
             self.file.join({q.question.key: i for i, q in enumerate(self.prepared.questions)})
         device = self.module.device
-        self.scores = self.prepared.benchmark.combine(self.means.compute(device))
+        self.scores = self.prepared.benchmark.combine(
+            self.task_scores or self.means.compute(device)
+        )
         counts = torch.tensor([self.asked, self.known, self.tokens], device=device)
         asked, known, tokens = sum_over_processes(counts).tolist()
         self.counts = {

@@ -16,6 +16,9 @@ from app.tracking.wandb_logger import wandb_mode
 from app.utils.files import write_json
 from app.utils.text import rate_text
 
+Tables = Mapping[str, tuple[list[str], list[list[Any]]]]
+"""The columns and rows of each table by its name."""
+
 
 def cell_of(settings: Mapping[str, Any], task: str | None) -> str:
     """Name what only the runs share that differ in their seed alone: W&B can group by one key.
@@ -70,6 +73,12 @@ def log_plots(logger: WandbLogger, plots: Sequence[Path]) -> None:
         logger.log_image(f"plots/{plot.stem}", [str(plot)])
 
 
+def log_answers(logger: WandbLogger, tables: Tables) -> None:
+    """Log tables of answers beside their references."""
+    for name, (columns, rows) in tables.items():
+        logger.log_table(f"answers/{name}", columns=columns, data=rows)
+
+
 def line_chart(lines: Mapping[str, Mapping[int, float]], title: str, xname: str) -> Any:
     """Return W&B's own line chart of values over x, by label."""
     import wandb  # slow, and of no use to a run without it
@@ -88,7 +97,7 @@ def keep_wandb_run(logger: WandbLogger, folder: RunFolder) -> None:
     write_json(folder.wandb, {**about, "tags": list(run.tags or ()), "config": dict(run.config)})
 
 
-def log_test_scores(folder: RunFolder, settings: OutputSettings) -> None:
+def log_test_scores(folder: RunFolder, settings: OutputSettings, tables: Tables) -> None:
     """Add a test's scores to the summary of the W&B run that has trained what was tested.
 
     The history stays as it is. A W&B that cannot be reached is a warning: the scores are in the folder.
@@ -96,6 +105,7 @@ def log_test_scores(folder: RunFolder, settings: OutputSettings) -> None:
     Args:
         folder: The run folder, with the scores in its summary. Nothing is logged if its training was not.
         settings: Whether W&B is used, and how.
+        tables: Answers beside their references.
     """
     if settings.wandb == "disabled" or not folder.wandb.is_file():
         return
@@ -121,6 +131,8 @@ def log_test_scores(folder: RunFolder, settings: OutputSettings) -> None:
             ),
         ) as run:
             run.summary.update(summary_of(record))
+            for name, (columns, rows) in tables.items():
+                run.summary[f"answers/{name}"] = wandb.Table([*columns], rows)
     except Exception as error:  # of the network, of the key, of the server: all in their own words
         rank_zero_warn(
             f"the scores of this test did not reach the W&B run of {folder} ({error}); they are in "

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from app.evaluation.benchmark import PreparedBenchmark
 from app.models.adalora import check_schedule
 from app.models.adapter_config import LoraSettings, fsdp_incompatible_options
 from app.models.lora import tied_target_layers
@@ -202,6 +203,16 @@ def check_shardable(merged: bool, quantized: str | None) -> None:
             "are no parameters, which it could shard or hand out: use --config strategies/ddp.yaml, in which "
             "each process has the whole quantised model, or weights that are not quantised"
         )
+
+
+def check_sharded_benchmarks(benchmarks: Sequence[PreparedBenchmark]) -> None:
+    """Raise InputError for a benchmark that runs the model itself, where the base weights are sharded."""
+    for prepared in benchmarks:
+        if prepared.benchmark.runs_model:
+            raise InputError(
+                f"{prepared.benchmark.name} in --data.evals runs the model on each process's own batches, but "
+                "this strategy shards its weights: use --config strategies/ddp.yaml, or one process"
+            )
 
 
 def check_untied(init: str, model: nn.Module) -> None:

@@ -42,7 +42,7 @@ from app.training.checkpoint_state import check_trained, keep_trained, saved_fac
 from app.training.lightning_internals import total_steps
 from app.training.model_building import build_model, empty_adapted
 from app.training.optimization import check_gradients, check_loss, make_optimizer, pair_optimizer
-from app.training.protocols import AdaptedModule, Factors, data_of
+from app.training.protocols import AdaptedModule, Factors, data_of, server_of
 from app.training.step_mean import StepMean
 from app.training.trainer_checks import check_loops
 from app.utils.errors import InputError
@@ -107,8 +107,9 @@ class LoraModule(LightningModule):
         self.attn_implementation = available_attention(attn_implementation, anywhere=True)
         self.gradient_checkpointing = gradient_checkpointing
         self.record = RunRecord(method=method)
-        # Only trainable weights are in checkpoints; the base comes from `name`.
-        self.strict_loading = False
+        self.strict_loading = (
+            False  # checkpoints hold trainable weights; the base comes from `name`
+        )
         self.model: nn.Module  # from `configure_model`
         self.scoring: Scoring
         self.answers_folder: Path | None = None
@@ -150,6 +151,8 @@ class LoraModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the base model and add the adapter; called once by every stage."""
+        if server_of(self.trainer) is not None:
+            self.model = nn.Identity()  # nothing is asked of it
         if hasattr(self, "model"):
             return
         strategy, fitting = self.trainer.strategy, self.trainer.state.fn == TrainerFn.FITTING
@@ -203,11 +206,8 @@ class LoraModule(LightningModule):
         """
         data = data_of(self.trainer)
         folder = None if self.answers_folder is None else self.answers_folder / moment
-        identity = {
-            "base": self.record.model.fingerprint,
-            "dtype": self.dtype_name,
-            "precision": str(self.trainer.precision),
-        }
+        base, precision = self.record.model.fingerprint, str(self.trainer.precision)
+        identity = {"base": base, "dtype": self.dtype_name, "precision": precision}
         labels, benchmarks = data.label_token_ids(), data.prepare_benchmarks(split)
         return Scoring(self, identity, labels, benchmarks, folder, self.is_sharded)
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from app.evaluation.benchmark import PreparedBenchmark
 from app.evaluation.scoring import Scoring
+from app.evaluation.server import Server
 from app.initialization.one_step_gradient import Estimator
 from app.models.adapter_config import LoraSettings
 from app.models.batch import Batch
@@ -136,6 +137,11 @@ def adapted(pl_module: LightningModule) -> AdaptedModule:
 def data_of(trainer: Trainer) -> DataModule:
     """Return a trainer's data module."""
     return cast(DataModule, trainer.datamodule)  # type: ignore[attr-defined]  # set by `fit`
+
+
+def server_of(trainer: Trainer) -> Server | None:
+    """Return the server that generates outputs instead of the model, if the data module has one."""
+    return getattr(trainer.datamodule, "server", None)  # type: ignore[attr-defined]
 
 
 def logged_scores(trainer: Trainer, prefix: str) -> dict[str, float]:

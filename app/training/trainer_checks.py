@@ -32,6 +32,7 @@ from app.distributed.fsdp import Fsdp2Strategy
 from app.distributed.rendezvous import check_processes
 from app.evaluation.scoring import score_names
 from app.models.adapter_config import LoraSettings
+from app.training.checks import check_sharded_benchmarks
 from app.training.protocols import DataModule
 from app.utils.arguments import listed
 from app.utils.errors import InputError
@@ -164,6 +165,9 @@ def check_loops(
         adapter: What is trained.
         stage: "fit", "validate" or "test".
     """
+    if isinstance(trainer.strategy, Fsdp2Strategy):
+        asked = data.prepare_benchmarks("test" if stage == "test" else "validation")
+        check_sharded_benchmarks(asked)
     if stage == "test":
         _check_limit(trainer, "test", data.test_dataloader())
     else:

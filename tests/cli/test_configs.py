@@ -9,8 +9,10 @@ THEORY = CONFIGS / "theory"  # another command's, see tests/commands/theory/test
 FILES = sorted(f for f in CONFIGS.rglob("*.yaml") if f.parent != THEORY)
 PAPER_OVERLAY = CONFIGS / "paper.yaml"
 COMPLETE = [file for file in FILES if file.parent == CONFIGS and file != PAPER_OVERLAY]
-BENCHMARKS = [file for file in FILES if file.parent.name == "eval"]
-OVERLAYS = [file for file in FILES if file not in [*COMPLETE, *BENCHMARKS, PAPER_OVERLAY]]
+OWN_ROWS = CONFIGS / "eval" / "free_answers.yaml"  # asks the rows of a run's own data
+BENCHMARKS = [file for file in FILES if file.parent.name == "eval" and file != OWN_ROWS]
+ONE_OF_A_KIND = [PAPER_OVERLAY, OWN_ROWS]
+OVERLAYS = [file for file in FILES if file not in [*COMPLETE, *BENCHMARKS, *ONE_OF_A_KIND]]
 
 
 def name_of(file):
@@ -18,9 +20,9 @@ def name_of(file):
 
 
 def test_all_are_here():
-    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) + 1 == 47
+    assert len(FILES) == len(COMPLETE) + len(BENCHMARKS) + len(OVERLAYS) + 2 == 49
     assert len(COMPLETE) == 16
-    assert len(BENCHMARKS) == 5
+    assert len(BENCHMARKS) == 6
 
 
 @pytest.mark.parametrize("file", COMPLETE, ids=name_of)
@@ -158,6 +160,15 @@ def test_benchmarks(file, parsed):
     assert asked.class_path.startswith(f"data_modules.evals.{file.stem}.")
     assert config.output.name == file.stem
     assert config.model.adapter is None
+
+
+def test_the_overlay_that_asks_a_runs_own_rows(parsed):
+    """It adds the benchmark to the run's data, and changes nothing else."""
+    before = flat(parsed("--config", "code_alpaca_smollm2.yaml").as_dict())
+    after = flat(parsed("--config", "code_alpaca_smollm2.yaml", "--config", OWN_ROWS).as_dict())
+    assert {k for k in before if before[k] != after.get(k)} == {"config", "data.init_args.evals"}
+    (asked,) = after["data.init_args.evals"]
+    assert asked["class_path"] == "data_modules.evals.free_answers.FreeAnswers"
 
 
 WITHOUT_OVERLAY = {}  # parsed once

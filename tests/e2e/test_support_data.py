@@ -16,4 +16,6 @@ def test_data_modules(row, column, tried):
 def test_benchmarks(row, column, tried, request):
     if row == "HumanEval":
         request.getfixturevalue("bubblewrap")
+    if row == "LmEval":
+        pytest.importorskip("lm_eval", reason="pip install -r requirements-lm-eval.txt")
     tried("Benchmarks", row, column)

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.support.lm_eval_tasks import NAMES, write_tasks
+
 NUM_ROWS = 16
 SIZES = {"batch_size": 4, "eval_batch_size": 4, "validation_size": 4, "max_length": 512}
 PROGRAM = "```python\ndef f(x):\n    return x\n```"
@@ -77,6 +79,9 @@ def benchmark(name: str, folder: Path) -> dict[str, Any]:
             with (folder / split / f"anatomy_{split}.csv").open("w", newline="") as stream:
                 csv.writer(stream).writerows(rows_of(CHOICE, number))
         arguments |= {"path": str(folder), "subjects": ["anatomy"]}
+    elif name == "LmEval":
+        options = {"tasks": NAMES[:1], "include_path": str(write_tasks(folder))}
+        return {"class_path": name, "init_args": {**arguments, **options}}
     elif name == "Commonsense":
         row = {"instruction": OPTION, "input": "", "answer": "true"}
         _json_file(folder, row, "boolq/test.json")
@@ -124,6 +129,14 @@ def with_chat_template(folder: Path) -> dict[str, Any]:
     return section
 
 
+def with_free_answers(name: str, folder: Path) -> dict[str, Any]:
+    """Write the rows of a source, of which some are answered freely."""
+    section = DATA[name](folder)
+    asked = {"validation_size": 2, "limit": 3, "max_new_tokens": 2}
+    section["init_args"]["evals"] = [{"class_path": "FreeAnswers", "init_args": asked}]
+    return section
+
+
 DATA = {
     "GlueDataModule": glue,
     "MovieReviewsDataModule": movie_reviews,
@@ -132,6 +145,10 @@ DATA = {
     "InstructionDataModule with chat_template": with_chat_template,
     "TableDataModule": table,
     "ChatDataModule": chat,
+    **{
+        f"{name} with FreeAnswers": lambda folder, name=name: with_free_answers(name, folder)
+        for name in ("InstructionDataModule", "ChatDataModule")
+    },
 }
 """Writes the files of each data module that has rows; returns the section `data` that reads them."""
-BENCHMARKS = ("Commonsense", "Gsm8k", "Gsm8kCot", "HumanEval", "Mmlu")
+BENCHMARKS = ("Commonsense", "Gsm8k", "Gsm8kCot", "HumanEval", "LmEval", "Mmlu")

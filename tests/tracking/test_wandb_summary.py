@@ -220,13 +220,13 @@ def test_a_test_is_logged_where_the_training_was_and_never_fails_by_it(
     monkeypatch.setattr(wandb, "init", init)
     write_json(tmp_path / "summary.json", {"metrics": {"test": {"accuracy": 0.5}}})
     log_test_scores(
-        RunFolder(tmp_path), OutputSettings(wandb="online")
+        RunFolder(tmp_path), OutputSettings(wandb="online"), {}
     )  # its training was not logged
     write_json(tmp_path / "wandb.json", {"id": "abc"})
-    log_test_scores(RunFolder(tmp_path), OutputSettings(wandb="disabled"))
+    log_test_scores(RunFolder(tmp_path), OutputSettings(wandb="disabled"), {})
     assert not asked
     assert not recwarn.list
     for mode, why in (("online", "no API key"), ("offline", "no network"), ("auto", "no network")):
         with pytest.warns(UserWarning, match=rf"did not reach the W&B run of .* \(.*{why}.*\)"):
-            log_test_scores(RunFolder(tmp_path), OutputSettings(wandb=mode))
+            log_test_scores(RunFolder(tmp_path), OutputSettings(wandb=mode), {})
     assert asked == [("abc", "offline"), ("abc", "offline")]

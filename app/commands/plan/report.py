@@ -53,6 +53,9 @@ def data_text(trainer: Trainer, module: LoraModule, data: PlannedData, placement
         lines.append(_line(f"{split} rows", len(rows), note))
     for prepared in data.prepare_benchmarks("validation"):
         decoding = prepared.benchmark.decoding
+        if prepared.benchmark.runs_model:
+            lines.append(_line(prepared.benchmark.name, f"{len(prepared.questions):,} tasks"))
+            continue
         how = "likeliest choice" if decoding is None else f"up to {decoding.max_new_tokens} new"
         note = f"longest {max(map(len, prepared.questions))} tokens; {how}"
         lines.append(_line(prepared.benchmark.name, f"{len(prepared.questions):,} questions", note))
