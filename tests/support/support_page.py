@@ -22,10 +22,11 @@ INTRODUCTION = f"""\
 
 Every command with each method, model family, data module and benchmark, tried on random models of one layer.
 "runs" says that all commands of the table run: `plan` counts the memory, `init` and `fit` write an adapter,
-`one_step` scores a step of the weights, `validate` and `test` score the adapter, the merged model computes what was trained, and `resume` (`fit --ckpt_path
-last`) makes another step. A command that is named is refused in one line, with exit status 2, by the message
-of that number at the end of the page, where RUN is the run's folder, MODEL the model's and DATA the class of
-the data. Where `fit` is refused, there is no run for the commands behind it.
+`one_step` scores a step of the weights, `validate` and `test` score the adapter, the merged model computes what
+was trained, and `resume` (`fit --ckpt_path last`) makes another step. A command that is named is refused in one
+line, with exit status 2, by the message of that number at the end of the page, where RUN is the run's folder,
+MODEL the model's and DATA the class of the data. Where `fit` is refused, there is no run for the commands
+behind it.
 
 The page is written by its own test, which fails where something else comes out:
 
