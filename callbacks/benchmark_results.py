@@ -14,6 +14,7 @@ from app.tracking.model_card import write_run_card
 from app.tracking.record import RunRecord
 from app.tracking.row_scores import write_row_scores
 from app.tracking.run_folder import RunFolder
+from app.tracking.run_text import finished_text
 from app.tracking.wandb_summary import log_answers, log_test_scores
 from app.training.protocols import adapted, logged_scores
 from app.utils.files import read_json, write_json
@@ -69,7 +70,6 @@ class BenchmarkResults(Callback):
         if results:
             path = self.folder.scores
             write_json(path, {**(read_json(path) or {}), **results})
-            rank_zero_info(f"\nscores: {path}\nanswers: {self.folder.answers}")
         summary = self.folder.summary
         if summary.is_file():
             record = RunRecord.read(summary)
@@ -82,3 +82,7 @@ class BenchmarkResults(Callback):
             if self.output is not None:
                 tables = answer_tables(self.folder.answers)
                 log_test_scores(self.folder, self.output, tables)
+            rank_zero_info(finished_text(record, self.folder, tested=True))
+            trainer.test_loop.verbose = False  # Lightning's table has the same scores
+        if results:
+            rank_zero_info(f"scores: {self.folder.scores}\nanswers: {self.folder.answers}")

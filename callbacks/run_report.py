@@ -26,6 +26,7 @@ from app.tracking.model_card import write_run_card
 from app.tracking.plots import write_plots
 from app.tracking.record import DataRecord, RunRecord, TrainRecord
 from app.tracking.run_folder import RunFolder
+from app.tracking.run_text import finished_text
 from app.tracking.wandb_summary import keep_wandb_run, log_run_summary
 from app.training.protocols import AdaptedModule, adapted, data_of
 from app.utils.console import warn_on_failure
@@ -45,7 +46,7 @@ class RunReport(Callback):
         self.seed = seed
         self._seconds = 0.0  # of training without validation, until the clock was started
         self._clock: float | None = None  # when it was started; None while it is stopped
-        self._samples = 0
+        self._samples = self._tokens = 0
         self._steps = 0
         self._counts: list[torch.Tensor] = []
         self._trained = False
@@ -61,6 +62,7 @@ class RunReport(Callback):
         return {
             "seconds": self._now(),
             "samples": self._samples,
+            "tokens": self._tokens,
             "steps": self._steps,
             "peak_bytes": self._largest_peak(),
             "device": self._device,
@@ -73,6 +75,7 @@ class RunReport(Callback):
         """Add to what the interrupted run has done."""
         self._seconds, self._samples = state_dict["seconds"], state_dict["samples"]
         self._steps = state_dict["steps"]
+        self._tokens = state_dict.get("tokens", 0)
         self._peak_bytes = state_dict.get("peak_bytes", 0)
         # Those of a part that trains are set again; an earlier version has kept none.
         self._device = state_dict.get("device", "")
@@ -92,7 +95,8 @@ class RunReport(Callback):
 
     def _count(self) -> None:
         if self._counts:
-            self._samples += int(sum_over_processes(torch.stack(self._counts).sum()))
+            samples, tokens = sum_over_processes(torch.stack(self._counts).sum(0)).tolist()
+            self._samples, self._tokens = self._samples + samples, self._tokens + tokens
             self._counts.clear()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,8 +113,11 @@ class RunReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the samples, and read the clock."""
-        self._counts.append((batch["index"] >= 0).sum())  # without padding rows
+        """Count the samples and tokens, and read the clock."""
+        samples = (batch["index"] >= 0).sum()  # without padding rows
+        # Packed rows have no mask, and hardly any padding.
+        tokens = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()
+        self._counts.append(torch.stack([samples, tokens]))
         self._steps = trainer.global_step
         self._trained = True
         pl_module.log("train/seconds", self._now())
@@ -167,7 +174,7 @@ class RunReport(Callback):
                 "allow writing there; from its checkpoint `--ckpt_path last` goes on"
             ) from error
         self._report(trainer, record, folder)
-        rank_zero_info(f"\n{record.score_table()}\n\nrun folder: {folder}")
+        rank_zero_info(finished_text(record, folder))
 
     def _save(self, trainer: Trainer, module: AdaptedModule, folder: RunFolder) -> None:
         """Write the trained weights, once, and the record with the scores that there are."""
@@ -189,6 +196,8 @@ class RunReport(Callback):
             seconds=self._seconds,
             samples=self._samples,
             samples_per_second=self._samples / self._seconds if self._seconds else 0.0,
+            tokens=self._tokens,
+            tokens_per_second=self._tokens / self._seconds if self._seconds else 0.0,
             peak_bytes=self._peak_bytes,
             device=self._device,
             host=self._host,

@@ -54,6 +54,8 @@ class TrainRecord(Section):
     seconds: float | None = None  # without validation
     samples: int | None = None
     samples_per_second: float | None = None
+    tokens: int | None = None  # of the input, without padding
+    tokens_per_second: float | None = None
     # Allocated by torch on CUDA, resident in the process on the CPU, of the process that needs most.
     peak_bytes: int | None = None
     device: str | None = None

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.distributed.collectives import broadcast, sum_in_one_buffer, sum_over_processes
 from app.distributed.fsdp import Fsdp2Strategy
@@ -37,11 +37,10 @@ from app.models.quantization import quantized_by
 from app.models.source import ModelSource, Quantization, resolve_model
 from app.optim.preconditioned_adamw import PreconditionedAdamW
 from app.tracking.record import RunRecord
-from app.training import checks
+from app.training import checks, optimization
 from app.training.checkpoint_state import check_trained, keep_trained, saved_factors
 from app.training.lightning_internals import total_steps
 from app.training.model_building import build_model, empty_adapted
-from app.training.optimization import check_gradients, check_loss, make_optimizer, pair_optimizer
 from app.training.protocols import AdaptedModule, Factors, data_of, server_of
 from app.training.step_mean import StepMean
 from app.training.trainer_checks import check_loops
@@ -98,7 +97,7 @@ class LoraModule(LightningModule):
         self.adapter_path = adapter_path
         self.merged = merged is not None
         self.make_optimizer = optimizer
-        self.pair_optimizer = pair_optimizer(optimizer)
+        self.pair_optimizer = optimization.pair_optimizer(optimizer)
         self.loss_weighting: Weighting = loss_weighting
         self.lr_scheduler_type = lr_scheduler_type
         self.warmup_steps = warmup_steps
@@ -230,7 +229,7 @@ class LoraModule(LightningModule):
         """Return a loss whose gradients, summed over a step, are those of its mean; see `StepMean`."""
         loss, number = supervised_loss(self.model, self.base, batch, self.loss_weighting)
         whole = sum_over_processes(torch.stack([loss.detach(), loss.new_tensor(number)]))
-        check_loss(whole, self.current_epoch, batch_idx, batch["index"])
+        optimization.check_loss(whole, self.current_epoch, batch_idx, batch["index"])
         # DDP takes the mean over processes, and Lightning that over accumulated batches.
         averaged = isinstance(self.trainer.strategy, DDPStrategy)
         divided_by = (world_size() if averaged else 1) * self.trainer.accumulate_grad_batches
@@ -249,7 +248,7 @@ class LoraModule(LightningModule):
             self.log("train/orthogonality", add_orthogonality(tuner))
         # The scaler of float16 overflows on purpose, and skips such steps itself.
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            check_gradients(self._trained, self.global_step)
+            optimization.check_gradients(self._trained, self.global_step)
 
     def on_validation_start(self) -> None:
         """Make ready to score, with answers in a folder of this step."""
@@ -279,9 +278,10 @@ class LoraModule(LightningModule):
         # Found here once, and not in a walk over all modules in each step.
         self._trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         total = total_steps(self.trainer)
-        optimizer = make_optimizer(self.make_optimizer, self.model, total)
-        warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
-        scheduler = get_scheduler(self.lr_scheduler_type, optimizer, round(warmup), total)
+        optimizer = optimization.make_optimizer(self.make_optimizer, self.model, total)
+        scheduler = optimization.make_schedule(
+            self.lr_scheduler_type, optimizer, self.warmup_steps, total
+        )
         schedule = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

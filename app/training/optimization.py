@@ -8,6 +8,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
 
 from app.models.lora import stacked_pairs
 from app.optim.lora_plus import LoraPlusAdamW
@@ -69,6 +71,20 @@ def make_optimizer(make: OptimizerCallable, model: nn.Module, steps: int) -> Opt
             "that RefLoraAdamW is plain AdamW throughout: set it lower, or train longer"
         )
     return optimizer
+
+
+def make_schedule(shape: str, optimizer: Optimizer, warmup_steps: float, steps: int) -> LRScheduler:
+    """Make the learning rate's schedule over so many optimizer steps.
+
+    Args:
+        shape: One of transformers' names.
+        optimizer: Whose learning rate it is.
+        warmup_steps: Steps of linear warm-up; below 1, a share of all steps.
+        steps: Of the whole training.
+    """
+    warmup = round(warmup_steps if warmup_steps >= 1 else warmup_steps * steps)
+    # The polynomial divides by the steps behind the warm-up, of which there may be none.
+    return get_scheduler(shape, optimizer, warmup, max(steps, warmup + 1))
 
 
 def check_loss(whole: Tensor, epoch: int, batch_idx: int, rows: Tensor) -> None:

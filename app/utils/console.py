@@ -1,6 +1,7 @@
 """Progress, status lines, and the messages of libraries that no user can act on."""
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -13,11 +14,18 @@ from app.utils.errors import reason
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 5.0
+NOTHING_TO_ACT_ON = ("💡", "TPU available", "Seed set", "Failed to load CPU gemm_4bit_forward")
+"""How such messages begin."""
 
 
 def on_terminal() -> bool:
     """Return whether standard error is a terminal."""
     return sys.stderr.isatty()
+
+
+def bold(text: str) -> str:
+    """Return a text that a terminal shows bold; as it is where none reads it, or NO_COLOR is set."""
+    return f"\x1b[1m{text}\x1b[0m" if on_terminal() and not os.environ.get("NO_COLOR") else text
 
 
 def track(items: Sequence[T], label: str, note: Callable[[], str] = str) -> Iterator[T]:
@@ -69,6 +77,8 @@ def silence() -> None:
     """Drop what no user can act on: advertisements, absent hardware, deprecations inside libraries."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_says_something)
+    # PEFT imports bitsandbytes wherever it is installed, also for a base that is not quantised.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_says_something)
     for inside in (
         "Experiment logs directory .* exists and is not empty",  # make_loggers has just made it
         "The dirpath has changed from",  # a run that goes on from another folder's checkpoint
@@ -83,7 +93,7 @@ def silence() -> None:
 
 
 def _says_something(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(("💡", "TPU available", "Seed set"))
+    return not record.getMessage().startswith(NOTHING_TO_ACT_ON)
 
 
 def say(message: str) -> None:

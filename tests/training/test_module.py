@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from app.training.module import LoraModule
+from app.training.optimization import make_schedule
 from callbacks.score_at import ScoreAt
 from tests.support.run_folders import check_rows, summary, values
 
@@ -126,3 +127,24 @@ def test_final_scores_are_the_last_validations_if_that_saw_the_final_model_and_a
     batches, final, validated = scored("--trainer.max_steps=5")
     assert batches == 6 + 3 + 3 + 3
     assert final["loss"] != pytest.approx(validated["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(0, 0.03), (2, 2), (2, 5)])
+def test_a_polynomial_without_a_step_behind_the_warm_up(steps, warmup, fit):
+    folder = fit(
+        *("--model.lr_scheduler_type=polynomial", f"--model.warmup_steps={warmup}"),
+        *(f"--trainer.max_steps={steps}", "--init=null"),
+    )
+    assert summary(folder)["train"]["steps"] == steps
+
+
+def test_the_polynomial_falls_to_the_end_of_training():
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule = make_schedule("polynomial", optimizer, 2, 6)
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25], abs=1e-6)

@@ -1,5 +1,6 @@
 """Progress: plain lines in a log file, bars on a terminal."""
 
+import logging
 import os
 import re
 import subprocess
@@ -50,6 +51,14 @@ def test_a_log_file_holds_plain_lines(tiny_run, tmp_path):
     assert all(places), [line for line, place in zip(expected, places, strict=True) if not place]
     starts = [place.start() for place in places]
     assert starts == sorted(starts)
+
+
+def test_a_kernel_that_only_a_quantised_base_uses_is_not_spoken_of(caplog):
+    progress.silence()
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no module")
+    log.warning("Something else")
+    assert [record.getMessage() for record in caplog.records] == ["Something else"]
 
 
 def test_track_yields_everything_and_speaks_every_few_seconds(monkeypatch, capsys):
