@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from app.tracking.alignment_plots import MAPS, write_heat_maps
 from app.tracking.loggers import run_folder_of
 from app.tracking.metrics_table import append_rows, read_table, write_table
 from app.tracking.run_folder import RunFolder
+from app.tracking.tensorboard_summary import log_histograms, log_pictures
 from app.tracking.wandb_summary import line_chart, log_plots
 from app.training.protocols import AdaptedModule, adapted, data_of
 from app.utils.console import track, warn_on_failure
@@ -151,6 +152,8 @@ class AlignmentMonitor(Callback):
                 if isinstance(logger, WandbLogger):
                     log_plots(logger, plots)
                     logger.experiment.log({"alignment/angles": _alignment(table)})
+                if isinstance(logger, TensorBoardLogger):
+                    log_pictures(logger, plots, trainer.global_step)
             rank_zero_info(f"alignment metrics: {table} and {len(plots)} heat maps")
 
     @torch.no_grad()
@@ -182,6 +185,10 @@ class AlignmentMonitor(Callback):
             if isinstance(logger, WandbLogger):
                 with warn_on_failure("logging the alignment metrics to W&B"):
                     _log_histograms(logger, columns, step)
+            if isinstance(logger, TensorBoardLogger):
+                with warn_on_failure("logging the alignment metrics to TensorBoard"):
+                    by_name = {f"alignment_layers/{name}": v for name, v in columns.items()}
+                    log_histograms(logger, by_name, step)
 
 
 def _folder(trainer: Trainer) -> RunFolder | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.evaluation.answers import answer_tables
@@ -15,6 +15,7 @@ from app.tracking.record import RunRecord
 from app.tracking.row_scores import write_row_scores
 from app.tracking.run_folder import RunFolder
 from app.tracking.run_text import finished_text
+from app.tracking.tensorboard_summary import log_texts
 from app.tracking.wandb_summary import log_answers, log_test_scores
 from app.training.protocols import adapted, logged_scores
 from app.utils.files import read_json, write_json
@@ -53,12 +54,15 @@ class BenchmarkResults(Callback):
         self.on_validation_batch_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the answers that have references, of all moments of the run, to W&B as tables."""
+        """Log the answers that have references, of all moments of the run, as tables (TensorBoard: text)."""
         folder = adapted(pl_module).answers_folder
         if folder is not None and trainer.is_global_zero:
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     log_answers(logger, answer_tables(folder))
+                if isinstance(logger, TensorBoardLogger):
+                    step = trainer.global_step
+                    log_texts(logger, answer_tables(folder), step, "answers/")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the scores to the run's summary and W&B run, those of benchmarks to earlier tests'."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError
@@ -27,6 +27,7 @@ from app.tracking.plots import write_plots
 from app.tracking.record import DataRecord, RunRecord, TrainRecord
 from app.tracking.run_folder import RunFolder
 from app.tracking.run_text import finished_text
+from app.tracking.tensorboard_summary import log_run_to_tensorboard
 from app.tracking.wandb_summary import keep_wandb_run, log_run_summary
 from app.training.protocols import AdaptedModule, adapted, data_of
 from app.utils.console import warn_on_failure
@@ -225,6 +226,9 @@ class RunReport(Callback):
                     if not logger.experiment.disabled:
                         log_run_summary(logger, record, plots, adapter)
                         keep_wandb_run(logger, folder)
+            if isinstance(logger, TensorBoardLogger):
+                with warn_on_failure("logging the finished run to TensorBoard"):
+                    log_run_to_tensorboard(logger, record, plots)
 
 
 def _is_scored(folder: RunFolder) -> bool:

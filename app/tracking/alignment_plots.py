@@ -58,6 +58,9 @@ def write_heat_maps(table: Path, folder: Path) -> list[Path]:
 
 def _draw(axes: Axes, grid: "pd.DataFrame", measure: str) -> None:
     title, unit = MAPS[measure]
+    ends = [grid[step].median() for step in (grid.columns[0], grid.columns[-1])]
+    known = [f"{median:.3g}" for median in ends if np.isfinite(median)]
+    medians = f"median over layers {' to '.join(known)}" if known else "no layer has a value"
     low, high = grid.min().min(), grid.max().max()  # without the cells that have no value
     # Conditions and norms span decades.
     norm: Normalize | None = LogNorm(low, high) if 0 < 30 * low < high else None
@@ -75,5 +78,6 @@ def _draw(axes: Axes, grid: "pd.DataFrame", measure: str) -> None:
         axes.axhline(i - 0.5, color="white", linewidth=0.8)
     shown = np.unique(np.linspace(0, grid.shape[1] - 1, min(grid.shape[1], 9)).round().astype(int))
     axes.set_xticks(shown, [str(grid.columns[i]) for i in shown])
-    axes.set(xlabel="optimizer step", title=title)
-    axes.title.set_fontsize(11)
+    axes.set(xlabel="optimizer step", ylabel="layers by kind, the first block on top")
+    axes.yaxis.label.set_fontsize(8)
+    axes.set_title(f"{title}\n{medians}", fontsize=10)

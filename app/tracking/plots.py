@@ -101,9 +101,9 @@ def _loss(axes: Axes, curve: Sequence[tuple[int, float]]) -> None:
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         axes.plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window}")
         axes.legend()
-    axes.set(
-        xlabel="optimizer step", ylabel="training loss (nats per token)", title="Training loss"
-    )
+    first, last = (np.mean(part) for part in (values[:window], values[-window:]))
+    title = f"Training loss {_change(first, last)}"
+    axes.set(xlabel="optimizer step", ylabel="training loss (nats per token)", title=title)
     axes.set_ylim(0, 1.05 * max(values))
     axes.grid(alpha=0.3)
 
@@ -112,9 +112,9 @@ def _validation(path: Path, curves: Curves, metrics: Mapping[str, Mapping[str, f
     """Draw each score in a panel of its own: before training, meanwhile, and at the end."""
     names = main_scores(metrics.values())
     rows, columns = -(-len(names) // _COLUMNS), min(len(names), _COLUMNS)
-    size = (max(_SIZE[0], 3.6 * columns), _SIZE[1] if rows == 1 else 3.0 * rows)
+    size = (max(_SIZE[0], 3.6 * columns), 4.6 if rows == 1 else 3.9 * rows)
     with panels(path, size, rows, columns) as every:
-        every[0].figure.suptitle("Validation scores")
+        every[0].figure.suptitle("Validation scores: before, during and after training")
         for axes, name in zip(every, names, strict=False):
             _score(axes, name, curves, metrics)
         for axes in every[len(names) :]:
@@ -134,26 +134,55 @@ def _score(
         if name in scores:
             step, marker, color = marks[moment]
             label = f"{moment.replace('_', ' ')}: {scores[name]:.3f}"
-            axes.plot(step, scores[name], marker, color=color, markersize=10, label=label)
+            # At the edge of the panel the whole marker is to be seen.
+            look: dict[str, Any] = {"color": color, "markersize": 9, "clip_on": False, "zorder": 3}
+            axes.plot(step, scores[name], marker, label=label, **look)
     label = "loss (nats per token)" if name == "loss" else name
+    before, after = (metrics.get(moment, {}).get(name) for moment in ("zero_shot", "final"))
+    title = name if before is None or after is None else f"{name} {_change(before, after)}"
     axes.set(xlabel="optimizer step", ylabel=label)
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    # Below the axes, where it covers nothing.
+    axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+
+
+def _change(first: float, last: float) -> str:
+    """Say how a value has changed, in three digits, such as `falls from 8.38 to 0.172`."""
+    before, after = f"{first:#.3g}", f"{last:#.3g}"
+    if before == after:
+        return f"stays at {after}"
+    return f"{'falls' if last < first else 'rises'} from {before} to {after}"
 
 
 def _spectrum(axes: Axes, layers: Layers) -> None:
-    for kind, (low, median, high) in median_spectra(layers).items():
+    spectra = median_spectra(layers)
+    for kind, (low, median, high) in spectra.items():
         index = np.arange(1, len(median) + 1)
         [line] = axes.plot(index, median, "o-", markersize=3, label=kind)
         axes.fill_between(index, np.maximum(low, 1e-12), high, color=line.get_color(), alpha=0.1)
     axes.set(
-        xlabel="i",
+        xlabel="i (median and 10-90 % of the layers of a kind)",
         ylabel="singular value i / singular value 1",
         yscale="log",
-        title="Spectrum of the one-step gradient (median and 10-90 % of layers)",
     )
+    axes.set_title(_fall(spectra), fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(ncols=2, fontsize=8)
+    if spectra:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def _fall(spectra: Mapping[str, np.ndarray]) -> str:
+    """Say how far the last singular value that is kept lies below the first."""
+    title = "Singular values of the one-step gradient"
+    if not spectra:
+        return f"{title}: all layers' are 0"
+    last = {kind: median[-1] for kind, (_, median, _) in spectra.items()}
+    slow, steep = max(last, key=last.__getitem__), min(last, key=last.__getitem__)
+    if slow == steep:
+        return f"{title}:\nthe last kept is {last[slow]:.2g} of the first"
+    return f"{title}:\nthe last kept is {last[slow]:.2g} ({slow}) to {last[steep]:.2g} ({steep}) of the first"
 
 
 def _energy(path: Path, layers: Layers) -> None:
@@ -161,10 +190,13 @@ def _energy(path: Path, layers: Layers) -> None:
     for name, values in layers.items():
         kinds.setdefault(kind_of(name), []).append(values["captured_energy"])
     depth = max(map(len, kinds.values()))
+    every = [value for row in kinds.values() for value in row]
+    title = f"Rank r holds {np.mean(every):.1%} of the gradient's energy on average, {min(every):.1%} at least"
     grid = np.array([row + [np.nan] * (depth - len(row)) for row in kinds.values()])
     with panels(path, (max(6.4, 0.22 * depth + 2.4), 0.35 * len(kinds) + 1.8)) as [axes]:
         image = axes.imshow(grid, aspect="auto", vmax=1.0, cmap="viridis")
         axes.set_yticks(range(len(kinds)), list(kinds))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="layer of that kind, in order", title="Gradient energy captured by rank r")
+        axes.set(xlabel="layer of that kind, in order", ylabel="kind of layer")
+        axes.set_title(title, fontsize=10)
         axes.figure.colorbar(image, ax=axes, label="|G_r|² / |G|²")

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.tracking.loggers import OutputSettings
-from app.tracking.plots import median_spectra
+from app.tracking.plots import Layers, median_spectra
 from app.tracking.record import RunRecord
 from app.tracking.run_folder import RunFolder
 from app.tracking.wandb_logger import wandb_mode
@@ -51,12 +51,7 @@ def log_run_summary(
     logger.experiment.summary.update(summary_of(record))
     layers = record.init.layers
     if layers:
-        rows = [
-            [name, i + 1, value, values["captured_energy"]]
-            for name, values in layers.items()
-            for i, value in enumerate(values["singular_values"])
-        ]
-        columns = ["layer", "index", "singular_value", "captured_energy"]
+        columns, rows = spectrum_table(layers)
         logger.log_table("init/spectrum", columns=columns, data=rows)
     if medians := {kind: median for kind, (_, median, _) in median_spectra(layers).items()}:
         title = "Singular values of the one-step gradient over the first"
@@ -65,6 +60,16 @@ def log_run_summary(
     log_plots(logger, plots)
     if adapter is not None:
         _log_adapter(logger, record, adapter)
+
+
+def spectrum_table(layers: Layers) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows of the singular values of each layer's one-step gradient."""
+    rows = [
+        [name, i + 1, value, values["captured_energy"]]
+        for name, values in layers.items()
+        for i, value in enumerate(values["singular_values"])
+    ]
+    return ["layer", "index", "singular_value", "captured_energy"], rows
 
 
 def log_plots(logger: WandbLogger, plots: Sequence[Path]) -> None:

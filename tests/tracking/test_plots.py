@@ -1,5 +1,9 @@
 """Pictures of a run: which ones there are, and that something is drawn in them."""
 
+import numpy as np
+import pytest
+from matplotlib import pyplot
+
 from app.tracking import plots
 from tests.support.pictures import check_picture
 
@@ -39,3 +43,49 @@ def test_many_layers_of_different_width_and_long_curves(tmp_path):
     assert {path.name for path in written} >= {"loss.png", "spectrum.png", "captured_energy.png"}
     for path in written:
         assert check_picture(path).shape[1] < 4000
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Return a list of the figures that are drawn, which stay open until the test ends."""
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    yield figures
+    monkeypatch.undo()
+    pyplot.close("all")
+
+
+def test_titles_say_how_values_change(tmp_path, drawn):
+    moments = {"zero_shot": 8.3773, "after_init": 0.8245, "final": 0.1724}
+    metrics = {name: {"loss": value, "mcc": 0.0} for name, value in moments.items()}
+    layer = {"singular_values": [4.0, 1.0, 0.5], "captured_energy": 0.5}
+    layers = {"0.q_proj": layer, "1.q_proj": {**layer, "captured_energy": 1.0}}
+    curves = {"train/loss": [(0, 2.0), (1, 1.0)], "val/mcc": [(1, 0.0)]}
+    plots.write_plots(tmp_path, curves, metrics, layers)
+    titles = [axes.get_title() for figure in drawn for axes in figure.axes]
+    assert titles == [
+        "Training loss falls from 2.00 to 1.00",
+        "mcc stays at 0.00",
+        "loss falls from 8.38 to 0.172",
+        "Singular values of the one-step gradient:\nthe last kept is 0.12 of the first",
+        "Rank r holds 75.0% of the gradient's energy on average, 50.0% at least",
+        "",  # of the colour bar
+    ]
+    named = [(axes.get_xlabel(), axes.get_ylabel()) for figure in drawn for axes in figure.axes]
+    assert all(x and y for x, y in named[:-1])
+
+
+def test_no_legend_covers_a_marker(tmp_path, drawn):
+    scores = dict.fromkeys(("accuracy", "f1", "mcc", "loss", "task_loss"), 0.5)
+    metrics = dict.fromkeys(("zero_shot", "after_init", "final"), scores)
+    curves = {"train/loss": [(i, 1.0) for i in range(30)]}
+    curves |= {f"val/{name}": [(i, 0.5) for i in range(0, 30, 5)] for name in scores}
+    plots.write_plots(tmp_path, curves, metrics, {})
+    panels = [axes for axes in drawn[1].axes if axes.get_legend()]
+    assert len(panels) == 5
+    for axes in panels:
+        box = axes.get_legend().get_window_extent()
+        points = [axes.transData.transform(np.transpose(line.get_data())) for line in axes.lines]
+        assert not any(box.contains(x, y) for x, y in np.concatenate(points))
+        assert box.y1 < axes.get_window_extent().y0
+        assert drawn[1].bbox.y0 <= box.y0
