@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 10_000
-CHUNK = 2_000_000  # weights of rows that exist at a time
+CHUNK = 2_000_000  # weights of rows, or means, that exist at a time
 LEVEL = 0.95
 
 Array = NDArray[np.float64]
@@ -23,28 +23,29 @@ class Interval(NamedTuple):
     high: float
 
 
-def resampled_means(features: Array, draws: int = DRAWS, seed: int = 0) -> Array:
-    """Return the means of features over rows that are drawn with replacement.
+def resampled(features: Array, statistic: Statistic, draws: int = DRAWS, seed: int = 0) -> Array:
+    """Return a statistic of the means of features over rows that are drawn with replacement.
 
     Every feature, so every run and every method, gets the same rows in a draw.
 
     Args:
         features: (N, F) of N rows.
+        statistic: From means (B, F) of some draws to (B, ...).
         draws: Number of draws D.
         seed: Of the draws.
 
     Returns:
-        (D, F).
+        (D, ...).
     """
     generator = np.random.default_rng(seed)
     num_rows, parts = len(features), []
-    at_once = max(1, CHUNK // num_rows)
+    at_once = max(1, CHUNK // max(features.shape))  # a confusion matrix has many features
     for start in range(0, draws, at_once):
         size = min(at_once, draws - start)
         drawn = generator.integers(num_rows, size=(size, num_rows))
         flat = (drawn + num_rows * np.arange(size)[:, None]).ravel()
         counts = np.bincount(flat, minlength=size * num_rows).reshape(size, num_rows)
-        parts.append(counts @ features / num_rows)
+        parts.append(statistic(counts @ features / num_rows))
     return np.concatenate(parts)
 
 

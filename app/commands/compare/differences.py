@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from app.commands.compare.bootstrap import DRAWS, LEVEL, Interval, paired_interval, resampled_means
+from app.commands.compare.bootstrap import DRAWS, LEVEL, Interval, paired_interval, resampled
 from app.commands.compare.collect import Run
 from app.commands.compare.row_scores import NoRowScoresError, RowScores, read_row_scores
 from app.commands.compare.selection import Comparison, is_loss
@@ -152,7 +152,7 @@ def _differences(
     ).to_numpy()
     shape = (len(places), first.features.shape[1])
     values = first.statistic(features.mean(axis=0).reshape(shape))
-    drawn = first.statistic(resampled_means(features).reshape(-1, *shape))
+    drawn = resampled(features, lambda means: first.statistic(means.reshape(-1, *shape)))
     place_of = {place: number for number, place in enumerate(places)}
     found = []
     for label in used:

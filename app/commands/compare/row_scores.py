@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,12 +71,17 @@ def _rows(run: Run, moment: str, score: str) -> RowScores:
 
 
 def _mean_of(column: str) -> Callable[[pd.DataFrame], tuple[Array, Statistic]]:
-    return lambda table: (table[[column]].to_numpy(float), lambda means: means[..., 0])
+    return lambda table: (table[[column]].to_numpy(float), _first)
 
 
 def _token_loss(table: pd.DataFrame) -> tuple[Array, Statistic]:
     loss, tokens = (table[name].to_numpy(float) for name in ("loss", "tokens"))
     return np.stack([loss * tokens, tokens], axis=1), _ratio
+
+
+def _first(means: Array) -> Array:
+    first: Array = means[..., 0]
+    return first
 
 
 def _ratio(means: Array) -> Array:
@@ -146,13 +151,22 @@ def _questions(run: Run, moment: str, score: str) -> RowScores:
     path = folder.answers / moment / f"{stems[-1]}.jsonl"
     try:
         answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        values = {answer["key"]: answer["scores"].get(name) for answer in answers}
+        values = dict(pair for answer in answers for pair in _scored(answer, name))
     except (OSError, ValueError, KeyError) as error:
         raise NoRowScoresError(
             f"{path.relative_to(run.folder)} cannot be read ({error})"
         ) from error
-    pairs = [(0.0, 0.0) if value is None else (float(value), 1.0) for value in values.values()]
-    features = np.array(pairs).reshape(-1, 2)
-    if not features[:, 1:].any():
+    if not values:
         raise NoRowScoresError(f"{score} is no mean over questions")
-    return RowScores(list(values), features, _ratio)
+    return RowScores(list(values), np.array([*values.values()], dtype=float)[:, None], _first)
+
+
+def _scored(answer: Mapping[str, Any], name: str) -> Iterator[tuple[Any, float]]:
+    """Yield the key and the score of a question that has it, or of each row of a task of lm_eval."""
+    scored = [(answer["key"], answer["scores"].get(name))]
+    if "samples" in answer:
+        task, _, measure = name.rpartition("/")
+        metric, _, reading = measure.rpartition(",")
+        rows = [row for row in answer["samples"].get(task, ()) if row["filter"] == reading]
+        scored = [((task, row["doc_id"]), row.get(metric)) for row in rows]
+    yield from ((key, value) for key, value in scored if isinstance(value, int | float))

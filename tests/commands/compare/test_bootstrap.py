@@ -5,12 +5,12 @@ import pytest
 from scipy import stats
 
 from app.commands.compare import bootstrap
-from app.commands.compare.bootstrap import paired_interval, resampled_means
+from app.commands.compare.bootstrap import paired_interval, resampled
 
 
 def interval_of(differences, draws=2000):
     """Return the interval of differences (S, N) between a method and one whose scores are zero."""
-    drawn = resampled_means(differences.T, draws)
+    drawn = resampled(differences.T, lambda means: means, draws)
     zero = np.zeros_like(drawn)
     return paired_interval(differences.mean(axis=1), zero[0], drawn, zero)
 
@@ -34,8 +34,12 @@ def test_loops_give_the_same(monkeypatch):
         for chosen, several in zip(drawn_rows, drawn_seeds, strict=True)
     ]
     features = np.concatenate([*method, *other], axis=1)
-    means = resampled_means(features, draws).reshape(draws, 2, seeds, 2)
-    scores = means[..., 0] / means[..., 1]
+
+    def ratios(means):
+        means = means.reshape(-1, 2, seeds, 2)
+        return means[..., 0] / means[..., 1]
+
+    scores = resampled(features, ratios, draws)
     whole = features.mean(axis=0).reshape(2, seeds, 2)
     whole = whole[..., 0] / whole[..., 1]
     found = paired_interval(whole[0], whole[1], scores[:, 0], scores[:, 1])

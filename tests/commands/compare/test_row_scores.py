@@ -84,10 +84,33 @@ def test_the_questions_of_a_benchmark(folder):
     run = read_run(folder)
     rows = read_row_scores(run, "test", "toy/strict")
     assert list(rows.ids) == [f"q/{i}" for i in range(5)]
-    assert rows.features.tolist() == [[i % 2, 1.0] for i in range(5)]
+    assert rows.features.tolist() == [[i % 2] for i in range(5)]
     rows = read_row_scores(run, "test", "toy/hard")
-    assert rows.features.tolist() == [[1, 1], [1, 1], [0, 0], [0, 0], [0, 0]]
+    assert (rows.ids, rows.features.tolist()) == (["q/0", "q/1"], [[1], [1]])
     assert reason(folder, "toy/worst") == "toy/worst is no mean over questions"
     assert reason(folder, "other/strict") == "benchmarks.json has no other of its other/strict"
     (answers / "toy-b.jsonl").unlink()
     assert "answers/test/toy-b.jsonl cannot be read" in reason(folder, "toy/strict")
+
+
+def test_the_rows_of_a_task_of_lm_eval(folder):
+    """A line of the answers is a task there, so that one line, or two, would be no rows to draw from."""
+    answers = folder / "answers" / "test"
+    answers.mkdir(parents=True)
+    samples = [
+        {"doc_id": i, "filter": reading, "acc": float(i > 1), "bleu": ["a", "b"]}
+        for i in range(5)
+        for reading in ("none", "other")
+    ]
+    scores = {"arc/acc,none": 0.6, "arc/bleu,none": 0.6, "all/acc,none": 0.6}
+    line = {"key": "all", "scores": scores, "samples": {"arc": samples}}
+    other = {"key": "other", "scores": {"other/acc,none": 0.1}, "samples": {"other": samples[:1]}}
+    (answers / "lm_eval-a.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps(other)}\n")
+    entry = {"name": "lm_eval", "scores": scores}
+    (folder / "benchmarks.json").write_text(json.dumps({"lm_eval-a": entry}))
+    change(folder, metrics={"test": {f"lm_eval/{name}": 0.6 for name in scores}})
+    rows = read_row_scores(read_run(folder), "test", "lm_eval/arc/acc,none")
+    assert rows.ids == [("arc", i) for i in range(5)]
+    assert rows.features.tolist() == [[0], [0], [1], [1], [1]]
+    for name in ("lm_eval/arc/bleu,none", "lm_eval/all/acc,none"):
+        assert reason(folder, name) == f"{name} is no mean over questions"
