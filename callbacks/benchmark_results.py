@@ -18,6 +18,7 @@ from app.tracking.run_text import finished_text
 from app.tracking.tensorboard_summary import log_texts
 from app.tracking.wandb_summary import log_answers, log_test_scores
 from app.training.protocols import adapted, logged_scores
+from app.utils.console import warn_on_failure
 from app.utils.files import read_json, write_json
 
 
@@ -58,11 +59,12 @@ class BenchmarkResults(Callback):
         folder = adapted(pl_module).answers_folder
         if folder is not None and trainer.is_global_zero:
             for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    log_answers(logger, answer_tables(folder))
-                if isinstance(logger, TensorBoardLogger):
-                    step = trainer.global_step
-                    log_texts(logger, answer_tables(folder), step, "answers/")
+                with warn_on_failure("logging the answers to benchmarks"):
+                    if isinstance(logger, WandbLogger):
+                        log_answers(logger, answer_tables(folder))
+                    if isinstance(logger, TensorBoardLogger):
+                        step = trainer.global_step
+                        log_texts(logger, answer_tables(folder), step, "answers/")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the scores to the run's summary and W&B run, those of benchmarks to earlier tests'."""

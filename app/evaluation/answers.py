@@ -114,7 +114,8 @@ def answer_tables(folder: Path) -> dict[str, tuple[list[str], list[list[Any]]]]:
         The names of the columns, and the rows: moment, key, prompt, reference, output, scores.
     """
     tables: dict[str, tuple[list[str], list[list[Any]]]] = {}
-    paths = sorted(folder.glob("*/*-*.jsonl"), key=lambda path: path.stat().st_mtime)
+    # Whole files, NAME-HASH.jsonl: a kill may have left parts of others.
+    paths = sorted(folder.glob("*/*-????????.jsonl"), key=lambda path: path.stat().st_mtime)
     last = {(path.parent.name, path.name.rpartition("-")[0]): path for path in paths}
     for (moment, name), path in sorted(last.items(), key=lambda item: _place(item[0][0])):
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -153,7 +153,10 @@ def test_tables_are_in_the_order_of_the_run_and_of_the_last_answers(tmp_path):
     for moment in ("test", "final", "step_10", "step_9", "zero_shot"):
         write(moment, "free_answers-00000001", moment)
     write("final", "free_answers-00000000", "later")
-    (tmp_path / "final" / "gsm8k-0.jsonl").write_text(json.dumps({"key": "k", "scores": {}}) + "\n")
+    without = json.dumps({"key": "k", "scores": {}}) + "\n"
+    (tmp_path / "final" / "gsm8k-00000000.jsonl").write_text(without)
+    # As a kill leaves it, under settings that are not asked again.
+    (tmp_path / "final" / "free_answers-00000002.part0.jsonl").write_text('\n{"key": "k", "sco')
     ((name, (columns, rows)),) = answer_tables(tmp_path).items()
     assert (name, columns) == (
         "free_answers",
