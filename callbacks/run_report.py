@@ -115,10 +115,12 @@ class RunReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the samples and tokens, and read the clock."""
-        samples = (batch["index"] >= 0).sum()  # without padding rows
-        # Packed rows have no mask, and hardly any padding.
-        tokens = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()
-        self._counts.append(torch.stack([samples, tokens]))
+        rows = batch["index"] >= 0  # without padding rows
+        if "attention_mask" in batch:
+            tokens = (batch["attention_mask"] * rows[:, None]).sum()
+        else:  # packed rows have no mask, and hardly any padding
+            tokens = torch.ones_like(batch["input_ids"]).sum()
+        self._counts.append(torch.stack([rows.sum(), tokens]))
         self._steps = trainer.global_step
         self._trained = True
         pl_module.log("train/seconds", self._now())

@@ -2,14 +2,17 @@
 
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from app.tracking.record import DataRecord, RunRecord, TrainRecord
 from app.tracking.run_folder import RunFolder
 from app.tracking.run_text import duration_text, finished_text, next_commands
 from app.training.module import LoraModule
 from app.utils import console
+from callbacks.run_report import RunReport
 from tests.support.run_folders import summary
 
 
@@ -115,3 +118,16 @@ def test_tokens_are_those_of_the_masks(fit, monkeypatch):
     assert len(seen) == train["samples"] == 24
     assert train["tokens"] == sum(seen) > 24 * 20
     assert train["tokens_per_second"] == pytest.approx(sum(seen) / train["seconds"])
+
+
+def test_padding_rows_are_neither_examples_nor_tokens():
+    """A process gets them where the rows do not divide by the processes."""
+    report, module = RunReport(), SimpleNamespace(log=lambda *_: None)
+    batch = {
+        "index": torch.tensor([3, -1]),
+        "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "input_ids": torch.zeros(2, 3, dtype=torch.long),
+    }
+    report.on_train_batch_end(SimpleNamespace(global_step=1), module, None, batch, 0)
+    state = report.state_dict()
+    assert (state["samples"], state["tokens"]) == (1, 2)

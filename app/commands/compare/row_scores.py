@@ -65,7 +65,7 @@ def _rows(run: Run, moment: str, score: str) -> RowScores:
     except FileNotFoundError:
         missing = f"it has no {path.relative_to(run.folder)}"
         raise NoRowScoresError(f"{missing}: not scored yet, or by an earlier version") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise NoRowScoresError(f"{path.name} is damaged ({error})") from error
     return RowScores(table.index, features, statistic)
 
@@ -152,7 +152,7 @@ def _questions(run: Run, moment: str, score: str) -> RowScores:
     try:
         answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         values = dict(pair for answer in answers for pair in _scored(answer, name))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise NoRowScoresError(
             f"{path.relative_to(run.folder)} cannot be read ({error})"
         ) from error

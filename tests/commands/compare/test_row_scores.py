@@ -61,6 +61,8 @@ def test_rows_that_are_not_there_or_of_other_scores(folder):
     file.write_text("row,loss\n0,a\n")
     assert "test.csv is damaged" in reason(folder)
     assert "test.csv is damaged" in reason(folder, "loss")
+    file.write_text("row,target,predicted\n0,,\n")
+    assert "test.csv is damaged" in reason(folder, "f1")
     file.unlink()
     assert (
         reason(folder) == "it has no row_scores/test.csv: not scored yet, or by an earlier version"
