@@ -16,6 +16,10 @@ from app.utils.text import rate_text
 FAILED = ("failed", "diverged")
 """A learning rate at which a run is in such a state is not chosen."""
 
+LOSSES = ("loss", "task_loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+LOSSES += ("brier_score", "ter")
+"""Scores of which less is better, with those that lm-evaluation-harness registers so."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -85,7 +89,7 @@ class Comparison:
 
 def is_loss(score: str) -> bool:
     """Return whether a score is a loss: the less the better, and no percentage."""
-    return score.rpartition("/")[2] in ("loss", "task_loss")
+    return score.rpartition("/")[2].partition(",")[0] in LOSSES  # lm_eval/TASK/METRIC,FILTER
 
 
 def comparisons(runs: Sequence[Run], score: str | None = None) -> list[Comparison]:

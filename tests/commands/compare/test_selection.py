@@ -52,6 +52,16 @@ def test_another_score(runs, tmp_path):
     assert [comparison.score for comparison in found] == ["accuracy", "gsm8k/strict"]
 
 
+def test_of_a_perplexity_less_is_better(tmp_path):
+    name = "lm_eval/wikitext/word_perplexity,none"
+    for method, value in (("lora", 12.0), ("lora_one", 15.0)):
+        write_run(tmp_path / method, method)
+        change(tmp_path / method, metrics={"test": {name: value}})
+    rows, _ = main_rows(tmp_path, score=name)
+    values = {label: row[f"test {name}"] for label, row in rows.items()}
+    assert list(values.items()) == [("lora", "12.0000"), ("lora_one", "15.0000")]
+
+
 def test_of_rates_with_equal_scores_the_one_of_less_loss(tmp_path):
     """Few rows tie often; a float32 mean of the same hits differs in its last digits."""
     for rate, accuracy, loss in ((1e-4, 0.9, 0.5), (1e-3, 0.9 - 1e-8, 0.3), (1e-2, 0.9, 0.4)):
