@@ -1,7 +1,7 @@
 """Labelled texts of one's own: a row a text, or a pair of texts, and its label."""
 
+import re
 import string
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -74,7 +74,7 @@ class TableDataModule(TextDataModule):
         self.label = label
         self.prompt = prompt or (PROMPT if text_pair is None else PROMPT_OF_PAIR)
         _check_prompt(self.prompt, self.columns)
-        self.words = {str(label): word for label, word in (label_words or {}).items()}
+        self.words = _checked_words(label_words)
         self._label_words: tuple[str, ...] | None = None
         self.files = {"validation": validation_file, "test": test_file}
         self.test_size = test_size
@@ -156,21 +156,22 @@ class TableDataModule(TextDataModule):
 
     def _words(self, labels: list[str], names: Sequence[str] | None) -> dict[str, str]:
         """Return the word of each label, in the order of the classes."""
-        if self.words:
-            return self.words
         found = set(labels)
         if len(found) == 1:
             raise InputError(
                 f"all rows of {self.path} have the {self.label} {labels[0]!r}: expected two classes or more; "
                 "change --data.path, or name another column in --data.label"
             )
+        if self.words:
+            return self.words
         if len(found) > MOST_CLASSES:
             raise InputError(
                 f"the column {self.label!r} of {self.path} has {len(found)} different values: expected at most "
                 f"{MOST_CLASSES} classes; name another column in --data.label"
             )
-        numbers = all(label.lstrip("-").isdecimal() for label in found)
-        order = list(names or sorted(found, key=int if numbers else None))
+        order = list(names or sorted(found))  # equal numbers, 1 and 01, have an order, too
+        if names is None and all(re.fullmatch(r"-?\d+", label) for label in found):
+            order.sort(key=int)
         return dict(zip(order, order, strict=True))
 
     def _row(
@@ -215,17 +216,28 @@ class TableDataModule(TextDataModule):
             rank_zero_warn(f"rows of {self.path} that are left out: {', '.join(left_out)}")
 
 
+def _checked_words(label_words: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the word of each label, if any are given; raise InputError for one class or an empty word."""
+    words = {str(label): word.strip() for label, word in (label_words or {}).items()}
+    if words and (len(words) == 1 or not all(words.values())):
+        raise InputError(
+            f"--data.label_words={label_words}: expected a word for each of two labels or more"
+        )
+    return words
+
+
 def _check_prompt(prompt: str, columns: Mapping[str, str]) -> None:
     """Raise InputError unless a prompt has exactly the fields of the texts."""
     wanted = " and ".join(f"{{{name}}}" for name in columns)
     try:
-        fields = Counter(
-            field for _, field, _, _ in string.Formatter().parse(prompt) if field is not None
-        )
+        parts = [part[1:] for part in string.Formatter().parse(prompt) if part[1] is not None]
+        if any(form or conversion for _, form, conversion in parts):
+            raise ValueError("a field has more than a name")
     except ValueError as error:
         raise InputError(
             f"--data.prompt={prompt!r} ({error}): expected {wanted}, other braces doubled"
         ) from error
+    fields = dict.fromkeys(str(name) for name, _, _ in parts)
     if set(fields) != set(columns):
         raise InputError(
             f"--data.prompt={prompt!r} has the fields {', '.join(fields) or 'none'}: expected {wanted}"

@@ -160,7 +160,7 @@ def is_published(path: str) -> bool:
     """Return whether a path names a set of the Hub."""
     if Path(path).expanduser().exists() or HUB_ID.fullmatch(path) is None:
         return False
-    return not any(path.removesuffix(".gz").endswith(ending) for ending in FORMATS)
+    return not any(path.lower().removesuffix(".gz").endswith(ending) for ending in FORMATS)
 
 
 def _from_disk(folder: Path, setting: str) -> Any:

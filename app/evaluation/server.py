@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import requests
 
@@ -49,7 +49,7 @@ class Server:
             reply = requests.get(
                 f"{self.url.rstrip('/')}/models", headers=headers(), timeout=SECONDS_TO_LIST
             )
-            names = [each["id"] for each in reply.json()["data"]]
+            names = [str(each["id"]) for each in reply.json()["data"]]
         except requests.exceptions.JSONDecodeError as error:
             raise InputError(
                 f"{where}, whose /models is no JSON (status {reply.status_code}): expected the address of "
@@ -83,7 +83,11 @@ def headers() -> dict[str, str]:
 
 def reason_of(error: BaseException) -> str:
     """Return the innermost cause of a failed request, in one line."""
-    cause: Any = error
-    while getattr(cause, "reason", None) or (cause.args and isinstance(cause.args[0], Exception)):
-        cause = getattr(cause, "reason", None) or cause.args[0]
+    cause = error
+    while inner := [
+        each
+        for each in (getattr(cause, "reason", None), *cause.args[:1])  # of SSL, `reason` is text
+        if isinstance(each, Exception)
+    ]:
+        cause = inner[0]
     return " ".join(str(cause).split()).rpartition(": ")[2] or type(error).__name__

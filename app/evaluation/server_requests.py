@@ -2,7 +2,9 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import requests
@@ -41,8 +43,11 @@ class ServerRequests:
         adapter = HTTPAdapter(pool_maxsize=server.concurrency, max_retries=again)
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, adapter)
-        self.pool = ThreadPoolExecutor(server.concurrency)
         self.waiting: dict[Future[dict[str, Any]], EncodedQuestion] = {}
+        self.queue: SimpleQueue[tuple[Future[dict[str, Any]], EncodedQuestion]] = SimpleQueue()
+        # A ThreadPoolExecutor's threads would keep an interrupted process until the server has answered.
+        for _ in range(server.concurrency):
+            Thread(target=self._work, daemon=True).start()
 
     def ask(
         self, questions: Sequence[EncodedQuestion]
@@ -52,13 +57,25 @@ class ServerRequests:
         Raises:
             InputError: The server refuses a request, or fails again and again.
         """
-        self.waiting |= {self.pool.submit(self._answer, each): each for each in questions}
+        for question in questions:
+            future: Future[dict[str, Any]] = Future()
+            self.waiting[future] = question
+            self.queue.put((future, question))
         yield from self._answers(self.server.concurrency)
 
     def rest(self) -> Iterator[tuple[EncodedQuestion, dict[str, Any]]]:
         """Yield the answers that are still to come."""
         yield from self._answers(0)
-        self.pool.shutdown()
+
+    def _work(self) -> None:
+        """Ask one question after the other, as long as the process lives."""
+        while True:
+            future, question = self.queue.get()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._answer(question))
+                except Exception as error:
+                    future.set_exception(error)
 
     def _answers(self, left: int) -> Iterator[tuple[EncodedQuestion, dict[str, Any]]]:
         failure: BaseException | None = None
@@ -72,7 +89,8 @@ class ServerRequests:
                         failure = failure or error
                         self.waiting = {f: q for f, q in self.waiting.items() if not f.cancel()}
         except BaseException:  # the reader of the answers has failed, or is told to end
-            self.pool.shutdown(wait=False, cancel_futures=True)
+            for future in self.waiting:
+                future.cancel()
             raise
         if failure is not None:
             raise failure
@@ -103,6 +121,8 @@ class ServerRequests:
         try:
             choice = reply["choices"][0]
             text = (choice["message"]["content"] if chat else choice["text"]) or ""
+            if not isinstance(text, str):
+                raise TypeError
         except (KeyError, IndexError, TypeError) as error:
             raise InputError(
                 f"{self.server.url} answers with {str(reply)[:200]!r}, which is not OpenAI's API of "

@@ -57,6 +57,11 @@ def test_pairs_of_texts_in_columns_of_other_names(tmp_path):
         ("{text} {text_pair}", "has the fields text, text_pair: expected {text}"),
         ("{text", r"--data.prompt='{text' \(expected '}' .*other braces doubled"),
         ("{}", "has the fields none: expected {text}"),
+        (
+            "{text: a film}",
+            r"a field has more than a name\): expected {text}, other braces doubled",
+        ),
+        ("{text!r}", "a field has more than a name"),
     ],
 )
 def test_prompts_that_are_refused(prompt, message, table):
@@ -68,6 +73,8 @@ def test_the_order_of_the_classes(table, tmp_path):
     """Numbers by their size, words by the alphabet, classes of `datasets` in their own order."""
     assert read(table("a,10", "b,9", "c,-2")).label_words == ("-2", "9", "10")
     assert read(table("a,ten", "b,nine", "c,10")).label_words == ("10", "nine", "ten")
+    assert read(table("a,01", "b,1", "c,0")).label_words == ("0", "01", "1"), "equal numbers"
+    assert read(table("a,--1", "b,1")).label_words == ("--1", "1"), "no number"
     rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [2, 0, -1]})
     names = datasets.ClassLabel(names=["worse", "same", "better"])
     rows.cast_column("label", names).save_to_disk(tmp_path / "saved")
@@ -78,6 +85,17 @@ def test_the_order_of_the_classes(table, tmp_path):
     words = {"better": "up", "worse": "down", "same": "level"}
     data = read(str(tmp_path / "saved"), label_words=words)
     assert [(row.answer, row.target) for row in data.rows("train")] == [("up", 0), ("down", 1)]
+
+
+@pytest.mark.parametrize("words", [{"0": "bad"}, {"0": "bad", "1": " "}])
+def test_label_words_that_are_refused(words, table):
+    with pytest.raises(InputError, match="expected a word for each of two labels or more"):
+        TableDataModule(table("a,1", "b,0"), label_words=words)
+
+
+def test_one_class_with_words_for_two_is_refused(table):
+    with pytest.raises(InputError, match="have the label '1': expected two classes or more"):
+        read(table("a,1", "b,1"), label_words={"0": "bad", "1": "good"}).load()
 
 
 def test_a_label_of_no_class_is_named(table):

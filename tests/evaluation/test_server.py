@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import time
 
 import pytest
@@ -10,6 +11,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import app.evaluation.server_requests
+from app.evaluation.benchmark import EncodedQuestion, Question
+from app.evaluation.server import Server
+from app.evaluation.server_requests import ServerRequests
+from app.models.decoding import Decoding
 from tests.support.generation import one_at_a_time
 from tests.support.openai_server import OpenAIServer
 from tests.support.paths import DATA, needs_data
@@ -150,6 +155,26 @@ def test_what_was_answered_before_a_failure_is_kept(asking, error_of, command, t
     assert results(tmp_path / "runs" / "toy")["answered_before"] == 10
 
 
+def test_an_interrupted_process_does_not_wait_for_the_server(monkeypatch):
+    """It ends with its last thread that is no daemon; what has not been asked is not asked any more."""
+    question, ready = EncodedQuestion(Question("k", "p", None), [1], ""), threading.Event()
+    server, before = OpenAIServer(lambda _: str(ready.wait(9))), set(threading.enumerate())
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with server.running():
+        requests = ServerRequests(Server(server.url, concurrency=2), "served", Decoding(5))
+        monkeypatch.setattr(app.evaluation.server_requests, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(requests.ask([question] * 9))
+        threads = set(threading.enumerate()) - before
+        cancelled = [future.cancelled() for future in requests.waiting]
+        ready.set()
+    assert [thread.daemon for thread in threads] == [True] * len(threads)
+    assert cancelled[2:] == [True] * 7
+
+
 def test_another_served_model_is_asked_anew(asking, command, tmp_path):
     server = OpenAIServer(lambda body: "e", ("first",))
     with server.running():
@@ -173,6 +198,7 @@ WRONG = {
         {"url": "http://127.0.0.1:9/v1"},
         r"cannot be reached \(.*Connection refused\): start",
     ),
+    "https": ({"url": "https:{address}"}, r"cannot be reached \(.+\): start the server"),
     "concurrency": ({"concurrency": 0}, "data.server.concurrency is 0: expected at least 1"),
     "timeout": ({"timeout": 0}, "data.server.timeout is 0.*: expected seconds, more than 0"),
     "api": ({"api": "responses"}, "api is responses: expected one of completions, chat"),
@@ -186,7 +212,8 @@ def test_what_is_wrong_with_a_server_is_told_before_questions_are_read(
     options, message = WRONG[case]
     monkeypatch.setattr(Writing, "load", lambda _: pytest.fail("questions are read"))
     with OpenAIServer(lambda body: "", ("one", "two")).running() as server:
-        url = options.get("url", "{server}").replace("{server}", server.url)
+        address = server.url.removeprefix("http:")
+        url = options.get("url", server.url).format(server=server.url, address=address)
         told = error_of("test", "--config", asking(**{**options, "url": url}))
     assert re.search(message, told), told
     assert "\n" not in told
