@@ -41,7 +41,11 @@ def conversation(row: Mapping[str, Any], where: str, setting: str) -> Conversati
     """
     for columns, messages_of in FORMS.items():
         if all(row.get(column) is not None for column in columns):
-            return _conversation(messages_of(row), where, setting)
+            try:
+                messages = messages_of(row)
+            except ValueError as error:
+                raise InputError(f"{where} has {error}; correct it, or change {setting}") from error
+            return _conversation(messages, where, setting)
     forms = "; ".join(" and ".join(columns) for columns in FORMS)
     found = ", ".join(repr(column) for column, value in row.items() if value is not None)
     raise InputError(
@@ -78,7 +82,7 @@ def _conversation(messages: Any, where: str, setting: str) -> Conversation:
 
 def _text(content: Any, of: str, change: str) -> str:
     """Return the text of a message, which may be a list of parts; "" for none."""
-    parts = content if isinstance(content, list) else [content or ""]
+    parts = content if isinstance(content, list) else ["" if content is None else content]
     texts: list[str] = []
     for part in parts:
         text = part.get("text") if isinstance(part, Mapping) else part
@@ -107,13 +111,21 @@ def _prompt_and_completion(row: Mapping[str, Any]) -> Any:
     for role, name in (("user", "prompt"), ("assistant", "completion")):
         side = row[name]
         sides.append(side if isinstance(side, list) else [{"role": role, "content": side}])
-    return [{**message, "weight": 0} for message in sides[0]] + sides[1]
+    read = [{**each, "weight": 0} if isinstance(each, Mapping) else each for each in sides[0]]
+    return read + sides[1]
 
 
 def _alpaca(row: Mapping[str, Any]) -> Any:
     """Make a message of instruction and input, behind the `system` and `history` of LLaMA-Factory's files."""
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for question, answer in row.get("history") or []:
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in history
+    ):
+        raise ValueError(
+            f"the history {str(history)[:40]!r}: expected pairs of question and answer"
+        )
+    for question, answer in history:
         messages += [
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},

@@ -119,6 +119,9 @@ CHATS = {
     "image.jsonl": "message 0 of row 0 of .* in its content: expected text alone",
     "text_in_json.jsonl": "row 0 of .* as its messages: expected a list of them",
     "list_of_texts.jsonl": "row 0 of .* as its messages: expected a list of them",
+    "prompt_of_texts.jsonl": "row 0 of .* as its messages: expected a list of them",
+    "history_keys.jsonl": "row 0 of .* has the history .* expected pairs of question and answer",
+    "number.jsonl": "message 1 of row 0 of .* has '0' in its content: expected text alone",
     "other_columns.jsonl": "row 0 of .* has 'question', 'answer': expected one of the forms messages; conv",
 }
 
