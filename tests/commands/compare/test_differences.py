@@ -144,6 +144,20 @@ def test_the_reference(runs, error_of, report):
     assert found(runs) is None
 
 
+def test_of_a_method_with_two_settings_the_better_one_is_the_reference(tmp_path):
+    for name, method, size, right in (
+        ("a", "lora", 8, 20),
+        ("b", "lora", 4, 40),
+        ("c", "pissa", 8, 30),
+    ):
+        write_run(tmp_path / name, method, r=size)
+        write_rows(tmp_path / name, np.arange(ROWS) < right)
+    [comparison] = comparisons(collect([tmp_path]))
+    [best, *_] = comparison.choices
+    assert best.startswith("lora")
+    assert differences_to(comparison).reference == best
+
+
 def test_seeds_are_paired(runs):
     shutil.rmtree(runs / "pissa-0")
     shutil.rmtree(runs / "lora-2")
