@@ -116,7 +116,7 @@ class LmEval(Benchmark):
                 f"lm-evaluation-harness cannot load the task {name!r} ({reason}): get its data, or "
                 f"change {SETTING}"
             ) from error
-        if any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
+        if any(map(_runs_code, loaded["tasks"].values())):
             raise InputError(
                 f"{SETTING} has {name!r}, which runs code that the model writes without a sandbox: leave it "
                 "out; the benchmark HumanEval has one (docs/sandbox.md)"
@@ -169,6 +169,11 @@ class LmEval(Benchmark):
                 for reading in each.filter_list:
                     yield f"{group.name}/{each.metric},{reading}"
                     yield f"{group.name}/{each.metric}_stderr,{reading}"
+
+
+def _runs_code(task: Any) -> bool:
+    """Return whether a task runs what the model writes, by the harness's mark or by sympy's `parse_expr`."""
+    return getattr(task, "UNSAFE_CODE", False) or "robustness_math" in task.task_name
 
 
 def _lacks(manager: Any, names: Sequence[str]) -> bool:

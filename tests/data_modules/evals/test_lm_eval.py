@@ -223,6 +223,10 @@ WRONG = {
         {"tasks": ["unsafe"]},
         "runs code that the model writes without a sandbox: leave it out",
     ),
+    "evaluated": (
+        {"tasks": ["prompt_robustness_math_own"]},
+        "'prompt_robustness_math_own', which runs code that the model writes without a sandbox",
+    ),
     "none": (
         {"tasks": []},
         r"tasks of the benchmark lm_eval is \[\]: expected names of tasks, each once",
@@ -237,11 +241,13 @@ WRONG = {
     "case", [pytest.param(name, marks=pytest.mark.slow if name == "name" else ()) for name in WRONG]
 )
 def test_what_cannot_be_asked(case, tasks, tiny_tokenizer, tmp_path):
-    for name, more in (("lost", ""), ("unsafe", "unsafe_code: true\n")):
-        text = TASK.format(name=name, folder=tasks if more else "/nowhere") + CHOOSING + more
+    own = {"unsafe": "unsafe_code: true\n", "lost": "", "prompt_robustness_math_own": ""}
+    for name, more in own.items():
+        folder = "/nowhere" if name == "lost" else tasks
+        text = TASK.format(name=name, folder=folder) + CHOOSING + more
         (tmp_path / f"{name}.yaml").write_text(text)
     options, message = WRONG[case]
-    if options.get("tasks") in (["lost"], ["unsafe"]):
+    if own.keys() & set(options.get("tasks", ())):
         options = {**options, "include_path": str(tmp_path)}
     options = {"tasks": NAMES, "include_path": str(tasks), **options}
 
