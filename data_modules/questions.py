@@ -65,10 +65,12 @@ class BenchmarkQuestions:
         """
         sizes = [b.validation_size if split == "validation" else b.limit for b in self.benchmarks]
         asked = [(b, size) for b, size in zip(self.benchmarks, sizes, strict=True) if size != 0]
-        for benchmark, _ in asked:
+        for number, (benchmark, size) in enumerate(asked):
             benchmark.check()
             if isinstance(benchmark, FreeAnswers):
-                benchmark.take_rows(rows(split) or rows("validation"))
+                own = rows(split) or rows("validation")
+                benchmark.take_rows(own)
+                asked[number] = (benchmark, size and min(size, len(own)))
         return [self._prepare(benchmark, size, encoder) for benchmark, size in asked]
 
     def _prepare(
@@ -98,8 +100,12 @@ class BenchmarkQuestions:
         ]
         prompts = _token_ids(questions, encoder)
         prompts = self._shortened(prompts, benchmark, choices, encoder)
+        # Of one's own data the answers may be corrected, too.
+        own = isinstance(benchmark, FreeAnswers)
         encoded = [
-            EncodedQuestion(question, ids, digest(" ".join(map(str, ids))))
+            EncodedQuestion(
+                question, ids, digest(" ".join(map(str, ids)) + (question.reference if own else ""))
+            )
             for question, ids in zip(questions, prompts, strict=True)
         ]
         return PreparedBenchmark(benchmark, encoded, choices)

@@ -34,8 +34,8 @@ class FreeAnswers(Benchmark):
         max_new_tokens: Most tokens of an output.
         temperature: 0 is greedy.
         top_p: Probability of the tokens that are sampled from.
-        validation_size: Rows asked when training is validated; null asks all, 0 none.
-        limit: Rows asked in a test; null asks all.
+        validation_size: Most rows asked when training is validated; null asks all, 0 none.
+        limit: Most rows asked in a test; null asks all.
     """
 
     name = "free_answers"

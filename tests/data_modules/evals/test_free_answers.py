@@ -103,6 +103,30 @@ def test_questions_are_the_held_out_rows(tiny_tokenizer, tmp_path):
         assert all(held_out[question.prompt] == question.reference for question in asked)
 
 
+def test_fewer_rows_than_are_asked_for_are_all_asked(tiny_tokenizer, tmp_path):
+    evals = [FreeAnswers()]
+    data = from_file(
+        InstructionDataModule, tiny_tokenizer, tmp_path, ROWS, evals=evals, validation_size=4
+    )
+    assert len(data.prepare_benchmarks("validation")[0].questions) == 4
+
+
+def test_a_corrected_answer_is_another_question(tiny_tokenizer, tmp_path):
+    """Its score is not that of an earlier test of the same prompt."""
+
+    def hashes(rows):
+        data = from_file(
+            *(InstructionDataModule, tiny_tokenizer, tmp_path, rows),
+            **{"evals": [FreeAnswers()], "validation_size": 4},
+        )
+        return [encoded.prompt_hash for encoded in data.prepare_benchmarks("test")[0].questions]
+
+    first, again = hashes(ROWS), hashes(ROWS)
+    corrected = hashes([{**row, "output": "It is said."} for row in ROWS])
+    assert first == again
+    assert not set(first) & set(corrected)
+
+
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
