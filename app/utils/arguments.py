@@ -202,6 +202,7 @@ def _kinds(text: str) -> str:
     words = {"int": "a whole number", "float": "a number", "bool": "true or false"}
     words |= {"str": "text", "NoneType": "null"}
     names = [name for literal in re.findall(r"Literal\[(.*?)\]", text) for name in _quoted(literal)]
+    names += re.findall(r"\b(?:dict|list|tuple)\[[^\[\]]+\]", text)
     names += [name.rpartition(".")[2] for name in re.findall(r"<class '([^']+)'>", text)]
     return " or ".join(words.get(name, name) for name in names) or text
 

@@ -287,6 +287,11 @@ def test_a_scale_is_refused_by_an_initialization_that_has_none(refused, tiny_run
         ("trainer.max_steps", "many", "trainer.max_steps is many: expected a whole number"),
         ("model.adapter.r", "2.5", "model.adapter.r is 2.5: expected a whole number"),
         ("model.adapter", "5", "model.adapter is 5: expected LoraSettings or null"),
+        (
+            "model.adapter.layers_to_transform",
+            "x",
+            "layers_to_transform is x: expected list[int] or a whole number or null",
+        ),
         ("data.batch_size", "two", "data.batch_size is two: expected a whole number"),
         ("init.gamma", "big", "init.gamma is big: expected auto or a number"),
         ("model.optimizer.lr", "big", "model.optimizer.lr is big: expected a number"),
