@@ -122,6 +122,10 @@ def test_tokens_that_are_kept_are_read_back(chatty, tmp_path, monkeypatch):
     chatty.chat_template = CHAT_TEMPLATE.replace("<eos>", "<bos><eos>")
     from_file(ChatDataModule, chatty, tmp_path, LONG, validation_size=0).encoded("train")
     assert len(list(files("*.safetensors"))) == 2
+    # And so is another second question of the same first one and the same answers.
+    rows = [talk(f"q{i}", f"a{i}", f"who {i}?", "b" * i) for i in range(1, 9)]
+    from_file(ChatDataModule, chatty, tmp_path, rows, validation_size=0).encoded("train")
+    assert len(list(files("*.safetensors"))) == 3
 
 
 def test_long_conversations_are_left_out_and_counted(chatty, tmp_path):

@@ -1,5 +1,6 @@
 """Conversations in the published chat templates, token by token: who says what, and what is learnt."""
 
+import json
 import random
 import re
 from pathlib import Path
@@ -220,6 +221,18 @@ def test_a_token_across_the_start_of_an_answer_is_two():
     assert whole not in ids
     break_ = tokenizer.convert_tokens_to_ids("\n")
     assert (row.prompt_ids[-1], row.answer_ids[0], row.labels[0]) == (break_, break_, break_)
+
+
+def test_an_answer_is_read_as_it_stands_behind_its_question(tiny_tokenizer):
+    """Behind a line break "'s" is one token, behind another sign it is two."""
+    core = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    core["model"]["vocab"]["'s"] = len(tiny_tokenizer)
+    core["model"]["merges"] = [["'", "s"]]
+    core = Tokenizer.from_str(json.dumps(core))
+    special = {"unk_token": "<unk>", "eos_token": "<eos>", "bos_token": "<bos>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    row = ChatEncoder(with_template(tokenizer, "chatml")).row(said("a", "'s", "b", "c"), 0, "row 0")
+    assert row.answer_ids[0] == tokenizer.convert_tokens_to_ids("'s")
 
 
 @pytest.mark.parametrize("kind", ["characters", "words"])

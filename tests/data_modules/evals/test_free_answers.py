@@ -83,6 +83,10 @@ def test_bleu_is_of_all_rows_together_and_of_short_outputs_less():
     whole, cut = ("one two three four five", "one two three four five"), ("one", "one two three")
     # 6 tokens of 8, all of whose n-grams are right.
     assert scored([whole, cut])["bleu"] == pytest.approx(2.718281828 ** (1 - 8 / 6), rel=1e-6)
+    longer = scored([("one two three four five six", "one two three four five")])["bleu"]
+    assert longer == pytest.approx((5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25), (
+        "and of no more than all"
+    )
     assert scored([("", "one")])["bleu"] == 0
     assert scored([("", "one")])["f1"] == 0
 
@@ -137,6 +141,7 @@ def test_of_a_conversation_the_last_answer_is_asked_for(tiny_tokenizer, tmp_path
     """With all turns before it, as the chat template writes them when it asks."""
     tiny_tokenizer.chat_template = TEMPLATE
     turns = [("system", "Be brief."), ("user", "a?"), ("assistant", "b"), ("user", "c?")]
+    turns += [("assistant", "d"), ("user", "e?")]
     conversation = [{"role": role, "content": text} for role, text in turns]
     last = {"role": "assistant", "content": "ddd e"}
     others = [{"messages": [{"role": "user", "content": f"{i}?"}, last]} for i in range(4)]
