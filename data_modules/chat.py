@@ -86,7 +86,10 @@ class ChatDataModule(GenerativeDataModule):
             held_out._encoder = self.encoder
             rows["validation"] = held_out.load()["train"]
             self._tokens |= held_out._tokens
-            once = {**rows, "train": list(dict.fromkeys(rows["train"]))}  # what repeats is told of
+            once = {
+                **rows,
+                "train": list(dict.fromkeys(rows["train"])),
+            }  # repeated ones are counted already
             warn_of_repeated(once, str(self.path))
         return rows
 
@@ -98,7 +101,9 @@ class ChatDataModule(GenerativeDataModule):
         rows = []
         for where, columns in table:
             told = conversation(columns, where, table.setting)
-            ignored["have tools, which their prompts are not told of"] += bool(columns.get("tools"))
+            ignored["have tools, which are not written into their prompts"] += bool(
+                columns.get("tools")
+            )
             row = self._row(told, ignored)
             if row is not None:
                 rows.append(row)

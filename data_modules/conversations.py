@@ -17,7 +17,7 @@ ROLES = {
     "model": "assistant",
     **dict.fromkeys(("tool", "function", "function_call", "observation", "ipython"), "tool"),
 }
-"""What the forms call who speaks, and what chat templates call them; the rest is about tools."""
+"""The role of chat templates for each name of a role in the forms; `tool` for what is about tools."""
 CALLS = ("tool_calls", "function_call")
 
 

@@ -180,7 +180,7 @@ def _from_disk(folder: Path, setting: str) -> Any:
 def _told(name: str, setting: str) -> Iterator[None]:
     """Turn what `datasets` raises of a file into an InputError.
 
-    Its log is silent of it, and the Hub is not asked, where it would count who reads files.
+    `datasets` logs nothing meanwhile, and does not ask the Hub, which would count the reading of a local file.
     """
     import datasets
 

@@ -42,7 +42,7 @@ class ModelInMemory(HFLM):
         return torch.tensor(gather_numbers(int(tensor), self.device))
 
     def barrier(self) -> None:
-        """Wait for nobody: what is gathered next waits."""
+        """Do nothing: the next `all_gather` waits for all processes."""
 
 
 def evaluate_task(
@@ -76,7 +76,7 @@ def _kept(found: Any) -> dict[str, Any]:
 
 @contextmanager
 def _in_this_process() -> Iterator[None]:
-    """Let the harness report errors alone, and start no processes: threads may hold what these wait for."""
+    """Log the harness's errors alone, and keep it from forking, which may hang a process that has threads."""
     logger = logging.getLogger("lm_eval")
     level, before = logger.level, os.environ.get("DISABLE_MULTIPROC")
     logger.setLevel(logging.ERROR)

@@ -76,7 +76,7 @@ class Server:
 
 
 def headers() -> dict[str, str]:
-    """Return what a request says of who asks."""
+    """Return the headers of a request: OPENAI_API_KEY, where it is set."""
     key = os.environ.get("OPENAI_API_KEY")
     return {"Authorization": f"Bearer {key}"} if key else {}
 

@@ -107,7 +107,10 @@ CHATS = {
     # Counted.
     "begins_with_gpt.jsonl": [HI, "1 conversations of .* begin with the assistant"],
     "ends_with_user.jsonl": [HI, "1 conversations of .* end with turns that are not answered"],
-    "tools.jsonl": [HI, "1 conversations of .* have tools, which their prompts are not told of"],
+    "tools.jsonl": [
+        HI,
+        "1 conversations of .* have tools, which are not written into their prompts",
+    ],
     "duplicates.jsonl": [HI, HI, HI, "2 of 3 rows of .* repeat another row"],
     "no_answer.jsonl": [HI, {"no_question_or_answer": 3}],
     "empty_answer.jsonl": [HI, {"empty_answer": 2}],
