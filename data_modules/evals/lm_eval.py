@@ -3,7 +3,9 @@
 Prompts, examples, decoding, readings and metrics are the harness's, and so are the names of the scores.
 """
 
+import inspect
 import json
+import re
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,6 +18,7 @@ from app.utils.errors import InputError
 from app.utils.files import digest
 from app.utils.text import did_you_mean
 
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of an object, another one in every process
 SETTING = "tasks of the benchmark lm_eval"
 
 
@@ -82,7 +85,7 @@ class LmEval(Benchmark):
             asked += [
                 [each.dump_config(), list(each.eval_docs)] for each in loaded["tasks"].values()
             ]
-            reference = digest(json.dumps(asked, default=str, sort_keys=True))
+            reference = digest(ADDRESS.sub("", json.dumps(asked, default=_text, sort_keys=True)))
             questions.append(Question(name, "", reference))
         return questions
 
@@ -169,6 +172,11 @@ class LmEval(Benchmark):
                 for reading in each.filter_list:
                     yield f"{group.name}/{each.metric},{reading}"
                     yield f"{group.name}/{each.metric}_stderr,{reading}"
+
+
+def _text(value: Any) -> str:
+    """Return what tells a setting of a task apart that is no JSON data: of a function its source."""
+    return inspect.getsource(value) if inspect.isfunction(value) else str(value)
 
 
 def _runs_code(task: Any) -> bool:

@@ -168,6 +168,23 @@ def test_a_finished_task_is_not_asked_again_and_a_changed_one_is(
 
 
 @needs_harness
+@pytest.mark.slow
+def test_a_task_with_functions_is_the_same_in_every_process(tasks, tmp_path):
+    """Where a function is in memory does not count, what it says does."""
+    task = f"{TASK.format(name='own_code', folder=tasks)}{CHOOSING}process_docs: !function own_functions.docs\n"
+    (tmp_path / "own_code.yaml").write_text(task)
+
+    def reference(body):
+        (tmp_path / "own_functions.py").write_text(f"def docs(rows):\n    return {body}\n")
+        (question,) = LmEval(["own_code"], include_path=str(tmp_path)).load()
+        return question.reference
+
+    first = reference("rows")
+    assert reference("rows") == first
+    assert reference("rows.select(range(len(rows)))") != first
+
+
+@needs_harness
 @pytest.mark.smollm2
 def test_the_real_model_with_its_chat_template(
     asking, command, tasks, smollm2_dir, smollm2_name, tmp_path
