@@ -16,7 +16,14 @@ from app.utils.text import rate_text
 FAILED = ("failed", "diverged")
 """A learning rate at which a run is in such a state is not chosen."""
 
-OF_LM_EVAL = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
+OF_LM_EVAL = (
+    "perplexity",
+    "word_perplexity",
+    "byte_perplexity",
+    "bits_per_byte",
+    "brier_score",
+    "ter",
+)
 LOSSES = ("loss", "task_loss", *OF_LM_EVAL)
 """Scores of which less is better, with those that lm-evaluation-harness registers so."""
 
