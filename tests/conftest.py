@@ -46,7 +46,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect the slow tests, unless all are asked for, or whoever names files or markers has chosen."""
+    """Deselect the slow tests, unless all are asked for, or whoever names files or markers has chosen.
+
+    Files with the real model come first: they take longest, and the last file of a run keeps one process alone.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("smollm2") is None)
     named = config.args_source is config.ArgsSource.ARGS
     if config.option.full or config.option.markexpr or named:
         return

@@ -54,7 +54,7 @@ WRONG_COMMAND_LINES = [
     ),
     (
         "compare --config config.yaml --methods lora --learning_rates 1e-3 --seeds x",
-        "x",
+        "--seeds",
     ),
     (
         "compare --config config.yaml --methods lora --learning_rates 1e-3 --jobs 0",
