@@ -11,7 +11,6 @@ it draws OUTPUT/damping.png and prints a Markdown table.
 
 import argparse
 import itertools
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from app.optim.preconditioned_adamw import PreconditionedAdamW
 from app.training.module import LoraModule
 from app.training.protocols import adapted
 from app.utils.errors import DivergedError
+from benchmarks.parts.runs import append_run, bare_trainer, read_runs
 from callbacks.lora_one_init import LoraOneInit
 from callbacks.score_at import ScoreAt
 from data_modules.movie_reviews import MovieReviewsDataModule
@@ -76,17 +76,7 @@ def train(
     module: LoraModule, data: MovieReviewsDataModule, steps: int, callbacks: Sequence[Callback]
 ) -> dict[str, float] | None:
     """Train once and return the validation scores; None if the loss or a gradient was not finite."""
-    trainer = Trainer(
-        max_steps=steps,
-        callbacks=[*callbacks, ScoreAt("final")],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-    )
+    trainer = bare_trainer(steps, [*callbacks, ScoreAt("final")])
     try:
         trainer.fit(module, datamodule=data)
     except DivergedError:
@@ -196,7 +186,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     given.output.mkdir(parents=True, exist_ok=True)
     log = given.output / "runs.jsonl"
-    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    runs = read_runs(log)
     if any(run[name] != getattr(given, name) for run in runs for name in SHARED):
         parser.error(f"{log} holds runs of other settings: name another --output")
     done = {tuple(run[name] for name in KEYS) for run in runs}
@@ -205,8 +195,7 @@ def main() -> None:
         if key in done or given.report:
             continue
         runs.append(grid.run(*key))
-        with log.open("a") as stream:
-            stream.write(json.dumps(runs[-1]) + "\n")
+        append_run(log, runs[-1])
         print(*key, runs[-1]["final"], flush=True)
     draw(runs, given.output / "damping.png")
     print(table(runs))

@@ -10,7 +10,6 @@ OUTPUT/first_steps.png and prints a Markdown table. About an hour on two CPU cor
 
 import argparse
 import itertools
-import json
 import logging
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from app.optim.preconditioned_adamw import PreconditionedAdamW
 from app.training.module import LoraModule
+from benchmarks.parts.runs import append_run, bare_trainer, read_runs
 from callbacks.lora_one_init import LoraOneInit
 from callbacks.score_at import ScoreAt
 from data_modules.movie_reviews import MovieReviewsDataModule
@@ -67,17 +67,7 @@ def run(method: str, lr: float, seed: int, given: argparse.Namespace) -> dict[st
     callbacks: list[Callback] = [losses, ScoreAt("final")]
     if method != "lora":
         callbacks.append(LoraOneInit(gamma=given.gamma))
-    trainer = Trainer(
-        max_steps=given.steps,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-    )
+    trainer = bare_trainer(given.steps, callbacks)
     data = MovieReviewsDataModule(
         batch_size=8, eval_batch_size=32, seed=seed, validation_size=given.held_out
     )
@@ -155,7 +145,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     given.output.mkdir(parents=True, exist_ok=True)
     log = given.output / "runs.jsonl"
-    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    runs = read_runs(log)
     for other in runs:
         if other["steps"] != given.steps or other["gamma"] not in (None, given.gamma):
             parser.error(f"{log} holds runs of other settings: name another --output")
@@ -164,8 +154,7 @@ def main() -> None:
         if (method, lr, seed) in done:
             continue
         runs.append(run(method, lr, seed, given))
-        with log.open("a") as stream:
-            stream.write(json.dumps(runs[-1]) + "\n")
+        append_run(log, runs[-1])
         print(f"{method}, lr {lr:g}, seed {seed}: {runs[-1]['final']}", flush=True)
     draw(runs, given.output / "first_steps.png")
     print(table(runs))

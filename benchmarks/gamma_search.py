@@ -8,7 +8,6 @@ task is a line of OUTPUT and is not measured again when the script runs again; a
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +34,7 @@ from app.models.lora import add_lora, base_model, install, lora_pairs
 from app.models.loss import supervised_logits
 from app.models.source import resolve_model
 from app.utils.console import track
+from benchmarks.parts.runs import append_run, read_runs
 from callbacks.lora_one_init import judging_rows
 from data_modules.glue import TASKS, GlueDataModule
 from data_modules.gsm8k import Gsm8kDataModule
@@ -205,8 +205,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    lines = given.output.read_text().splitlines() if given.output.is_file() else []
-    results = [json.loads(line) for line in lines]
+    results = read_runs(given.output)
     bench: Bench | None = None
     for task in given.tasks:
         cell = {"task": task, "scale": given.scale, "seed": given.seed}
@@ -215,8 +214,7 @@ def main() -> None:
         bench = bench or Bench()
         data = data_module(task, given.data, given.held_out, given.seed)
         results.append({**cell, **bench.measure(data, SAMPLES.get(task, 64), given.scale)})
-        with given.output.open("a") as stream:
-            stream.write(json.dumps(results[-1]) + "\n")
+        append_run(given.output, results[-1])
         print(results[-1], flush=True)
     print(table(results))
 

@@ -17,7 +17,6 @@ the script is started again. At the end, or with --report, it prints a Markdown 
 """
 
 import argparse
-import json
 import logging
 import statistics
 import time
@@ -26,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 
 from app.initialization.factors import spectral_factors
 from app.models.adapter_config import LoraSettings
 from app.training.module import LoraModule
 from benchmarks.gamma_search import MODEL, RANK, SAMPLES, Bench, data_module, unit_of
+from benchmarks.parts.runs import append_run, bare_trainer, read_runs
 
 STARTS = ("untouched", "gamma 128", "gamma 512", "vocabulary", "auto", "global")
 TASKS = ("reviews", "sst2", "mrpc", "gsm8k", "code_alpaca")
@@ -96,22 +96,12 @@ class Task:
             dtype="bfloat16",
         )
         module.model = self.bench.model.train()
-        trainer = Trainer(
-            max_steps=steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=0,
-            use_distributed_sampler=False,
-        )
-        trainer.fit(module, datamodule=self.data)
+        bare_trainer(steps).fit(module, datamodule=self.data)
 
 
 def run(bench: Bench, folder: Path, task: str, seed: int, lr: float, log: Path) -> None:
     """Train the starts of a task and a seed that are not in the log."""
-    done = [line for line in read(log) if (line["task"], line["seed"]) == (task, seed)]
+    done = [line for line in read_runs(log) if (line["task"], line["seed"]) == (task, seed)]
     missing = [start for start in STARTS if start not in {line["start"] for line in done}]
     if not missing:
         return
@@ -130,15 +120,9 @@ def run(bench: Bench, folder: Path, task: str, seed: int, lr: float, log: Path) 
             "lr": lr,
         }
         line |= {"scores": scores, "seconds": time.perf_counter() - began}
-        done.append(json.loads(json.dumps(line)))
-        with log.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        done.append(line)
+        append_run(log, line)
         print(task, seed, start, gamma, {k: v["task_loss"] for k, v in scores.items()}, flush=True)
-
-
-def read(log: Path) -> list[dict[str, Any]]:
-    """Return the finished runs."""
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
 
 def cell(runs: Sequence[Mapping[str, Any]], step: int) -> str:
@@ -180,14 +164,14 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     given.output.mkdir(parents=True, exist_ok=True)
     log = given.output / "runs.jsonl"
-    if any(line["lr"] != given.lr for line in read(log)):
+    if any(line["lr"] != given.lr for line in read_runs(log)):
         parser.error(f"{log} holds runs of another learning rate: name another --output")
     bench: Bench | None = None
     for seed in () if given.report else given.seeds:
         for task in given.tasks:
             bench = bench or Bench(torch.bfloat16, "eager")
             run(bench, given.data, task, seed, given.lr, log)
-    print(table(read(log)))
+    print(table(read_runs(log)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Where answers to benchmarks go, how fast they come, and the scores of a test, of each row too."""
 
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,13 @@ class BenchmarkResults(Callback):
         """Log the answers that have references, of all moments of the run, as tables (TensorBoard: text)."""
         folder = adapted(pl_module).answers_folder
         if folder is not None and trainer.is_global_zero:
+            tables = cache(partial(answer_tables, folder))  # read once, and for these loggers alone
             for logger in trainer.loggers:
                 with warn_on_failure("logging the answers to benchmarks"):
                     if isinstance(logger, WandbLogger):
-                        log_answers(logger, answer_tables(folder))
+                        log_answers(logger, tables())
                     if isinstance(logger, TensorBoardLogger):
-                        step = trainer.global_step
-                        log_texts(logger, answer_tables(folder), step, "answers/")
+                        log_texts(logger, tables(), trainer.global_step, "answers/")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the scores to the run's summary and W&B run, those of benchmarks to earlier tests'."""

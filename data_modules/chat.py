@@ -86,11 +86,9 @@ class ChatDataModule(GenerativeDataModule):
             held_out._encoder = self.encoder
             rows["validation"] = held_out.load()["train"]
             self._tokens |= held_out._tokens
-            once = {
-                **rows,
-                "train": list(dict.fromkeys(rows["train"])),
-            }  # repeated ones are counted already
-            warn_of_repeated(once, str(self.path))
+            # Those that are there twice are counted already.
+            once = list(dict.fromkeys(rows["train"]))
+            warn_of_repeated({**rows, "train": once}, str(self.path))
         return rows
 
     def candidates(self) -> list[TextRow]:

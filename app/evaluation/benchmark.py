@@ -31,9 +31,7 @@ class Benchmark(ABC):
     version: str  # changes whenever prompt, decoding or extraction change what is scored
     decoding: Decoding | None = None  # how outputs are generated; None where `choices` are compared
     choices: tuple[str, ...] = ()  # the continuations to compare, such as " A"
-    runs_model: bool = (
-        False  # whether `run` answers each question, which is a task of another harness
-    )
+    runs_model: bool = False  # whether `run` answers each question: a task of another harness
     validation_size: int | None = None  # questions asked in validation; None asks all, 0 none
     limit: int | None = None  # questions asked in a test; None asks all
 

@@ -106,9 +106,8 @@ class LoraModule(LightningModule):
         self.attn_implementation = available_attention(attn_implementation, anywhere=True)
         self.gradient_checkpointing = gradient_checkpointing
         self.record = RunRecord(method=method)
-        self.strict_loading = (
-            False  # checkpoints hold trainable weights; the base comes from `name`
-        )
+        # Only trainable weights are in checkpoints; the base comes from `name`.
+        self.strict_loading = False
         self.model: nn.Module  # from `configure_model`
         self.scoring: Scoring
         self.answers_folder: Path | None = None

@@ -111,9 +111,8 @@ class LmEval(Benchmark):
         """Return the harness's TaskDict of a name."""
         try:
             loaded = self._manager.load([name])
-        except (
-            Exception
-        ) as error:  # of YAML files, of data sets, of the Hub: all in their own words
+        # Of YAML files, of data sets, of the Hub: all in their own words.
+        except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(
                 f"lm-evaluation-harness cannot load the task {name!r} ({reason}): get its data, or "

@@ -7,10 +7,9 @@ import pytest
 import yaml
 
 from tests.support.matrix import CHAT_TEMPLATE
-from tests.support.parity import assert_alike, parity_job, two_processes
+from tests.support.parity import assert_strategies_alike
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
-STRATEGIES = ("ddp", "fsdp")
 
 
 def conversations(folder):
@@ -39,12 +38,4 @@ def test_processes_train_alike(write, parity_config, models_without_dropout, fin
     config["data"] = {"class_path": name, "init_args": {"path": str(path), "eval_batch_size": 7}}
     file = tmp_path / "rows.yaml"
     file.write_text(yaml.safe_dump(config))
-
-    def job(where, batch_size, *more):
-        more = (*more, "--trainer.max_steps=6")
-        return parity_job(file, model, tmp_path / where, batch_size, *more)
-
-    finished([job("alone", 8)], processes=1)
-    finished([job(strategy, 4, *two_processes(strategy)) for strategy in STRATEGIES])
-    for strategy in STRATEGIES:
-        assert_alike(tmp_path / strategy, tmp_path / "alone", 2, steps=6)
+    assert_strategies_alike(file, model, tmp_path, finished)

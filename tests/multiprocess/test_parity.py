@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 
 from tests.support import run_folders
 from tests.support.parity import (
+    STRATEGIES,
     assert_alike,
     assert_equal_on_all,
+    assert_strategies_alike,
     init_errors,
     losses,
     parity_job,
@@ -18,7 +20,6 @@ from tests.support.parity import (
 )
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
-STRATEGIES = ("ddp", "fsdp")
 
 
 @pytest.mark.parametrize("model", ["llama", "t5", "gpt2"])
@@ -80,16 +81,7 @@ def test_a_mean_over_rows(parity_config, models_without_dropout, finished, tmp_p
     config["init"]["init_args"] |= {"weighting": "rows", "samples": "first"}
     file = tmp_path / "rows.yaml"
     file.write_text(yaml.safe_dump(config))
-
-    def job(where, batch_size, *more):
-        model = models_without_dropout / "llama"
-        more = (*more, "--trainer.max_steps=6")
-        return parity_job(file, model, tmp_path / where, batch_size, *more)
-
-    finished([job("alone", 8)], processes=1)
-    finished([job(strategy, 4, *two_processes(strategy)) for strategy in STRATEGIES])
-    for strategy in STRATEGIES:
-        assert_alike(tmp_path / strategy, tmp_path / "alone", 2, steps=6)
+    assert_strategies_alike(file, models_without_dropout / "llama", tmp_path, finished)
 
 
 def test_a_base_of_four_bits(parity_config, wide_models, finished, tmp_path):
