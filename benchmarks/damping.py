@@ -44,7 +44,7 @@ DAMPINGS: Mapping[str, Mapping[str, float] | None] = {
     "absolute 1e-6": {"damping": 1e-6},
     **{
         f"relative {value:g}": {"damping": NEGLIGIBLE, "relative_damping": value}
-        for value in (1e-2, 1.0)
+        for value in (1e-3, 1e-2, 0.1, 1.0)
     },
 }
 """The arguments of PreconditionedAdamW; None is plain AdamW."""
@@ -84,8 +84,8 @@ def train(
     return module.record.metrics["final"]
 
 
-KEYS = ("lr", "damping", "rank", "start")
-SHARED = ("steps", "batch_size", "held_out", "seed", "gamma")
+KEYS = ("seed", "lr", "damping", "rank", "start")
+SHARED = ("steps", "batch_size", "held_out", "gamma")
 
 
 class Grid:
@@ -94,18 +94,12 @@ class Grid:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
         self.modules: dict[int, LoraModule] = {}
-        self.initial: dict[tuple[int, str], InitialFactors] = {}
-        self.data = MovieReviewsDataModule(
-            batch_size=given.batch_size,
-            eval_batch_size=32,
-            seed=given.seed,
-            validation_size=given.held_out,
-        )
+        self.initial: dict[tuple[int, int, str], InitialFactors] = {}
 
-    def run(self, lr: float, damping: str, rank: int, start: str) -> dict[str, Any]:
+    def run(self, seed: int, lr: float, damping: str, rank: int, start: str) -> dict[str, Any]:
         """Train one cell; return its line of the log."""
         began = time.perf_counter()
-        seed_everything(self.given.seed)
+        seed_everything(seed)
         if rank not in self.modules:
             self.modules[rank] = LoraModule(
                 MODEL, adapter=LoraSettings(r=rank), dtype="bfloat16", attn_implementation="eager"
@@ -113,22 +107,32 @@ class Grid:
         module = self.modules[rank]
         module.make_optimizer = make_optimizer(lr, DAMPINGS[damping])
         # Those of LoRA come first, since the first cell of a model may be one of LoRA-One's.
-        callbacks: list[Callback] = [self.initial.setdefault((rank, "lora"), InitialFactors())]
+        callbacks: list[Callback] = [
+            self.initial.setdefault((seed, rank, "lora"), InitialFactors())
+        ]
         if start == "lora_one":
-            if (rank, start) not in self.initial:
+            if (seed, rank, start) not in self.initial:
                 callbacks.append(LoraOneInit(gamma=self.given.gamma))
-            callbacks.append(self.initial.setdefault((rank, start), InitialFactors()))
-        final = train(module, self.data, self.given.steps, callbacks)
+            callbacks.append(self.initial.setdefault((seed, rank, start), InitialFactors()))
+        data = MovieReviewsDataModule(
+            batch_size=self.given.batch_size,
+            eval_batch_size=32,
+            seed=seed,
+            validation_size=self.given.held_out,
+        )
+        final = train(module, data, self.given.steps, callbacks)
         line = {name: getattr(self.given, name) for name in SHARED}
-        line |= dict(zip(KEYS, (lr, damping, rank, start), strict=True))
+        line |= dict(zip(KEYS, (seed, lr, damping, rank, start), strict=True))
         return line | {"final": final, "seconds": time.perf_counter() - began}
 
 
 def losses(runs: Sequence[dict[str, Any]], **wanted: Any) -> dict[float, float]:
-    """Return the held-out loss by learning rate, infinite where the run diverged."""
-    chosen = [run for run in runs if all(run[name] == value for name, value in wanted.items())]
-    found = {run["lr"]: run["final"]["loss"] if run["final"] else np.inf for run in chosen}
-    return dict(sorted(found.items()))
+    """Return the held-out loss by learning rate, mean over seeds, infinite where a run diverged."""
+    found: dict[float, list[float]] = {}
+    for run in runs:
+        if wanted.items() <= run.items():
+            found.setdefault(run["lr"], []).append(run["final"]["loss"] if run["final"] else np.inf)
+    return {lr: float(np.mean(found[lr])) for lr in sorted(found)}
 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
@@ -174,9 +178,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--held_out", type=int, default=120)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--held_out", type=int, default=400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--gamma", type=float, default=128.0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 128, 32])
     rates = [1e-3, 1e-2, 1e-4, 3e-3, 3e-4]
@@ -191,7 +195,7 @@ def main() -> None:
         parser.error(f"{log} holds runs of other settings: name another --output")
     done = {tuple(run[name] for name in KEYS) for run in runs}
     grid = Grid(given)
-    for key in itertools.product(given.learning_rates, DAMPINGS, given.ranks, STARTS):
+    for key in itertools.product(given.seeds, given.learning_rates, DAMPINGS, given.ranks, STARTS):
         if key in done or given.report:
             continue
         runs.append(grid.run(*key))

@@ -10,14 +10,18 @@ For each task and seed: one gradient of SmolLM2-135M (bfloat16, rank 8, alpha 16
 - `auto`: `init.gamma: auto`, by the task's own loss;
 - `global`: the same search with `init.scale: global`.
 
-Each start is trained with AdamW from one learning rate, which falls linearly to zero, for 40 steps and anew for
-160; the validation rows, which choose nothing, are scored before training and at the end of either. Two starts
+Each start is trained with AdamW from each learning rate, which falls linearly to zero, for 40 steps and anew
+for 160; the validation rows, which choose no gamma, are scored before training and at the end. Two starts
 with the same factors are trained once. What is finished is a line of OUTPUT/runs.jsonl and is not repeated when
-the script is started again. At the end, or with --report, it prints a Markdown table.
+the script is started again; several may share a log, each with tasks or seeds of its own. At the end, or with
+--report, it prints a Markdown table, in which each start has the learning rate of its lowest mean loss.
 """
 
 import argparse
+import functools
+import itertools
 import logging
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -30,13 +34,13 @@ from lightning.pytorch import seed_everything
 from app.initialization.factors import spectral_factors
 from app.models.adapter_config import LoraSettings
 from app.training.module import LoraModule
-from benchmarks.gamma_search import MODEL, RANK, SAMPLES, Bench, data_module, unit_of
+from benchmarks.gamma_search import DEVICE, MODEL, RANK, SAMPLES, Bench, data_module, unit_of
 from benchmarks.parts.runs import append_run, bare_trainer, read_runs
 
 STARTS = ("untouched", "gamma 128", "gamma 512", "vocabulary", "auto", "global")
 TASKS = ("reviews", "sst2", "mrpc", "gsm8k", "code_alpaca")
-BATCH = {"gsm8k": 2, "code_alpaca": 2}  # 4 of all others
-HELD_OUT = {"gsm8k": 60, "code_alpaca": 60}  # 160 of all others
+BATCH = {"gsm8k": 4, "code_alpaca": 4}  # 8 of all others
+HELD_OUT = {"gsm8k": 100, "code_alpaca": 100}  # 400 of all others
 STEPS = (40, 160)
 
 
@@ -45,15 +49,16 @@ class Task:
 
     def __init__(self, bench: Bench, name: str, folder: Path, seed: int) -> None:
         self.bench, self.seed = bench, seed
-        self.data = data_module(name, folder, HELD_OUT.get(name, 160), seed)
-        self.data.batch_size = BATCH.get(name, 4)
+        self.data = data_module(name, folder, HELD_OUT.get(name, 400), seed)
+        self.data.batch_size = BATCH.get(name, 8)
         bench.attach(self.data)
         samples = SAMPLES.get(name, 64)
         self.svds, self.loss = bench.gradient(self.data, samples)
         self.losses = bench.losses(self.data, samples)
         self.before = bench.score(self.data)
+        self.gamma = functools.cache(self._gamma)
 
-    def gamma(self, start: str) -> tuple[str, float | None]:
+    def _gamma(self, start: str) -> tuple[str, float | None]:
         """Return the scale and the gamma of a start; None leaves the untouched model."""
         if start == "untouched":
             return "layer", None
@@ -97,55 +102,63 @@ class Task:
         )
         module.model = self.bench.model.train()
         bare_trainer(steps).fit(module, datamodule=self.data)
+        self.bench.model.to(DEVICE)  # the trainer has left it on the CPU
 
 
-def run(bench: Bench, folder: Path, task: str, seed: int, lr: float, log: Path) -> None:
-    """Train the starts of a task and a seed that are not in the log."""
+def run(
+    bench: Bench, folder: Path, task: str, seed: int, rates: Sequence[float], log: Path
+) -> None:
+    """Train the starts of a task and a seed that are not in the log, from each learning rate."""
     done = [line for line in read_runs(log) if (line["task"], line["seed"]) == (task, seed)]
-    missing = [start for start in STARTS if start not in {line["start"] for line in done}]
+    had = {(line["start"], line["lr"]) for line in done}
+    missing = [cell for cell in itertools.product(STARTS, rates) if cell not in had]
     if not missing:
         return
     rows = Task(bench, task, folder, seed)
-    for start in missing:
+    for start, lr in missing:
         began = time.perf_counter()
         scale, gamma = rows.gamma(start)
-        same = [line for line in done if (line["scale"], line["gamma"]) == (scale, gamma)]
+        what = {"scale": scale, "gamma": gamma, "lr": lr}
+        same = [line for line in done if what.items() <= line.items()]
         scores = same[0]["scores"] if same else rows.train(scale, gamma, lr)
-        line = {
-            "task": task,
-            "seed": seed,
-            "start": start,
-            "scale": scale,
-            "gamma": gamma,
-            "lr": lr,
-        }
-        line |= {"scores": scores, "seconds": time.perf_counter() - began}
-        done.append(line)
-        append_run(log, line)
-        print(task, seed, start, gamma, {k: v["task_loss"] for k, v in scores.items()}, flush=True)
+        line = {"task": task, "seed": seed, "start": start, **what, "scores": scores}
+        done.append(line | {"seconds": time.perf_counter() - began})
+        append_run(log, done[-1])
+        losses = {step: values["task_loss"] for step, values in scores.items()}
+        print(task, seed, start, gamma, lr, losses, flush=True)
+
+
+def summary(runs: Sequence[Mapping[str, Any]], step: int, name: str) -> tuple[float, float]:
+    """Return mean and standard error over seeds of a score after some steps."""
+    values = [run["scores"][str(step)].get(name, math.nan) for run in runs]
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.mean(values), error
 
 
 def cell(runs: Sequence[Mapping[str, Any]], step: int) -> str:
-    """Return mean and standard error over seeds of the task loss, and of the accuracy."""
-    texts = []
-    for name, factor, digits in (("task_loss", 1, 3), ("accuracy", 100, 1)):
-        values = [factor * run["scores"][str(step)].get(name, float("nan")) for run in runs]
-        if values and values[0] == values[0]:
-            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            texts.append(f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}")
-    return "; ".join(texts)
+    """Return task loss and accuracy after some steps, from the learning rate of the lowest mean loss there."""
+    by_rate = {lr: [run for run in runs if run["lr"] == lr] for lr in {run["lr"] for run in runs}}
+    if not by_rate:
+        return ""
+    best = min(by_rate, key=lambda lr: summary(by_rate[lr], step, "task_loss"))
+    loss, error = summary(by_rate[best], step, "task_loss")
+    text = f"{loss:.3f} ± {error:.3f}"
+    accuracy, error = summary(by_rate[best], step, "accuracy")
+    if not math.isnan(accuracy):
+        text += f"; {100 * accuracy:.1f} ± {100 * error:.1f}"
+    return text if step == 0 else f"{text}; {best:g}"
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table: a row a task and start, a column a number of steps."""
     titles = ["task", "start", "gamma", *(f"after {step} steps" for step in (0, *STEPS)), "seeds"]
     lines = [f"| {' | '.join(titles)} |", f"| {' | '.join(['---'] * len(titles))} |"]
-    for task in TASKS:
-        for start in STARTS:
-            chosen = [run for run in runs if (run["task"], run["start"]) == (task, start)]
-            gammas = ", ".join(f"{run['gamma']:g}" if run["gamma"] else "none" for run in chosen)
-            cells = [cell(chosen, step) for step in (0, *STEPS)]
-            lines.append(f"| {' | '.join([task, start, gammas, *cells, str(len(chosen))])} |")
+    for task, start in itertools.product(TASKS, STARTS):
+        chosen = [run for run in runs if (run["task"], run["start"]) == (task, start)]
+        gammas = {run["seed"]: f"{run['gamma']:g}" if run["gamma"] else "none" for run in chosen}
+        cells = [cell(chosen, step) for step in (0, *STEPS)]
+        found = ", ".join(gammas[seed] for seed in sorted(gammas))
+        lines.append(f"| {' | '.join([task, start, found, *cells, str(len(gammas))])} |")
     return "\n".join(lines)
 
 
@@ -158,19 +171,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lr", type=float, default=5e-4)
+    rates = [5e-4, 1e-3, 2e-4]
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=rates)
     parser.add_argument("--report", action="store_true", help="train nothing more")
     given = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     given.output.mkdir(parents=True, exist_ok=True)
     log = given.output / "runs.jsonl"
-    if any(line["lr"] != given.lr for line in read_runs(log)):
-        parser.error(f"{log} holds runs of another learning rate: name another --output")
     bench: Bench | None = None
     for seed in () if given.report else given.seeds:
         for task in given.tasks:
             bench = bench or Bench(torch.bfloat16, "eager")
-            run(bench, given.data, task, seed, given.lr, log)
+            run(bench, given.data, task, seed, given.learning_rates, log)
     print(table(read_runs(log)))
 
 
