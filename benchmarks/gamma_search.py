@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from app.evaluation.metrics import LabelScores
-from app.initialization.factors import SVD, common_unit, spectral_factors
+from app.initialization.factors import SVD, spectral_factors, unit_of
 from app.initialization.gamma_search import (
     GammaSearch,
     RowLosses,
@@ -66,11 +66,6 @@ def data_module(task: str, folder: Path, held_out: int, seed: int) -> TextDataMo
         file = folder / "code" / "code_alpaca_2k.json"
         return InstructionDataModule(str(file), chat_template=True, **options)
     return GlueDataModule(task, str(folder / "glue"), **options)
-
-
-def unit_of(svds: Sequence[SVD], scale: str) -> float | None:
-    """Return what all layers' steps are divided by, None for each by its own S_1."""
-    return common_unit(svds) if scale == "global" else None
 
 
 def seconds() -> float:

@@ -31,10 +31,10 @@ from typing import Any
 import torch
 from lightning.pytorch import seed_everything
 
-from app.initialization.factors import spectral_factors
+from app.initialization.factors import spectral_factors, unit_of
 from app.models.adapter_config import LoraSettings
 from app.training.module import LoraModule
-from benchmarks.gamma_search import DEVICE, MODEL, RANK, SAMPLES, Bench, data_module, unit_of
+from benchmarks.gamma_search import DEVICE, MODEL, RANK, SAMPLES, Bench, data_module
 from benchmarks.parts.runs import append_run, bare_trainer, read_runs
 
 STARTS = ("untouched", "gamma 128", "gamma 512", "vocabulary", "auto", "global")

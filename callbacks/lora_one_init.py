@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from app.initialization.factors import SVD, common_unit, spectral_factors
+from app.initialization.factors import SVD, spectral_factors, unit_of
 from app.initialization.gamma_search import GammaSearch, first_gamma, install_best, task_losses
 from app.models.lora import LoraPair, install
 from app.training.protocols import AdaptedModule, data_of
@@ -61,7 +61,7 @@ class LoraOneInit(GradientInit):
             for pair in pairs
             if pair.name in gradients
         ]
-        unit = common_unit(svd for _, svd in triplets) if self.scale == "global" else None
+        unit = unit_of((svd for _, svd in triplets), self.scale)
 
         def install_step(gamma: float) -> None:
             for pair, svd in triplets:

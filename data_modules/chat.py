@@ -63,7 +63,7 @@ class ChatDataModule(GenerativeDataModule):
         self.validation_size = validation_size
         self.validation_file = validation_file
         self.config_name = config_name
-        self._setting = "--data.path"
+        self.setting = "--data.path"  # names the file, in messages
         self._conversations: list[TextRow] = []
 
     def prepare_data(self) -> None:
@@ -82,10 +82,10 @@ class ChatDataModule(GenerativeDataModule):
         rows = super().load()
         if self.validation_file is not None:
             held_out = ChatDataModule(self.validation_file, self.max_length, validation_size=0)
-            held_out._setting = "--data.validation_file"
-            held_out._encoder = self.encoder
-            rows["validation"] = held_out.load()["train"]
-            self._tokens |= held_out._tokens
+            held_out.setting, encoder = "--data.validation_file", self.encoder
+            held_out.attach(encoder.tokenizer, encoder.is_encoder_decoder, encoder.context_length)
+            rows["validation"] = held_out.rows("train")
+            self._tokens |= zip(rows["validation"], held_out.encoded("train"), strict=True)
             # Those that are there twice are counted already.
             once = list(dict.fromkeys(rows["train"]))
             warn_of_repeated({**rows, "train": once}, str(self.path))
@@ -93,7 +93,7 @@ class ChatDataModule(GenerativeDataModule):
 
     def candidates(self) -> list[TextRow]:
         """Return a row of each conversation with an answer, and say what is left out of them."""
-        table = read_tables(str(self.path), self.config_name, self._setting)["train"]
+        table = read_tables(str(self.path), self.config_name, self.setting)["train"]
         ignored: Counter[str] = Counter()
         self.dropped_rows |= {"tool_calls": 0, "no_question_or_answer": 0}
         rows = []
@@ -101,6 +101,9 @@ class ChatDataModule(GenerativeDataModule):
             told = conversation(columns, where, table.setting)
             ignored["have tools, which are not written into their prompts"] += bool(
                 columns.get("tools")
+            )
+            ignored["have reasoning beside the content of messages, which is left out"] += (
+                told.reasons
             )
             row = self._row(told, ignored)
             if row is not None:

@@ -19,13 +19,16 @@ ROLES = {
 }
 """The role of chat templates for each name of a role in the forms; `tool` for what is about tools."""
 CALLS = ("tool_calls", "function_call")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""What messages name the thoughts that stand beside their content."""
 
 
 class Conversation(NamedTuple):
-    """The turns of a row, and whether one of them calls a tool or is what a tool returns."""
+    """The turns of a row, whether some call a tool or are what one returns, and whether some have reasoning."""
 
     turns: tuple[Turn, ...]
     calls_tools: bool
+    reasons: bool
 
 
 def conversation(row: Mapping[str, Any], where: str, setting: str) -> Conversation:
@@ -60,7 +63,7 @@ def _conversation(messages: Any, where: str, setting: str) -> Conversation:
             f"{where} has {str(messages)[:40]!r} as its messages: expected a list of them, each with a role "
             f"and a content; {change}"
         )
-    turns, calls = [], False
+    turns, calls, reasons = [], False, False
     for number, message in enumerate(messages):
         of = f"message {number} of {where}"
         given = message.get("role") or message.get("from")
@@ -75,9 +78,10 @@ def _conversation(messages: Any, where: str, setting: str) -> Conversation:
             continue
         content = message.get("content")
         text = _text(message.get("value") if content is None else content, of, change)
+        reasons |= any(message.get(name) for name in REASONING)
         learnt = role == "assistant" and message.get("weight") != 0
         turns.append(Turn(role, text, learnt))
-    return Conversation(tuple(turns), calls)
+    return Conversation(tuple(turns), calls, reasons)
 
 
 def _text(content: Any, of: str, change: str) -> str:

@@ -20,7 +20,6 @@ from app.utils.errors import InputError
 from app.utils.files import digest
 from data_modules.chat_encoding import ChatEncoder
 from data_modules.encoding import TextEncoder
-from data_modules.evals.free_answers import FreeAnswers
 from data_modules.rows import TextRow
 from data_modules.sampling import SPLIT_SEED, LengthGroupedSampler, draw
 
@@ -67,7 +66,7 @@ class BenchmarkQuestions:
         asked = [(b, size) for b, size in zip(self.benchmarks, sizes, strict=True) if size != 0]
         for number, (benchmark, size) in enumerate(asked):
             benchmark.check()
-            if isinstance(benchmark, FreeAnswers):
+            if benchmark.asks_rows:
                 own = rows(split) or rows("validation")
                 benchmark.take_rows(own)
                 asked[number] = (benchmark, size and min(size, len(own)))
@@ -101,12 +100,10 @@ class BenchmarkQuestions:
         prompts = _token_ids(questions, encoder)
         prompts = self._shortened(prompts, benchmark, choices, encoder)
         # Of one's own data the answers may be corrected, too.
-        own = isinstance(benchmark, FreeAnswers)
+        references = [question.reference if benchmark.asks_rows else "" for question in questions]
         encoded = [
-            EncodedQuestion(
-                question, ids, digest(" ".join(map(str, ids)) + (question.reference if own else ""))
-            )
-            for question, ids in zip(questions, prompts, strict=True)
+            EncodedQuestion(question, ids, digest(" ".join(map(str, ids)) + reference))
+            for question, ids, reference in zip(questions, prompts, references, strict=True)
         ]
         return PreparedBenchmark(benchmark, encoded, choices)
 

@@ -109,6 +109,8 @@ def read_table(path: str, setting: str) -> Table:
     with _told(path, setting):
         if kind == "json":
             _check_first_value(file)
+        if kind == "csv":
+            _check_header(file, options)
         rows = load(**options)
         if kind == "csv" and (first := next(iter(rows), None)) and EXTRA_CELL not in first:
             # As text: the label 01 is not 1.
@@ -122,6 +124,15 @@ def _check_first_value(file: Path) -> None:
     with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
         if re.match(rb"\s*\[?\s*null", stream.read(99).removeprefix(codecs.BOM_UTF8)):
             raise ValueError("it begins with null: expected an object")
+
+
+def _check_header(file: Path, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if two columns have one name, of which pandas would rename the second."""
+    import pandas as pd
+
+    names = pd.read_csv(file, header=None, nrows=1, dtype=str, **options).iloc[0]
+    if (twice := names[names.duplicated() & (names != "")]).size:
+        raise ValueError(f"it has two columns {twice.iloc[0]!r}: expected one of each name")
 
 
 def read_tables(path: str, config_name: str | None, setting: str) -> dict[str, Table]:

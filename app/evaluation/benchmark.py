@@ -32,6 +32,7 @@ class Benchmark(ABC):
     decoding: Decoding | None = None  # how outputs are generated; None where `choices` are compared
     choices: tuple[str, ...] = ()  # the continuations to compare, such as " A"
     runs_model: bool = False  # whether `run` answers each question: a task of another harness
+    asks_rows: bool = False  # whether it asks the data module's own rows, which `take_rows` gets
     validation_size: int | None = None  # questions asked in validation; None asks all, 0 none
     limit: int | None = None  # questions asked in a test; None asks all
 
@@ -71,6 +72,10 @@ class Benchmark(ABC):
             What the answer holds: `outputs` and more, as JSON data, the same on every process.
         """
         raise NotImplementedError(f"{type(self).__name__} has runs_model, so it writes this")
+
+    def take_rows(self, rows: Sequence[Any]) -> None:
+        """Set the data module's rows, before `load` makes questions of them; see `asks_rows`."""
+        raise NotImplementedError(f"{type(self).__name__} has asks_rows, so it writes this")
 
     def combine(self, scores: dict[str, float]) -> dict[str, float]:
         """Return the benchmark's scores, from the means over questions: those means, unless it has more."""

@@ -120,6 +120,11 @@ def common_unit(gradients: Iterable[SVD]) -> float:
     return max((float(gradient.S[0]) for gradient in gradients), default=1.0)
 
 
+def unit_of(gradients: Iterable[SVD], scale: str) -> float | None:
+    """Return the `unit` of `spectral_factors` for a scale: that of all layers if `global`, else None."""
+    return common_unit(gradients) if scale == "global" else None
+
+
 def spectral_factors(gradient: SVD, gamma: float, unit: float | None = None) -> LoraFactors:
     """Compute LoRA-One's factors from the leading triplets of a gradient.
 

@@ -40,6 +40,7 @@ class FreeAnswers(Benchmark):
 
     name = "free_answers"
     version = "1"
+    asks_rows = True
 
     def __init__(
         self,

@@ -4,11 +4,12 @@ import pytest
 import torch
 from tokenizers import processors
 
-from app.evaluation.benchmark import BENCHMARK
+from app.evaluation.benchmark import BENCHMARK, Question
 from app.utils.errors import InputError
 from data_modules.benchmark_data import BenchmarkDataModule
 from data_modules.encoding import TextEncoder
 from data_modules.questions import BenchmarkQuestions, question_loaders
+from data_modules.rows import TextRow
 from tests.support.toy_benchmarks import Choosing, Writing
 
 
@@ -33,6 +34,29 @@ def test_each_split_asks_its_number_of_questions(tiny_tokenizer):
     data.attach(tiny_tokenizer, is_encoder_decoder=False)
     (fewer,) = data.prepare_benchmarks("validation")
     assert {encoded.question.key for encoded in fewer.questions} < set(asked)
+
+
+class OfRows(Writing):
+    """A benchmark of one's own that asks the data module's rows."""
+
+    asks_rows = True
+
+    def take_rows(self, rows):
+        self.rows = rows
+
+    def load(self):
+        return [Question(row.prompt, row.prompt, row.answer) for row in self.rows]
+
+
+def test_a_benchmark_of_ones_own_asks_the_rows(tiny_tokenizer):
+    rows = [TextRow(f"q{i}", "a") for i in range(4)]
+    questions = BenchmarkQuestions([OfRows(limit=9)], "cut")
+    (prepared,) = questions.prepare("test", TextEncoder(tiny_tokenizer), {"test": rows}.get)
+    assert [encoded.question.key for encoded in prepared.questions] == ["q0", "q1", "q2", "q3"]
+    before = prepared.questions[0].prompt_hash
+    rows[0] = TextRow("q0", "corrected")
+    (prepared,) = questions.prepare("test", TextEncoder(tiny_tokenizer), {"test": rows}.get)
+    assert prepared.questions[0].prompt_hash != before
 
 
 @pytest.mark.parametrize("is_encoder_decoder", [False, True])

@@ -22,7 +22,6 @@ TABLES = {
     "no_last_newline.csv": FILMS,
     "UPPER.CSV": AB,
     "brackets[1].csv": AB,
-    "two_text_columns.csv": AB,
     "packed.csv.gz": AB,
     "packed.jsonl.gz": AB,
     "list.json": AB,
@@ -65,6 +64,7 @@ TABLES = {
     "under_a_key.json": "has the columns 'data': expected 'text'",
     "extra_cell.csv": r"row 0 of .* more cells than the 2 columns of the header \('text', 'label'\)",
     "extra_cell_later.csv": "Expected 2 fields in line 3, saw 3",
+    "two_text_columns.csv": r"cannot read .* \(it has two columns 'text': expected one of each name\)",
     "tab_in_cell.tsv": "row 0 of .* more cells than the 2 columns of the header",
     "unclosed_quote.csv": "EOF inside string starting at row 1",
     "latin1.csv": "can't decode byte 0xe9 .*expected UTF-8 text",
@@ -110,6 +110,10 @@ CHATS = {
     "tools.jsonl": [
         HI,
         "1 conversations of .* have tools, which are not written into their prompts",
+    ],
+    "reasoning.jsonl": [
+        HI,
+        "1 conversations of .* have reasoning beside the content of messages, which is left out",
     ],
     "duplicates.jsonl": [HI, HI, HI, "2 of 3 rows of .* repeat another row"],
     "no_answer.jsonl": [HI, {"no_question_or_answer": 3}],
