@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.evaluation.answers import answer_tables
+from app.evaluation.scoring import lower_is_better
 from app.tracking.loggers import OutputSettings, run_folder_of
 from app.tracking.model_card import write_run_card
 from app.tracking.record import RunRecord
@@ -18,7 +19,7 @@ from app.tracking.run_folder import RunFolder
 from app.tracking.run_text import finished_text
 from app.tracking.tensorboard_summary import log_texts
 from app.tracking.wandb_summary import log_answers, log_test_scores
-from app.training.protocols import adapted, logged_scores
+from app.training.protocols import adapted, data_of, logged_scores
 from app.utils.console import warn_on_failure
 from app.utils.files import read_json, write_json
 
@@ -82,6 +83,8 @@ class BenchmarkResults(Callback):
             record = RunRecord.read(summary)
             scores = logged_scores(trainer, "test/")
             record.metrics["test"] = {**record.metrics.get("test", {}), **scores}
+            less = lower_is_better(data_of(trainer).prepare_benchmarks("test"))
+            record.lower_is_better = sorted({*record.lower_is_better, *less})
             record.write(summary)
             for trained in (self.folder.adapter, self.folder.model):
                 if trained.is_dir():

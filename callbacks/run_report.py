@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError
 
 from app.distributed.collectives import largest_over_processes, sum_over_processes
+from app.evaluation.scoring import lower_is_better
 from app.models.adapter_io import save_adapter, save_model
 from app.models.loading import base_reference
 from app.models.lora import is_adapted
@@ -208,6 +209,8 @@ class RunReport(Callback):
             ended=self._ended,
         )
         record.data = DataRecord(**data_of(trainer).describe())
+        asked = data_of(trainer).prepare_benchmarks("validation")
+        record.lower_is_better = lower_is_better(asked)
         record.write(folder.summary)
         with warn_on_failure("writing the model card"):
             write_run_card(folder, trained)

@@ -1,7 +1,7 @@
 """Benchmarks: questions, how they are asked, and what an output scores."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class Benchmark(ABC):
     decoding: Decoding | None = None  # how outputs are generated; None where `choices` are compared
     choices: tuple[str, ...] = ()  # the continuations to compare, such as " A"
     runs_model: bool = False  # whether `run` answers each question: a task of another harness
+    lower_is_better: Collection[str] = ()  # names of scores of which less is better, after `load`
     asks_rows: bool = False  # whether it asks the data module's own rows, which `take_rows` gets
     validation_size: int | None = None  # questions asked in validation; None asks all, 0 none
     limit: int | None = None  # questions asked in a test; None asks all

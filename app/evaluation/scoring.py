@@ -26,6 +26,12 @@ def score_names(
     return names
 
 
+def lower_is_better(benchmarks: Sequence[PreparedBenchmark]) -> list[str]:
+    """Return the names of the benchmarks' scores of which less is better."""
+    each = (prepared.benchmark for prepared in benchmarks)
+    return [f"{one.name}/{name}" for one in each for name in sorted(one.lower_is_better)]
+
+
 class Scoring:
     """Accumulate the scores of batches of rows and of batches of questions.
 

@@ -72,6 +72,7 @@ class RunRecord(Section):
     data: DataRecord = Field(default_factory=DataRecord)
     seed: int | None = None
     metrics: dict[str, dict[str, float]] = {}  # at `zero_shot`, `after_init`, `final`, `test`
+    lower_is_better: list[str] = []  # names of benchmarks' scores of which less is better
     init: InitRecord = Field(default_factory=InitRecord)
     train: TrainRecord = Field(default_factory=TrainRecord)
 

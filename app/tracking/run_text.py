@@ -32,10 +32,11 @@ def next_commands(record: RunRecord, folder: RunFolder, tested: bool = False) ->
     """Return the commands that go on with a finished run, to be pasted into a shell."""
     run = shlex.quote(str(folder))
     all_runs = shlex.quote(str(folder.path.parent))
-    score = "test" if record.data.has_test else "validate"
+    validated = record.data.rows.get("validation") != 0
+    score = "test" if record.data.has_test else "validate" if validated else None
     # Without --merge an adapter is written, which a run that trains all weights has not.
     return [
-        *([] if tested else [f"python train.py {score} --run {run}"]),
+        *([] if tested or score is None else [f"python train.py {score} --run {run}"]),
         f"python train.py export --run {run} --merge",
         f"python train.py report {all_runs}",
     ]

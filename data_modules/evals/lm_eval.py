@@ -58,6 +58,7 @@ class LmEval(Benchmark):
         self.batch_size = batch_size
         self.validation_size = validation_size
         self.limit = limit
+        self.lower_is_better: set[str] = set()
         self._tasks = tasks
         self._include_path = include_path
         self._manager: Any = None  # lm_eval's TaskManager
@@ -87,6 +88,7 @@ class LmEval(Benchmark):
             ]
             reference = digest(ADDRESS.sub("", json.dumps(asked, default=_text, sort_keys=True)))
             questions.append(Question(name, "", reference))
+            self.lower_is_better |= {name for name, lower in _scores_of(loaded) if lower}
         return questions
 
     def _task_manager(self) -> Any:
@@ -157,20 +159,25 @@ class LmEval(Benchmark):
 
     def score_names(self, questions: Sequence[Question]) -> list[str]:
         """Return the names of the metrics and their standard errors."""
-        return [name for question in questions for name in self._metrics(question.key)]
+        loaded = (self._load(question.key) for question in questions)
+        return [name for each in loaded for name, _ in _scores_of(each)]
 
-    def _metrics(self, name: str) -> Iterator[str]:
-        loaded = self._load(name)
-        for task in loaded["tasks"].values():
-            for reading in task._filters:
-                for metric in task.aggregation():
-                    yield f"{task.task_name}/{metric},{reading.name}"
-                    yield f"{task.task_name}/{metric}_stderr,{reading.name}"
-        for group in loaded.get("groups", {}).values():
-            for each in group.aggregate_metric_list or ():
-                for reading in each.filter_list:
-                    yield f"{group.name}/{each.metric},{reading}"
-                    yield f"{group.name}/{each.metric}_stderr,{reading}"
+
+def _scores_of(loaded: Any) -> Iterator[tuple[str, bool]]:
+    """Yield the names of the scores of a TaskDict, and whether less is better."""
+    of_group: set[str] = set()
+    for task in loaded["tasks"].values():
+        lower = {metric for metric, higher in task.higher_is_better().items() if higher is False}
+        of_group |= lower
+        for reading in task._filters:
+            for metric in task.aggregation():
+                yield f"{task.task_name}/{metric},{reading.name}", metric in lower
+                yield f"{task.task_name}/{metric}_stderr,{reading.name}", False
+    for group in loaded.get("groups", {}).values():
+        for each in group.aggregate_metric_list or ():
+            for reading in each.filter_list:
+                yield f"{group.name}/{each.metric},{reading}", each.metric in of_group
+                yield f"{group.name}/{each.metric}_stderr,{reading}", False
 
 
 def _text(value: Any) -> str:

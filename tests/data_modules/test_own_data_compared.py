@@ -51,3 +51,4 @@ def test_a_table_without_test_rows_is_refused(refused, options, tmp_path):
     del section["init_args"]["test_size"]
     told = refused(*GRID, options=options(section))
     assert "the validation rows of table are the rows that the test reports" in told
+    assert "set training rows aside for the test with --data.test_size" in told

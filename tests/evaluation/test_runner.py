@@ -135,8 +135,10 @@ data:
     return file
 
 
-def test_benchmarks_are_asked_while_training(overlay, fit):
+def test_benchmarks_are_asked_while_training(overlay, fit, monkeypatch):
+    monkeypatch.setattr(Writing, "lower_is_better", ["has_e"])
     folder = fit(f"--config={overlay}", "--trainer.val_check_interval=1")
+    assert summary(folder)["lower_is_better"] == ["writing/has_e"]
     metrics = summary(folder)["metrics"]
     for moment in ("zero_shot", "after_init", "final"):
         assert 0 <= metrics[moment]["writing/has_e"] <= 1
@@ -151,11 +153,13 @@ def test_benchmarks_are_asked_while_training(overlay, fit):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_asked_and_keeps_the_scores(benchmarks, fit, command):
+def test_a_finished_run_is_asked_and_keeps_the_scores(benchmarks, fit, command, monkeypatch):
     folder = fit()
+    monkeypatch.setattr(Choosing, "lower_is_better", ["accuracy"])
     assert command("test", "--run", folder, "--config", benchmarks()) == 0
     assert results(folder)["writing"]["questions"] == 23
     assert len(answers(folder, "choosing")) == 17
+    assert summary(folder)["lower_is_better"] == ["choosing/accuracy"]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ WRITTEN = {
     "data": {"name": "glue/sst2", "rows": {"train": 3}, "source": "hub", "evals": []},
     "seed": None,
     "metrics": {"final": {"accuracy": 1, "loss": float("inf")}, "test": {"gsm8k/strict": 0.5}},
+    "lower_is_better": ["lm_eval/wikitext/word_perplexity,none"],
     "init": {"seconds": 2, "gamma": 16.0, "peak_bytes": [5], "niter": None},
     "train": {"steps": 4, "seconds": 1.5, "samples_per_second": 0.0, "device": ""},
 }
@@ -47,7 +48,11 @@ def test_a_record_of_another_version(tmp_path):
     record.write(file)
     assert json.loads(file.read_text()) == {
         **{"method": "", "model": {}, "data": {}, "seed": None, "init": {}, "train": {}},
-        **{"metrics": {"test": {"accuracy": 0.5}}, "notes": "of another version"},
+        **{
+            "metrics": {"test": {"accuracy": 0.5}},
+            "lower_is_better": [],
+            "notes": "of another version",
+        },
     }
 
 

@@ -61,6 +61,8 @@ def test_what_comes_next_fits_the_run(tmp_path):
     assert shlex.split(commands[2])[-1] == str(folder.path.parent)
     after_a_test = next_commands(record, folder, tested=True)
     assert after_a_test == commands[1:]
+    unscored = RunRecord(data=DataRecord(rows={"validation": 0, "test": 0}))
+    assert next_commands(unscored, folder) == commands[1:]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def workspace(entity: str, project: str, name: str, score: str, task: str | None
         raise InputError(f"--task is {task!r}: expected {expected}")
     import wandb_workspaces.workspaces as ws  # slow, as pandas and matplotlib below are
 
-    from app.commands.compare.selection import is_loss
+    from app.commands.compare.scores import Score
 
     shown: Any = []
     if task is not None:  # a group of another name is known from the start, the task at the end
@@ -90,7 +90,9 @@ def workspace(entity: str, project: str, name: str, score: str, task: str | None
                 *(ws.Metric("Group"), ws.Config("model.method")),
                 *(ws.Config(RANK), ws.Config(RATE)),
             ],
-            order=[ws.Ordering(ws.Summary(f"final/{score}"), ascending=is_loss(score))],
+            order=[
+                ws.Ordering(ws.Summary(f"final/{score}"), ascending=Score(score).less_is_better)
+            ],
             pinned_columns=[
                 *("summary:method", "summary:task", "summary:seed"),
                 *(f"summary:final/{score}", f"summary:test/{score}"),

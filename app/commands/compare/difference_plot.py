@@ -11,7 +11,6 @@ from matplotlib.ticker import MaxNLocator
 
 from app.commands.compare.differences import SHOWN_NOT, Differences
 from app.commands.compare.figures import COLORS, Plot
-from app.commands.compare.selection import is_loss
 
 WIDTH, LINE, MARGIN = 8.0, 0.28, 1.1  # inches: of the figure, of a method, of title and axis
 LOOKS = {"better": COLORS[0], "worse": COLORS[1], SHOWN_NOT: "#777777"}
@@ -28,14 +27,14 @@ def differences_plot(differences: Differences) -> Plot | None:
         1, len(scores), sharey=True, squeeze=False, figsize=size, layout="constrained"
     )
     for axes, score in zip(panels[0], scores, strict=True):
-        factor = 1 if is_loss(score) else 100
         for each in (each for each in differences.found if each.score == score):
-            middle, low, high = factor * np.array(each.interval)
+            middle, low, high = score.factor * np.array(each.interval)
             line, color = methods.index(each.method), LOOKS[each.verdict]
             axes.plot([low, high], [line, line], color=color, linewidth=2)
             axes.plot([middle], [line], "o", color=color, markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
-        unit = "less is better" if is_loss(score) else "points, more is better"
+        unit = "points, " if score.is_fraction else ""
+        unit += "less is better" if score.less_is_better else "more is better"
         axes.set_xlabel(f"{differences.of} {score} ({unit})")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="x", alpha=0.3)

@@ -9,7 +9,8 @@ import pandas as pd
 from app.commands.compare.bootstrap import DRAWS, LEVEL, Interval, paired_interval, resampled
 from app.commands.compare.collect import Run
 from app.commands.compare.row_scores import NoRowScoresError, RowScores, read_row_scores
-from app.commands.compare.selection import Comparison, is_loss
+from app.commands.compare.scores import Score
+from app.commands.compare.selection import Comparison
 from app.commands.compare.tables import Table
 
 USUAL_REFERENCES = ("lora", "rslora")
@@ -22,7 +23,7 @@ class Difference(NamedTuple):
     """A method's difference to the reference in one score."""
 
     method: str
-    score: str
+    score: Score
     interval: Interval
     seeds: int
     rows: int
@@ -33,13 +34,14 @@ class Difference(NamedTuple):
         _, low, high = self.interval
         if low <= 0 <= high:
             return SHOWN_NOT
-        return "better" if (low > 0) != is_loss(self.score) else "worse"
+        return "better" if (low > 0) != self.score.less_is_better else "worse"
 
     @property
     def text(self) -> str:
-        """The difference, in points of a percentage unless it is a loss, its interval and the verdict."""
-        factor, places = (1, 4) if is_loss(self.score) else (100, 2)
-        mean, low, high = (f"{factor * value:+.{places}f}" for value in self.interval)
+        """The difference, in points of a percentage if it is a fraction, its interval and the verdict."""
+        mean, low, high = (
+            f"{self.score.factor * value:+.{self.score.places}f}" for value in self.interval
+        )
         return f"{mean} [{low}, {high}] {self.verdict}"
 
 
@@ -64,7 +66,7 @@ class Differences:
     unfinished: str | None = None
 
     @property
-    def scores(self) -> list[str]:
+    def scores(self) -> list[Score]:
         """The scores that there are differences in, the reported one first."""
         return list(dict.fromkeys(each.score for each in self.found))
 
@@ -98,7 +100,8 @@ def differences_to(comparison: Comparison, wanted: str | None = None) -> Differe
     differences.left_out.update(reasons)
     if reference in read:
         differences.found.extend(_differences(read, reference, score, differences.left_out))
-    other = next((name for name in ("task_loss", "loss") if _all_have(chosen, moment, name)), score)
+    losses = (Score(name) for name in ("task_loss", "loss") if _all_have(chosen, moment, name))
+    other = next(losses, score)
     read, reasons = _read(chosen, moment, other) if other != score else ({}, {})
     if reference in read:
         differences.found.extend(_differences(read, reference, other, differences.left_out))
@@ -128,7 +131,7 @@ def _read(
 
 
 def _differences(
-    read: Rows, reference: str, score: str, left_out: dict[str, str]
+    read: Rows, reference: str, score: Score, left_out: dict[str, str]
 ) -> list[Difference]:
     """Return the differences in one score; note the methods that have other rows or seeds."""
     first = next(iter(read[reference].values()))
@@ -170,7 +173,7 @@ def differences_table(differences: Differences) -> Table | None:
         return None
     rows: dict[str, dict[str, str]] = {}
     for each in differences.found:
-        what = f"{differences.of} {each.score}{'' if is_loss(each.score) else ', points'}"
+        what = f"{differences.of} {each.score}{', points' if each.score.is_fraction else ''}"
         row = rows.setdefault(each.method, {"seeds": str(each.seeds)})
         row[f"{what}: difference to {differences.reference}"] = each.text
     name = "method" if differences.rank is None else f"method at rank {differences.rank}"

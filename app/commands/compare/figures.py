@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from app.commands.compare.collect import Run
-from app.commands.compare.selection import Comparison, is_loss
+from app.commands.compare.scores import Score
+from app.commands.compare.selection import Comparison
 from app.tracking.alignment_plots import MAPS
 from app.utils.text import rate_text
 
@@ -66,7 +67,7 @@ def comparison_plots(comparison: Comparison) -> list[Plot]:
     Names and titles have the rank of a comparison from `by_rank`.
     """
     plots = [_rates_plot(comparison, reported) for reported in (False, True)]
-    for name in dict.fromkeys(("loss", comparison.score)):
+    for name in dict.fromkeys((Score("loss"), comparison.score)):
         plots += [_curves_plot(comparison, name, over) for over in ("steps", "seconds")]
     ending = "" if comparison.rank is None else f"_r{comparison.rank}"
     return [replace(plot, name=plot.name + ending) for plot in plots if plot is not None]
@@ -83,9 +84,7 @@ def rank_plot(parts: Sequence[Comparison]) -> Plot | None:
     figure, axes = plt.subplots(layout="constrained")
     rows = pd.concat([part.chosen.astype({"method": str}).assign(rank=part.rank) for part in parts])
     for label, look in _looks(dict.fromkeys(rows.method)).items():
-        own = _factor(score) * rows[rows.method == label].groupby("rank")[column].agg(
-            ["mean", "std"]
-        )
+        own = score.factor * rows[rows.method == label].groupby("rank")[column].agg(["mean", "std"])
         stats = own.dropna(subset="mean")
         if len(stats):
             look |= {"label": label, "markersize": 5, "capsize": 3}
@@ -115,7 +114,7 @@ def _rates_plot(comparison: Comparison, reported: bool) -> Plot | None:
     figure, axes = plt.subplots(layout="constrained")
     for label, look in _looks(comparison.choices).items():
         own = comparison.finished[comparison.finished.method == label].copy()
-        own[column] *= _factor(score)
+        own[column] *= score.factor
         # The choice's ring is drawn from the rows at that rate.
         stats, ring = (
             rows.groupby("learning_rate")[column].agg(["mean", "std"]).dropna(subset="mean")
@@ -154,14 +153,14 @@ def _scale_log(axes: Axes, ticks: Sequence[float], text: Callable[[float], str])
         axes.set_xlim(ticks[0] / 3, ticks[0] * 3)
 
 
-def _curves_plot(comparison: Comparison, name: str, over: str) -> Plot | None:
+def _curves_plot(comparison: Comparison, name: Score, over: str) -> Plot | None:
     figure, axes = plt.subplots(layout="constrained")
     for label, look in _looks(comparison.choices).items():
         rows = comparison.chosen[comparison.chosen.method == label]
         curve = mean_curve(list(rows.run), name, over)
         if curve is None:
             continue
-        x, mean, std = curve[0], curve[1] * _factor(name), curve[2] * _factor(name)
+        x, mean, std = curve[0], curve[1] * name.factor, curve[2] * name.factor
         if name == "loss" or len(x) > 40:
             look.pop("marker")
         has_rate = rows.learning_rate.notna().all()
@@ -240,12 +239,8 @@ def run_curve(run: Run, name: str, over: str) -> np.ndarray:
     return curve
 
 
-def _factor(score: str) -> int:
-    return 1 if is_loss(score) else 100
-
-
-def _score_label(of: str, score: str) -> str:
-    return f"{of} {score}" if is_loss(score) else f"{of} {score}, %"
+def _score_label(of: str, score: Score) -> str:
+    return f"{of} {score}{', %' if score.is_fraction else ''}"
 
 
 def _finish(name: str, title: str, figure: Figure, axes: Axes) -> Plot | None:

@@ -1,6 +1,7 @@
 """The notes below the table of a report's methods, and how scores are written."""
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -8,7 +9,8 @@ from itertools import accumulate
 import pandas as pd
 
 from app.commands.compare.collect import Run
-from app.commands.compare.selection import FAILED, Comparison, is_loss
+from app.commands.compare.scores import Score
+from app.commands.compare.selection import FAILED, Comparison
 
 PENDING = ("missing", "unfinished")
 """States of runs that may still come."""
@@ -16,14 +18,14 @@ PENDING = ("missing", "unfinished")
 EDGES = {"lowest": "the lowest rate tried", "highest": "the highest rate tried"}
 
 
-def score_text(values: pd.Series, score: str) -> str:
+def score_text(values: pd.Series, score: Score) -> str:
     """Write the mean and the sample standard deviation of scores, NaN where there is none.
 
     Returns:
-        `85.12 ± 0.31`, in percent unless it is a loss; without ± for one score, empty for none.
+        `85.12 ± 0.31`, in percent if it is a fraction; without ± for one score, empty for none.
     """
-    factor, places = (1, 4) if is_loss(score) else (100, 2)
-    parts = [f"{factor * x:.{places}f}" for x in (values.mean(), values.std()) if not math.isnan(x)]
+    numbers = [score.factor * x for x in (values.mean(), values.std()) if not math.isnan(x)]
+    parts = [f"{number:.{score.places}f}" for number in numbers]
     return " ± ".join(parts)
 
 
@@ -44,6 +46,7 @@ def main_notes(comparison: Comparison) -> list[str]:
             f"**There is no test**, neither rows nor a benchmark: methods stand in the order of the validation "
             f"{comparison.selected_by} that their rates were chosen by, which flatters each of them."
         )
+    notes += _untested(comparison)
     if comparison.shared.get("data.init_args.validation_size") is None:
         notes.append(
             "**The validation rows are the reported rows** (data.validation_size is null): the learning rates "
@@ -63,6 +66,20 @@ def main_notes(comparison: Comparison) -> list[str]:
     if (comparison.chosen.groupby("method", observed=True).selection_score.count() < 2).all():
         notes.append("One seed says nothing about the spread between seeds.")
     return [*notes, *_measurement_notes(list(comparison.finished.run))]
+
+
+def _untested(comparison: Comparison) -> list[str]:
+    """Say how the chosen runs that have no test score get one."""
+    chosen, score = comparison.chosen, comparison.score
+    untested = chosen[chosen.reported_score.isna()]
+    if untested.empty or not comparison.has_test:
+        return []
+    command = f"`python train.py test --run {shlex.quote(untested.folder.iloc[0])}`"
+    benchmark = " with the --config of its benchmark" if "/" in score else ""
+    return [
+        f"{len(untested)} of {len(chosen)} runs at the chosen rates have no test {score}: "
+        f"{command}{benchmark} scores one."
+    ]
 
 
 def _measurement_notes(runs: Sequence[Run]) -> list[str]:
@@ -97,7 +114,7 @@ def _most_at_once(runs: Sequence[Run]) -> int:
 def _passed_over(comparison: Comparison) -> str:
     """Name the rates that a failed or diverged run kept from being chosen."""
     by_rate = comparison.rows.groupby(["method", "rate"], observed=True)
-    merits = by_rate.selection_score.mean() * (-1 if is_loss(comparison.selected_by) else 1)
+    merits = by_rate.selection_score.mean() * (-1 if comparison.selected_by.less_is_better else 1)
     parts = []
     for (label, rate), rows in by_rate:
         best = comparison.choices[label].rate

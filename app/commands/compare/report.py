@@ -101,9 +101,22 @@ def write_report(
     return "\n\n".join([*printed, f"report: {folder / HTML_FILE}"])
 
 
+def _earlier_files(folder: Path) -> set[str]:
+    """Return the names of the tables and plots of an earlier report in a folder, if there is one."""
+    markdown = folder / MARKDOWN_FILE
+    if not markdown.is_file():
+        return set()
+    text = markdown.read_text("utf-8", errors="replace")
+    plots = re.findall(r"^!\[.*?\]\(([^/\n]+\.png)\)$", text, re.MULTILINE)
+    names = (path.name for path in folder.glob("*.csv"))
+    return {*plots, *(n for n in names if re.fullmatch(r"(table|differences)(_\d+)?\.csv", n))}
+
+
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in _earlier_files(folder) - files.keys():
+            (folder / name).unlink(missing_ok=True)
         for name, content in files.items():
             # Whole or not at all, also where another process writes the same one.
             with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as part:

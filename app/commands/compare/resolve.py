@@ -251,10 +251,14 @@ def check_validation(run: ResolvedRun) -> None:
             "aside with --data.validation_size"
         )
     if data.label_words and data.rows("validation") == data.rows("test"):
+        others = (
+            "set training rows aside for the test with --data.test_size, or name others in --data.test_file"
+            if hasattr(data, "test_size")
+            else "give data with a published set in data.path, beside the rows set aside"
+        )
         raise InputError(
             f"the validation rows of {data.task_name} are the rows that the test reports, so that the best "
-            "learning rate would be chosen on them: give data with a published set in data.path, beside the "
-            "rows set aside"
+            f"learning rate would be chosen on them: {others}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,8 @@ def read_row_scores(run: Run, moment: str, score: str) -> RowScores:
     Raises:
         NoRowScoresError: They are not there, or are not those of the run's score.
     """
+    if moment == "test" and not run.scores("test"):
+        raise NoRowScoresError(f"it is not tested yet: {_test_command(run)}")
     reported = run.scores(moment).get(score, math.nan)
     rows = (_questions if "/" in score else _rows)(run, moment, score)
     found = float(rows.statistic(rows.features.mean(axis=0)))
@@ -57,14 +60,21 @@ def read_row_scores(run: Run, moment: str, score: str) -> RowScores:
     return rows
 
 
+def _test_command(run: Run) -> str:
+    return f"`python train.py test --run {shlex.quote(str(run.folder))}`"
+
+
 def _rows(run: Run, moment: str, score: str) -> RowScores:
     path = row_scores_path(RunFolder(run.folder), moment)
     try:
         table = pd.read_csv(path, index_col="row")
         features, statistic = FEATURES[score](table)
     except FileNotFoundError:
-        missing = f"it has no {path.relative_to(run.folder)}"
-        raise NoRowScoresError(f"{missing}: not scored yet, or by an earlier version") from None
+        again = f": {_test_command(run)}" if moment == "test" else ""
+        missing = (
+            f"it has no {path.relative_to(run.folder)}, as an earlier version scored it{again}"
+        )
+        raise NoRowScoresError(missing) from None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise NoRowScoresError(f"{path.name} is damaged ({error})") from error
     return RowScores(table.index, features, statistic)

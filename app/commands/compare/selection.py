@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from app.commands.compare.collect import KNOWN_AT_THE_END, Run
+from app.commands.compare.scores import Score
 from app.commands.compare.settings import Settings, differences
 from app.commands.compare.variants import MethodRuns, variants_of
 from app.utils.errors import InputError
@@ -15,17 +16,6 @@ from app.utils.text import rate_text
 
 FAILED = ("failed", "diverged")
 """A learning rate at which a run is in such a state is not chosen."""
-
-OF_LM_EVAL = (
-    "perplexity",
-    "word_perplexity",
-    "byte_perplexity",
-    "bits_per_byte",
-    "brier_score",
-    "ter",
-)
-LOSSES = ("loss", "task_loss", *OF_LM_EVAL)
-"""Scores of which less is better, with those that lm-evaluation-harness registers so."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +49,8 @@ class Comparison:
 
     rows: pd.DataFrame
     choices: Mapping[str, Choice]
-    score: str
-    selected_by: str
+    score: Score
+    selected_by: Score
     shared: Settings
     differs_by: dict[str, tuple[Any, Any]]
     rank: int | None = None
@@ -77,7 +67,7 @@ class Comparison:
         return any(run.record.data.has_test or run.scores("test") for run in runs)
 
     @property
-    def compared(self) -> tuple[str, str, str]:
+    def compared(self) -> tuple[str, Score, str]:
         """By what methods are compared: the set `test` or `validation`, the score, its column of `rows`."""
         if self.has_test:
             return "test", self.score, "reported_score"
@@ -92,11 +82,6 @@ class Comparison:
     def chosen(self) -> pd.DataFrame:
         """The rows of the finished runs at the chosen rates."""
         return self.rows[self.rows.chosen]
-
-
-def is_loss(score: str) -> bool:
-    """Return whether a score is a loss: the less the better, and no percentage."""
-    return score.rpartition("/")[2].partition(",")[0] in LOSSES  # lm_eval/TASK/METRIC,FILTER
 
 
 def comparisons(runs: Sequence[Run], score: str | None = None) -> list[Comparison]:
@@ -220,10 +205,11 @@ def _compare(
     names = _score_names(finished)
     benchmarks = [name for name in names if name.count("/") == 1]
     usual = "accuracy" if "accuracy" in names else (benchmarks or ["loss"])[0]
-    reported = score if score in names else usual
+    lower = {name for run in finished for name in run.record.lower_is_better}
+    reported = Score(score if score in names else usual, lower)
     # A benchmark's questions are of the reported set: only rows may choose.
     on_rows = "/" not in reported and all(reported in run.scores("final") for run in finished)
-    chooser = reported if on_rows else "loss"
+    chooser = reported if on_rows else Score("loss")
     rows = run_rows({label: own.runs for label, own in variants.items()}, chooser, reported)
     # An excluded run of unknown settings has those of the variant that it counts for.
     ranks = rows.method.map({label: own.rank for label, own in variants.items()})
@@ -234,7 +220,7 @@ def _compare(
     # An excluded run of an unknown rate is listed, and belongs to no rate.
     rows = rows[(rows.state == "finished") | rows.learning_rate.notna()]
     choices = {
-        label: _choose(rows[rows.method == label], -1 if is_loss(chooser) else 1)
+        label: _choose(rows[rows.method == label], -1 if chooser.less_is_better else 1)
         for label in variants
     }
     best = rows.method.map({label: choice.rate for label, choice in choices.items()})
@@ -244,7 +230,8 @@ def _compare(
     def order(label: str) -> tuple[int, float, str]:
         if label not in means.index:
             return (2, 0.0, label)
-        test, validation = (value if is_loss(reported) else -value for value in means.loc[label])
+        sign = 1 if reported.less_is_better else -1
+        test, validation = (value * sign for value in means.loc[label])
         return (1, validation, label) if math.isnan(test) else (0, test, label)
 
     labels = sorted(variants, key=order)

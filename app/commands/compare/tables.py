@@ -9,7 +9,8 @@ import pandas as pd
 
 from app.commands.compare.collect import Run
 from app.commands.compare.notes import main_notes, score_text
-from app.commands.compare.selection import Comparison, is_loss, rate_name, run_rows
+from app.commands.compare.scores import Score
+from app.commands.compare.selection import Comparison, rate_name, run_rows
 
 EDGE_MARKS = {"": "", "lowest": " †", "highest": " †", "only": " ‡"}
 
@@ -60,8 +61,8 @@ class Table:
         return "\n".join([*rows, *(note.replace("**", "") for note in self.notes)])
 
 
-def _percent(score: str, before: str = ", ") -> str:
-    return "" if is_loss(score) else f"{before}%"
+def _percent(score: Score, before: str = ", ") -> str:
+    return f"{before}%" if score.is_fraction else ""
 
 
 def main_table(comparison: Comparison) -> Table:

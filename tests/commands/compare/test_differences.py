@@ -17,6 +17,7 @@ from app.commands.compare.differences import (
     differences_table,
     differences_to,
 )
+from app.commands.compare.scores import Score
 from app.commands.compare.selection import by_rank, comparisons
 from tests.support.report_runs import write_rows, write_run
 from tests.support.run_folders import table
@@ -114,10 +115,10 @@ def test_another_reported_score(runs):
 )
 def test_verdicts(interval, accuracy, loss):
     for score, wanted in (("accuracy", accuracy), ("task_loss", loss)):
-        each = Difference("lora_one", score, Interval(*interval), 3, 10)
+        each = Difference("lora_one", Score(score), Interval(*interval), 3, 10)
         assert each.verdict == wanted
         assert each.text.endswith(f"] {wanted}")
-    assert Difference("m", "accuracy", Interval(0.0125, -0.001, 0.03), 3, 10).text == (
+    assert Difference("m", Score("accuracy"), Interval(0.0125, -0.001, 0.03), 3, 10).text == (
         "+1.25 [-0.10, +3.00] no difference shown"
     )
 
@@ -175,10 +176,11 @@ def test_seeds_are_paired(runs):
 def test_what_has_no_rows_is_left_out_and_said(runs, report):
     (runs / "pissa-1" / "row_scores" / "test.csv").unlink()
     write_rows(runs / "lora_one-0", np.ones(ROWS + 1))
+    again = f"`python train.py test --run {runs / 'pissa-1'}`"
     differences = found(runs)
     assert differences.found == []
     assert differences.left_out == {
-        "pissa": "it has no row_scores/test.csv: not scored yet, or by an earlier version",
+        "pissa": f"it has no row_scores/test.csv, as an earlier version scored it: {again}",
         "lora_one": "its rows are not those of lora",
     }
     assert differences_table(differences) is None
@@ -187,8 +189,8 @@ def test_what_has_no_rows_is_left_out_and_said(runs, report):
     text = (runs / "out" / "report.md").read_text()
     section = text.partition("### Difference to lora\n\n")[2].partition("\n\n#")[0]
     assert section == (
-        "Without a difference to lora: pissa: it has no row_scores/test.csv: not scored yet, or by an earlier "
-        "version; lora_one: its rows are not those of lora."
+        f"Without a difference to lora: pissa: {differences.left_out['pissa']}; lora_one: its rows are not "
+        "those of lora."
     )
 
 

@@ -19,3 +19,5 @@ def test_validation_on_the_reported_rows_is_said(tmp_path):
     rows, notes = main_rows(tmp_path / "version_0")
     assert any("The validation rows are the reported rows" in note for note in notes)
     assert rows["lora"]["test accuracy, %"] == "not tested"
+    command = f"`python train.py test --run {tmp_path / 'version_0'}`"
+    assert f"1 of 1 runs at the chosen rates have no test accuracy: {command} scores one." in notes

@@ -73,6 +73,21 @@ def test_the_page(report, runs, tmp_path):
     assert f"({heat_map}.png)" in text
 
 
+def test_a_report_takes_the_place_of_an_earlier_one(report, runs, tmp_path):
+    write_run(tmp_path / "other" / "version_0", "lora", data=OTHER_DATA)
+    report(runs, tmp_path / "other")
+    out = tmp_path / "out"
+    assert (out / "table_2.csv").is_file()
+    assert (out / "loss_over_steps_2.png").is_file()
+    for name in ("mine.png", "mine.csv"):
+        (out / name).write_bytes(b"not of a report")
+    report(runs)
+    links = re.findall(r"!\[.*?\]\((.*?)\)", (out / "report.md").read_text())
+    assert {path.name for path in out.glob("*.png")} == {*links, "mine.png"}
+    tables = {"runs.csv", "table.csv", "differences.csv", "mine.csv"}
+    assert {path.name for path in out.glob("*.csv")} == tables
+
+
 @pytest.fixture
 def no_pictures(monkeypatch):
     monkeypatch.setattr("app.commands.compare.report.comparison_plots", lambda _: [])

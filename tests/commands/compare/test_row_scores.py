@@ -64,9 +64,14 @@ def test_rows_that_are_not_there_or_of_other_scores(folder):
     file.write_text("row,target,predicted\n0,,\n")
     assert "test.csv is damaged" in reason(folder, "f1")
     file.unlink()
-    assert (
-        reason(folder) == "it has no row_scores/test.csv: not scored yet, or by an earlier version"
-    )
+    command = f"`python train.py test --run {folder}`"
+    wanted = f"it has no row_scores/test.csv, as an earlier version scored it: {command}"
+    assert reason(folder) == wanted
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["metrics"]["test"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    for score in ("accuracy", "toy/strict"):
+        assert reason(folder, score) == f"it is not tested yet: {command}"
 
 
 def test_the_questions_of_a_benchmark(folder):

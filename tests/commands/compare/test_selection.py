@@ -62,6 +62,22 @@ def test_of_a_perplexity_less_is_better(tmp_path):
     assert list(values.items()) == [("lora", "12.0000"), ("lora_one", "15.0000")]
 
 
+@pytest.mark.parametrize("less", [False, True])
+def test_scores_of_lm_eval_stand_as_the_harness_gives_them(less, tmp_path, report):
+    name = "lm_eval/translation/bleu,none"
+    for method, value in (("lora", 21.5), ("lora_one", 23.25)):
+        write_run(tmp_path / method, method)
+        change(tmp_path / method, metrics={"test": {name: value}})
+        summary = json.loads((tmp_path / method / "summary.json").read_text())
+        summary["lower_is_better"] = [name] if less else []
+        (tmp_path / method / "summary.json").write_text(json.dumps(summary))
+    rows, _ = main_rows(tmp_path, score=name)
+    values = {label: row[f"test {name}"] for label, row in rows.items()}
+    wanted = [("lora_one", "23.2500"), ("lora", "21.5000")]
+    assert list(values.items()) == (wanted[::-1] if less else wanted)
+    assert "2325" not in report(tmp_path, "--score", name)
+
+
 def test_of_rates_with_equal_scores_the_one_of_less_loss(tmp_path):
     """Few rows tie often; a float32 mean of the same hits differs in its last digits."""
     for rate, accuracy, loss in ((1e-4, 0.9, 0.5), (1e-3, 0.9 - 1e-8, 0.3), (1e-2, 0.9, 0.4)):

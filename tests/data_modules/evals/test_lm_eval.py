@@ -12,7 +12,7 @@ from app.training.checks import check_sharded_benchmarks
 from app.utils.errors import InputError
 from data_modules.benchmark_data import BenchmarkDataModule
 from data_modules.evals.lm_eval import LmEval
-from tests.support.lm_eval_tasks import CHOOSING, NAMES, TASK, TASKS, write_tasks
+from tests.support.lm_eval_tasks import CHOOSING, NAMES, TASK, TASKS, WRITING, write_tasks
 from tests.support.run_folders import losses, summary
 
 needs_harness = pytest.mark.skipif(
@@ -141,6 +141,10 @@ def test_groups_and_names(asking, command, tasks, run_models, tmp_path):
     assert wanted["own/acc,none"] == wanted["own_choosing/acc,none"]
     benchmark = LmEval(["own"], include_path=str(tasks))
     assert sorted(benchmark.score_names(benchmark.load())) == sorted(wanted)
+    text = TASK.format(name="less", folder=tasks) + WRITING.replace("better: true", "better: false")
+    (tmp_path / "less.yaml").write_text(text)
+    (benchmark := LmEval(["less"], include_path=str(tmp_path))).load()
+    assert benchmark.lower_is_better == {f"less/exact_match,{r}" for r in ("strict", "whole")}
 
 
 @needs_harness
