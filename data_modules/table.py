@@ -2,6 +2,7 @@
 
 import re
 import string
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -168,6 +169,12 @@ class TableDataModule(TextDataModule):
             raise InputError(
                 f"the column {self.label!r} of {self.path} has {len(found)} different values: expected at most "
                 f"{MOST_CLASSES} classes; name another column in --data.label"
+            )
+        alike = Counter(label.casefold() for label in found)
+        if twice := sorted(label for label in found if alike[label.casefold()] > 1):
+            rank_zero_warn(
+                f"classes of {self.path} differ in capitals alone: {', '.join(twice)}; write those that mean "
+                "the same alike"
             )
         order = list(names or sorted(found))  # equal numbers, 1 and 01, have an order, too
         if names is None and all(re.fullmatch(r"-?\d+", label) for label in found):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from app.cli.exit import run_and_exit
 from app.distributed.processes import is_first_process
 from app.distributed.rendezvous import check_rendezvous
-from app.utils.console import silence
+from app.utils.console import shorten_warnings, silence
 from app.utils.errors import InputError
 from app.utils.signals import StopSignals
 from app.utils.text import did_you_mean
@@ -76,6 +76,7 @@ def _command(name: str, *arguments: str, signals: StopSignals) -> int:
         return 0
     with _importing():
         run = _imported(name, signals)
+    shorten_warnings()  # behind the import of Lightning, which does, too
     return run(arguments)
 
 

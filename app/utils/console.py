@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from app.utils.errors import reason
@@ -14,7 +15,14 @@ from app.utils.errors import reason
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 5.0
-NOTHING_TO_ACT_ON = ("💡", "TPU available", "Seed set", "Failed to load CPU gemm_4bit_forward")
+ROOT = Path(__file__).parents[2]
+NOTHING_TO_ACT_ON = (
+    "💡",
+    "TPU available",
+    "Seed set",
+    "Loading `train_dataloader` to estimate",
+    "Failed to load CPU gemm_4bit_forward",
+)
 """How such messages begin."""
 
 
@@ -90,6 +98,26 @@ def silence() -> None:
         "It is recommended to use `self.log",  # what is logged has been reduced over processes already
     ):
         warnings.filterwarnings("ignore", message=inside)
+
+
+def shorten_warnings() -> None:
+    """Write warnings without the line of code that they come from, and the project's own as a message alone.
+
+    Lightning, where it is imported later, sets a format of its own.
+    """
+    warnings.formatwarning = _one_line
+
+
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    if Path(filename).is_relative_to(ROOT) and "site-packages" not in filename:
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _says_something(record: logging.LogRecord) -> bool:

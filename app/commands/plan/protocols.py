@@ -13,6 +13,8 @@ from app.training.protocols import DataModule
 class EncodedRow(Sized, Protocol):
     """A row as token ids; its length is that of prompt and answer together."""
 
+    target: int
+
     @property
     def num_supervised(self) -> int:
         """The number of supervised tokens."""
@@ -39,6 +41,7 @@ class PlannedData(DataModule, Protocol):
 
     task_name: str
     source: str
+    label_words: Sequence[str]
     max_length: int
     length_grouping: bool
     packing: bool

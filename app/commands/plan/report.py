@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from typing import cast
 
 from lightning.pytorch import Trainer
@@ -16,6 +17,7 @@ from app.models.quantization import number_of_weights
 from app.training.module import LoraModule
 
 EXAMPLES = 3
+MOST_CLASSES = 10  # whose training rows are counted
 OPEN, CLOSE = ">>>", "<<<"
 LABEL, NUMBER = 34, 12
 """Columns of a line's first two parts."""
@@ -51,6 +53,12 @@ def data_text(trainer: Trainer, module: LoraModule, data: PlannedData, placement
         longest = max(map(len, rows), default=0)
         note = f"longest {longest} tokens; {cut} prompts cut to data.max_length={data.max_length}"
         lines.append(_line(f"{split} rows", len(rows), note))
+    if words := data.label_words:
+        counts = Counter(dict.fromkeys(words, 0))
+        counts.update(words[row.target] for row in data.encoded("train"))
+        shown = [f"{word} {count:,}" for word, count in counts.most_common(MOST_CLASSES)]
+        rest = ", ..." if len(words) > MOST_CLASSES else ""
+        lines.append(_line("classes", len(words), ", ".join(shown) + rest))
     for prepared in data.prepare_benchmarks("validation"):
         decoding = prepared.benchmark.decoding
         if prepared.benchmark.runs_model:
