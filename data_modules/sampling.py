@@ -188,8 +188,12 @@ def split_off(
 def tenth_for_validation(num_rows: int, source: str) -> int:
     """Return how many training rows validate where nobody has said: a tenth, at most 1,000; and say so."""
     size = min(MOST_VALIDATION, num_rows // 10)
+    aside = (
+        f"{size} training rows are"
+        if size
+        else f"a tenth of {num_rows} training rows is none, so none is"
+    )
     rank_zero_info(
-        f"{source} has no rows to validate on: {size} training rows are set aside (--data.validation_size sets "
-        "how many)"
+        f"{source} has no rows to validate on: {aside} set aside (--data.validation_size sets how many)"
     )
     return size

@@ -4,11 +4,13 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from queue import SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import requests
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from requests.adapters import HTTPAdapter
+from urllib3 import BaseHTTPResponse
 from urllib3.util import Retry
 
 from app.evaluation.benchmark import EncodedQuestion
@@ -18,6 +20,28 @@ from app.utils.errors import InputError
 
 BUSY = (408, 429, 500, 502, 503, 504)  # statuses that may be another one in a while
 BACKOFF = 1.0  # seconds before the second retry, doubled before each further one
+
+
+class WaitingRetry(Retry):
+    """Say how long a server asks to wait before it is asked again, the first time that it does."""
+
+    said = Lock()  # taken by the first that says it; the copies that urllib3 makes share it
+
+    def new(self, **options: Any) -> "WaitingRetry":
+        """Return what urllib3 makes for the next attempt."""
+        following = super().new(**options)
+        following.said = self.said
+        return following
+
+    def sleep_for_retry(self, response: BaseHTTPResponse) -> bool:
+        """Wait as long as the server asks, if it does."""
+        seconds = self.get_retry_after(response)
+        if seconds and self.said.acquire(blocking=False):
+            rank_zero_info(
+                f"the server of data.server.url is busy (status {response.status}) and asks to wait "
+                f"{seconds:.0f} s before it is asked again (Retry-After); this is said once"
+            )
+        return super().sleep_for_retry(response)
 
 
 class ServerRequests:
@@ -33,13 +57,14 @@ class ServerRequests:
         self.server, self.model, self.decoding = server, model, decoding
         self.session = requests.Session()
         self.session.headers.update(headers())
-        again = Retry(
+        again = WaitingRetry(
             server.retries,
             backoff_factor=BACKOFF,
             status_forcelist=BUSY,
             allowed_methods=None,
             raise_on_status=False,
         )
+        again.said = Lock()
         adapter = HTTPAdapter(pool_maxsize=server.concurrency, max_retries=again)
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, adapter)

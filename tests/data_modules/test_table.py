@@ -131,6 +131,13 @@ def test_a_tenth_validates_and_is_tested_where_nothing_else_is_given(table):
     assert rows["test"] == rows["validation"]
 
 
+def test_of_a_few_rows_none_validates_and_that_is_said(table, caplog):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        rows = TableDataModule(table(*NUMBERS[:6])).load()
+    assert [len(rows[split]) for split in ("train", "validation", "test")] == [6, 0, 0]
+    assert "a tenth of 6 training rows is none, so none is set aside (--data.val" in caplog.text
+
+
 def test_files_and_sizes_of_the_parts(table):
     path = table(*NUMBERS)
     one = table("x,good", name="one.csv")

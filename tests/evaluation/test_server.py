@@ -131,6 +131,18 @@ def test_a_busy_server_is_asked_again_and_many_at_once(asking, command, tmp_path
     assert results(tmp_path / "runs" / "toy")["scores"]["has_e"] == 1
 
 
+def test_how_long_a_busy_server_asks_to_wait_is_said_once(asking, command, caplog, monkeypatch):
+    waited = []
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", waited.append)
+    server = OpenAIServer(lambda body: "e")
+    server.failures, server.retry_after = [429, 503, 429], "17"
+    logger = "lightning.pytorch.utilities.rank_zero"
+    with server.running(), caplog.at_level("INFO", logger=logger):
+        assert command("test", "--config", asking(server.url, concurrency=2)) == 0
+    assert waited.count(17) == 3
+    assert caplog.text.count("asks to wait 17 s before it is asked again") == 1
+
+
 def test_what_was_answered_before_a_failure_is_kept(asking, error_of, command, tmp_path):
     """A server that breaks down: one line, and the same command asks the rest alone."""
     server = OpenAIServer(lambda body: "e")

@@ -27,6 +27,7 @@ class OpenAIServer:
     ) -> None:
         self.write, self.models, self.key = write, models, key
         self.failures: list[int] = []  # statuses of the next replies
+        self.retry_after: str | None = None  # what such replies ask to wait
         self.asked: list[dict[str, Any]] = []  # bodies that were answered
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
@@ -85,6 +86,8 @@ class OpenAIServer:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
+                if status != 200 and server.retry_after is not None:
+                    self.send_header("Retry-After", server.retry_after)
                 self.end_headers()
                 self.wfile.write(data)
 
