@@ -73,9 +73,10 @@ def expand(arguments: Sequence[str]) -> list[str]:
             expanded.append(value)
             _check_not_off(off, value)
             name, equals, given = value.removeprefix("--").partition("=")
-            if value.startswith("--trainer.") and name.count(".") == 1:
+            section, *keys = name.split(".")
+            if value.startswith("--") and section == "trainer" and len(keys) < 2:
                 given = given if equals else "".join(v for _, v in named[i + 1 : i + 2])
-                _note_lists(lists, value.partition("=")[0], _section(name, given))
+                _note_lists(lists, f"--{name}", _section(name, given))
     return expanded + merged
 
 
@@ -124,13 +125,13 @@ def _appended_last(named: list[tuple[str | None, str]]) -> list[tuple[str | None
 
 
 def _section(name: str, given: str) -> dict[str, Any]:
-    """Return what an option `trainer.KEY` sets, as a file has it."""
+    """Return what an option `trainer` or `trainer.KEY` sets, as a file has it."""
     try:
         value = yaml.safe_load(given)
     except yaml.YAMLError:
         value = given  # which the parser refuses
-    section, key = name.split(".")
-    return {section: {key: value}}
+    section, _, key = name.partition(".")
+    return {section: {key: value} if key else value}
 
 
 def _note_lists(lists: dict[str, dict[str, str]], source: str, content: dict[str, Any]) -> None:

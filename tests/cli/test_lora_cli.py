@@ -135,6 +135,22 @@ def test_an_option_that_drops_the_callbacks_of_a_file_is_named(option, parsed, t
     assert len(config.trainer.callbacks) == 2
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_section_that_drops_the_callbacks_of_a_file_is_named(joined, parsed, tiny_run, tmp_path):
+    early = tmp_path / "early.yaml"
+    early.write_text(f"trainer: {{callbacks: {JSON}}}\n")
+    name, section = "--trainer", '{"callbacks": [{"class_path": "Timer"}]}'
+    option = [f"{name}={section}"] if joined else [name, section]
+    with pytest.warns(UserWarning, match="which drops") as told:
+        [left] = parsed("--config", tiny_run, "--config", early, *option).trainer.callbacks
+    assert left.class_path == "lightning.pytorch.callbacks.Timer"
+    [message] = [str(warning.message) for warning in told if "drops" in str(warning.message)]
+    assert message == (
+        f"--trainer sets trainer.callbacks, which drops EarlyStopping of {early}: write --trainer.callbacks+ "
+        "to append to the list"
+    )
+
+
 def test_a_callback_that_is_listed_twice_is_refused(refused, tiny_run):
     again = "--trainer.callbacks+=AlignmentMonitor"
     told = refused("fit", "--config", tiny_run, *WATCH, again)
