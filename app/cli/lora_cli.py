@@ -41,7 +41,7 @@ from app.utils.arguments import Parser, PlainHelp, listed, wrong_reference
 from app.utils.class_paths import failed_import
 from app.utils.console import on_terminal
 from app.utils.errors import InputError
-from app.utils.files import load_yaml
+from app.utils.files import absolute_folder, load_yaml
 from app.utils.signals import StopSignals
 from callbacks.adalora_pruning import AdaLoraPruning
 from callbacks.benchmark_results import BenchmarkResults
@@ -172,6 +172,8 @@ class LoraCLI(LightningCLI):
             ) from error
         # One that has raised may still have to print, for --print_config, and would in the next command.
         self.made_parsers[self.command] = self.parser
+        # The run's config.yaml is read in other working directories, too.
+        self.config.model.name = absolute_folder(self.config.model.name)
         seed, ckpt_path = self.config.seed_everything, self.config.ckpt_path
         if not 0 <= seed < 2**32:
             raise InputError(f"seed_everything is {seed}: expected 0 to 4294967295")

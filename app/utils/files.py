@@ -63,6 +63,12 @@ def read_yaml(path: Path, setting: str) -> dict[str, Any]:
     return content
 
 
+def absolute_folder(name: str) -> str:
+    """Return the absolute path of a folder that exists; any other name, such as one of the Hub, as it is."""
+    folder = os.path.expanduser(name)
+    return os.path.abspath(folder) if os.path.isdir(folder) else name
+
+
 def cache_root() -> Path:
     """Return the folder of all cached files.
 

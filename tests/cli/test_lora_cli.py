@@ -43,6 +43,18 @@ def test_a_file_as_given_comes_before_configs(parsed, tiny_run, monkeypatch):
     assert parsed("--config=quickstart.yaml").output.name == "tiny"
 
 
+def test_a_folder_with_a_model_is_named_for_any_working_directory(
+    parsed, tiny_run, run_models, monkeypatch
+):
+    monkeypatch.chdir(run_models / "llama")
+    for name, wanted in (
+        ("../llama", run_models / "llama"),
+        ("someone/model", "someone/model"),
+        ("absent.gguf", "absent.gguf"),
+    ):
+        assert parsed("--config", tiny_run, "--model.name", name).model.name == str(wanted)
+
+
 def test_overlays_compose_in_order(parsed):
     config = parsed(
         *("--config", "glue_sst2.yaml", "--config", "methods/lora.yaml"),

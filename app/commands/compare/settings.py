@@ -5,6 +5,7 @@ from typing import Any
 
 from app.utils.class_paths import DROPPED, bare_name
 from app.utils.errors import InputError
+from app.utils.files import absolute_folder
 
 OPTIMIZER = "model.optimizer"
 RATE = f"{OPTIMIZER}.init_args.lr"
@@ -41,6 +42,8 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Settings:
             settings |= flat(value, f"{name}.")
         elif name.endswith("class_path"):
             settings[name] = bare_name(str(value))
+        elif name == "model.name" and isinstance(value, str):
+            settings[name] = absolute_folder(value)  # as an earlier version has not written it
         else:
             settings[name] = None if value in ({}, []) else value
     if not prefix:

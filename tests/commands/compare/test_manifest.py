@@ -1,5 +1,7 @@
 """compare.json: what a comparison was asked for, kept beside its cells."""
 
+import json
+
 import pytest
 
 from app.commands.compare.cells import Cell
@@ -37,6 +39,19 @@ def test_settings_that_a_class_no_longer_has_are_left_out(tmp_path):
     (tmp_path / "cells" / CELL.name / "version_0").mkdir(parents=True)
     update_manifest(tmp_path, now)
     assert read_manifest(tmp_path) == now
+
+
+def test_the_same_folder_with_a_model_by_a_relative_path(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "cells" / CELL.name / "version_0").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    written = GridManifest(cells=[CELL]).model_dump() | {"task": {"model.name": "model"}}
+    (tmp_path / "compare.json").write_text(json.dumps(written))
+    update_manifest(
+        tmp_path, GridManifest(task={"model.name": str(tmp_path / "model")}, cells=[CELL])
+    )
+    with pytest.raises(InputError, match=r"another task: model\.name"):
+        update_manifest(tmp_path, GridManifest(task={"model.name": "other"}, cells=[CELL]))
 
 
 def test_a_manifest_without_ranks_is_read(tmp_path):
