@@ -1,18 +1,18 @@
 """The interval of a paired difference: a bootstrap over seeds and rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 10_000
-CHUNK = 2_000_000  # weights of rows, or means, that exist at a time
+CHUNK = 2_000_000  # weights of rows that exist at a time
 LEVEL = 0.95
 
 Array = NDArray[np.float64]
-Statistic = Callable[[Array], Array]
-"""From the means over rows of some features (..., K) to a score (...)."""
+WeightedScore = Callable[[Array], Array]
+"""From B draws of N rows, as weights (N, B) that sum to 1 over the rows, to the score (B,) of each."""
 
 
 class Interval(NamedTuple):
@@ -23,29 +23,31 @@ class Interval(NamedTuple):
     high: float
 
 
-def resampled(features: Array, statistic: Statistic, draws: int = DRAWS, seed: int = 0) -> Array:
-    """Return a statistic of the means of features over rows that are drawn with replacement.
+def resampled(
+    num_rows: int, scores: Sequence[WeightedScore], draws: int = DRAWS, seed: int = 0
+) -> Array:
+    """Return scores of rows that are drawn with replacement.
 
-    Every feature, so every run and every method, gets the same rows in a draw.
+    Every score, so every run and every method, gets the same rows in a draw.
 
     Args:
-        features: (N, F) of N rows.
-        statistic: From means (B, F) of some draws to (B, ...).
+        num_rows: Number of rows N.
+        scores: Those of S runs.
         draws: Number of draws D.
         seed: Of the draws.
 
     Returns:
-        (D, ...).
+        (D, S).
     """
     generator = np.random.default_rng(seed)
-    num_rows, parts = len(features), []
-    at_once = max(1, CHUNK // max(features.shape))  # a confusion matrix has many features
+    at_once, parts = max(1, CHUNK // num_rows), []
     for start in range(0, draws, at_once):
         size = min(at_once, draws - start)
         drawn = generator.integers(num_rows, size=(size, num_rows))
-        flat = (drawn + num_rows * np.arange(size)[:, None]).ravel()
-        counts = np.bincount(flat, minlength=size * num_rows).reshape(size, num_rows)
-        parts.append(statistic(counts @ features / num_rows))
+        flat = (size * drawn + np.arange(size)[:, None]).ravel()
+        counts = np.bincount(flat, minlength=num_rows * size).reshape(num_rows, size)
+        weights = counts / num_rows
+        parts.append(np.stack([score(weights) for score in scores], axis=1))
     return np.concatenate(parts)
 
 

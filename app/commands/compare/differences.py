@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from app.commands.compare.bootstrap import DRAWS, LEVEL, Interval, paired_interval, resampled
@@ -137,11 +138,7 @@ def _differences(
     first = next(iter(read[reference].values()))
     used: Rows = {}
     for label, runs in read.items():
-        same = (
-            list(rows.ids) == list(first.ids) and rows.features.shape == first.features.shape
-            for rows in runs.values()
-        )
-        if not all(same):
+        if any(list(rows.ids) != list(first.ids) for rows in runs.values()):
             left_out[label] = f"its rows are not those of {reference}"
         elif not runs.keys() & read[reference].keys():
             left_out[label] = f"it has no seed that {reference} has"
@@ -150,12 +147,9 @@ def _differences(
     if reference not in used:
         return []
     places = [(label, seed) for label, runs in used.items() for seed in runs]
-    features = pd.concat(
-        [pd.DataFrame(used[label][seed].features) for label, seed in places], axis=1
-    ).to_numpy()
-    shape = (len(places), first.features.shape[1])
-    values = first.statistic(features.mean(axis=0).reshape(shape))
-    drawn = resampled(features, lambda means: first.statistic(means.reshape(-1, *shape)))
+    rows_of = [used[label][seed] for label, seed in places]
+    values = np.array([rows.value for rows in rows_of])
+    drawn = resampled(len(first.ids), [rows.score for rows in rows_of])
     place_of = {place: number for number, place in enumerate(places)}
     found = []
     for label in used:
@@ -163,7 +157,7 @@ def _differences(
         own, other = ([place_of[name, seed] for seed in seeds] for name in (label, reference))
         interval = paired_interval(values[own], values[other], drawn[:, own], drawn[:, other])
         if label != reference:
-            found.append(Difference(label, score, interval, len(seeds), len(features)))
+            found.append(Difference(label, score, interval, len(seeds), len(first.ids)))
     return found
 
 

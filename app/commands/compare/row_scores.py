@@ -1,21 +1,24 @@
-"""Read the scores of each row that runs have left, as features whose means make a score."""
+"""Read the scores of each row that runs have left, of which those of any draw of the rows can be made."""
 
 import json
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from app.commands.compare.bootstrap import Array, Statistic
+from app.commands.compare.bootstrap import Array, WeightedScore
 from app.commands.compare.collect import Run
 from app.tracking.row_scores import row_scores_path
 from app.tracking.run_folder import RunFolder
 from app.utils.files import read_json
 
+Labels = NDArray[np.int_]
 TOLERANCE = 1e-5
 """By which a score of float32 may be apart from that of its rows."""
 
@@ -30,13 +33,16 @@ class RowScores:
 
     Attributes:
         ids: Names of the N rows.
-        features: (N, K), whose means over rows make the score.
-        statistic: Makes it.
+        score: Makes the score of draws of them.
     """
 
     ids: Sequence[Any]
-    features: Array
-    statistic: Statistic
+    score: WeightedScore
+
+    @property
+    def value(self) -> float:
+        """The score of all rows."""
+        return float(self.score(np.full((len(self.ids), 1), 1 / max(1, len(self.ids))))[0])
 
 
 def read_row_scores(run: Run, moment: str, score: str) -> RowScores:
@@ -54,9 +60,9 @@ def read_row_scores(run: Run, moment: str, score: str) -> RowScores:
         raise NoRowScoresError(f"it is not tested yet: {_test_command(run)}")
     reported = run.scores(moment).get(score, math.nan)
     rows = (_questions if "/" in score else _rows)(run, moment, score)
-    found = float(rows.statistic(rows.features.mean(axis=0)))
-    if not math.isclose(found, reported, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
-        raise NoRowScoresError(f"its rows make {score} {found:.5f}, but it reports {reported:.5f}")
+    if not math.isclose(rows.value, reported, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+        told = f"its rows make {score} {rows.value:.5f}, but it reports {reported:.5f}"
+        raise NoRowScoresError(told)
     return rows
 
 
@@ -68,7 +74,7 @@ def _rows(run: Run, moment: str, score: str) -> RowScores:
     path = row_scores_path(RunFolder(run.folder), moment)
     try:
         table = pd.read_csv(path, index_col="row")
-        features, statistic = FEATURES[score](table)
+        weighted = SCORES[score](table)
     except FileNotFoundError:
         again = f": {_test_command(run)}" if moment == "test" else ""
         missing = (
@@ -77,71 +83,68 @@ def _rows(run: Run, moment: str, score: str) -> RowScores:
         raise NoRowScoresError(missing) from None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise NoRowScoresError(f"{path.name} is damaged ({error})") from error
-    return RowScores(table.index, features, statistic)
+    return RowScores(table.index, weighted)
 
 
-def _mean_of(column: str) -> Callable[[pd.DataFrame], tuple[Array, Statistic]]:
-    return lambda table: (table[[column]].to_numpy(float), _first)
+def _mean_of(values: Array) -> WeightedScore:
+    return lambda weights: values @ weights
 
 
-def _token_loss(table: pd.DataFrame) -> tuple[Array, Statistic]:
+def _token_loss(table: pd.DataFrame) -> WeightedScore:
     loss, tokens = (table[name].to_numpy(float) for name in ("loss", "tokens"))
-    return np.stack([loss * tokens, tokens], axis=1), _ratio
+    return lambda weights: ((loss * tokens) @ weights) / (tokens @ weights)
 
 
-def _first(means: Array) -> Array:
-    first: Array = means[..., 0]
-    return first
+def _shares(labels: Labels, weights: Array, classes: int) -> Array:
+    """Return the weight (C, B) of each class."""
+    shares: Array = (labels == np.arange(classes)[:, None]).astype(float) @ weights
+    return shares
 
 
-def _ratio(means: Array) -> Array:
-    ratio: Array = means[..., 0] / means[..., 1]
-    return ratio
-
-
-def _confusion(table: pd.DataFrame) -> Array:
-    """Return one-hot rows, whose mean is the confusion matrix by rows, target times predicted."""
+def _of_classes(
+    statistic: Callable[[Array, Array, Array], Array], table: pd.DataFrame
+) -> WeightedScore:
+    """Return the score that a statistic makes of the shares (C, B) of targets, of predictions, and of hits."""
     # Whether two classes are all is not said; a third that never occurs changes nothing.
     target, predicted = (table[name].to_numpy(int) for name in ("target", "predicted"))
+    if min(target.min(), predicted.min()) < 0:
+        raise ValueError("a class below 0, or none")
     classes = max(2, 1 + int(max(target.max(), predicted.max())))
-    return np.eye(classes**2)[target * classes + predicted]
+    hit = np.where(target == predicted, target, -1)  # of no class where the prediction is wrong
+
+    def score(weights: Array) -> Array:
+        parts = (_shares(labels, weights, classes) for labels in (target, predicted, hit))
+        return statistic(*parts)
+
+    return score
 
 
-def _square(means: Array) -> Array:
-    classes = math.isqrt(means.shape[-1])
-    return means.reshape(*means.shape[:-1], classes, classes)
-
-
-def matthews(means: Array) -> Array:
-    """Return the Matthews correlation of confusion matrices (..., C * C); see `MatthewsCorrelation`."""
-    matrix = _square(means)
-    true, predicted = matrix.sum(axis=-1), matrix.sum(axis=-2)
-    above = np.trace(matrix, axis1=-2, axis2=-1) - (true * predicted).sum(axis=-1)
-    below = (1 - (true**2).sum(axis=-1)) * (1 - (predicted**2).sum(axis=-1))
+def matthews(target: Array, predicted: Array, hits: Array) -> Array:
+    """Return the Matthews correlation; see `MatthewsCorrelation` and `_of_classes`."""
+    above = hits.sum(axis=0) - (target * predicted).sum(axis=0)
+    below = (1 - (target**2).sum(axis=0)) * (1 - (predicted**2).sum(axis=0))
     # Of shares, not counts: what is 0 but for rounding is 0.
     defined = below > 1e-12
     return np.where(defined, above / np.sqrt(np.where(defined, below, 1)), 0)
 
 
-def f1(means: Array) -> Array:
-    """Return the F1 of class 1 of two, or the mean over the classes that occur, of matrices (..., C * C)."""
-    matrix = _square(means)
-    right = np.diagonal(matrix, axis1=-2, axis2=-1)
-    either = matrix.sum(axis=-1) + matrix.sum(axis=-2)
-    each = 2 * right / np.where(either > 0, either, 1)
-    if matrix.shape[-1] == 2:
-        of_one: Array = each[..., 1]
+def f1(target: Array, predicted: Array, hits: Array) -> Array:
+    """Return the F1 of class 1 of two, or the mean over the classes that occur; see `_of_classes`."""
+    either = target + predicted
+    each = 2 * hits / np.where(either > 0, either, 1)
+    if len(each) == 2:
+        of_one: Array = each[1]
         return of_one
-    mean: Array = each.sum(axis=-1) / (either > 0).sum(axis=-1)
+    mean: Array = each.sum(axis=0) / (either > 0).sum(axis=0)
     return mean
 
 
-FEATURES: Mapping[str, Callable[[pd.DataFrame], tuple[Array, Statistic]]] = {
-    "accuracy": _mean_of("correct"),
-    "task_loss": _mean_of("task_loss"),
+SCORES: Mapping[str, Callable[[pd.DataFrame], WeightedScore]] = {
+    "accuracy": lambda table: _mean_of(table["correct"].to_numpy(float)),
+    "task_loss": lambda table: _mean_of(table["task_loss"].to_numpy(float)),
     "loss": _token_loss,
-    "mcc": lambda table: (_confusion(table), matthews),
-    "f1": lambda table: (_confusion(table), f1),
+    "mcc": partial(_of_classes, matthews),
+    "f1": partial(_of_classes, f1),
 }
 
 
@@ -168,7 +171,7 @@ def _questions(run: Run, moment: str, score: str) -> RowScores:
         ) from error
     if not values:
         raise NoRowScoresError(f"{score} is no mean over questions")
-    return RowScores(list(values), np.array([*values.values()], dtype=float)[:, None], _first)
+    return RowScores(list(values), _mean_of(np.array([*values.values()], dtype=float)))
 
 
 def _scored(answer: Mapping[str, Any], name: str) -> Iterator[tuple[Any, float]]:

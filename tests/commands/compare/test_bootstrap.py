@@ -1,5 +1,7 @@
 """The bootstrap over seeds and rows, against loops, scipy, cases by hand, and how often it is right."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -10,7 +12,8 @@ from app.commands.compare.bootstrap import paired_interval, resampled
 
 def interval_of(differences, draws=2000):
     """Return the interval of differences (S, N) between a method and one whose scores are zero."""
-    drawn = resampled(differences.T, lambda means: means, draws)
+    scores = [partial(np.matmul, values) for values in differences]
+    drawn = resampled(differences.shape[1], scores, draws)
     zero = np.zeros_like(drawn)
     return paired_interval(differences.mean(axis=1), zero[0], drawn, zero)
 
@@ -33,16 +36,14 @@ def test_loops_give_the_same(monkeypatch):
         sum(ratio(method, s, chosen) - ratio(other, s, chosen) for s in several) / seeds
         for chosen, several in zip(drawn_rows, drawn_seeds, strict=True)
     ]
-    features = np.concatenate([*method, *other], axis=1)
 
-    def ratios(means):
-        means = means.reshape(-1, 2, seeds, 2)
-        return means[..., 0] / means[..., 1]
+    def ratio_of(values, weights):
+        return (values[:, 0] @ weights) / (values[:, 1] @ weights)
 
-    scores = resampled(features, ratios, draws)
-    whole = features.mean(axis=0).reshape(2, seeds, 2)
-    whole = whole[..., 0] / whole[..., 1]
-    found = paired_interval(whole[0], whole[1], scores[:, 0], scores[:, 1])
+    scores = [partial(ratio_of, values) for values in (*method, *other)]
+    drawn = resampled(rows, scores, draws)
+    whole = np.array([score(np.full(rows, 1 / rows)) for score in scores])
+    found = paired_interval(whole[:seeds], whole[seeds:], drawn[:, :seeds], drawn[:, seeds:])
     wanted = np.mean(
         [ratio(method, s, range(rows)) - ratio(other, s, range(rows)) for s in range(3)]
     )

@@ -1,13 +1,17 @@
 """The scores of rows that a report reads: the same scores, or the reason why there are none."""
 
 import json
+import tracemalloc
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.metrics import f1_score, matthews_corrcoef
 
+from app.commands.compare import bootstrap
+from app.commands.compare.bootstrap import resampled
 from app.commands.compare.collect import read_run
-from app.commands.compare.row_scores import NoRowScoresError, f1, matthews, read_row_scores
+from app.commands.compare.row_scores import SCORES, NoRowScoresError, read_row_scores
 from tests.support.report_runs import change, write_rows, write_run
 
 
@@ -25,17 +29,33 @@ def reason(folder, score="accuracy"):
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_f1_and_matthews_of_confusion_matrices(classes):
-    """Against scikit-learn, also where a class does not occur."""
+def test_f1_and_matthews_of_draws(classes):
+    """Against scikit-learn, also where a class does not occur among the rows, or in a draw of them."""
     generator = np.random.default_rng(0)
     for size in (1, 2, 5, 40):
         target, predicted = generator.integers(classes, size=(2, size))
-        shares = np.eye(classes**2)[target * classes + predicted].mean(axis=0)
-        stacked = np.stack([shares, shares])
-        assert matthews(stacked) == pytest.approx(2 * [matthews_corrcoef(target, predicted)])
-        average = "binary" if classes == 2 else "macro"
-        wanted = f1_score(target, predicted, average=average, zero_division=0.0)
-        assert f1(stacked) == pytest.approx(2 * [wanted])
+        target[0] = classes - 1  # as many classes as there are
+        table = pd.DataFrame({"target": target, "predicted": predicted})
+        draws = [np.arange(size), *generator.integers(size, size=(5, size))]
+        weights = np.stack([np.bincount(rows, minlength=size) / size for rows in draws], axis=1)
+        wanted = [matthews_corrcoef(target[rows], predicted[rows]) for rows in draws]
+        assert SCORES["mcc"](table)(weights) == pytest.approx(wanted)
+        average = {"average": "binary" if classes == 2 else "macro", "zero_division": 0.0}
+        wanted = [f1_score(target[rows], predicted[rows], **average) for rows in draws]
+        assert SCORES["f1"](table)(weights) == pytest.approx(wanted)
+
+
+def test_many_classes_take_no_more_memory(monkeypatch):
+    """A confusion matrix of 80 classes, as one column of each row, would take 300 MB."""
+    monkeypatch.setattr(bootstrap, "CHUNK", 100_000)
+    target, predicted = np.random.default_rng(0).integers(80, size=(2, 500))
+    table = pd.DataFrame({"target": target, "predicted": predicted})
+    tracemalloc.start()
+    drawn = resampled(len(table), 4 * [SCORES["f1"](table)], draws=1000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert drawn.shape == (1000, 4)
+    assert peak < 20e6
 
 
 def test_every_score_of_rows_is_made_again(folder):
@@ -49,8 +69,7 @@ def test_every_score_of_rows_is_made_again(folder):
     run = read_run(folder)
     for name in ("accuracy", "loss", "task_loss", "f1", "mcc"):
         rows = read_row_scores(run, "test", name)
-        made = rows.statistic(rows.features.mean(axis=0))
-        assert made == pytest.approx(run.scores("test")[name], rel=1e-12), name
+        assert rows.value == pytest.approx(run.scores("test")[name], rel=1e-12), name
         assert list(rows.ids) == list(range(12))
 
 
@@ -91,9 +110,9 @@ def test_the_questions_of_a_benchmark(folder):
     run = read_run(folder)
     rows = read_row_scores(run, "test", "toy/strict")
     assert list(rows.ids) == [f"q/{i}" for i in range(5)]
-    assert rows.features.tolist() == [[i % 2] for i in range(5)]
+    assert rows.score(np.eye(5)).tolist() == [i % 2 for i in range(5)]
     rows = read_row_scores(run, "test", "toy/hard")
-    assert (rows.ids, rows.features.tolist()) == (["q/0", "q/1"], [[1], [1]])
+    assert (rows.ids, rows.score(np.eye(2)).tolist()) == (["q/0", "q/1"], [1, 1])
     assert reason(folder, "toy/worst") == "toy/worst is no mean over questions"
     assert reason(folder, "other/strict") == "benchmarks.json has no other of its other/strict"
     (answers / "toy-b.jsonl").unlink()
@@ -118,6 +137,6 @@ def test_the_rows_of_a_task_of_lm_eval(folder):
     change(folder, metrics={"test": {f"lm_eval/{name}": 0.6 for name in scores}})
     rows = read_row_scores(read_run(folder), "test", "lm_eval/arc/acc,none")
     assert rows.ids == [("arc", i) for i in range(5)]
-    assert rows.features.tolist() == [[0], [0], [1], [1], [1]]
+    assert rows.score(np.eye(5)).tolist() == [0, 0, 1, 1, 1]
     for name in ("lm_eval/arc/bleu,none", "lm_eval/all/acc,none"):
         assert reason(folder, name) == f"{name} is no mean over questions"
