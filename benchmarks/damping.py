@@ -2,7 +2,7 @@
 
     python -m benchmarks.damping --output docs/damping
 
-Trains SmolLM2-135M in bfloat16 (adapters in float32) on the movie reviews, through the real module, data and
+Trains SmolLM2-135M on the movie reviews, through the real module, data and
 callbacks, from LoRA's initialization (scaled by lora_alpha / sqrt(r)) and from LoRA-One's, in one process: a
 model is loaded once for each rank, and an initialization is computed once and copied. Every finished run is a
 line of OUTPUT/runs.jsonl and is not repeated when the script is started again. At the end, or with --report,
@@ -101,9 +101,7 @@ class Grid:
         began = time.perf_counter()
         seed_everything(seed)
         if rank not in self.modules:
-            self.modules[rank] = LoraModule(
-                MODEL, adapter=LoraSettings(r=rank), dtype="bfloat16", attn_implementation="eager"
-            )
+            self.modules[rank] = LoraModule(MODEL, adapter=LoraSettings(r=rank))
         module = self.modules[rank]
         module.make_optimizer = make_optimizer(lr, DAMPINGS[damping])
         # Those of LoRA come first, since the first cell of a model may be one of LoRA-One's.

@@ -79,9 +79,9 @@ def seconds() -> float:
 class Bench:
     """Measures one task after the other on a model that is loaded once."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, attention: str | None = None) -> None:
+    def __init__(self) -> None:
         source = resolve_model(MODEL)
-        base = load_model(source, dtype, attention)
+        base = load_model(source)
         self.tokenizer = load_tokenizer(source)
         self.model = add_lora(base, LoraSettings(r=RANK))
         self.model.to(DEVICE)

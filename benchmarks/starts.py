@@ -2,7 +2,7 @@
 
     python -m benchmarks.starts --data ../shared/data --output docs/starts
 
-For each task and seed: one gradient of SmolLM2-135M (bfloat16, rank 8, alpha 16, rsLoRA), and from it
+For each task and seed: one gradient of SmolLM2-135M (rank 8, alpha 16, rsLoRA), and from it
 
 - `untouched`: LoRA's usual initialization, lora_B = 0, scaled alike;
 - `gamma 128`, the paper's for causal models, and `gamma 512`;
@@ -98,7 +98,6 @@ class Task:
             MODEL,
             adapter=LoraSettings(r=RANK),
             optimizer=lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=0.0),
-            dtype="bfloat16",
         )
         module.model = self.bench.model.train()
         bare_trainer(steps).fit(module, datamodule=self.data)
@@ -181,7 +180,7 @@ def main() -> None:
     bench: Bench | None = None
     for seed in () if given.report else given.seeds:
         for task in given.tasks:
-            bench = bench or Bench(torch.bfloat16, "eager")
+            bench = bench or Bench()
             run(bench, given.data, task, seed, given.learning_rates, log)
     print(table(read_runs(log)))
 
