@@ -53,6 +53,15 @@ def test_pages_read_as_on_a_code_host(site):
         assert here.blocks == there.blocks, file
 
 
+def test_no_text_is_taken_for_html():
+    """Text such as </s> is nowhere to be seen, neither on the site nor on a code host."""
+    for file in PAGES:
+        for token in MarkdownIt("commonmark").parse((ROOT / file).read_text()):
+            for part in [token, *(token.children or [])]:
+                is_comment = part.content.startswith("<!--")
+                assert part.type not in ("html_inline", "html_block") or is_comment, part.content
+
+
 def settings(value, kind="", name=""):
     """Yield each setting of a configuration: the class that it is an argument of, if any, and its name."""
     if isinstance(value, dict) and "class_path" in value:
@@ -104,6 +113,16 @@ def test_every_module_is_in_the_api(site):
     pages = (site / "reference" / "api").glob("*.html")
     ids = set().union(*(Page(page.read_text()).ids for page in pages))
     assert set(MODULES) <= ids
+
+
+def test_what_a_function_returns_is_one_text(site):
+    """And not an item for each line of it."""
+    found = 0
+    for page in (site / "reference" / "api").glob("*.html"):
+        for part in page.read_text().split(">Returns:<")[1:]:
+            assert part.partition("</ul>")[0].count("<li") == 1, (page.name, part[:300])
+            found += 1
+    assert found > 30
 
 
 def test_nothing_is_fetched_from_elsewhere(site):

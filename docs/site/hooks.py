@@ -35,6 +35,7 @@ API = (
     "app.models",
 )
 API += ("app.optim", "app.distributed", "app.utils", "callbacks", "data_modules")
+OPTION = re.compile(r"(<pre\b.*?</pre>|<[^>]*>)|(?<![\w-])--\w+", re.DOTALL)
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 
 
@@ -181,6 +182,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         page.meta["hide"] = [
             "navigation"
         ]  # a page alone in its tab needs no list of pages beside it
+    if uri in ("reference/trainer.md", "reference/output.md"):
+        page.meta["hide"] = ["toc"]  # tables alone, which take its place
     if uri.startswith("reference/api/"):
         page.meta["search"] = {"boost": 0.2}  # guides come first
     return rewritten(markdown, uri)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep the hyphens of an option with its name: a browser would break the line behind them."""
+    return OPTION.sub(lambda found: found[1] or f'<span class="option">{found[0]}</span>', html)

@@ -127,7 +127,8 @@ def table(actions: Iterable[argparse.Action]) -> str:
         if annotation is None or action.default == argparse.SUPPRESS:
             continue  # an option that prints help or reads a file
         kind, default = type_name(annotation), default_of(action)
-        help_text = re.sub(r":\w+:`~?([^`<]+?)`", r"`\1`", action.help or "").replace("``", "`")
+        help_text = re.sub(r"`([^`<]+?)\s*<(\S+?)>`_+", r"[\1](\2)", action.help or "")
+        help_text = re.sub(r":\w+:`~?([^`<]+?)`", r"`\1`", help_text).replace("``", "`")
         rows.append(f"| `{action.dest}` | {cell(kind)} | {cell(default)} | {cell(help_text)} |")
     if len(rows) == 2:
         return "No options."
@@ -192,7 +193,8 @@ def commands_page() -> str:
         printed = io.StringIO()
         with redirect_stdout(printed), suppress(SystemExit):
             main([name, "--help"])
-        parts.append(f"## {name}\n\n```text\n{printed.getvalue().rstrip()}\n```")
+        text = printed.getvalue().replace(" \b", "").rstrip()  # of jsonargparse
+        parts.append(f"## {name}\n\n```text\n{text}\n```")
     text = (
         "What `python train.py COMMAND --help` prints. `fit`, `plan`, `validate` and `test` take the options "
         "of [a run](trainer.md); `init`, `one_step` and `compare` take them beside their own. What each "
