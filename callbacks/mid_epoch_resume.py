@@ -16,6 +16,7 @@ from app.training.checkpoint_state import gather_states, random_state, seed_anew
 from app.training.protocols import data_of
 from app.training.resume import ResumePoint
 from app.training.resume_checks import check_rows, rows_digest
+from app.training.scores import return_to_device
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class MidEpochResume(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do the same where nothing was left to train."""
         if self._pending is not None:
+            return_to_device(trainer)
             self._run_pending(trainer, self._pending)
 
     def _run_pending(self, trainer: Trainer, pending: Pending) -> None:

@@ -9,7 +9,7 @@ from app.evaluation.scoring import Scoring
 from app.tracking.loggers import run_folder_of
 from app.tracking.row_scores import remove_row_scores, write_row_scores
 from app.training.protocols import adapted, data_of, logged_scores
-from app.training.scores import score
+from app.training.scores import return_to_device, score
 from app.utils.console import warn_on_failure
 
 Moment = Literal["zero_shot", "after_init", "final"]
@@ -76,6 +76,7 @@ class ScoreAt(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score at `final`, also in a run that was interrupted in its final scores and has nothing to train."""
         if self.moment == "final":
+            return_to_device(trainer)
             self._record(trainer, pl_module)
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,6 +10,11 @@ from app.models.batch import Batch
 from app.utils.console import track
 
 
+def return_to_device(trainer: Trainer) -> None:
+    """Move the module to its device again: Lightning moves it to the CPU before it calls `on_fit_end`."""
+    trainer.strategy.model_to_device()
+
+
 @torch.no_grad()
 def score(
     trainer: Trainer,

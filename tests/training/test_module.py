@@ -1,9 +1,11 @@
 """What surrounds the training steps: modes of the modules, the learning rate, when scores are taken."""
 
 import math
+from itertools import groupby
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from app.training.module import LoraModule
@@ -59,6 +61,26 @@ def test_scores_are_taken_in_evaluation_mode_and_modes_are_restored(fit, monkeyp
     assert set(found[0]) == SCORES
     assert found[0] == found[1]
     assert summary(folder)["metrics"]["final"] == found[0]
+
+
+def test_final_scores_are_computed_where_the_model_was_trained(fit, monkeypatch):
+    """Lightning has moved it to the CPU by then; there is one device here, so the moves are written down."""
+    moves = []
+    moved, scored = SingleDeviceStrategy.model_to_device, LoraModule.supervised_logits
+
+    def model_to_device(strategy):
+        moves.append("device")
+        moved(strategy)
+
+    def supervised_logits(module, batch):
+        moves.append("scored")
+        return scored(module, batch)
+
+    monkeypatch.setattr(SingleDeviceStrategy, "model_to_device", model_to_device)
+    monkeypatch.setattr(LoraModule, "cpu", lambda module: moves.append("cpu"))
+    monkeypatch.setattr(LoraModule, "supervised_logits", supervised_logits)
+    fit()
+    assert [what for what, _ in groupby(moves)] == ["device", "scored", "cpu", "device", "scored"]
 
 
 SHAPES = {
