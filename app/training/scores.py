@@ -42,7 +42,7 @@ def score(
     try:
         for loader in loaders:
             for batch in track(loader, label, scoring.speed):
-                moved = trainer.strategy.batch_to_device(batch, pl_module.device)
+                moved = trainer.strategy.batch_to_device(batch)
                 with trainer.precision_plugin.forward_context():
                     scoring.update(moved)
                 if between_batches is not None:

@@ -2,12 +2,14 @@
 
 import math
 from itertools import groupby
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
+from app.models.adapter_config import LoraSettings
 from app.training.module import LoraModule
 from app.training.optimization import make_schedule
 from callbacks.score_at import ScoreAt
@@ -81,6 +83,14 @@ def test_final_scores_are_computed_where_the_model_was_trained(fit, monkeypatch)
     monkeypatch.setattr(LoraModule, "supervised_logits", supervised_logits)
     fit()
     assert [what for what, _ in groupby(moves)] == ["device", "scored", "cpu", "device", "scored"]
+
+
+def test_device_is_the_strategys_while_frozen_weights_are_elsewhere(tiny_llama):
+    module = LoraModule(str(tiny_llama), adapter=LoraSettings(r=2))
+    assert module.device == torch.device("cpu")
+    elsewhere = torch.device("meta")
+    module.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=elsewhere))
+    assert module.device == elsewhere
 
 
 SHAPES = {
