@@ -1,0 +1,152 @@
+"""Twelve methods on three tasks, three seeds, each method at its own best learning rate.
+
+    python -m benchmarks.comparison --data ../shared/data --output runs/comparison
+    python train.py report runs/comparison/reviews --score task_loss --reference rslora
+
+SmolLM2-135M, rank 8, every update scaled by lora_alpha / sqrt(r). For each task and method: four learning rates
+on seed 0, and further ones until the best has a neighbour on either side; then the other seeds at these three.
+Rates are compared by the task loss of validation rows; a method's best is then tested, with each seed, as far
+as the task has test rows. Every run is a folder of `fit` below OUTPUT/TASK/cells, which `report` reads; what is
+finished there is not run again.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import BoundedSemaphore
+
+from app.tracking.record import RunRecord
+from app.tracking.run_folder import RunFolder, run_folders
+from app.utils.errors import InputError
+
+METHODS = (
+    *("rslora", "lora_plus", "p_lora", "lora_pro", "reflora", "olora", "pissa", "loram"),
+    *("loram_one", "lora_ga", "lora_one", "lora_one_adamw"),
+)
+RATES = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
+FIRST = slice(2, 6)
+TASKS = {
+    "reviews": ["--config=quickstart.yaml"],
+    "sst2": [
+        *("--config=glue_sst2.yaml", "--config=models/smollm2.yaml"),
+        "--config=benchmarks/parts/sst2_smollm2.yaml",
+    ],
+    "code_alpaca": ["--config=code_alpaca_smollm2.yaml", "--data.evals=[]"],
+}
+FILES = {"sst2": "glue", "code_alpaca": "code/code_alpaca_2k.json"}
+OPTIONS = {
+    "reflora": ["--model.optimizer.init_args.warmup_steps=3"],  # its 100 would be the whole run
+}
+
+
+class Task:
+    """The runs of one task.
+
+    Args:
+        name: Of `TASKS`.
+        given: The options of this script.
+        free: Acquired by each process while it runs.
+    """
+
+    def __init__(self, name: str, given: argparse.Namespace, free: BoundedSemaphore) -> None:
+        self.name, self.free, self.seeds = name, free, given.seeds
+        self.folder = given.output / name / "cells"
+        self.options = [
+            f"--trainer.max_steps={given.steps}",
+            *("--trainer.val_check_interval=null", "--trainer.limit_val_batches=0"),
+            f"--data.validation_size={given.validation_size}",
+            f"--data.batch_size={given.batch_size}",
+            f"--data.eval_batch_size={given.eval_batch_size}",
+            *("--output.wandb=disabled", f"--output.root={self.folder}", "--ckpt_path=last"),
+        ]
+        if name in FILES:
+            self.options.append(f"--data.path={given.data / FILES[name]}")
+
+    def record(self, method: str, rate: str, seed: int) -> RunRecord:
+        """Return what a finished run has left, or an empty record."""
+        for run in reversed(run_folders(self.folder / f"{method}-lr{rate}-seed{seed}")):
+            try:
+                return RunRecord.read(RunFolder(run).summary)
+            except InputError:
+                continue
+        return RunRecord()
+
+    def loss(self, method: str, rate: str, seeds: Sequence[int]) -> float:
+        """Return the mean task loss of the validation rows; infinite where a run did not finish."""
+        scores = [self.record(method, rate, seed).metrics.get("final", {}) for seed in seeds]
+        losses = [each.get("task_loss", each.get("loss", math.inf)) for each in scores]
+        return sum(losses) / len(losses)
+
+    def run(self, name: str, arguments: Sequence[str]) -> None:
+        """Run a command of the project to its end, with its output in the cell's log."""
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.free, (folder / "cell.log").open("ab") as log:
+            command = [sys.executable, "train.py", *arguments]
+            status = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+        print(f"{self.name} {arguments[0]} {name}: exit status {status}", flush=True)
+
+    def fit(self, method: str, rate: str, seed: int) -> None:
+        """Train one run unless it is finished."""
+        if "final" in self.record(method, rate, seed).metrics:
+            return
+        name = f"{method}-lr{rate}-seed{seed}"
+        settings = [*TASKS[self.name], f"--config=methods/{method}.yaml", *self.options]
+        own = [f"--model.optimizer.init_args.lr={rate}", f"--seed_everything={seed}"]
+        self.run(name, ["fit", *settings, *OPTIONS.get(method, []), *own, f"--output.name={name}"])
+
+    def test(self, method: str, rate: str, seed: int) -> None:
+        """Test one run unless it has been, or there are no test rows."""
+        record, name = self.record(method, rate, seed), f"{method}-lr{rate}-seed{seed}"
+        if "test" not in record.metrics and record.data.has_test:
+            self.run(name, ["test", "--run", str(run_folders(self.folder / name)[-1])])
+
+    def compare(self, method: str) -> None:
+        """Find the method's learning rate, train it with every seed, and test it."""
+        first, *others = self.seeds
+        rates = list(RATES[FIRST])
+        with ThreadPoolExecutor(len(RATES) * len(self.seeds)) as pool:
+            while True:
+                list(pool.map(lambda rate: self.fit(method, rate, first), rates))
+                best = RATES.index(min(rates, key=lambda rate: self.loss(method, rate, [first])))
+                near = RATES[max(best - 1, 0) : best + 2]
+                if set(near) <= set(rates):
+                    break
+                rates += [rate for rate in near if rate not in rates]
+            cells = [(rate, seed) for seed in others for rate in near]
+            list(pool.map(lambda cell: self.fit(method, *cell), cells))
+            chosen = min(near, key=lambda rate: self.loss(method, rate, self.seeds))
+            list(pool.map(lambda seed: self.test(method, chosen, seed), self.seeds))
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder with glue/ and code/")
+    add("--output", type=Path, required=True)
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--methods", nargs="+", default=METHODS)
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--steps", type=int, default=30)
+    add("--batch_size", type=int, default=16)
+    add("--validation_size", type=int, default=300)
+    add("--eval_batch_size", type=int, default=32)
+    add("--jobs", type=int, default=1, help="processes at once")
+    given = parser.parse_args()
+    free = BoundedSemaphore(given.jobs)
+    tasks = [Task(name, given, free) for name in given.tasks]
+    with ThreadPoolExecutor(len(tasks) * len(given.methods)) as pool:
+        chains = [pool.submit(task.compare, method) for method in given.methods for task in tasks]
+        for chain in chains:
+            chain.result()
+
+
+if __name__ == "__main__":
+    main()
