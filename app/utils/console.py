@@ -95,6 +95,7 @@ def silence() -> None:
         "`is_gradient_checkpointing` is deprecated",
         "`gradient_checkpointing_enable` is deprecated",
         r"`isinstance\(treespec, LeafSpec\)`",
+        r"The '\w+_dataloader' does not have many workers",  # rows are tokens in memory
         "It is recommended to use `self.log",  # what is logged has been reduced over processes already
     ):
         warnings.filterwarnings("ignore", message=inside)
