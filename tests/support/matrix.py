@@ -129,16 +129,17 @@ class Trial:
         logged: The fixture; the scores that a command logs.
         watched: The fixture; the logits of the model that has just been trained.
         loaded: A list that grows with each model whose weights are loaded.
+        names: The commands that are run.
     """
 
-    def __init__(self, command, folder, logged, watched, loaded):
-        self.command, self.folder = command, folder
+    def __init__(self, command, folder, logged, watched, loaded, names):
+        self.command, self.folder, self.names = command, folder, names
         self.logged, self.watched, self.loaded = logged, watched, loaded
         self.run = folder / "runs" / "m" / "version_0"
         self.as_lora = folder / "as_lora"
 
     def of_run(self, model, data, *options):
-        """Return what comes of each of `COMMANDS`.
+        """Return what comes of those of `COMMANDS` that are run.
 
         Args:
             model: The model's folder.
@@ -164,7 +165,7 @@ class Trial:
         )
 
     def of_benchmark(self, model, data, trained):
-        """Return what comes of each of `ASKING`, with an overlay such as those in configs/eval.
+        """Return what comes of those of `ASKING` that are run, with an overlay such as those in configs/eval.
 
         Args:
             model: The model's folder.
@@ -192,9 +193,9 @@ class Trial:
 
     def _outcomes(self, commands, on_the_run=()):
         found = {}
-        for name, argv in commands.items():
+        for name in filter(self.names.__contains__, commands):
             lacks_run = name in on_the_run and found["fit"] != RUNS
-            found[name] = NO_RUN if lacks_run else self.outcome(name, *argv)
+            found[name] = NO_RUN if lacks_run else self.outcome(name, *commands[name])
         return found
 
     def outcome(self, name, *argv):
@@ -266,11 +267,13 @@ def loaded(monkeypatch):
 
 
 @pytest.fixture
-def tried(command, tmp_path, logged, watched_fit, loaded, matrix_models, expect_outcomes):
+def tried(command, tmp_path, monkeypatch, logged, watched_fit, loaded, matrix_models, page):
     """Return `tried(table, row, column)`, which runs the commands and holds their outcomes against the page."""
-    trial = Trial(command, tmp_path, logged, watched_fit, loaded)
+    monkeypatch.setattr("app.commands.one_step.report.draw", lambda *_: None)
 
     def run(table, row, column):
+        names = page.tried(table, row, column)
+        trial = Trial(command, tmp_path, logged, watched_fit, loaded, names)
         model = matrix_models / KINDS.get(column, column)
         if table == "Methods":
             options = (f"--config=methods/{row}.yaml",)
@@ -281,6 +284,6 @@ def tried(command, tmp_path, logged, watched_fit, loaded, matrix_models, expect_
         else:
             trained = DATA["GlueDataModule"](tmp_path)
             found = trial.of_benchmark(model, benchmark_data(row, tmp_path), trained)
-        expect_outcomes((table, row, column), found)
+        page.expect((table, row, column), found)
 
     return run

@@ -4,6 +4,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ line, with exit status 2, by the message of that number at the end of the page, 
 MODEL the model's and DATA the class of the data. Where `fit` is refused, there is no run for the commands
 behind it.
 
-The page is written by its own test, which fails where something else comes out:
+The page is written by its own test, which fails where something else comes out. Without `--write-support` it
+runs every command in a table's first column; in the others `fit`, and the rest by turns:
 
 ```bash
 {COMMAND}
@@ -111,16 +113,35 @@ def _outcomes(cell: str, table: Table, messages: Mapping[str, str]) -> dict[str,
     return found
 
 
-@pytest.fixture
-def expect_outcomes(request):
-    """Return `expect(key, found)`: the page states these outcomes, or they are written into it."""
+@dataclass(frozen=True)
+class Page:
+    """The page as it stands, or as it is written anew."""
 
-    def expect(key, found):
-        if not request.config.option.write_support:
-            assert read(PAGE.read_text())[key] == found
+    writes: bool
+
+    def tried(self, name: str, row: str, column: str) -> tuple[str, ...]:
+        """Return every command in the first column; in the others `fit`, and each fifth of the rest by turns.
+
+        So every two of a row, a column and a command meet. Whoever writes the page tries all.
+        """
+        table = TABLES[name]
+        number = table.rows.index(row) + table.columns.index(column)
+        if self.writes or column == table.columns[0]:
+            return table.commands
+        return ("fit", *[name for name in table.commands if name != "fit"][number % 5 :: 5])
+
+    def expect(self, key: tuple[str, str, str], found: dict[str, str]) -> None:
+        """Check that the page states these outcomes, or write them into it."""
+        if not self.writes:
+            stated = read(PAGE.read_text())[key]
+            assert {name: stated[name] for name in found} == found
             return
         with FileLock(Path(tempfile.gettempdir()) / "support_page.lock"):
             outcomes = read(PAGE.read_text()) if PAGE.exists() else {}
             PAGE.write_text(write(ordered({**outcomes, key: found})))
 
-    return expect
+
+@pytest.fixture
+def page(request):
+    """Return the page, which --write-support writes anew."""
+    return Page(request.config.option.write_support)

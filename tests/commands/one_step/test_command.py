@@ -9,6 +9,7 @@ import pytest
 from app.commands.one_step import scores
 from app.commands.one_step.command import UNTOUCHED, Grid, one_step
 from tests.support import run_folders
+from tests.support.pictures import check_picture
 from tests.support.tiny_run import write_tiny_run
 
 ETAS = (1e-3, 0.3, 100.0)
@@ -158,7 +159,7 @@ def test_an_interrupted_experiment_goes_on(
 
 
 @pytest.mark.slow
-def test_a_text_to_text_model_and_free_answers(command, undrawn, run_models, sst2_folder, tmp_path):
+def test_a_text_to_text_model_and_free_answers(command, run_models, sst2_folder, tmp_path):
     config = write_tiny_run(tmp_path / "t5.yaml", run_models / "t5", sst2_folder, tmp_path)
     assert command("one_step", "--config", config, *OPTIONS) == 0
     by_eta = {
@@ -180,6 +181,8 @@ def test_a_text_to_text_model_and_free_answers(command, undrawn, run_models, sst
         command("one_step", "--config", config, f"--model.name={run_models / 'llama'}", *options)
         == 0
     )
+    for drawn in (tmp_path / "tiny" / "one_step", folder):
+        check_picture(drawn / "one_step.png")
     for step in run_folders.summary(folder)["steps"]:
         assert set(step["validation"]) == {"task_loss", "loss"}
         assert step["validation"]["task_loss"] == step["validation"]["loss"]
