@@ -5,6 +5,7 @@ import gc
 import os
 import random
 import string
+from collections import Counter
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: with a thread for each core in each of them they would wait for each other.
@@ -48,20 +49,29 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     """Deselect the slow tests, unless all are asked for, or whoever names files or markers has chosen.
 
-    Files with the real model come first: they take longest, and the last file of a run keeps one process alone.
+    Files that take longest come first: the last file of a run keeps one process alone.
     """
-    items.sort(key=lambda item: item.get_closest_marker("smollm2") is None)
     named = config.args_source is config.ArgsSource.ARGS
-    if config.option.full or config.option.markexpr or named:
-        return
-    slow = [item for item in items if not _is_fast(item)]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if _is_fast(item)]
+    if not (config.option.full or config.option.markexpr or named):
+        slow = [item for item in items if not _is_fast(item)]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if _is_fast(item)]
+    seconds = Counter()
+    for item in items:
+        seconds[item.path] += _seconds(item)
+    items.sort(key=lambda item: -seconds[item.path])
 
 
 def pytest_collection_finish():
     """Keep the collector from walking through all that has been imported, again and again."""
     gc.freeze()
+
+
+def _seconds(item):
+    """Return about how long a test takes; those of the fast tier count as nothing."""
+    usual = {"slow": 2, "multiprocess": 6, "smollm2": 10}
+    marks = [mark for mark in item.iter_markers() if mark.name in usual]
+    return max((mark.kwargs.get("seconds", usual[mark.name]) for mark in marks), default=0)
 
 
 def _is_fast(item):

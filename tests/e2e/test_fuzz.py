@@ -70,7 +70,10 @@ def template(tmp_path_factory, run_models, sst2_folder):
 
 @pytest.mark.parametrize(
     "seeds",
-    [pytest.param(seeds, marks=pytest.mark.slow if i else ()) for i, seeds in enumerate(CHUNKS)],
+    [
+        pytest.param(seeds, marks=pytest.mark.slow(seconds=20) if i else ())
+        for i, seeds in enumerate(CHUNKS)
+    ],
     ids=lambda seeds: f"{seeds[0]}-{seeds[-1]}",
 )
 def test_mistakes(seeds, template, command, monkeypatch, tmp_path, capsys):

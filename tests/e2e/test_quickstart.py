@@ -42,7 +42,7 @@ def test_a_short_run_learns_and_peft_loads_its_adapter(tmp_path, smollm2_dir, ca
     assert (adapted - untouched).abs().max() > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=90)
 @pytest.mark.smollm2
 def test_the_whole_run_gains_six_points(tmp_path):
     """The figures of the README and RESULTS.md, up to the order of sums."""
