@@ -1,4 +1,4 @@
-"""A table and conversations of one's own on the real SmolLM2-135M: shown, learnt, scored and resumed."""
+"""A table and conversations of one's own on the real SmolLM2-135M: shown, learnt and scored."""
 
 import csv
 import json
@@ -37,12 +37,9 @@ def test_a_csv_of_sentences(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "train rows                                  40" in printed
     assert len(re.findall(r"\| result:>>> (?:positive|negative)<\|im_end\|><<<", printed)) == 3
-    folder, scores = made(tmp_path, "table", *options)
+    _, scores = made(tmp_path, "table", *options)
     assert scores["after_init"]["loss"] < scores["zero_shot"]["loss"] / 2
-    assert 0 <= scores["final"]["accuracy"] <= 1
-    assert main(["test", f"--run={folder}"]) == 0
-    tested = json.loads((folder / "summary.json").read_text())["metrics"]["test"]
-    assert tested["accuracy"] * 8 in range(9)
+    assert scores["final"]["accuracy"] * 8 in range(9)
 
 
 def test_conversations_of_two_questions(tmp_path, monkeypatch, capsys):
@@ -55,7 +52,7 @@ def test_conversations_of_two_questions(tmp_path, monkeypatch, capsys):
                 talk.append({"role": "user", "content": f"Question {2 * i + turn}?"})
                 talk.append({"role": "assistant", "content": answers[(i + turn) % 3]})
             stream.write(json.dumps({"messages": talk}) + "\n")
-    options = ("--data.path=talks.jsonl", "--data.validation_size=8")
+    options = ("--data.path=talks.jsonl", "--data.validation_size=4", "--init.num_samples=4")
     assert main(["plan", "--config=chat.yaml", *SHORT, *options]) == 0
     printed = capsys.readouterr().out
     shown = re.findall(r"^     \| >>>(.*)<\|im_end\|><<<$", printed, re.MULTILINE)
@@ -63,7 +60,5 @@ def test_conversations_of_two_questions(tmp_path, monkeypatch, capsys):
     assert set(shown) <= set(answers)
     folder, scores = made(tmp_path, "chat", *options)
     assert scores["final"]["loss"] < scores["zero_shot"]["loss"]
-    resumed = ("fit", f"--config={folder / 'config.yaml'}", "--ckpt_path=last")
-    assert main([*resumed, "--trainer.max_steps=3"]) == 0
     adapter = folder / "adapter" / "adapter_model.safetensors"
     assert all(bool(factor.isfinite().all()) for factor in load_file(adapter).values())

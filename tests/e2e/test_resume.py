@@ -147,9 +147,9 @@ def at_step(step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 128 + signal.SIGUSR1)]
+    ("name", "status", "accumulate"),
+    [("SIGTERM", 143, 1), ("SIGINT", 130, 2), ("SIGUSR1", 128 + signal.SIGUSR1, 1)],
 )
-@pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_signal_saves_and_stops(name, status, accumulate, fitted, in_parts, signalled, capfd):
     options = (*DROPOUT, "--trainer.max_steps=8", f"--trainer.accumulate_grad_batches={accumulate}")
     whole, (run, parts) = fitted(*options), in_parts
@@ -269,8 +269,7 @@ def test_a_second_ctrl_c_leaves_at_once(command, tiny_run, tmp_path, signalled, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("array", [False, True])
-@pytest.mark.parametrize("works", [False, True])
+@pytest.mark.parametrize(("array", "works"), [(True, True), (False, False)])
 def test_slurm_is_asked_to_start_the_run_again(
     array, works, command, tiny_run, tmp_path, signalled, monkeypatch
 ):

@@ -194,7 +194,8 @@ def test_print_config_and_help(command, tiny_run, capsys):
 
 
 @pytest.mark.slow
-def test_seventy_billion_parameters(plan, run_models, tmp_path):
+def test_layers_of_seventy_billion_parameters(plan, run_models, tmp_path):
+    """Eight of the eighty, which all take the same time: 8 (144 + 16 + 672) 2^20 and norms, and embeddings."""
     big = tmp_path / "big"
     big.mkdir()
     PreTrainedTokenizerFast.from_pretrained(run_models / "llama").save_pretrained(big)
@@ -203,7 +204,7 @@ def test_seventy_billion_parameters(plan, run_models, tmp_path):
         vocab_size=32000,
         hidden_size=8192,
         intermediate_size=28672,
-        num_hidden_layers=80,
+        num_hidden_layers=8,
         num_attention_heads=64,
         num_key_value_heads=8,
     ).save_pretrained(big)
@@ -213,13 +214,12 @@ def test_seventy_billion_parameters(plan, run_models, tmp_path):
         *options,
         *("--model.gradient_checkpointing=true", "--config=strategies/fsdp.yaml"),
         *("--trainer.accelerator=gpu", "--trainer.devices=8", "--memory_gib=80"),
-        # The passes of an initialization and a validation take ten seconds more each.
         *("--config=methods/lora.yaml", "--data.validation_size=0"),
     )
-    assert "68,976,648,192   bfloat16" in printed
-    assert "frozen weights                        16.1 GiB   1/8 of them" in printed
-    assert "host memory while loading            128.5 GiB   in the first process" in printed
-    assert "trained parameters                 103,546,880" in printed
+    assert "7,369,531,392   bfloat16" in printed
+    assert "frozen weights                         1.7 GiB   1/8 of them" in printed
+    assert "host memory while loading             13.7 GiB   in the first process" in printed
+    assert "trained parameters                  10,354,688" in printed
     assert "\nfits: " in printed
 
 

@@ -53,13 +53,14 @@ def test_completions_are_not_cut(problems):
 @pytest.mark.sandbox
 @pytest.mark.usefixtures("bubblewrap")
 def test_all_solutions_pass_and_no_empty_function_does(problems):
-    """As whole functions and as completions, in one run for both: one of two outputs is right."""
-    whole = HumanEval(k=[1, 2], num_samples=2, temperature=1.0, timeout=30.0)
-    endings = "{canonical_solution}\n```\n\nIt passes.", "    pass\n```"
-    outputs = [[row["prompt"] + end.format(**row) for end in endings] for row in problems]
-    scored = scores(whole, whole.load(), outputs)
-    by_task = {row["task_id"]: f for row, f in zip(problems, scored, strict=True)}
-    assert by_task == {task: {"pass@1": 0.5, "pass@2": 1.0} for task in by_task}
+    """As whole functions; the empty ones of every eighth problem."""
+    whole = HumanEval(timeout=30.0)
+    asked = whole.load()
+    ending = "{prompt}{canonical_solution}\n```\n\nIt passes."
+    solutions = [[ending.format(**row)] for row in problems]
+    assert scores(whole, asked, solutions) == [{"pass@1": 1.0}] * 164
+    empty = [[row["prompt"] + "    pass\n```"] for row in problems[::8]]
+    assert scores(whole, asked[::8], empty) == [{"pass@1": 0.0}] * 21
 
 
 @pytest.mark.sandbox
