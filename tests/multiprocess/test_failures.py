@@ -168,7 +168,7 @@ def test_lightnings_launcher(ends, options, status, message, tiny_run, tmp_path)
 def test_an_error_of_all_has_its_own_status(options, status, message, tiny_run, forked, tmp_path):
     """And is told by the first process alone, but for the loss, where each has rows of its own to name."""
     options = ("--trainer.max_steps=9", *options)
-    ends = forked([job(tiny_run, tmp_path, *options, slow_finish=7)])
+    ends = forked([job(tiny_run, tmp_path, *options, slow_finish=3)])
     assert [ended for ended, _ in ends] == [status, status], ends
     assert message in ends[0][1]
     assert (message in ends[1][1]) == (options[-1] == DIVERGES)

@@ -1,4 +1,4 @@
-"""Tables and conversations of one's own: one process, DDP and FSDP2 train alike."""
+"""Tables and conversations of one's own: one process and two train alike."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.support.matrix import CHAT_TEMPLATE
-from tests.support.parity import assert_strategies_alike
+from tests.support.parity import assert_alike, parity_job, two_processes
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
@@ -29,13 +29,24 @@ def table(folder):
     return "TableDataModule", folder / "rows.csv"
 
 
-@pytest.mark.parametrize("write", [conversations, table])
-def test_processes_train_alike(write, parity_config, models_without_dropout, finished, tmp_path):
+def test_processes_train_alike(parity_config, models_without_dropout, finished, tmp_path):
+    """With DDP: rows are shared out alike with FSDP2, of which tests/multiprocess/test_parity.py has more."""
     model = shutil.copytree(models_without_dropout / "llama", tmp_path / "model")
     (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    name, path = write(tmp_path)
     config = yaml.safe_load(parity_config.read_text())
-    config["data"] = {"class_path": name, "init_args": {"path": str(path), "eval_batch_size": 7}}
-    file = tmp_path / "rows.yaml"
-    file.write_text(yaml.safe_dump(config))
-    assert_strategies_alike(file, model, tmp_path, finished)
+    files = []
+    for name, path in (conversations(tmp_path), table(tmp_path)):
+        config["data"] = {
+            "class_path": name,
+            "init_args": {"path": str(path), "eval_batch_size": 7},
+        }
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(yaml.safe_dump(config))
+
+    def jobs(where, batch_size, *more):
+        return [parity_job(f, model, tmp_path / where / f.stem, batch_size, *more) for f in files]
+
+    finished(jobs("alone", 8), processes=1)
+    finished(jobs("ddp", 4, *two_processes("ddp")))
+    for file in files:
+        assert_alike(tmp_path / "ddp" / file.stem, tmp_path / "alone" / file.stem, 2)

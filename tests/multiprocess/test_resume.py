@@ -9,7 +9,7 @@ import pytest
 from tests.support.parity import losses, parity_job, two_processes
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
-STEPS = 14
+STEPS = 9
 EVERY = 3  # optimizer steps between two checkpoints
 
 
