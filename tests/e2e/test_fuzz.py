@@ -64,7 +64,10 @@ def template(tmp_path_factory, run_models, sst2_folder):
         patch.chdir(folder)
         patch.setenv("WANDB_MODE", "offline")
         assert main(["fit", "--config", "config.yaml"]) == 0
-    shutil.copy(folder / RUN / "config.yaml", folder / "config.yaml")
+    # The run names its model by an absolute path, and each mistake is made in a copy of the folder.
+    text = (folder / RUN / "config.yaml").read_text().replace(f"{folder}/", "")
+    for file in (folder / RUN / "config.yaml", folder / "config.yaml"):
+        file.write_text(text)
     return folder
 
 
