@@ -47,7 +47,11 @@ def main_notes(comparison: Comparison) -> list[str]:
             f"{comparison.selected_by} that their rates were chosen by, which flatters each of them."
         )
     notes += _untested(comparison)
-    if comparison.shared.get("data.init_args.validation_size") is None:
+    data = {
+        name: comparison.shared.get(f"data.init_args.{name}")
+        for name in ("test_split", "validation_size")
+    }
+    if data == {"test_split": "validation", "validation_size": None}:  # GLUE's own
         notes.append(
             "**The validation rows are the reported rows** (data.validation_size is null): the learning rates "
             "were chosen on what is reported, and the scores flatter every method."

@@ -14,10 +14,17 @@ def test_runs_at_the_same_time_are_named(tmp_path):
 
 
 def test_validation_on_the_reported_rows_is_said(tmp_path):
-    data = {"validation_size": None, "max_length": 128, "batch_size": 8}
+    data = {"test_split": "validation", "validation_size": None, "max_length": 128}
     write_run(tmp_path / "version_0", data=data, test=None)
     rows, notes = main_rows(tmp_path / "version_0")
     assert any("The validation rows are the reported rows" in note for note in notes)
     assert rows["lora"]["test accuracy, %"] == "not tested"
     command = f"`python train.py test --run {tmp_path / 'version_0'}`"
     assert f"1 of 1 runs at the chosen rates have no test accuracy: {command} scores one." in notes
+
+
+def test_rows_set_aside_for_the_test_are_not_those_that_validate(tmp_path):
+    """A table's, of which `validation_size` null sets a tenth aside."""
+    write_run(tmp_path / "version_0", data={"test_size": 50, "validation_size": None})
+    _, notes = main_rows(tmp_path / "version_0")
+    assert not any("reported rows" in note for note in notes)
