@@ -58,8 +58,9 @@ def test_what_a_run_leaves_computes_what_was_trained_and_a_resumed_run_leaves_th
     else:
         model = AutoPeftModelForCausalLM.from_pretrained(whole / "adapter")
     trained = watched_fit["logits"]
-    # Weights that LoRA+ has changed by much are rounded by 2e-5, and products by 6e-6, on some processors.
-    atol = 1e-5 if method == "lora_plus" else 1e-6
+    # Weights that LoRA+ has changed by much are rounded by 2e-5, and products by 6e-6, on some processors;
+    # what OLoRA takes off the base and adds again by 1.3e-6 on one without AVX-512.
+    atol = {"lora_plus": 1e-5, "olora": 4e-6}.get(method, 1e-6)
     if method in METHODS:
         served = with_adapter(copy.deepcopy(base), whole / "adapter")
         assert torch.allclose(logits(served), trained, atol=max(4 * atol, 1e-5))
