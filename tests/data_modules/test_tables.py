@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 from tests.support.rows import Hub, unplug_hub
 
 ROWS = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
-MEGABYTES = 30, 120
+MEGABYTES = 30, 300
 MEASURE = """
 import resource, sys
 from pathlib import Path
