@@ -19,15 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import BoundedSemaphore
 
+from app.commands.compare.cells import Cell, CellState, Variant, grid, state_of
 from app.tracking.record import RunRecord
-from app.tracking.run_folder import RunFolder, run_folders
-from app.utils.errors import InputError
+from app.tracking.run_folder import RunFolder
+from app.utils.text import rate_text
 
 METHODS = (
     *("rslora", "lora_plus", "p_lora", "lora_pro", "reflora", "olora", "pissa", "loram"),
     *("loram_one", "lora_ga", "lora_one", "lora_one_adamw"),
 )
-RATES = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FIRST = slice(2, 6)
 TASKS = {
     "reviews": ["--config=quickstart.yaml"],
@@ -66,19 +67,17 @@ class Task:
         if name in FILES:
             self.options.append(f"--data.path={given.data / FILES[name]}")
 
-    def record(self, method: str, rate: str, seed: int) -> RunRecord:
-        """Return what a finished run has left, or an empty record."""
-        for run in reversed(run_folders(self.folder / f"{method}-lr{rate}-seed{seed}")):
-            try:
-                return RunRecord.read(RunFolder(run).summary)
-            except InputError:
-                continue
-        return RunRecord()
+    def state(self, cell: Cell) -> CellState:
+        """Return how far a run is."""
+        return state_of(self.folder / cell.name)
 
-    def loss(self, method: str, rate: str, seeds: Sequence[int]) -> float:
+    def loss(self, method: str, rate: float, seeds: Sequence[int]) -> float:
         """Return the mean task loss of the validation rows; infinite where a run did not finish."""
-        scores = [self.record(method, rate, seed).metrics.get("final", {}) for seed in seeds]
-        losses = [each.get("task_loss", each.get("loss", math.inf)) for each in scores]
+        losses = []
+        for seed in seeds:
+            run = self.state(Cell(method, rate, seed)).run
+            scores = RunRecord.read(RunFolder(run).summary).metrics["final"] if run else {}
+            losses.append(scores.get("task_loss", scores.get("loss", math.inf)))
         return sum(losses) / len(losses)
 
     def run(self, name: str, arguments: Sequence[str]) -> None:
@@ -90,20 +89,21 @@ class Task:
             status = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
         print(f"{self.name} {arguments[0]} {name}: exit status {status}", flush=True)
 
-    def fit(self, method: str, rate: str, seed: int) -> None:
-        """Train one run unless it is finished."""
-        if "final" in self.record(method, rate, seed).metrics:
+    def fit(self, cell: Cell) -> None:
+        """Train one run unless that is done."""
+        if self.state(cell).run is not None:
             return
-        name = f"{method}-lr{rate}-seed{seed}"
-        settings = [*TASKS[self.name], f"--config=methods/{method}.yaml", *self.options]
-        own = [f"--model.optimizer.init_args.lr={rate}", f"--seed_everything={seed}"]
-        self.run(name, ["fit", *settings, *OPTIONS.get(method, []), *own, f"--output.name={name}"])
+        settings = [*TASKS[self.name], f"--config=methods/{cell.method}.yaml", *self.options]
+        settings += OPTIONS.get(cell.method, [])
+        rate = f"--model.optimizer.init_args.lr={rate_text(cell.learning_rate)}"
+        own = [rate, f"--seed_everything={cell.seed}", f"--output.name={cell.name}"]
+        self.run(cell.name, ["fit", *settings, *own])
 
-    def test(self, method: str, rate: str, seed: int) -> None:
-        """Test one run unless it has been, or there are no test rows."""
-        record, name = self.record(method, rate, seed), f"{method}-lr{rate}-seed{seed}"
-        if "test" not in record.metrics and record.data.has_test:
-            self.run(name, ["test", "--run", str(run_folders(self.folder / name)[-1])])
+    def test(self, cell: Cell) -> None:
+        """Test one run unless that is done, or there are no test rows."""
+        state = self.state(cell)
+        if state.state == "trained":
+            self.run(cell.name, ["test", "--run", str(state.run)])
 
     def compare(self, method: str) -> None:
         """Find the method's learning rate, train it with every seed, and test it."""
@@ -111,16 +111,15 @@ class Task:
         rates = list(RATES[FIRST])
         with ThreadPoolExecutor(len(RATES) * len(self.seeds)) as pool:
             while True:
-                list(pool.map(lambda rate: self.fit(method, rate, first), rates))
+                list(pool.map(self.fit, [Cell(method, rate, first) for rate in rates]))
                 best = RATES.index(min(rates, key=lambda rate: self.loss(method, rate, [first])))
                 near = RATES[max(best - 1, 0) : best + 2]
                 if set(near) <= set(rates):
                     break
                 rates += [rate for rate in near if rate not in rates]
-            cells = [(rate, seed) for seed in others for rate in near]
-            list(pool.map(lambda cell: self.fit(method, *cell), cells))
+            list(pool.map(self.fit, grid([Variant(method)], near, others)))
             chosen = min(near, key=lambda rate: self.loss(method, rate, self.seeds))
-            list(pool.map(lambda seed: self.test(method, chosen, seed), self.seeds))
+            list(pool.map(self.test, grid([Variant(method)], [chosen], self.seeds)))
 
 
 def main() -> None:

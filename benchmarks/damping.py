@@ -10,6 +10,7 @@ it draws OUTPUT/damping.png and prints a Markdown table.
 """
 
 import argparse
+import functools
 import itertools
 import logging
 import time
@@ -95,6 +96,15 @@ class Grid:
         self.given = given
         self.modules: dict[int, LoraModule] = {}
         self.initial: dict[tuple[int, int, str], InitialFactors] = {}
+        self.data = functools.cache(self._data)  # read once for each seed
+
+    def _data(self, seed: int) -> MovieReviewsDataModule:
+        return MovieReviewsDataModule(
+            batch_size=self.given.batch_size,
+            eval_batch_size=32,
+            seed=seed,
+            validation_size=self.given.held_out,
+        )
 
     def run(self, seed: int, lr: float, damping: str, rank: int, start: str) -> dict[str, Any]:
         """Train one cell; return its line of the log."""
@@ -112,13 +122,7 @@ class Grid:
             if (seed, rank, start) not in self.initial:
                 callbacks.append(LoraOneInit(gamma=self.given.gamma))
             callbacks.append(self.initial.setdefault((seed, rank, start), InitialFactors()))
-        data = MovieReviewsDataModule(
-            batch_size=self.given.batch_size,
-            eval_batch_size=32,
-            seed=seed,
-            validation_size=self.given.held_out,
-        )
-        final = train(module, data, self.given.steps, callbacks)
+        final = train(module, self.data(seed), self.given.steps, callbacks)
         line = {name: getattr(self.given, name) for name in SHARED}
         line |= dict(zip(KEYS, (seed, lr, damping, rank, start), strict=True))
         return line | {"final": final, "seconds": time.perf_counter() - began}
