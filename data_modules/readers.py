@@ -171,6 +171,11 @@ def tsv_rows(
         cells = line.split("\t")
         if header is None:
             header = cells
+            if twice := [column for column in cells if column and cells.count(column) > 1]:
+                raise InputError(
+                    f"{name} has two columns {twice[0]!r}: expected one of each name; correct it, or change "
+                    f"{setting}"
+                )
         elif len(cells) == len(header):
             yield where, dict(zip(header, cells, strict=True))
         elif line.strip():

@@ -66,6 +66,7 @@ def test_cells_of_tsv_are_text(mark, tmp_path):
         ("rows.tsv.gz", CUT_SHORT, "cannot read"),
         ("rows.tsv", b"question\tanswer\n\xff\xfe\t1\n", "cannot read .*expected UTF-8"),
         ("rows.tsv", b"question\tanswer\nno tab\n", "line 2 of .* has 1 columns: expected 2"),
+        ("rows.tsv", b"question\tanswer\tanswer\na\tb\tc\n", "rows.tsv has two columns 'answer'"),
         ("rows.tsv", b"a\tb\n1\t2\n", "line 2 of .* has a, b: expected the fields question, "),
     ],
 )
