@@ -15,7 +15,7 @@ class Anything:
         return True
 def square(x):
     return Anything()
-### integer_equal_to_everything (in one process): returns an integer whose __eq__ says yes
+### integer_equal_to_everything (in one process): returns an integer whose `__eq__` says yes
 class Anything(int):
     def __eq__(self, other):
         return True
