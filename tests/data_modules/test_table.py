@@ -111,6 +111,20 @@ def test_a_label_of_no_class_is_named(table):
         read(path, label_words={"good": "yes", "b": "no"}).load()
 
 
+def test_labels_that_differ_in_capitals_are_told_of(table):
+    rows = "a,Good", "b,bad", "c,good", "d,STRASSE", "e,straße", "f,fine"
+    message = r"classes of .*rows.csv differ in capitals alone: Good, STRASSE, good, straße; write"
+    data = read(table(*rows))
+    with pytest.warns(UserWarning, match=message):
+        found = data.label_words
+    assert found == ("Good", "STRASSE", "bad", "fine", "good", "straße"), "all are kept"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert read(table("a,Good", "b,bad")).label_words == ("Good", "bad")
+        words = {"Good": "yes", "good": "yes indeed", "bad": "no"}
+        assert read(table("a,Good", "b,bad", "c,good"), label_words=words).load()["train"]
+
+
 def test_labels_that_begin_with_one_token_are_told_of(table, tiny_tokenizer):
     data = attached(TableDataModule, tiny_tokenizer, path=table("a,goat", "b,good", "c,goal"))
     with pytest.raises(

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +61,27 @@ def test_a_kernel_that_only_a_quantised_base_uses_is_not_spoken_of(caplog):
     log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no module")
     log.warning("Something else")
     assert [record.getMessage() for record in caplog.records] == ["Something else"]
+
+
+def test_a_warning_is_one_line(command, monkeypatch):
+    """The project's own as a message alone, others with their place; whatever an import has set."""
+    source = "warn(message)"
+
+    def imported(*_):
+        monkeypatch.setattr(warnings, "formatwarning", lambda *_: f"UserWarning\n  {source}\n")
+        return lambda arguments: 0
+
+    monkeypatch.setattr("app.cli.main._imported", imported)
+    assert command("fit") == 0
+
+    def written(*place):
+        file = str(Path(*place))
+        return file, warnings.formatwarning(UserWarning("a b"), UserWarning, file, 7, source)
+
+    assert written(ROOT, "data_modules", "table.py")[1] == "warning: a b\n"
+    for place in (("/elsewhere", "x.py"), (ROOT, ".venv", "lib", "site-packages", "x.py")):
+        file, line = written(*place)
+        assert line == f"{file}:7: UserWarning: a b\n"
 
 
 def test_track_yields_everything_and_speaks_every_few_seconds(monkeypatch, capsys):

@@ -111,6 +111,30 @@ def test_rows_of_movie_reviews(plan, tmp_path):
     assert "train rows                                  20" in plan("--config", data)
 
 
+def test_classes_of_a_table_and_their_training_rows(plan, run_models, tmp_path):
+    """The most frequent first, ten at most; rows that validate are not counted."""
+
+    def classes(labels, **arguments):
+        lines = "".join(f"film {i},{label}\n" for i, label in enumerate(labels))
+        (tmp_path / "rows.csv").write_text("text,label\n" + lines)
+        arguments["path"] = str(tmp_path / "rows.csv")
+        section = {"class_path": "TableDataModule", "init_args": arguments}
+        file = tmp_path / "data.yaml"
+        file.write_text(yaml.safe_dump({"data": section}))
+        # A token is a letter: that of the label comes first in T5's answer, behind a space in Llama's.
+        printed = plan("--config", file, "--model.name", run_models / "t5")
+        [line] = [line for line in printed.splitlines() if line.startswith("  classes ")]
+        return " ".join(line.split()[1:])
+
+    (tmp_path / "other.csv").write_text("text,label\nnew,bad\n")
+    held_out = {"validation_file": str(tmp_path / "other.csv"), "validation_size": None}
+    few = ["bad"] * 6 + ["good"] * 13 + ["okay"]
+    assert classes(few, **held_out) == "3 good 13, bad 6, okay 1"
+    ten = "a 3, b 2, c 2, d 2, e 2, f 2, g 2, h 2, i 2, j 2"
+    assert classes("abcdefghij" * 2 + "a", validation_size=0) == f"10 {ten}"
+    assert classes("abcdefghij" * 2 + "ak", validation_size=0) == f"11 {ten}, ..."
+
+
 def test_benchmarks_are_planned_for(plan):
     """Their questions are cut or refused by the model's context, as by `fit`."""
     writing = "{class_path: tests.support.toy_benchmarks.Writing, init_args: {max_new_tokens: %d}}"
