@@ -7,12 +7,22 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 _POSITIONS = re.compile("^wpe$|pos")  # GPT-2's table, and all others
+_BEHIND_PADDING = {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"}
+_BEHIND_PADDING |= {"xlm-roberta-xl", "xmod"}
+"""Models whose first position is pad_token_id + 1, and whose configuration counts the rows before it."""
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Return the number of positions that a model knows; None if there is no limit (T5)."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return positions if positions and positions > 0 else None
+    """Return the number of positions that a text can have; None if there is no limit (T5)."""
+    text = config.get_text_config()
+    if not (rows := _position_rows(text)):
+        return None
+    first = (text.pad_token_id or 0) + 1 if text.model_type in _BEHIND_PADDING else 0
+    return rows - first
+
+
+def _position_rows(text: PreTrainedConfig) -> int:
+    return max(getattr(text, "max_position_embeddings", None) or 0, 0)
 
 
 def num_embeddings(config: PreTrainedConfig) -> int | None:
@@ -29,7 +39,7 @@ def has_position_table(model: PreTrainedModel) -> bool:
     Args:
         model: Also on the meta device.
     """
-    context = context_length(model.config) or 0
+    positions = _position_rows(model.config.get_text_config())
     embeddings = (module for module in model.named_modules() if isinstance(module[1], nn.Embedding))
     buffers = (buffer for buffer in model.named_buffers() if buffer[1].ndim == 2)
     tables = chain(
@@ -37,6 +47,6 @@ def has_position_table(model: PreTrainedModel) -> bool:
         ((name, len(buffer)) for name, buffer in buffers),
     )
     return any(
-        _POSITIONS.search(name.rpartition(".")[2]) and context <= rows <= context + 2
+        _POSITIONS.search(name.rpartition(".")[2]) and positions <= rows <= positions + 2
         for name, rows in tables
     )

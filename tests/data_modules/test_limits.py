@@ -23,6 +23,11 @@ LEARNT = {
         "GPTJConfig",
         {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4},
     ),
+    # Rows 0 to 2 are of padding.
+    "roberta": (
+        "RobertaConfig",
+        {"max_position_embeddings": 67, "pad_token_id": 2, "intermediate_size": 16},
+    ),
 }
 OTHERS = {
     "llama": ("LlamaConfig", {"intermediate_size": 16}),
