@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from app.commands.compare.collect import Run
 from app.commands.compare.scores import Score
@@ -174,6 +174,8 @@ def _curves_plot(comparison: Comparison, name: Score, over: str) -> Plot | None:
     label = "nats per token" if name == "loss" else _score_label("validation", name)
     axes.set(xlabel=LABELS[over], ylabel=label, title=title)
     axes.set_xlim(left=0)
+    if over == "steps":
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     return _finish(f"{name.replace('/', '_')}_over_{over}", title, figure, axes)
 
 

@@ -58,6 +58,21 @@ def test_the_curves_over_learning_rates(runs, drawn):
             assert y.tolist() == pytest.approx(means)
 
 
+def test_there_is_no_half_step(runs, monkeypatch):
+    ticks = {}
+
+    def watched(name, title, figure, axes):
+        ticks[name] = axes.get_xticks()
+        figures.plt.close(figure)
+        return figures.Plot(name, title, b"")
+
+    monkeypatch.setattr(figures, "_finish", watched)
+    figures.comparison_plots(comparisons(collect([runs]))[0])
+    for name in ("loss_over_steps", "accuracy_over_steps"):
+        assert len(ticks[name]) > 2
+        assert not any(ticks[name] % 1), ticks[name]
+
+
 def test_the_curves_over_ranks(ranks, drawn):
     parts = by_rank(comparisons(collect([ranks]))[0])
     assert figures.rank_plot(parts).title == "Test accuracy by rank"
