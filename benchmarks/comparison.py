@@ -31,7 +31,7 @@ METHODS = (
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FIRST = slice(2, 6)
 TASKS = {
-    "reviews": ["--config=quickstart.yaml"],
+    "reviews": ["--config=reviews_smollm2.yaml"],
     "sst2": [
         *("--config=glue_sst2.yaml", "--config=models/smollm2.yaml"),
         "--config=benchmarks/parts/sst2_smollm2.yaml",

@@ -4,7 +4,7 @@
         [--peers peers/bin/python]
 
 Everything that the commands load is cached (the first round of a machine downloads SmolLM2). The first step
-of the quickstart is behind three passes that its configuration asks for: the untouched model's scores, the
+of a run is behind three passes that its configuration asks for: the untouched model's scores, the
 one-step gradient, the scores after initialization; `first pass` is where they begin. `a method of compare` is
 what each further method adds to a comparison before its first run. With `--other`, another checkout takes
 turns with this one. Wall time is what a user waits on a quiet machine; CPU time is the process's own, whoever
@@ -24,9 +24,9 @@ from pathlib import Path
 from benchmarks import history
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICKSTART = ("--config", "quickstart.yaml")
+REVIEWS = ("--config", "reviews_smollm2.yaml")
 METHODS = "lora,lora_one,lora_ga,pissa,dora,lora_plus"
-COMPARE = ("compare", *QUICKSTART, "--learning_rates=1e-3", "--launch=wandb")
+COMPARE = ("compare", *REVIEWS, "--learning_rates=1e-3", "--launch=wandb")
 MARK = "start_up:"
 MARKS = f"""
 from lightning.pytorch import Callback
@@ -38,12 +38,12 @@ class Marks(Callback):
     def on_train_batch_start(self, *_):
         print("{MARK} first step", flush=True)
 """
-FIT = ("fit", *QUICKSTART, "--trainer.callbacks+=marks.Marks")
+FIT = ("fit", *REVIEWS, "--trainer.callbacks+=marks.Marks")
 OURS: dict[str, tuple[str, ...]] = {
     "help": ("--help",),
     "report": ("report", "{runs}", "--output=report"),
-    "print_config": ("fit", *QUICKSTART, "--print_config"),
-    "plan": ("plan", *QUICKSTART),
+    "print_config": ("fit", *REVIEWS, "--print_config"),
+    "plan": ("plan", *REVIEWS),
     "compare 1 method": (*COMPARE, "--methods=lora"),
     "compare 6 methods": (*COMPARE, f"--methods={METHODS}"),
     "first pass": FIT,
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="some of the commands, by the table's names")
     parser.add_argument(
-        "--runs", type=Path, help="finished runs for `report`, such as runs/quickstart"
+        "--runs", type=Path, help="finished runs for `report`, such as runs/reviews_smollm2"
     )
     parser.add_argument("--other", type=Path, help="another checkout, such as of an earlier commit")
     parser.add_argument(
