@@ -4,9 +4,10 @@
 
 Trains SmolLM2-135M on the movie reviews, through the real module, data and
 callbacks, from LoRA's initialization (scaled by lora_alpha / sqrt(r)) and from LoRA-One's, in one process: a
-model is loaded once for each rank, and an initialization is computed once and copied. Every finished run is a
-line of OUTPUT/runs.jsonl and is not repeated when the script is started again. At the end, or with --report,
-it draws OUTPUT/damping.png and prints a Markdown table.
+model is loaded once for each rank, and an initialization is computed once and copied. The base is in bfloat16,
+the factors in float32, the products under autocast (--precision). Every finished run is a line of
+OUTPUT/runs.jsonl and is not repeated when the script is started again; several may share a log, each with seeds
+or ranks of its own. At the end, or with --report, it draws OUTPUT/damping.png and prints a Markdown table.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from app.optim.preconditioned_adamw import PreconditionedAdamW
 from app.training.module import LoraModule
 from app.training.protocols import adapted
 from app.utils.errors import DivergedError
-from benchmarks.parts.runs import append_run, bare_trainer, read_runs
+from benchmarks.parts.runs import append_run, bare_trainer, options_of, read_runs
 from callbacks.lora_one_init import LoraOneInit
 from callbacks.score_at import ScoreAt
 from data_modules.movie_reviews import MovieReviewsDataModule
@@ -74,10 +75,14 @@ def make_optimizer(lr: float, damping: Mapping[str, float] | None) -> Callable[[
 
 
 def train(
-    module: LoraModule, data: MovieReviewsDataModule, steps: int, callbacks: Sequence[Callback]
+    module: LoraModule,
+    data: MovieReviewsDataModule,
+    steps: int,
+    precision: str,
+    callbacks: Sequence[Callback],
 ) -> dict[str, float] | None:
     """Train once and return the validation scores; None if the loss or a gradient was not finite."""
-    trainer = bare_trainer(steps, [*callbacks, ScoreAt("final")])
+    trainer = bare_trainer(steps, [*callbacks, ScoreAt("final")], precision)
     try:
         trainer.fit(module, datamodule=data)
     except DivergedError:
@@ -86,7 +91,7 @@ def train(
 
 
 KEYS = ("seed", "lr", "damping", "rank", "start")
-SHARED = ("steps", "batch_size", "held_out", "gamma")
+SHARED = ("steps", "batch_size", "held_out", "gamma", "precision")
 
 
 class Grid:
@@ -111,7 +116,8 @@ class Grid:
         began = time.perf_counter()
         seed_everything(seed)
         if rank not in self.modules:
-            self.modules[rank] = LoraModule(MODEL, adapter=LoraSettings(r=rank))
+            options = options_of(self.given.precision)
+            self.modules[rank] = LoraModule(MODEL, adapter=LoraSettings(r=rank), **options)
         module = self.modules[rank]
         module.make_optimizer = make_optimizer(lr, DAMPINGS[damping])
         # Those of LoRA come first, since the first cell of a model may be one of LoRA-One's.
@@ -122,7 +128,8 @@ class Grid:
             if (seed, rank, start) not in self.initial:
                 callbacks.append(LoraOneInit(gamma=self.given.gamma))
             callbacks.append(self.initial.setdefault((seed, rank, start), InitialFactors()))
-        final = train(module, self.data(seed), self.given.steps, callbacks)
+        given = self.given
+        final = train(module, self.data(seed), given.steps, given.precision, callbacks)
         line = {name: getattr(self.given, name) for name in SHARED}
         line |= dict(zip(KEYS, (seed, lr, damping, rank, start), strict=True))
         return line | {"final": final, "seconds": time.perf_counter() - began}
@@ -181,7 +188,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--held_out", type=int, default=400)
+    parser.add_argument("--held_out", type=int, default=200)
+    parser.add_argument("--precision", choices=["bf16-mixed", "32-true"], default="bf16-mixed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--gamma", type=float, default=128.0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 128, 32])
@@ -193,7 +201,7 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     log = given.output / "runs.jsonl"
     runs = read_runs(log)
-    if any(run[name] != getattr(given, name) for run in runs for name in SHARED):
+    if any(run.get(name) != getattr(given, name) for run in runs for name in SHARED):
         parser.error(f"{log} holds runs of other settings: name another --output")
     done = {tuple(run[name] for name in KEYS) for run in runs}
     grid = Grid(given)

@@ -34,7 +34,7 @@ from app.models.lora import add_lora, base_model, install, lora_pairs
 from app.models.loss import supervised_logits
 from app.models.source import resolve_model
 from app.utils.console import track
-from benchmarks.parts.runs import append_run, read_runs
+from benchmarks.parts.runs import append_run, options_of, read_runs
 from callbacks.lora_one_init import judging_rows
 from data_modules.glue import TASKS, GlueDataModule
 from data_modules.gsm8k import Gsm8kDataModule
@@ -77,11 +77,23 @@ def seconds() -> float:
 
 
 class Bench:
-    """Measures one task after the other on a model that is loaded once."""
+    """Measures one task after the other on a model that is loaded once.
 
-    def __init__(self) -> None:
+    Args:
+        precision: `bf16-mixed`, a base in bfloat16 under autocast, or `32-true`.
+    """
+
+    def __init__(self, precision: str = "32-true") -> None:
+        self.precision = precision
+        half = precision == "bf16-mixed"
+        self.autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=half)
         source = resolve_model(MODEL)
-        base = load_model(source)
+        options = options_of(precision)
+        base = load_model(
+            source,
+            getattr(torch, options.get("dtype", "float32")),
+            options.get("attn_implementation"),
+        )
         self.tokenizer = load_tokenizer(source)
         self.model = add_lora(base, LoraSettings(r=RANK))
         self.model.to(DEVICE)
@@ -108,6 +120,7 @@ class Bench:
             data.gradient_batches(samples, MICRO_BATCH),
             RANK,
             Estimator(),
+            forward_context=self.autocast,
             progress=track,
         )
         estimates = [result.estimates[pair.name].svd for pair in self.pairs]
@@ -122,6 +135,7 @@ class Bench:
             self.base,
             judging,
             device=DEVICE,
+            forward_context=self.autocast,
             label_token_ids=data.label_token_ids(),
         )
 
@@ -165,7 +179,8 @@ class Bench:
         with frozen(self.model), torch.no_grad():
             for batch in track(list(loader), "score"):
                 batch = {key: value.to(DEVICE) for key, value in batch.items()}
-                supervised = supervised_logits(self.model, self.base, batch)
+                with self.autocast():
+                    supervised = supervised_logits(self.model, self.base, batch)
                 scores.update(supervised, batch["target"], batch["index"])
         found = {name: float(value) for name, value in scores.compute().items()}
         return {"task_loss": found["loss"], **found}

@@ -5,14 +5,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 
 
-def bare_trainer(steps: int, callbacks: Sequence[Callback] = ()) -> Trainer:
+def bare_trainer(
+    steps: int, callbacks: Sequence[Callback] = (), precision: Any = "32-true"
+) -> Trainer:
     """Return a trainer of so many steps that logs, shows and saves nothing and validates at no step."""
     return Trainer(
         max_steps=steps,
         callbacks=list(callbacks),
+        precision=precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -21,6 +25,18 @@ def bare_trainer(steps: int, callbacks: Sequence[Callback] = ()) -> Trainer:
         limit_val_batches=0,
         use_distributed_sampler=False,
     )
+
+
+def options_of(precision: str) -> dict[str, str]:
+    """Return how a model is loaded that is trained in a precision.
+
+    In `bf16-mixed` the base is in bfloat16. The fused attention of the CPU is slower in it than plain products,
+    mostly in the backward pass.
+    """
+    if precision != "bf16-mixed":
+        return {}
+    options = {"dtype": "bfloat16"}
+    return options if torch.cuda.is_available() else {**options, "attn_implementation": "eager"}
 
 
 def read_runs(log: Path) -> list[dict[str, Any]]:
