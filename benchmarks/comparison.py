@@ -3,26 +3,29 @@
     python -m benchmarks.comparison --data ../shared/data --output runs/comparison
     python train.py report runs/comparison/reviews --score task_loss --reference rslora
 
-SmolLM2-135M, rank 8, every update scaled by lora_alpha / sqrt(r). For each task and method: four learning rates
-on seed 0, and further ones until the best has a neighbour on either side; then the other seeds at these three.
-Rates are compared by the task loss of validation rows; a method's best is then tested, with each seed, as far
-as the task has test rows. Every run is a folder of `fit` below OUTPUT/TASK/cells, which `report` reads; what is
-finished there is not run again.
+SmolLM2-135M, rank 8, every update scaled by lora_alpha / sqrt(r), the base in bfloat16 and the factors in
+float32 (--precision). For each task and method: four learning rates on seed 0, and further ones until the best
+has a neighbour on either side; then the other seeds at these three. Rates are compared by the task loss of
+validation rows; a method's best is then tested, with each seed, as far as the task has test rows. Every run is
+a folder of `fit` below OUTPUT/TASK/cells, which `report` reads; what is finished there is not run again. A run
+is a process that has its libraries from one that imports them once.
 """
 
 import argparse
 import math
-import subprocess
-import sys
+import multiprocessing
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import BoundedSemaphore
 
+from app.cli.main import main as lora_one
 from app.commands.compare.cells import Cell, CellState, Variant, grid, state_of
 from app.tracking.record import RunRecord
 from app.tracking.run_folder import RunFolder
 from app.utils.text import rate_text
+from benchmarks.parts.runs import options_of
 
 METHODS = (
     *("rslora", "lora_plus", "p_lora", "lora_pro", "reflora", "olora", "pissa", "loram"),
@@ -31,17 +34,35 @@ METHODS = (
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FIRST = slice(2, 6)
 TASKS = {
-    "reviews": ["--config=reviews_smollm2.yaml"],
+    "reviews": [
+        "--config=reviews_smollm2.yaml",
+        *("--data.validation_size=120", "--data.test_size=400"),
+    ],
     "sst2": [
         *("--config=glue_sst2.yaml", "--config=models/smollm2.yaml"),
         "--config=benchmarks/parts/sst2_smollm2.yaml",
+        *("--data.batch_size=8", "--data.validation_size=200"),
     ],
-    "code_alpaca": ["--config=code_alpaca_smollm2.yaml", "--data.evals=[]"],
+    "code_alpaca": [
+        *("--config=code_alpaca_smollm2.yaml", "--data.evals=[]"),
+        *("--data.batch_size=4", "--data.keep_below=160", "--data.validation_size=60"),
+    ],
 }
 FILES = {"sst2": "glue", "code_alpaca": "code/code_alpaca_2k.json"}
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["app.cli.lora_cli", "transformers.models.llama", "pandas"])
 OPTIONS = {
+    "pissa": ["--init.niter=16"],  # an exact SVD of all layers takes longer than the run
     "reflora": ["--model.optimizer.init_args.warmup_steps=3"],  # its 100 would be the whole run
 }
+
+
+def logged(log: Path, arguments: Sequence[str]) -> None:
+    """Run a command of the project in this process, print into the log, and end with its exit status."""
+    with log.open("ab") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    raise SystemExit(lora_one(arguments))
 
 
 class Task:
@@ -58,10 +79,10 @@ class Task:
         self.folder = given.output / name / "cells"
         self.options = [
             f"--trainer.max_steps={given.steps}",
+            f"--trainer.precision={given.precision}",
+            *(f"--model.{key}={value}" for key, value in options_of(given.precision).items()),
             *("--trainer.val_check_interval=null", "--trainer.limit_val_batches=0"),
-            f"--data.validation_size={given.validation_size}",
-            f"--data.batch_size={given.batch_size}",
-            f"--data.eval_batch_size={given.eval_batch_size}",
+            "--data.eval_batch_size=32",
             *("--output.wandb=disabled", f"--output.root={self.folder}", "--ckpt_path=last"),
         ]
         if name in FILES:
@@ -84,10 +105,11 @@ class Task:
         """Run a command of the project to its end, with its output in the cell's log."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        with self.free, (folder / "cell.log").open("ab") as log:
-            command = [sys.executable, "train.py", *arguments]
-            status = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
-        print(f"{self.name} {arguments[0]} {name}: exit status {status}", flush=True)
+        with self.free:
+            process = SERVER.Process(target=logged, args=(folder / "cell.log", arguments))
+            process.start()
+            process.join()
+        print(f"{self.name} {arguments[0]} {name}: exit status {process.exitcode}", flush=True)
 
     def fit(self, cell: Cell) -> None:
         """Train one run unless that is done."""
@@ -134,9 +156,7 @@ def main() -> None:
     add("--methods", nargs="+", default=METHODS)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--steps", type=int, default=30)
-    add("--batch_size", type=int, default=16)
-    add("--validation_size", type=int, default=300)
-    add("--eval_batch_size", type=int, default=32)
+    add("--precision", choices=["bf16-mixed", "32-true"], default="bf16-mixed")
     add("--jobs", type=int, default=1, help="processes at once")
     given = parser.parse_args()
     free = BoundedSemaphore(given.jobs)
