@@ -157,25 +157,6 @@ class TextEncoder:
         marks = tokenizer.added_tokens_decoder
         return [*(token for token in ids if token in marks and token != eos), eos]
 
-    def first_tokens(self, words: Sequence[str], name: str = "data") -> list[int]:
-        """Return the first token of each label word, as it stands in an answer behind a prompt's last word.
-
-        Raises:
-            InputError: Two words begin with the same token, so that it cannot tell them apart.
-        """
-        tokenizer, prefix = self.tokenizer, self.answer_prefix()
-        words_by_id: dict[int, str] = {}
-        for word in words:
-            first_id = tokenizer(prefix + word, add_special_tokens=False)["input_ids"][0]
-            if first_id in words_by_id:
-                raise InputError(
-                    f"the labels {words_by_id[first_id]!r} and {word!r} of {name} begin with the same token "
-                    f"{tokenizer.convert_ids_to_tokens(first_id)!r}: expected words that differ there; change "
-                    "--model.name or --data (of a table, --data.label_words)"
-                )
-            words_by_id[first_id] = word
-        return list(words_by_id)
-
     def rows(
         self,
         rows: Sequence[TextRow],

@@ -19,6 +19,7 @@ from app.models.protocols import TokenizedModel
 from app.models.text_limits import context_length
 from data_modules.contamination import count_shared
 from data_modules.encoding import TextEncoder
+from data_modules.label_tokens import label_token_ids
 from data_modules.limits import check_encoded, check_max_length, check_packing, check_sizes
 from data_modules.packing import PackedRows, collate_packed
 from data_modules.questions import BenchmarkQuestions, question_loaders
@@ -186,9 +187,8 @@ class TextDataModule(LightningDataModule):
             rows, name = self.rows(split), f"{self.task_name} {split}"
             make = partial(self.encoder.rows, rows, self.max_length, name)
             identity = partial(self.encoder.identity, self.max_length)
-            self._encoded[split], num_cut = cached(rows, identity, make)
-            self.cut_prompts[split] = num_cut
-            if num_cut:
+            self._encoded[split], self.cut_prompts[split] = cached(rows, identity, make)
+            if num_cut := self.cut_prompts[split]:
                 rank_zero_warn(
                     f"{num_cut} of {len(rows)} prompts of {name} were cut to "
                     f"--data.max_length={self.max_length} tokens"
@@ -209,10 +209,9 @@ class TextDataModule(LightningDataModule):
             rows = PackedRows(encoded, self.max_length, self.seed)
             collate = partial(collate_packed, collate=collate)
         size, place, workers = self.batch_size, self._rank_and_world_size(), self.num_workers
-        sampler = LengthGroupedSampler(
+        self._train_sampler = sampler = LengthGroupedSampler(
             rows.lengths, size, True, self.seed, *place, self.length_grouping, **self._position
         )
-        self._train_sampler = sampler
         return DataLoader(rows, size, sampler=sampler, num_workers=workers, collate_fn=collate)
 
     def val_dataloader(self) -> Loaders:
@@ -283,8 +282,9 @@ class TextDataModule(LightningDataModule):
         ]
 
     def label_token_ids(self) -> list[int]:
-        """Return the first token of each label word; see `TextEncoder.first_tokens`."""
-        return self.encoder.first_tokens(self.label_words, self.task_name)
+        """Return the first token of each label word."""
+        prompts = (row.prompt for split in SPLITS for row in self.rows(split))
+        return label_token_ids(self.encoder, self.label_words, prompts, self.task_name)
 
     def describe(self) -> dict[str, Any]:
         """Return where the rows come from, how many there are, and what is asked, for the summary of a run."""

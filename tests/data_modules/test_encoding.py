@@ -191,24 +191,6 @@ def test_a_padding_row_is_learnt_and_counted_nowhere(causal):
     assert len(padded[-1]) == min(map(len, rows))
 
 
-@pytest.mark.parametrize("kind", ["causal", "seq2seq", "line", "chat"])
-def test_label_words_are_scored_where_they_stand(kind, causal, seq2seq, turns):
-    turns.add_tokens([" negative", " positive", "negative", "positive"])
-    encoder = {
-        "causal": TextEncoder(causal),
-        "seq2seq": TextEncoder(seq2seq, True),
-        "line": TextEncoder(turns),
-        "chat": TextEncoder(turns, chat_template=True),
-    }[kind]
-    rows, _ = encoder.rows([row("bad", 0), row("good", 1)], 200)
-    firsts = [encoded.answer_ids[0] for encoded in rows]
-    assert encoder.first_tokens(WORDS) == firsts
-    if kind in ("line", "chat"):
-        assert turns.decode(firsts[1]) == ("positive" if kind == "chat" else " positive")
-    with pytest.raises(InputError, match="'positive' and 'positive film' of films"):
-        TextEncoder(causal).first_tokens(("positive", "positive film"), "films")
-
-
 @pytest.mark.parametrize(
     ("end", "learnt"),
     [
