@@ -42,6 +42,7 @@ from app.models.quantization import (
 )
 from app.models.quantized_shapes import empty_codes
 from app.models.source import FOUR_WAYS, ModelSource, gguf_sha256
+from app.models.text_limits import check_causal
 from app.utils.console import say
 from app.utils.errors import InputError
 from app.utils.files import atomic_folder, cache_root, file_sha256, locked
@@ -61,7 +62,9 @@ _say_once = functools.cache(say)
 def load_config(source: ModelSource) -> PreTrainedConfig:
     """Load the model's configuration."""
     with _loading(source):
-        return AutoConfig.from_pretrained(**_load_args(source), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(**_load_args(source), trust_remote_code=False)
+    check_causal(config, source.name)
+    return config
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -99,8 +102,7 @@ def load_model(
         The model in evaluation mode, every weight of it read from the checkpoint, on the CPU unless quantised.
 
     Raises:
-        InputError: Broken or incomplete checkpoint, no language model that transformers knows, or a
-            quantisation that does not work here.
+        InputError: A broken or incomplete checkpoint, no language model, or a quantisation that fails here.
     """
     config = load_config(source)
     quantizer = make_quantizer(source, config, dtype)

@@ -5,11 +5,33 @@ from itertools import chain
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from app.utils.errors import InputError
 
 _POSITIONS = re.compile("^wpe$|pos")  # GPT-2's table, and all others
 _BEHIND_PADDING = {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"}
 _BEHIND_PADDING |= {"xlm-roberta-xl", "xmod"}
 """Models whose first position is pad_token_id + 1, and whose configuration counts the rows before it."""
+
+
+def check_causal(config: PreTrainedConfig, name: str) -> None:
+    """Refuse an encoder (BERT, RoBERTa), which transformers gives a language model's head if it is asked.
+
+    Each of its positions sees the tokens behind it, and so the answer that it should learn.
+
+    Raises:
+        InputError: The model has no decoder, and its configuration does not make it one.
+    """
+    kind = config.model_type
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind == "bert-generation"
+    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if encoder and not (causal or config.is_encoder_decoder):
+        raise InputError(
+            f"model.name={name!r} is an encoder ({kind}), whose positions see the tokens behind them: "
+            "expected a causal or an encoder-decoder model, or is_decoder: true in the config.json of one "
+            "that was trained so"
+        )
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

@@ -26,7 +26,10 @@ LEARNT = {
     # Rows 0 to 2 are of padding.
     "roberta": (
         "RobertaConfig",
-        {"max_position_embeddings": 67, "pad_token_id": 2, "intermediate_size": 16},
+        {
+            **{"max_position_embeddings": 67, "pad_token_id": 2, "intermediate_size": 16},
+            "is_decoder": True,
+        },
     ),
 }
 OTHERS = {

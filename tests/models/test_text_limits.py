@@ -5,7 +5,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from app.models.text_limits import context_length, has_position_table
+from app.models.text_limits import check_causal, context_length, has_position_table
+from app.utils.errors import InputError
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
 ROBERTAS = ("Roberta", "RobertaPreLayerNorm", "XLMRoberta", "XLMRobertaXL", "Camembert", "Xmod")
@@ -29,3 +30,43 @@ def test_a_table_that_begins_with_rows_of_padding(name, padding):
     model(torch.full((1, context), 9))
     with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)"):
         model(torch.full((1, context + 1), 9))
+
+
+SIZES = {
+    **SIZE,
+    **{"intermediate_size": 16, "embedding_size": 16, "max_position_embeddings": 20},
+    **{"n_layers": 1, "emb_dim": 16, "n_heads": 2, "n_embd": 16, "n_layer": 1, "n_head": 2},
+}
+
+
+def sees_what_is_behind(config):
+    """Return whether an output changes with a token behind it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(3, 13).repeat(2, 1)
+    ids[1, -1] = 20
+    with torch.no_grad():
+        one, other = model(input_ids=ids).logits[:, :-1]
+    return not torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize(
+    "name", ["Bert", "BertGeneration", "Electra", "Roberta", "RoFormer", "XLM"]
+)
+def test_an_encoder_is_refused_unless_it_was_made_a_decoder(name, decoder):
+    made = {"causal" if name == "XLM" else "is_decoder": decoder}
+    config = getattr(transformers, f"{name}Config")(**SIZES, **made, pad_token_id=1)
+    assert sees_what_is_behind(config) != decoder
+    if decoder:
+        check_causal(config, "mine")
+    else:
+        with pytest.raises(InputError, match=r"model.name='mine' is an encoder"):
+            check_causal(config, "mine")
+
+
+@pytest.mark.parametrize("name", ["GPT2", "GPTNeoX", "Llama", "OPT", "ModernBertDecoder"])
+def test_a_decoder_is_not(name):
+    own = {} if name == "GPT2" else SIZES
+    config = getattr(transformers, f"{name}Config")(**{**own, "vocab_size": 32}, pad_token_id=1)
+    check_causal(config, "mine")
