@@ -22,7 +22,6 @@ import argparse
 import functools
 import itertools
 import logging
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -131,7 +130,7 @@ def run(
 
 def summary(runs: Sequence[Mapping[str, Any]], step: int, name: str) -> tuple[float, float]:
     """Return mean and standard error over seeds of a score after some steps."""
-    values = [run["scores"][str(step)].get(name, math.nan) for run in runs]
+    values = [run["scores"][str(step)][name] for run in runs]
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return statistics.mean(values), error
 
@@ -144,8 +143,8 @@ def cell(runs: Sequence[Mapping[str, Any]], step: int) -> str:
     best = min(by_rate, key=lambda lr: summary(by_rate[lr], step, "task_loss"))
     loss, error = summary(by_rate[best], step, "task_loss")
     text = f"{loss:.3f} ± {error:.3f}"
-    accuracy, error = summary(by_rate[best], step, "accuracy")
-    if not math.isnan(accuracy):
+    if "accuracy" in runs[0]["scores"][str(step)]:
+        accuracy, error = summary(by_rate[best], step, "accuracy")
         text += f"; {100 * accuracy:.1f} ± {100 * error:.1f}"
     return text if step == 0 else f"{text}; {best:g}"
 
