@@ -11,11 +11,11 @@ For each task and seed: one gradient of SmolLM2-135M (rank 8, alpha 16, rsLoRA),
 - `global`: the same search with `init.scale: global`.
 
 Each start is trained with AdamW from each learning rate, which falls linearly to zero, for 40 steps and anew
-for 160; the validation rows, which choose no gamma, are scored before training and at the end. Two starts
-with the same factors are trained once. The base is in bfloat16, the factors in float32, the products under
-autocast (--precision). What is finished is a line of OUTPUT/runs.jsonl and is not repeated when the script is
-started again; several may share a log, each with tasks or seeds of its own. At the end, or with --report, it
-prints a Markdown table, in which each start has the learning rate of its lowest mean loss.
+for 160; the validation rows, the same for all seeds, choose no gamma and are scored before training and at the
+end. Two starts with the same factors are trained once. The base is in bfloat16, the factors in float32, the
+products under autocast (--precision). What is finished is a line of OUTPUT/runs.jsonl and is not repeated when
+the script is started again; several may share a log, each with tasks or seeds of its own. At the end, or with
+--report, it prints a Markdown table, in which each start has the learning rate of its lowest mean loss.
 """
 
 import argparse
@@ -105,13 +105,13 @@ class Task:
 
 
 def run(
-    bench: Bench, folder: Path, task: str, seed: int, rates: Sequence[float], log: Path
+    bench: Bench, folder: Path, task: str, seed: int, cells: Sequence[tuple[str, float]], log: Path
 ) -> None:
-    """Train the starts of a task and a seed that are not in the log, from each learning rate."""
+    """Train the starts of a task and a seed that are not in the log, each from its learning rate."""
     here = {"task": task, "seed": seed, "precision": bench.precision}
     done = [line for line in read_runs(log) if here.items() <= line.items()]
     had = {(line["start"], line["lr"]) for line in done}
-    missing = [cell for cell in itertools.product(STARTS, rates) if cell not in had]
+    missing = [cell for cell in cells if cell not in had]
     if not missing:
         return
     rows = Task(bench, task, folder, seed)
@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with glue/, gsm8k/, code/")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=TASKS)
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     rates = [5e-4, 1e-3, 2e-4]
     parser.add_argument("--learning_rates", type=float, nargs="+", default=rates)
@@ -179,12 +180,15 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     given.output.mkdir(parents=True, exist_ok=True)
     log = given.output / "runs.jsonl"
+    cells = list(itertools.product(given.starts, given.learning_rates))
     bench: Bench | None = None
     for seed in () if given.report else given.seeds:
         for task in given.tasks:
             bench = bench or Bench(given.precision)
-            run(bench, given.data, task, seed, given.learning_rates, log)
-    print(table(read_runs(log)))
+            run(bench, given.data, task, seed, cells, log)
+    kept = {"precision": given.precision}
+    runs = [run for run in read_runs(log) if kept.items() <= run.items()]
+    print(table([run for run in runs if run["seed"] in given.seeds]))
 
 
 if __name__ == "__main__":

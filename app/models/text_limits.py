@@ -21,12 +21,15 @@ def check_causal(config: PreTrainedConfig, name: str) -> None:
     Each of its positions sees the tokens behind it, and so the answer that it should learn.
 
     Raises:
-        InputError: The model has no decoder, and its configuration does not make it one.
+        InputError: The model has no decoder, and its configuration does not make it one; or the configuration
+            of a decoder makes it see both ways, as those of embedding models do.
     """
-    kind = config.model_type
-    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind == "bert-generation"
+    text, kind = config.get_text_config(), config.model_type
+    encoder = kind in {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"}
     causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    if encoder and not (causal or config.is_encoder_decoder):
+    both_ways = getattr(text, "use_bidirectional_attention", None) in (True, "all")
+    both_ways |= getattr(text, "is_causal", True) is False
+    if not config.is_encoder_decoder and (both_ways or (encoder and not causal)):
         raise InputError(
             f"model.name={name!r} is an encoder ({kind}), whose positions see the tokens behind them: "
             "expected a causal or an encoder-decoder model, or is_decoder: true in the config.json of one "

@@ -70,3 +70,19 @@ def test_a_decoder_is_not(name):
     own = {} if name == "GPT2" else SIZES
     config = getattr(transformers, f"{name}Config")(**{**own, "vocab_size": 32}, pad_token_id=1)
     check_causal(config, "mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("Llama", {"is_causal": False}),
+        ("Qwen3", {"is_causal": False}),
+        ("Gemma3Text", {"use_bidirectional_attention": True}),
+    ],
+)
+def test_a_decoder_that_sees_both_ways_is_refused(name, setting):
+    setting |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 1}
+    config = getattr(transformers, f"{name}Config")(**SIZES, **setting)
+    assert sees_what_is_behind(config)
+    with pytest.raises(InputError, match="is an encoder"):
+        check_causal(config, "mine")
