@@ -186,9 +186,9 @@ def main() -> None:
         for task in given.tasks:
             bench = bench or Bench(given.precision)
             run(bench, given.data, task, seed, cells, log)
-    kept = {"precision": given.precision}
-    runs = [run for run in read_runs(log) if kept.items() <= run.items()]
-    print(table([run for run in runs if run["seed"] in given.seeds]))
+    asked = ("precision", [given.precision]), ("seed", given.seeds), ("lr", given.learning_rates)
+    runs = read_runs(log)
+    print(table([run for run in runs if all(run[name] in values for name, values in asked)]))
 
 
 if __name__ == "__main__":
