@@ -92,11 +92,7 @@ class BenchmarkQuestions:
             # The same questions for every seed of a run.
             chosen = sorted(draw(len(questions), size, SPLIT_SEED, benchmark.name))
             questions = [questions[i] for i in chosen]
-        prefix = (
-            ""
-            if encoder.chat_template
-            else encoder.answer_prefix(*(q.prompt for q in questions[:1]))
-        )
+        prefix = encoder.answer_prefix(*(question.prompt for question in questions[:1]))
         choices = [
             encoder.tokenizer(prefix + choice.strip(), add_special_tokens=False)["input_ids"]
             for choice in benchmark.choices

@@ -37,7 +37,8 @@ def test_a_csv_of_sentences(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "train rows                                  40" in printed
     assert len(re.findall(r"\| result:>>> (?:positive|negative)<\|im_end\|><<<", printed)) == 3
-    _, scores = made(tmp_path, "table", *options)
+    _, scores = made(tmp_path, "table", *options, "--init.gamma=128")
+    assert scores["after_init"]["loss"] < scores["zero_shot"]["loss"] / 2
     assert scores["final"]["loss"] < scores["zero_shot"]["loss"]
     assert scores["final"]["accuracy"] * 8 in range(9)
 
