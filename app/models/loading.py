@@ -6,20 +6,15 @@ from safetensors only, code that comes with a model is never run, and transforme
 
 import functools
 import hashlib
-import importlib.util
-import io
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,6 +26,7 @@ from transformers.utils import (
 )
 from transformers.utils import logging as transformers_logging
 
+from app.models.gguf import auto_class, converted
 from app.models.quantization import (
     check_casts,
     check_kernel,
@@ -45,7 +41,7 @@ from app.models.source import FOUR_WAYS, ModelSource, gguf_sha256
 from app.models.text_limits import check_causal
 from app.utils.console import say
 from app.utils.errors import InputError
-from app.utils.files import atomic_folder, cache_root, file_sha256, locked
+from app.utils.files import file_sha256
 
 GPU_ATTENTION = {
     "flex_attention": torch.cuda.is_available,
@@ -114,7 +110,7 @@ def load_model(
         options["quantization_config"] = quantizer and quantizer.quantization_config
         options["dtype"] = torch.float32
     with _loading(source):
-        model, report = _auto_class(config).from_pretrained(
+        model, report = auto_class(config).from_pretrained(
             **_load_args(source),
             **_attention(attn_implementation),
             **options,
@@ -145,7 +141,7 @@ def empty_model(
     with _loading(source):
         with torch.device("meta"):
             options = {"dtype": dtype, **_attention(attn_implementation)}
-            model = _auto_class(config).from_config(config, **options).eval()
+            model = auto_class(config).from_config(config, **options).eval()
         if quantizer is not None:
             quantizer.pre_quantized = True  # codes are made below
             quantizer.preprocess_model(model=model, device_map={"": "meta"})
@@ -219,7 +215,8 @@ def local_directory(source: ModelSource) -> Path | None:
     """Return the directory that is loaded, converting a GGUF file first; None for a Hub model."""
     if source.kind == "hub":
         return None
-    return Path(_load_args(source)["pretrained_model_name_or_path"])
+    with _loading(source):
+        return Path(_load_args(source)["pretrained_model_name_or_path"])
 
 
 def base_reference(source: ModelSource) -> tuple[str, str | None]:
@@ -243,39 +240,7 @@ def _load_args(source: ModelSource) -> dict[str, Any]:
     """Return where to load from, after a GGUF file has become a directory."""
     if "gguf_file" not in source.load_args:
         return source.load_args
-    target = cache_root() / "gguf" / f"{gguf_sha256(source)[:16]}-float32"
-    if not target.is_dir():
-        with locked(target):
-            if not target.is_dir():
-                _convert_gguf(source, target)
-    return {"pretrained_model_name_or_path": str(target), "local_files_only": True}
-
-
-def _convert_gguf(source: ModelSource, target: Path) -> None:
-    """Write a GGUF file as a float32 model directory, which appears whole or not at all.
-
-    transformers needs about half a minute to read such a file of 100 MB, several times a run.
-    """
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError(f"model.name={source.name!r} needs a package: run 'pip install gguf'.")
-    say(f"Converting {source.name} once (about a minute), into {target}")
-    # Nothing else silences the progress bar of transformers' GGUF reader.
-    with _loading(source), redirect_stderr(io.StringIO()), atomic_folder(target) as part:
-        config = AutoConfig.from_pretrained(**source.load_args)
-        # dequantize=True gives plain weights without the mark of a quantised model.
-        model = _auto_class(config).from_pretrained(
-            **source.load_args,
-            config=config,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(**source.load_args)
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-
-
-def _auto_class(config: PreTrainedConfig) -> Any:
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return {"pretrained_model_name_or_path": str(converted(source)), "local_files_only": True}
 
 
 @contextmanager

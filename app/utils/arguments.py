@@ -4,6 +4,7 @@ import argparse
 import json
 import pkgutil
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -93,8 +94,15 @@ class Parser(LightningArgumentParser):
 
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
         """Parse; a JSON list or mapping given for a text is an error, not its text."""
-        settings = super().parse_args(args, *more, **kwargs)
         given = list(args or ())
+        try:
+            settings = super().parse_args(args, *more, **kwargs)
+        except WrongSetting as error:
+            if not (error.problem or error.close) and _stands_before_a_file(error.key, given):
+                raise InputError(
+                    f"there is no setting {error.key} yet where it stands: put it behind --config"
+                ) from error
+            raise
         for option, following in zip(given, [*given[1:], ""], strict=True):
             name, equals, value = option.removeprefix("--").partition("=")
             value = value if equals else following
@@ -131,6 +139,12 @@ class Parser(LightningArgumentParser):
         full = (f"{group[1]}." if group else "") + wrong.removeprefix("init_args.")
         known = [action.dest for action in self._actions if action.dest != "help"]
         return WrongSetting(full, close=nearest(full, known))
+
+
+def _stands_before_a_file(key: str, arguments: Sequence[str]) -> bool:
+    """Return whether an option precedes a `--config`, which may name the class that has the setting."""
+    names = [argument.partition("=")[0].removeprefix("--") for argument in arguments]
+    return key in names and "config" in names[names.index(key) :]
 
 
 def _is_json_collection(text: str) -> bool:

@@ -301,6 +301,15 @@ def test_misspelt_settings(wrong, meant, old, new, refused, tiny_run):
     assert refused("fit", "--config", edited(tiny_run, old, new)) == told
 
 
+@pytest.mark.parametrize("option", ["--init.gamma=2", "--init.gamma 2"])
+def test_an_option_before_the_file_that_names_its_class(option, refused, tiny_run):
+    name = option.split("=")[0].split()[0].removeprefix("--")
+    told = f"there is no setting {name} yet where it stands: put it behind --config"
+    assert refused("fit", *option.split(), "--config", tiny_run) == told
+    misspelt = refused("fit", "--trainer.max_stesp=1", "--config", tiny_run)
+    assert misspelt.endswith("did you mean trainer.max_steps?")
+
+
 def test_a_scale_is_refused_by_an_initialization_that_has_none(refused, tiny_run):
     for name in ("lora_ga", "pissa"):
         told = refused(

@@ -1,10 +1,13 @@
+import copy
 import json
 
+import gguf
 import pytest
 import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from app.models import gguf as gguf_files
 from app.models import loading as pretrained
 from app.models.loading import (
     base_reference,
@@ -150,9 +153,26 @@ def test_unreadable_gguf_file_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cannot be loaded"):
         load_tokenizer(source)
     assert [p.suffix for p in (tmp_path / "cache" / "gguf").iterdir()] == [".lock"]
-    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(gguf_files.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(InputError, match="pip install gguf"):
         load_tokenizer(source)
+
+
+def test_special_tokens_are_those_that_the_gguf_file_names(tmp_path, tiny_tokenizer):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    first, last = tiny_tokenizer.convert_ids_to_tokens([5, 6])
+    writer.add_bos_token_id(5)
+    writer.add_eos_token_id(6)
+    writer.add_pad_token_id(6)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.eos_token, tokenizer.pad_token = first, None
+    unknown = tokenizer.unk_token
+    gguf_files.name_special_tokens(tokenizer, tmp_path / "m.gguf")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (first, last, last)
+    assert (tokenizer.eos_token_id, tokenizer.unk_token) == (6, unknown)
 
 
 @pytest.mark.smollm2
@@ -161,6 +181,7 @@ def test_smollm2(smollm2_name, smollm2_dir, capfd):
     assert local_directory(source) == smollm2_dir
     assert base_reference(source) == (str(smollm2_dir), None)
     assert not list(smollm2_dir.parent.glob("*.part"))
+    assert load_tokenizer(source).eos_token == load_tokenizer(source).pad_token == "<|im_end|>"
     model = load_model(source)
     tokenizer = load_tokenizer(source)
     assert capfd.readouterr() == ("", "")
