@@ -60,10 +60,9 @@ def panels(
     path: Path, size: tuple[float, float] = _SIZE, rows: int = 1, columns: int = 1
 ) -> Iterator[list[Axes]]:
     """Yield the panels of a figure, row by row, which becomes a PNG file when the block ends."""
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     try:
         yield list(axes.flat)
-        figure.tight_layout()
         with atomic_write(path) as stream:
             figure.savefig(stream, dpi=150, format="png")
     finally:

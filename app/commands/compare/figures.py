@@ -112,6 +112,7 @@ def _rates_plot(comparison: Comparison, reported: bool) -> Plot | None:
     if reported:
         of, score, column = "test", comparison.score, "reported_score"
     figure, axes = plt.subplots(layout="constrained")
+    means: list[float] = []
     for label, look in _looks(comparison.choices).items():
         own = comparison.finished[comparison.finished.method == label].copy()
         own[column] *= score.factor
@@ -123,6 +124,7 @@ def _rates_plot(comparison: Comparison, reported: bool) -> Plot | None:
         if len(stats):
             look |= {"label": label, "markersize": 5, "capsize": 3}
             axes.errorbar(stats.index, stats["mean"], stats["std"].fillna(0), **look)
+            means += stats["mean"].tolist()
             empty: dict[str, Any] = {"markerfacecolor": "none", "linestyle": "none"}
             axes.plot(ring.index, ring["mean"], "o", color=look["color"], markersize=13, **empty)
         failed = comparison.failed.learning_rate[comparison.failed.method == label].unique()
@@ -133,8 +135,24 @@ def _rates_plot(comparison: Comparison, reported: bool) -> Plot | None:
     title = f"{of.capitalize()} {score} by learning rate{_at_rank(comparison)}"
     notes = "ring: the chosen rate"
     notes += "" if comparison.failed.empty else "; cross: a run failed or diverged"
+    notes += _show_best(axes, means, score.less_is_better)
     axes.set(xlabel=f"learning rate ({notes})", ylabel=_score_label(of, score), title=title)
     return _finish(f"learning_rate_{of}", title, figure, axes)
+
+
+def _show_best(axes: Axes, means: Sequence[float], less_is_better: bool) -> str:
+    """End the y axis where far worse means would flatten the curves; return what is to be said of that.
+
+    It ends 1.5 times as far from the best mean as three quarters of all means reach, where some lie beyond
+    twice that distance.
+    """
+    worse = np.sort((1 if less_is_better else -1) * np.array(means))
+    reach = 1.5 * (np.quantile(worse, 0.75) - worse[0]) if len(worse) else 0.0
+    if not 0 < 2 * reach < worse[-1] - worse[0]:
+        return ""
+    low, high = worse[0] - 0.1 * reach, worse[0] + reach
+    axes.set_ylim((low, high) if less_is_better else (-high, -low))
+    return f"; beyond the axis: {int(np.sum(worse > high))} means"
 
 
 def _at_rank(comparison: Comparison) -> str:

@@ -58,6 +58,21 @@ def test_the_curves_over_learning_rates(runs, drawn):
             assert y.tolist() == pytest.approx(means)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_far_worse_means_leave_the_axis(sign):
+    _, axes = figures.plt.subplots()
+    near = [1.0, 1.1, 1.1, 1.2, 1.2, 1.2, 1.4]
+    assert figures._show_best(axes, [sign * mean for mean in near], sign > 0) == ""
+    far = [sign * mean for mean in [*near, 9.0]]
+    axes.plot(far)
+    assert figures._show_best(axes, far, sign > 0) == "; beyond the axis: 2 means"
+    low, high = sorted(sign * end for end in axes.get_ylim())
+    assert low < 1.0
+    assert high == pytest.approx(1 + 1.5 * (np.quantile([*near, 9.0], 0.75) - 1))
+    assert figures._show_best(axes, [], True) == figures._show_best(axes, [1.0], True) == ""
+    figures.plt.close()
+
+
 def test_there_is_no_half_step(runs, monkeypatch):
     ticks = {}
 
