@@ -135,31 +135,37 @@ def summary(runs: Sequence[Mapping[str, Any]], step: int, name: str) -> tuple[fl
     return statistics.mean(values), error
 
 
-def cell(runs: Sequence[Mapping[str, Any]], step: int) -> str:
-    """Return task loss and accuracy after some steps, from the learning rate of the lowest mean loss there."""
-    by_rate = {lr: [run for run in runs if run["lr"] == lr] for lr in {run["lr"] for run in runs}}
-    if not by_rate:
-        return ""
-    best = min(by_rate, key=lambda lr: summary(by_rate[lr], step, "task_loss"))
-    loss, error = summary(by_rate[best], step, "task_loss")
-    text = f"{loss:.3f} ± {error:.3f}"
-    if "accuracy" in runs[0]["scores"][str(step)]:
-        accuracy, error = summary(by_rate[best], step, "accuracy")
-        text += f"; {100 * accuracy:.1f} ± {100 * error:.1f}"
-    return text if step == 0 else f"{text}; {best:g}"
+def best(runs: Sequence[Mapping[str, Any]], step: int) -> list[Mapping[str, Any]]:
+    """Return the runs from the learning rate of the lowest mean task loss after some steps."""
+    by_rate = [[run for run in runs if run["lr"] == lr] for lr in {run["lr"] for run in runs}]
+    return min(by_rate, key=lambda own: summary(own, step, "task_loss"))
+
+
+def row(task: str, start: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the table's row of a task and start."""
+    gammas = {run["seed"]: f"{run['gamma']:g}" if run["gamma"] else "none" for run in runs}
+    cells = [task, start, ", ".join(gammas[seed] for seed in sorted(gammas))]
+    several = len({run["lr"] for run in runs}) > 1
+    for step in (0, *STEPS):
+        chosen = best(runs, step)
+        loss = "{:.3f} ± {:.3f}".format(*summary(chosen, step, "task_loss"))
+        cells.append(f"{loss} at {chosen[0]['lr']:g}" if step and several else loss)
+    if "accuracy" not in runs[0]["scores"]["0"]:
+        return [*cells, ""]
+    last = STEPS[-1]
+    mean, error = summary(best(runs, last), last, "accuracy")
+    return [*cells, f"{100 * mean:.1f} ± {100 * error:.1f}"]
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return a Markdown table: a row a task and start, a column a number of steps."""
-    titles = ["task", "start", "gamma", *(f"after {step} steps" for step in (0, *STEPS)), "seeds"]
-    lines = [f"| {' | '.join(titles)} |", f"| {' | '.join(['---'] * len(titles))} |"]
+    """Return a Markdown table: task losses and accuracy, a row for each task and start."""
+    after = [f"{step} steps" for step in STEPS]
+    rows = [["task", "start", "gamma", "before training", *after, f"accuracy, {after[-1]}"]]
+    rows.append(["---"] * len(rows[0]))
     for task, start in itertools.product(TASKS, STARTS):
-        chosen = [run for run in runs if (run["task"], run["start"]) == (task, start)]
-        gammas = {run["seed"]: f"{run['gamma']:g}" if run["gamma"] else "none" for run in chosen}
-        cells = [cell(chosen, step) for step in (0, *STEPS)]
-        found = ", ".join(gammas[seed] for seed in sorted(gammas))
-        lines.append(f"| {' | '.join([task, start, found, *cells, str(len(gammas))])} |")
-    return "\n".join(lines)
+        own = [run for run in runs if (run["task"], run["start"]) == (task, start)]
+        rows += [row(task, start, own)] if own else []
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def main() -> None:
