@@ -99,7 +99,7 @@ class Grid:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
-        self.modules: dict[int, LoraModule] = {}
+        self.modules: dict[tuple[int, int], LoraModule] = {}  # by seed and rank
         self.initial: dict[tuple[int, int, str], InitialFactors] = {}
         self.data = functools.cache(self._data)  # read once for each seed
 
@@ -115,10 +115,11 @@ class Grid:
         """Train one cell; return its line of the log."""
         began = time.perf_counter()
         seed_everything(seed)
-        if rank not in self.modules:
+        if (seed, rank) not in self.modules:
             options = options_of(self.given.precision)
-            self.modules[rank] = LoraModule(MODEL, adapter=LoraSettings(r=rank), **options)
-        module = self.modules[rank]
+            # The first run of a new model begins with LoRA's own factors, which are kept.
+            self.modules[seed, rank] = LoraModule(MODEL, adapter=LoraSettings(r=rank), **options)
+        module = self.modules[seed, rank]
         module.make_optimizer = make_optimizer(lr, DAMPINGS[damping])
         # Those of LoRA come first, since the first cell of a model may be one of LoRA-One's.
         callbacks: list[Callback] = [

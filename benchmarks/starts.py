@@ -138,7 +138,9 @@ def summary(runs: Sequence[Mapping[str, Any]], step: int, name: str) -> tuple[fl
 def best(runs: Sequence[Mapping[str, Any]], step: int) -> list[Mapping[str, Any]]:
     """Return the runs from the learning rate of the lowest mean task loss after some steps."""
     by_rate = [[run for run in runs if run["lr"] == lr] for lr in {run["lr"] for run in runs}]
-    return min(by_rate, key=lambda own: summary(own, step, "task_loss"))
+    most = max(map(len, by_rate))  # rates are compared where they have all seeds
+    whole = [own for own in by_rate if len(own) == most]
+    return min(whole, key=lambda own: summary(own, step, "task_loss"))
 
 
 def row(task: str, start: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -250,10 +250,10 @@ class GradientInit(AdapterInit):
         }
 
 
-def check_gamma(gamma: float) -> float:
+def check_gamma(gamma: float, name: str = "gamma") -> float:
     """Return the divisor of an initialization; raise InputError if it is out of range."""
     if not SMALLEST_GAMMA <= gamma <= LARGEST_GAMMA:
         raise InputError(
-            f"init.gamma must lie between {SMALLEST_GAMMA:g} and {LARGEST_GAMMA:g}, got {gamma:g}"
+            f"init.{name} must lie between {SMALLEST_GAMMA:g} and {LARGEST_GAMMA:g}, got {gamma:g}"
         )
     return gamma

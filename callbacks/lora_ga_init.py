@@ -16,26 +16,28 @@ class LoraGaInit(GradientInit):
     """Initialize every LoRA pair so that its first update is the closest to the full gradient's.
 
         U S V^T = SVD(G)
-        lora_A = m^(1/4) / gamma^(1/2) V_1..r^T,    lora_B = m^(1/4) / gamma^(1/2) U_r+1..2r
+        lora_A = m^(1/4) / stable_gamma^(1/2) V_1..r^T
+        lora_B = m^(1/4) / stable_gamma^(1/2) U_r+1..2r
         W <- W - scaling * lora_B @ lora_A
 
     so that the first forward pass computes what the untouched model does. W is rounded to its dtype: on a
     bfloat16 base the logits differ by about 5e-3 of their size.
 
     Args:
-        gamma: Divisor of the factors, 1e-6 to 1e12 (the authors' `stable_gamma`).
+        stable_gamma: Divisor of the factors' product, 1e-6 to 1e12; another measure than LoraOneInit's `gamma`.
         **gradient: See `GradientInit`.
 
     Source: arXiv:2407.05000, Algorithm 1 with the stable scale (ArB2r); repository Outsider565/LoRA-GA for
-    gamma 64. Differs: L, the mode and the samples, as in LoraOneInit; the exported adapter is the plain LoRA of
-    rank 2r that belongs to the untouched base. PEFT's LoRA-GA is another one: it has singular values in lora_B.
+    stable_gamma 64. Differs: L, the mode and the samples, as in LoraOneInit; the exported adapter is the plain
+    LoRA of rank 2r that belongs to the untouched base. PEFT's LoRA-GA is another one: it has singular values
+    in lora_B.
     """
 
     subtracts_from_base = True
 
-    def __init__(self, gamma: float = 64.0, **gradient: Any) -> None:
+    def __init__(self, stable_gamma: float = 64.0, **gradient: Any) -> None:
         super().__init__(**gradient)
-        self.gamma = check_gamma(gamma)
+        self.stable_gamma = check_gamma(stable_gamma, "stable_gamma")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before the model's weights are loaded."""
@@ -59,9 +61,9 @@ class LoraGaInit(GradientInit):
         ranks = {pair.name: 2 * pair.rank for pair in pairs}
         gradients, report = self.observe(trainer, module, self.batches(trainer), ranks, "LoRA-GA")
         factors = {
-            pair.name: lora_ga_factors(gradients[pair.name], pair.rank, self.gamma)
+            pair.name: lora_ga_factors(gradients[pair.name], pair.rank, self.stable_gamma)
             for pair in pairs
             if pair.name in gradients
         }
         module.install_and_subtract(factors)
-        return {**report, "gamma": self.gamma}
+        return {**report, "stable_gamma": self.stable_gamma}

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from app.tracking.run_folder import RunFolder
-from app.utils.class_paths import bare_name, exists, shorten_class_paths, without_dropped_settings
+from app.utils.class_paths import bare_name, exists, in_current_settings, shorten_class_paths
 from app.utils.errors import InputError
 from app.utils.files import read_yaml
 from app.utils.text import did_you_mean
@@ -84,7 +84,7 @@ def _current(path: Path) -> str:
     """Return a file, or its content in today's names if its classes or their settings have changed since."""
     text = path.read_text(encoding="utf-8")
     current = shorten_class_paths(text, lambda name: not exists(name))
-    current = without_dropped_settings(current)
+    current = in_current_settings(current)
     return str(path) if current == text else current
 
 

@@ -13,6 +13,7 @@ RENAMED = {"InsideTraining": "AlignmentMonitor"}
 DROPPED = {"CommonsenseDataModule": ("hub_id", "drop_refusals")}
 """Settings that classes had in earlier versions, which changed nothing of them."""
 
+_LORA_GA = re.compile(r"(LoraGaInit[\"']?\n +init_args:\n(?: +.*\n)*? +)gamma:")
 _OWN = re.compile(r"(?:app|callbacks|data_modules)\.[\w.]+")
 _SETTING = re.compile(rf"""(\bclass_path["']?:\s*["']?)({_OWN.pattern})""")
 
@@ -53,8 +54,12 @@ def shorten_class_paths(text: str, wanted: Callable[[str], bool]) -> str:
     return _SETTING.sub(lambda m: m[1] + (bare_name(m[2]) if wanted(m[2]) else m[2]), text)
 
 
-def without_dropped_settings(text: str) -> str:
-    """Return a YAML text without the settings in `DROPPED`, as a saved config.yaml writes them: one a line."""
+def in_current_settings(text: str) -> str:
+    """Return a YAML text in today's settings, of a saved config.yaml, which has one a line.
+
+    Those in `DROPPED` are left out; LoraGaInit's `gamma` is its `stable_gamma` now.
+    """
+    text = _LORA_GA.sub(r"\1stable_gamma:", text)
     for name, settings in DROPPED.items():
         if name in text:
             text = re.sub(rf"^ +(?:{'|'.join(settings)}): .*\n", "", text, flags=re.MULTILINE)

@@ -85,7 +85,7 @@ def test_the_command_initializes_with_the_gradient_of_the_untouched_model(
     monkeypatch.setattr(GradientInit, "batches", keep)
     folder = fit(
         *("--config=methods/lora_ga.yaml", "--init.num_samples=16", "--init.estimator.kind=exact"),
-        "--init.gamma=25",
+        "--init.stable_gamma=25",
     )
     record = summary(folder)
     before, after = (record["metrics"][name]["loss"] for name in ("zero_shot", "after_init"))

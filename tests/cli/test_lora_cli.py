@@ -191,13 +191,13 @@ def test_an_option_brings_nothing_back_that_a_file_has_switched_off(
 def test_what_is_switched_off_can_be_set_again(parsed, tiny_run):
     lora = ("--config", tiny_run, "--config", "methods/lora")
     for again in (
-        ("--init=LoraGaInit", "--init.gamma=32"),
-        ("--init.class_path=LoraGaInit", "--init.init_args.gamma=32"),
-        ("--config=methods/lora_ga", "--init.gamma=32"),
+        ("--init=LoraGaInit", "--init.stable_gamma=32"),
+        ("--init.class_path=LoraGaInit", "--init.init_args.stable_gamma=32"),
+        ("--config=methods/lora_ga", "--init.stable_gamma=32"),
     ):
         init = parsed(*lora, *again)["init"]
         assert init["class_path"] == "callbacks.lora_ga_init.LoraGaInit"
-        assert init["init_args"]["gamma"] == 32
+        assert init["init_args"]["stable_gamma"] == 32
 
 
 def test_interpolation_follows_an_override(parsed, tiny_run):

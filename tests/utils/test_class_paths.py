@@ -2,7 +2,7 @@
 
 import yaml
 
-from app.utils.class_paths import shorten_class_paths, without_dropped_settings
+from app.utils.class_paths import in_current_settings, shorten_class_paths
 
 OLD = """
 data:
@@ -19,13 +19,22 @@ callbacks:
 
 
 def test_a_saved_configuration_of_an_earlier_version():
-    config = yaml.safe_load(without_dropped_settings(shorten_class_paths(OLD, lambda _: True)))
+    config = yaml.safe_load(in_current_settings(shorten_class_paths(OLD, lambda _: True)))
     settings = {"path": "commonsense_170k.json", "max_length": 256}
     assert config["data"] == {"class_path": "CommonsenseDataModule", "init_args": settings}
     names = [callback["class_path"] for callback in config["callbacks"]]
     assert names == ["AlignmentMonitor", "mine.inside_training.InsideTraining"]
 
 
+def test_the_gamma_of_lora_ga_has_a_name_of_its_own():
+    text = "init:\n  class_path: callbacks.NAME\n  init_args:\n    num_samples: 8\n    gamma: 32\n"
+    text += "output:\n  gamma: 1\n"
+    of_ga = text.replace("NAME", "lora_ga_init.LoraGaInit")
+    assert in_current_settings(of_ga) == of_ga.replace("    gamma", "    stable_gamma")
+    of_one = text.replace("NAME", "lora_one_init.LoraOneInit")
+    assert in_current_settings(of_one) == of_one
+
+
 def test_settings_of_other_classes_stay():
     text = OLD.replace("CommonsenseDataModule", "InstructionDataModule")
-    assert without_dropped_settings(text) == text
+    assert in_current_settings(text) == text

@@ -101,20 +101,26 @@ def differences_to(comparison: Comparison, wanted: str | None = None) -> Differe
     differences.left_out.update(reasons)
     if reference in read:
         differences.found.extend(_differences(read, reference, score, differences.left_out))
-    losses = (Score(name) for name in ("task_loss", "loss") if _all_have(chosen, moment, name))
+    runs = [run for own in chosen.values() for run in own.values()]
+    losses = (
+        Score(name)
+        for name in ("task_loss", "loss")
+        if any(name in run.scores(moment) for run in runs)
+    )
     other = next(losses, score)
-    read, reasons = _read(chosen, moment, other) if other != score else ({}, {})
-    if reference in read:
-        differences.found.extend(_differences(read, reference, other, differences.left_out))
+    if other != score:
+        read, reasons = _read(chosen, moment, other)
+        if reference in read:
+            compared = {each.method for each in differences.found} | {reference}
+            differences.found.extend(_differences(read, reference, other, reasons))
+            for label, reason in reasons.items():
+                name = f"{label} in {other}" if label in compared else label
+                differences.left_out.setdefault(name, reason)
     return differences
 
 
 Rows = dict[str, dict[int, RowScores]]
 """By the method's label and the seed."""
-
-
-def _all_have(chosen: Mapping[str, Mapping[int, Run]], moment: str, score: str) -> bool:
-    return all(score in run.scores(moment) for runs in chosen.values() for run in runs.values())
 
 
 def _read(
@@ -193,6 +199,11 @@ def differences_notes(differences: Differences) -> list[str]:
             "Each interval stands alone: of twenty methods that are no different, about one excludes 0."
         )
         notes += _seed_notes(most)
+    if differences.left_out and not differences.found:
+        reason = differences.left_out.get(differences.reference)
+        if reason is not None:
+            notes.append(f"There is no difference to {differences.reference}: {reason}.")
+            return notes
     if differences.left_out:
         why = "; ".join(f"{label}: {reason}" for label, reason in differences.left_out.items())
         notes.append(f"Without a difference to {differences.reference}: {why}.")

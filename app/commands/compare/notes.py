@@ -134,7 +134,7 @@ def _unequal_seeds(comparison: Comparison) -> list[str]:
     by_rate = comparison.finished.groupby(["method", "rate"], observed=True).seed.agg(set)
     shared, used, notes = {}, {}, []
     for label, choice in comparison.choices.items():
-        if any(seeds != choice.seeds for (own, _), seeds in by_rate.items() if own == label):
+        if any(not seeds <= choice.seeds for (own, _), seeds in by_rate.items() if own == label):
             shared[label] = choice.seeds
         if choice.rate is not None:
             used[label] = by_rate[label, choice.rate]

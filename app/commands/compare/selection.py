@@ -230,8 +230,10 @@ def _compare(
     def order(label: str) -> tuple[int, float, str]:
         if label not in means.index:
             return (2, 0.0, label)
-        sign = 1 if reported.less_is_better else -1
-        test, validation = (value * sign for value in means.loc[label])
+        test, validation = (
+            value if score.less_is_better else -value
+            for value, score in zip(means.loc[label], (reported, chooser), strict=True)
+        )
         return (1, validation, label) if math.isnan(test) else (0, test, label)
 
     labels = sorted(variants, key=order)
@@ -245,8 +247,9 @@ def _choose(rows: pd.DataFrame, sign: int) -> Choice:
 
     The best rate is the one with the best mean selection score on the validation rows, among the rates at
     which no run failed or diverged, over the seeds that all of these rates have finished; of equal ones the
-    one with the lower validation loss, then the lower rate. Where the rates have no seed in common, those with
-    the fewest seeds are left out. `sign` is 1 if more of the selection score is better, -1 if less is.
+    one with the lower validation loss, then the lower rate. Rates with fewer seeds than the best one are then
+    left out, and the others compared again, over more seeds. Where the rates have no seed in common, those
+    with the fewest are left out. `sign` is 1 if more of the selection score is better, -1 if less is.
     """
     failed = rows.rate[rows.state.isin(FAILED)]
     able = rows[rows.selection_score.notna() & ~rows.rate.isin(failed)]
@@ -255,13 +258,21 @@ def _choose(rows: pd.DataFrame, sign: int) -> Choice:
         seeds = seeds.drop(seeds.map(len).idxmin())
     if seeds.empty:
         return Choice(None, "", set())
+    best = _best(able, seeds, sign)
+    while (kept := seeds[seeds.map(len) >= len(seeds[best])]).size < seeds.size:
+        seeds = kept
+        best = _best(able, seeds, sign)
     shared = set.intersection(*seeds)
-    compared = able[able.rate.isin(seeds.index) & able.seed.isin(shared)]
+    edge = {rows.rate.max(): "highest", rows.rate.min(): "lowest"}.get(best, "")
+    return Choice(best, "only" if rows.rate.nunique() == 1 else edge, shared)
+
+
+def _best(able: pd.DataFrame, seeds: pd.Series, sign: int) -> Any:
+    """Return the best of the rates in `seeds`, over the seeds that all of them have."""
+    compared = able[able.rate.isin(seeds.index) & able.seed.isin(set.intersection(*seeds))]
     columns = ["selection_score", "validation_loss"]
     means = compared.groupby("rate", observed=True)[columns].mean()
     # Few rows tie often, but for the rounding of float32.
     means["selection_score"] = (sign * means["selection_score"]).round(6)
     means["validation_loss"] = means["validation_loss"].fillna(0)
-    best = means.sort_values(columns, ascending=[False, True]).index[0]
-    edge = {rows.rate.max(): "highest", rows.rate.min(): "lowest"}.get(best, "")
-    return Choice(best, "only" if rows.rate.nunique() == 1 else edge, shared)
+    return means.sort_values(columns, ascending=[False, True]).index[0]

@@ -51,7 +51,7 @@ def _panel(
     found: Sequence[Chosen],
 ) -> None:
     for where, style in ((grid.eta_rows, "--"), (VALIDATION, ":")):
-        value = _drawn(measurements[UNTOUCHED, where][name])
+        value = _drawn(measurements[UNTOUCHED, where].get(name))
         axes.axhline(value, color="0.4", linestyle=style)
     every = [series for samples in grid.samples for series in grid.series(samples)]
     for series, choice in zip(every, found, strict=True):
@@ -62,7 +62,7 @@ def _panel(
         values = [_drawn(measurements[step, grid.eta_rows][name]) for step in series]
         axes.plot(grid.etas, values, **look)
         star = {"color": look["color"], "markersize": 12, "markeredgecolor": "black"}
-        axes.plot(choice.step.eta, _drawn(choice.validation[name]), "*", **star)
+        axes.plot(choice.step.eta, _drawn(choice.validation.get(name)), "*", **star)
     axes.set(
         xscale="log",
         yscale="log" if name == TASK_LOSS else "linear",

@@ -1,6 +1,7 @@
 """Differences to a reference: which methods, which rows, in which words; the table, the CSV and the plot."""
 
 import io
+import json
 import shutil
 
 import matplotlib.image
@@ -192,6 +193,28 @@ def test_what_has_no_rows_is_left_out_and_said(runs, report):
         f"Without a difference to lora: pissa: {differences.left_out['pissa']}; lora_one: its rows are not "
         "those of lora."
     )
+
+
+def untest(folder):
+    """Let a run have no test scores."""
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["metrics"]["test"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_an_untested_method_takes_no_score_from_the_others(runs):
+    scores = {each.score for each in found(runs).found if each.method == "lora_one"}
+    assert len(scores) > 1
+    for seed in range(3):
+        untest(runs / f"pissa-{seed}")
+    differences = found(runs)
+    assert {each.score for each in differences.found} == scores
+    assert {each.method for each in differences.found} == {"lora_one"}
+    assert differences.left_out["pissa"].startswith("it is not tested yet")
+    for seed in range(3):
+        untest(runs / f"lora-{seed}")
+    [note] = differences_notes(found(runs))
+    assert note.startswith("There is no difference to lora: it is not tested yet")
 
 
 def test_the_report(runs, report, tmp_path):

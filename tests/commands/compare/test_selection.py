@@ -134,6 +134,28 @@ def test_rates_are_chosen_on_the_seeds_that_they_share(tmp_path):
     assert not any("run failed" in note for note in notes)
 
 
+def test_rates_with_fewer_seeds_choose_no_more_once_they_are_worse(tmp_path):
+    """A grid that is refined around the best rate of one seed."""
+    grid = {1e-4: [0.1], 3e-4: [0.5, 0.4, 0.4], 1e-3: [0.49, 0.6, 0.6], 3e-3: [0.3, 0.2, 0.2]}
+    for rate, scores in grid.items():
+        for seed, validation in enumerate(scores):
+            grid_run(tmp_path, "lora", rate, seed, validation, 0.5)
+    rows, notes = main_rows(tmp_path)
+    assert rate_of(rows["lora"]) == "1e-3"  # not 3e-4, the best on seed 0
+    assert not any("on the seeds that they share" in note for note in notes)
+
+
+def test_untested_methods_stand_in_the_order_of_what_chose(tmp_path):
+    for method, loss in (("dora", 0.7), ("lora_one", 0.9), ("pissa", 0.5)):
+        write_run(tmp_path / method, method)
+        ask_benchmark(tmp_path / method, loss, 0.5 + loss / 10)
+        metrics = {"final": {"loss": loss, "gsm8k/strict": 0.5}}
+        summary = json.loads((tmp_path / method / "summary.json").read_text())
+        (tmp_path / method / "summary.json").write_text(json.dumps(summary | {"metrics": metrics}))
+    [comparison] = comparisons(collect([tmp_path]))
+    assert list(comparison.choices) == ["pissa", "dora", "lora_one"]
+
+
 def test_lost_runs_of_others_change_no_choice(tmp_path):
     """An unfinished run of another task, and a failed one of another variant, at the best rate."""
     first, second = tmp_path / "first", tmp_path / "second"

@@ -90,3 +90,14 @@ def test_every_series_is_drawn(tmp_path):
     found = choices(made, GRID, {"lora_alpha": 16, "use_rslora": True})
     draw(tmp_path / "steps.png", made, GRID, found)
     check_picture(tmp_path / "steps.png")
+
+
+def test_without_validation_rows_the_training_rows_are_drawn(tmp_path):
+    made = measured(tmp_path / "lines.jsonl", {4: (1.9, 1.5, 2.5), "full": (3.0, 1.0, 3.0)})
+    for (_, rows), scores in made._scores.items():
+        if rows == VALIDATION:  # those of a benchmark alone
+            scores.clear()
+            scores["gsm8k/strict"] = 0.5
+    found = choices(made, GRID, {"lora_alpha": 16, "use_rslora": True})
+    draw(tmp_path / "steps.png", made, GRID, found)
+    check_picture(tmp_path / "steps.png")
