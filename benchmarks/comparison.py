@@ -5,10 +5,10 @@
 
 SmolLM2-135M, rank 8, every update scaled by lora_alpha / sqrt(r), the base in bfloat16 and the factors in
 float32 (--precision). For each task and method: four learning rates on seed 0, and further ones until the best
-has a neighbour on either side; then the other seeds at these three. Rates are compared by the task loss of
-validation rows; a method's best is then tested, with each seed, as far as the task has test rows. Every run is
-a folder of `fit` below OUTPUT/TASK/cells, which `report` reads; what is finished there is not run again. A run
-is a process that has its libraries from one that imports them once.
+has a neighbour on either side; then the other seeds at these three, and again further ones. Rates are compared
+by the task loss of validation rows; a method's best is then tested, with each seed, where there are test rows.
+Every run is a folder of `fit` below OUTPUT/TASK/cells, which `report` reads; what is finished there is not
+run again. A run is a process that has its libraries from one that imports them once.
 """
 
 import argparse
@@ -31,8 +31,8 @@ METHODS = (
     *("rslora", "lora_plus", "p_lora", "lora_pro", "reflora", "olora", "pissa", "loram"),
     *("loram_one", "lora_ga", "lora_one", "lora_one_adamw"),
 )
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-FIRST = slice(2, 6)
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+FIRST = RATES[4:8]
 TASKS = {
     "reviews": [
         "--config=reviews_smollm2.yaml",
@@ -129,21 +129,24 @@ class Task:
         if state.state == "trained":
             self.run(cell.name, ["test", "--run", str(state.run)])
 
+    def search(self, method: str, rates: Sequence[float], seeds: Sequence[int]) -> int:
+        """Train at rates, and at neighbours of the best one until it has both; return the best one's place."""
+        tried = list(rates)
+        while True:
+            with ThreadPoolExecutor(len(tried) * len(seeds)) as pool:
+                list(pool.map(self.fit, grid([Variant(method)], tried, seeds)))
+            best = RATES.index(min(tried, key=lambda rate: self.loss(method, rate, seeds)))
+            missing = [rate for rate in RATES[max(best - 1, 0) : best + 2] if rate not in tried]
+            if not missing:
+                return best
+            tried += missing
+
     def compare(self, method: str) -> None:
-        """Find the method's learning rate, train it with every seed, and test it."""
-        first, *others = self.seeds
-        rates = list(RATES[FIRST])
-        with ThreadPoolExecutor(len(RATES) * len(self.seeds)) as pool:
-            while True:
-                list(pool.map(self.fit, [Cell(method, rate, first) for rate in rates]))
-                best = RATES.index(min(rates, key=lambda rate: self.loss(method, rate, [first])))
-                near = RATES[max(best - 1, 0) : best + 2]
-                if set(near) <= set(rates):
-                    break
-                rates += [rate for rate in near if rate not in rates]
-            list(pool.map(self.fit, grid([Variant(method)], near, others)))
-            chosen = min(near, key=lambda rate: self.loss(method, rate, self.seeds))
-            list(pool.map(self.test, grid([Variant(method)], [chosen], self.seeds)))
+        """Find the method's learning rate, on one seed and then on all, and test it."""
+        best = self.search(method, FIRST, self.seeds[:1])
+        best = self.search(method, RATES[max(best - 1, 0) : best + 2], self.seeds)
+        with ThreadPoolExecutor(len(self.seeds)) as pool:
+            list(pool.map(self.test, grid([Variant(method)], [RATES[best]], self.seeds)))
 
 
 def main() -> None:
