@@ -154,8 +154,7 @@ def row(task: str, start: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
         cells.append(f"{loss} at {chosen[0]['lr']:g}" if step and several else loss)
     if "accuracy" not in runs[0]["scores"]["0"]:
         return [*cells, ""]
-    last = STEPS[-1]
-    mean, error = summary(best(runs, last), last, "accuracy")
+    mean, error = summary(chosen, STEPS[-1], "accuracy")
     return [*cells, f"{100 * mean:.1f} ± {100 * error:.1f}"]
 
 

@@ -199,12 +199,10 @@ def differences_notes(differences: Differences) -> list[str]:
             "Each interval stands alone: of twenty methods that are no different, about one excludes 0."
         )
         notes += _seed_notes(most)
-    if differences.left_out and not differences.found:
-        reason = differences.left_out.get(differences.reference)
-        if reason is not None:
-            notes.append(f"There is no difference to {differences.reference}: {reason}.")
-            return notes
-    if differences.left_out:
+    unread = differences.left_out.get(differences.reference)
+    if unread is not None and not differences.found:
+        notes.append(f"There is no difference to {differences.reference}: {unread}.")
+    elif differences.left_out:
         why = "; ".join(f"{label}: {reason}" for label, reason in differences.left_out.items())
         notes.append(f"Without a difference to {differences.reference}: {why}.")
     return notes
