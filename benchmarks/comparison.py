@@ -44,7 +44,8 @@ TASKS = {
     ],
     "code_alpaca": [
         *("--config=code_alpaca_smollm2.yaml", "--data.evals=[]"),
-        *("--data.batch_size=4", "--data.keep_below=160", "--data.validation_size=60"),
+        *("--data.batch_size=4", "--data.keep_below=160"),
+        *("--data.validation_size=60", "--data.test_size=200"),
     ],
 }
 FILES = {"sst2": "glue", "code_alpaca": "code/code_alpaca_2k.json"}

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.utils.errors import InputError
 from data_modules.encoding import chunks
-from data_modules.row_checks import rows_of_examples
+from data_modules.row_checks import SPLITS, rows_of_examples
 from data_modules.rows import EncodedRow, TextRow
 from data_modules.sampling import split_off
 from data_modules.text import TextDataModule
@@ -32,10 +32,9 @@ class GenerativeDataModule(TextDataModule):
         completion_only_loss: Learn the answers alone; false learns the prompts, too (TRL's name).
         validation_size: Rows that validate: those that follow the training rows, or, where too few follow,
             rows drawn from them, the same for every seed; 0 trains without validation.
+        test_size: Rows that are tested by their loss, found likewise behind those that validate; 0 for none.
         **options: See `TextDataModule`.
     """
-
-    splits = ("train", "validation")
 
     def __init__(
         self,
@@ -44,6 +43,7 @@ class GenerativeDataModule(TextDataModule):
         keep_below: int | None = None,
         max_rows: int | None = None,
         validation_size: int = 1000,
+        test_size: int = 0,
         completion_only_loss: bool = True,
         **options: Any,
     ) -> None:
@@ -53,10 +53,13 @@ class GenerativeDataModule(TextDataModule):
         for name, value in (("keep_below", keep_below), ("max_rows", max_rows)):
             if value is not None and value < 1:
                 raise InputError(f"--data.{name}={value}: expected at least 1, or null for all")
-        if validation_size < 0:
-            raise InputError(f"--data.validation_size={validation_size}: expected at least 0")
+        for name, value in (("validation_size", validation_size), ("test_size", test_size)):
+            if value < 0:
+                raise InputError(f"--data.{name}={value}: expected at least 0")
         self.keep_below = keep_below
         self.max_rows = max_rows
+        self.test_size = test_size
+        self.splits = SPLITS if test_size else ("train", "validation")
         self.completion_only_loss = completion_only_loss
         self._candidates: list[TextRow] = []
         self._tokens: dict[TextRow, EncodedRow] = {}
@@ -83,16 +86,25 @@ class GenerativeDataModule(TextDataModule):
     def load(self) -> dict[str, list[TextRow]]:
         """Return the rows by their use; the model's tokenizer decides which are too long."""
         self.read()
-        kept, size = self._short_enough(), self.validation_size or 0
-        train = kept[: self.max_rows]
-        validation = kept[len(train) : len(train) + size]
-        if len(validation) < size:
-            train, validation = split_off(train, size, "data.validation_size")
-        return {"train": train, "validation": validation}
+        kept = self._short_enough()
+        rows = {"train": kept[: self.max_rows]}
+        following = kept[len(rows["train"]) :]
+        for split in self.splits[1:]:
+            name = f"{split}_size"
+            size = getattr(self, name) or 0
+            rows[split], following = following[:size], following[size:]
+            if len(rows[split]) < size:
+                rows["train"], rows[split] = split_off(rows["train"], size, f"data.{name}")
+        return rows
+
+    @property
+    def held_out(self) -> int:
+        """How many rows validate or are tested."""
+        return (self.validation_size or 0) + self.test_size
 
     def _short_enough(self) -> list[TextRow]:
         """Return the rows that are short enough, up to those needed, and keep their tokens."""
-        limits = (self.max_length, self.keep_below, self.max_rows, self.validation_size)
+        limits = (self.max_length, self.keep_below, self.max_rows, self.held_out)
         identity = partial(self.encoder.identity, *limits)
         encoded, num_read = cached(self._candidates, identity, self._encode_candidates)
         kept = [self._candidates[row.index] for row in encoded]
@@ -114,7 +126,7 @@ class GenerativeDataModule(TextDataModule):
         """Return the rows that are short enough, numbered as candidates, and how many were read for them."""
         rows, num_read = self._candidates, 0
         kept: list[EncodedRow] = []
-        needed = len(rows) if self.max_rows is None else self.max_rows + (self.validation_size or 0)
+        needed = len(rows) if self.max_rows is None else self.max_rows + self.held_out
         for start, chunk in chunks(rows, self.task_name):
             part = list(enumerate(chunk, start))
             num_read += len(part)

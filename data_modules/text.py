@@ -5,7 +5,7 @@ A data source subclasses `TextDataModule` and writes only `load`: which prompts 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -56,7 +56,7 @@ class TextDataModule(LightningDataModule):
 
     task_name = "text"
     label_words: tuple[str, ...] = ()  # of rows with classes, in the order of the classes
-    splits: ClassVar[tuple[str, ...]] = SPLITS  # what the source has rows for
+    splits: tuple[str, ...] = SPLITS  # what the source has rows for
 
     def __init__(
         self,

@@ -95,6 +95,22 @@ def test_where_no_rows_follow_some_are_set_aside(tiny_tokenizer, tmp_path):
     assert len(held[0]) == 4
 
 
+@pytest.mark.parametrize(("max_rows", "num_train"), [(3, 3), (6, 4), (None, 4)])
+def test_tested_rows_stand_behind_those_that_validate(
+    max_rows, num_train, tiny_tokenizer, tmp_path
+):
+    """Of ten rows; where too few follow those that train, some of these are set aside."""
+    rows = [{"query": str(i), "response": "a", "type": "GSM"} for i in range(10)]
+    sizes = {"validation_size": 4, "test_size": 2, "max_rows": max_rows}
+    data = from_file(MetaMathQADataModule, tiny_tokenizer, tmp_path, rows, **sizes)
+    parts = [texts(data, split) for split in ("train", "validation", "test")]
+    assert list(map(len, parts)) == [num_train, 4, 2]
+    assert len(set().union(*parts)) == num_train + 6
+    if max_rows == 3:
+        every = from_file(MetaMathQADataModule, tiny_tokenizer, tmp_path, rows, validation_size=0)
+        assert [*parts[0], *parts[1], *parts[2]] == texts(every)[:9]
+
+
 WRONG = {
     "field": (InstructionDataModule, [{"instruction": "a"}], "instruction, output"),
     "foreign": (MetaMathQADataModule, [{"question": "a"}], "query, response, type"),
@@ -124,10 +140,13 @@ def test_a_hub_out_of_reach(kind, monkeypatch, tmp_path):
         kind().prepare_data()
 
 
-@pytest.mark.parametrize("options", [{"keep_below": 0}, {"max_rows": 0}, {"validation_size": -1}])
-def test_sizes_that_are_too_small(options):
-    with pytest.raises(InputError, match=next(iter(options))):
-        Gsm8kDataModule(path="x", **options)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("keep_below", 0), ("max_rows", 0), ("validation_size", -1), ("test_size", -1)],
+)
+def test_sizes_that_are_too_small(name, value):
+    with pytest.raises(InputError, match=f"{name}={value}"):
+        Gsm8kDataModule(path="x", **{name: value})
 
 
 def test_each_source_writes_its_examples():
@@ -140,8 +159,8 @@ def test_each_source_writes_its_examples():
 
 @pytest.mark.slow
 def test_a_run_scores_the_loss_alone(command, tiny_run, tmp_path):
-    """Rows without classes through the whole command: trained, validated, described; nothing to test."""
-    rows = [{"question": f"{i}+{i}?", "answer": f"#### {2 * i}"} for i in range(20)]
+    """Rows without classes through the whole command: trained, validated, described; tested where asked."""
+    rows = [{"question": f"{i}+{i}?", "answer": f"#### {2 * i}"} for i in range(24)]
     rows.append({"question": "1" * 300, "answer": "#### 1"})
     path = write_jsonl(tmp_path / "train.jsonl", *rows)
     data = f"data_modules.gsm8k.Gsm8kDataModule --data.path {path} --data.max_length 64".split()
@@ -149,10 +168,17 @@ def test_a_run_scores_the_loss_alone(command, tiny_run, tmp_path):
     assert command("fit", "--config", tiny_run, "--data", *options) == 0
     folder = tmp_path / "runs" / "tiny" / "version_0"
     summary = run_folders.summary(folder)
-    assert summary["data"]["rows"] == {"train": 16, "validation": 4, "test": 0}
+    assert summary["data"]["rows"] == {"train": 20, "validation": 4, "test": 0}
     assert summary["data"]["dropped_rows"] == {"empty_answer": 0, "too_long": 1}
     assert set(summary["metrics"]["final"]) == {"loss"}
     assert command("test", "--run", folder) != 0
+    assert command("fit", "--config", tiny_run, "--data", *options, "--data.test_size", "3") == 0
+    folder = tmp_path / "runs" / "tiny" / "version_1"
+    assert command("test", "--run", folder) == 0
+    summary = run_folders.summary(folder)
+    assert summary["data"]["rows"] == {"train": 17, "validation": 4, "test": 3}
+    assert set(summary["metrics"]["test"]) == {"loss"}
+    assert command("report", folder) == 0
 
 
 def test_prompts_are_learnt_too_where_that_is_asked_for(tiny_tokenizer, tmp_path):
