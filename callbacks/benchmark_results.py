@@ -13,15 +13,37 @@ from app.evaluation.answers import answer_tables
 from app.evaluation.scoring import lower_is_better
 from app.tracking.loggers import OutputSettings, run_folder_of
 from app.tracking.model_card import write_run_card
-from app.tracking.record import RunRecord
+from app.tracking.record import DataRecord, RunRecord
 from app.tracking.row_scores import write_row_scores
 from app.tracking.run_folder import RunFolder
 from app.tracking.run_text import finished_text
 from app.tracking.tensorboard_summary import log_texts
 from app.tracking.wandb_summary import log_answers, log_test_scores
-from app.training.protocols import adapted, data_of, logged_scores
+from app.training.protocols import DataModule, adapted, data_of, logged_scores
 from app.utils.console import warn_on_failure
+from app.utils.errors import InputError
 from app.utils.files import read_json, write_json
+
+
+def check_held_out(trained: DataRecord, data: DataModule, stage: str) -> None:
+    """Raise InputError if rows that trained a run were set aside since, to be scored.
+
+    Args:
+        trained: The data of the run.
+        data: What is scored, with all options given now.
+        stage: "validate" or "test".
+    """
+    split = "test" if stage == "test" else "validation"
+    if not data.rows(split):
+        return
+    now, then = data.describe(), trained.rows.get("train", 0)
+    left = now["rows"]["train"]
+    if left < then and now.get("source") == getattr(trained, "source", None):
+        raise InputError(
+            f"the run was trained on {then:,} rows of {now['source']}, of which these settings leave {left:,}: "
+            f"expected the rows that it was trained with, since others may be scored that it has seen; leave "
+            f"out what sets rows aside, such as --data.{split}_size, or train anew with it"
+        )
 
 
 class BenchmarkResults(Callback):
@@ -37,8 +59,10 @@ class BenchmarkResults(Callback):
         self.output = output
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Set the module's folder of answers."""
+        """Set the module's folder of answers, and look whether a run is scored on rows that it has not seen."""
         folder = self.folder
+        if folder is not None and folder.summary.is_file():
+            check_held_out(RunRecord.read(folder.summary).data, data_of(trainer), stage)
         if folder is None and stage == "fit":
             folder = trainer.strategy.broadcast(run_folder_of(trainer.loggers))
         adapted(pl_module).answers_folder = None if folder is None else folder.answers

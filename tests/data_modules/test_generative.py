@@ -158,7 +158,7 @@ def test_each_source_writes_its_examples():
 
 
 @pytest.mark.slow
-def test_a_run_scores_the_loss_alone(command, tiny_run, tmp_path):
+def test_a_run_scores_the_loss_alone(command, error_of, tiny_run, tmp_path):
     """Rows without classes through the whole command: trained, validated, described; tested where asked."""
     rows = [{"question": f"{i}+{i}?", "answer": f"#### {2 * i}"} for i in range(24)]
     rows.append({"question": "1" * 300, "answer": "#### 1"})
@@ -179,6 +179,8 @@ def test_a_run_scores_the_loss_alone(command, tiny_run, tmp_path):
     assert summary["data"]["rows"] == {"train": 17, "validation": 4, "test": 3}
     assert set(summary["metrics"]["test"]) == {"loss"}
     assert command("report", folder) == 0
+    assert "leave 15" in error_of("test", "--run", folder, "--data.test_size", "5")
+    assert "leave 15" in error_of("validate", "--run", folder, "--data.validation_size", "6")
 
 
 def test_prompts_are_learnt_too_where_that_is_asked_for(tiny_tokenizer, tmp_path):
