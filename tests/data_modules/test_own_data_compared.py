@@ -42,7 +42,7 @@ def test_a_table(compare, options, tmp_path):
 @pytest.mark.slow
 def test_conversations(compare, options, tmp_path):
     assert compare(*GRID, "--score=loss", options=options(chat(tmp_path))) == 0
-    assert len(cells(tmp_path)) == 2
+    assert [set(cell["metrics"]["test"]) for cell in cells(tmp_path)] == [{"loss"}] * 2
 
 
 def test_a_table_without_test_rows_is_refused(refused, options, tmp_path):
