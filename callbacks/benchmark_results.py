@@ -1,5 +1,6 @@
 """Where answers to benchmarks go, how fast they come, and the scores of a test, of each row too."""
 
+from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,24 +27,33 @@ from app.utils.files import read_json, write_json
 
 
 def check_held_out(trained: DataRecord, data: DataModule, stage: str) -> None:
-    """Raise InputError if rows that trained a run were set aside since, to be scored.
+    """Raise InputError if rows are scored that a run may have been trained on: others were set aside then.
 
     Args:
-        trained: The data of the run.
+        trained: The data of the run, as its summary has it.
         data: What is scored, with all options given now.
         stage: "validate" or "test".
     """
-    split = "test" if stage == "test" else "validation"
-    if not data.rows(split):
+    split = "test" if stage == "test" and data.rows("test") else "validation"
+    if stage == "test" and split == "validation":
+        asked = data.prepare_benchmarks("test")
+        if not any(each.benchmark.asks_rows for each in asked):
+            return
+    if not data.rows(split) or not trained.digests:
         return
-    now, then = data.describe(), trained.rows.get("train", 0)
-    left = now["rows"]["train"]
-    if left < then and now.get("source") == getattr(trained, "source", None):
+    now = data.describe()
+    if now.get("source") != getattr(trained, "source", None):
+        return
+    if all(now["digests"][part] != trained.digests.get(part) for part in ("train", split)):
         raise InputError(
-            f"the run was trained on {then:,} rows of {now['source']}, of which these settings leave {left:,}: "
-            f"expected the rows that it was trained with, since others may be scored that it has seen; leave "
-            f"out what sets rows aside, such as --data.{split}_size, or train anew with it"
+            f"the {split} rows are not those that the run set aside, and may be rows that it was trained on: "
+            f"it had {_counts(trained.rows)} rows, and with these settings there are {_counts(now['rows'])}; "
+            f"leave out the settings that choose rows, such as --data.{split}_size, or train anew with them"
         )
+
+
+def _counts(rows: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {split}" for split, count in rows.items())
 
 
 class BenchmarkResults(Callback):
@@ -61,8 +71,10 @@ class BenchmarkResults(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the module's folder of answers, and look whether a run is scored on rows that it has not seen."""
         folder = self.folder
-        if folder is not None and folder.summary.is_file():
-            check_held_out(RunRecord.read(folder.summary).data, data_of(trainer), stage)
+        # The scores of a merged model have a folder in the run's.
+        places = () if folder is None else map(RunFolder, (folder.path, folder.path.parent))
+        if run := next((place for place in places if place.summary.is_file()), None):
+            check_held_out(RunRecord.read(run.summary).data, data_of(trainer), stage)
         if folder is None and stage == "fit":
             folder = trainer.strategy.broadcast(run_folder_of(trainer.loggers))
         adapted(pl_module).answers_folder = None if folder is None else folder.answers

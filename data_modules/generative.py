@@ -1,4 +1,4 @@
-"""Rows of prompts and free answers: which are taken, and which validate."""
+"""Rows of prompts and free answers: which are taken, which validate and which are tested."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -79,8 +79,9 @@ class GenerativeDataModule(TextDataModule):
             self._candidates = [row for row in rows if row.answer.strip()]
             self.dropped_rows["empty_answer"] = len(rows) - len(self._candidates)
             if not self._candidates:
+                read = self.path or self.source
                 raise InputError(
-                    f"{self.source} has no row of {self.task_name} with an answer: change --data.path"
+                    f"{read} has no row of {self.task_name} with an answer: change --data.path"
                 )
 
     def load(self) -> dict[str, list[TextRow]]:
@@ -92,8 +93,9 @@ class GenerativeDataModule(TextDataModule):
         for split in self.splits[1:]:
             name = f"{split}_size"
             size = getattr(self, name) or 0
-            rows[split], following = following[:size], following[size:]
-            if len(rows[split]) < size:
+            if size <= len(following):
+                rows[split], following = following[:size], following[size:]
+            else:
                 rows["train"], rows[split] = split_off(rows["train"], size, f"data.{name}")
         return rows
 

@@ -52,7 +52,8 @@ def check_stage(
         )
     if not splits and not has_benchmarks:
         raise InputError(
-            f"{source} has no rows to score: name a benchmark in --data.evals, as --config eval/gsm8k.yaml does"
+            f"{source} has no rows to score: name a benchmark in --data.evals, as --config eval/gsm8k.yaml "
+            "does, or train with --data.test_size"
         )
     if stage == "fit" and "validation" not in splits and not has_benchmarks:
         rank_zero_warn(f"{source} has no validation rows: the training is not scored")

@@ -30,6 +30,7 @@ class DataRecord(Section):
 
     name: str | None = None
     rows: dict[str, int] = {}
+    digests: dict[str, str] = {}  # of each split's rows
     evals: list[dict[str, Any]] = []  # name and version of each benchmark that the run asks
 
     @property

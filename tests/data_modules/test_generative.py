@@ -95,7 +95,7 @@ def test_where_no_rows_follow_some_are_set_aside(tiny_tokenizer, tmp_path):
     assert len(held[0]) == 4
 
 
-@pytest.mark.parametrize(("max_rows", "num_train"), [(3, 3), (6, 4), (None, 4)])
+@pytest.mark.parametrize(("max_rows", "num_train"), [(3, 3), (6, 4), (7, 3), (None, 4)])
 def test_tested_rows_stand_behind_those_that_validate(
     max_rows, num_train, tiny_tokenizer, tmp_path
 ):
@@ -105,7 +105,7 @@ def test_tested_rows_stand_behind_those_that_validate(
     data = from_file(MetaMathQADataModule, tiny_tokenizer, tmp_path, rows, **sizes)
     parts = [texts(data, split) for split in ("train", "validation", "test")]
     assert list(map(len, parts)) == [num_train, 4, 2]
-    assert len(set().union(*parts)) == num_train + 6
+    assert len(set().union(*parts)) == num_train + 6, "no row is two of these"
     if max_rows == 3:
         every = from_file(MetaMathQADataModule, tiny_tokenizer, tmp_path, rows, validation_size=0)
         assert [*parts[0], *parts[1], *parts[2]] == texts(every)[:9]
@@ -179,8 +179,10 @@ def test_a_run_scores_the_loss_alone(command, error_of, tiny_run, tmp_path):
     assert summary["data"]["rows"] == {"train": 17, "validation": 4, "test": 3}
     assert set(summary["metrics"]["test"]) == {"loss"}
     assert command("report", folder) == 0
-    assert "leave 15" in error_of("test", "--run", folder, "--data.test_size", "5")
-    assert "leave 15" in error_of("validate", "--run", folder, "--data.validation_size", "6")
+    for change in (("test", "--data.test_size", "5"), ("validate", "--data.validation_size", "6")):
+        told = error_of(change[0], "--run", folder, *change[1:])
+        assert "it had 17 train, 4 validation, 3 test rows" in told
+        assert change[1] in told
 
 
 def test_prompts_are_learnt_too_where_that_is_asked_for(tiny_tokenizer, tmp_path):

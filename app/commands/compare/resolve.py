@@ -208,7 +208,7 @@ def rows_to_set_aside(run: ResolvedRun) -> int | None:
     """Return how many training rows to set aside where a run would validate on the rows that it reports.
 
     A fifth, at most 1,000; None where the configuration has set some aside, or the data has no classes: then
-    the test asks benchmarks, and the loss of rows chooses.
+    the loss of the validation rows chooses, and others or benchmarks are tested.
     """
     data = run.data
     if not data.label_words or data.validation_size is not None:
