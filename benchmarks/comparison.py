@@ -2,13 +2,14 @@
 
     python -m benchmarks.comparison --data ../shared/data --output runs/comparison
     python train.py report runs/comparison/reviews --score task_loss --reference rslora
+    python train.py report runs/comparison/code_alpaca --score loss --reference rslora
 
 SmolLM2-135M, rank 8, every update scaled by lora_alpha / sqrt(r), the base in bfloat16 and the factors in
 float32 (--precision). For each task and method: four learning rates on seed 0, and further ones until the best
 has a neighbour on either side; then the other seeds at these three, and again further ones. Rates are compared
-by the task loss of validation rows; a method's best is then tested, with each seed, where there are test rows.
-Every run is a folder of `fit` below OUTPUT/TASK/cells, which `report` reads; what is finished there is not
-run again. A run is a process that has its libraries from one that imports them once.
+by the task loss of validation rows, on Code Alpaca by the loss of the answers; a method's best is then tested,
+with each seed. Every run is a folder of `fit` below OUTPUT/TASK/cells, which `report` reads; what is finished
+there is not run again. A run is a process that has its libraries from one that imports them once.
 """
 
 import argparse
@@ -125,7 +126,7 @@ class Task:
         self.run(cell.name, ["fit", *settings, *own])
 
     def test(self, cell: Cell) -> None:
-        """Test one run unless that is done, or there are no test rows."""
+        """Test one run unless that is done."""
         state = self.state(cell)
         if state.state == "trained":
             self.run(cell.name, ["test", "--run", str(state.run)])

@@ -20,7 +20,7 @@ class LoramInit(WeightInit):
         W <- W - scaling * lora_B @ lora_A
 
     so that the first forward pass computes what the untouched model does. It is the control of a spectral
-    initialization: what that gains beyond this one, it owes to its directions.
+    initialization: what that gains beyond this one, it does not owe to the size of its factors.
 
     Args:
         gamma: null takes the size from the weight, that of PiSSA as the paper has it. A number, 1e-6 to 1e12,
