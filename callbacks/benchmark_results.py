@@ -1,6 +1,5 @@
 """Where answers to benchmarks go, how fast they come, and the scores of a test, of each row too."""
 
-from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,46 +13,16 @@ from app.evaluation.answers import answer_tables
 from app.evaluation.scoring import lower_is_better
 from app.tracking.loggers import OutputSettings, run_folder_of
 from app.tracking.model_card import write_run_card
-from app.tracking.record import DataRecord, RunRecord
+from app.tracking.record import RunRecord
 from app.tracking.row_scores import write_row_scores
 from app.tracking.run_folder import RunFolder
 from app.tracking.run_text import finished_text
 from app.tracking.tensorboard_summary import log_texts
 from app.tracking.wandb_summary import log_answers, log_test_scores
-from app.training.protocols import DataModule, adapted, data_of, logged_scores
+from app.training.held_out import check_held_out
+from app.training.protocols import adapted, data_of, logged_scores
 from app.utils.console import warn_on_failure
-from app.utils.errors import InputError
 from app.utils.files import read_json, write_json
-
-
-def check_held_out(trained: DataRecord, data: DataModule, stage: str) -> None:
-    """Raise InputError if rows are scored that a run may have been trained on: others were set aside then.
-
-    Args:
-        trained: The data of the run, as its summary has it.
-        data: What is scored, with all options given now.
-        stage: "validate" or "test".
-    """
-    split = "test" if stage == "test" and data.rows("test") else "validation"
-    if stage == "test" and split == "validation":
-        asked = data.prepare_benchmarks("test")
-        if not any(each.benchmark.asks_rows for each in asked):
-            return
-    if not data.rows(split) or not trained.digests:
-        return
-    now = data.describe()
-    if now.get("source") != getattr(trained, "source", None):
-        return
-    if all(now["digests"][part] != trained.digests.get(part) for part in ("train", split)):
-        raise InputError(
-            f"the {split} rows are not those that the run set aside, and may be rows that it was trained on: "
-            f"it had {_counts(trained.rows)} rows, and with these settings there are {_counts(now['rows'])}; "
-            f"leave out the settings that choose rows, such as --data.{split}_size, or train anew with them"
-        )
-
-
-def _counts(rows: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {split}" for split, count in rows.items())
 
 
 class BenchmarkResults(Callback):

@@ -25,11 +25,12 @@ from app.tracking.loggers import remove_unused_folder, run_folder_of
 from app.tracking.metrics_table import read_metrics
 from app.tracking.model_card import write_run_card
 from app.tracking.plots import write_plots
-from app.tracking.record import DataRecord, RunRecord, TrainRecord
+from app.tracking.record import RunRecord, TrainRecord
 from app.tracking.run_folder import RunFolder
 from app.tracking.run_text import finished_text
 from app.tracking.tensorboard_summary import log_run_to_tensorboard
 from app.tracking.wandb_summary import keep_wandb_run, log_run_summary
+from app.training.held_out import data_record
 from app.training.protocols import AdaptedModule, adapted, data_of
 from app.utils.console import warn_on_failure
 from app.utils.errors import InputError, reason
@@ -208,7 +209,7 @@ class RunReport(Callback):
             began=self._began,
             ended=self._ended,
         )
-        record.data = DataRecord(**data_of(trainer).describe())
+        record.data = data_record(data_of(trainer))
         asked = data_of(trainer).prepare_benchmarks("validation")
         record.lower_is_better = lower_is_better(asked)
         record.write(folder.summary)

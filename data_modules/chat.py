@@ -63,7 +63,7 @@ class ChatDataModule(GenerativeDataModule):
         self.validation_size = validation_size
         self.validation_file = validation_file
         self.config_name = config_name
-        self.source = ", ".join(filter(None, (path, validation_file)))
+        self.files = {"validation": validation_file}
         self.setting = "--data.path"  # names the file, in messages
         self._conversations: list[TextRow] = []
 

@@ -80,7 +80,6 @@ class TableDataModule(TextDataModule):
         self.files = {"validation": validation_file, "test": test_file}
         self.test_size = test_size
         self.config_name = config_name
-        self.source = ", ".join(filter(None, (path, validation_file, test_file)))
 
     @property
     def label_words(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -26,7 +26,7 @@ from data_modules.questions import BenchmarkQuestions, question_loaders
 from data_modules.row_checks import SPLITS, all_splits, check_rows, check_stage, splits_of
 from data_modules.rows import EncodedRow, PaddedRows, TextRow
 from data_modules.sampling import LengthGroupedSampler, check_position, initialization_share, subset
-from data_modules.token_cache import cached, rows_digest
+from data_modules.token_cache import cached
 
 Collate = Callable[[Any], Batch]
 Loaders = list[DataLoader[Any]]
@@ -81,7 +81,8 @@ class TextDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.train_size, self.validation_size = train_size, validation_size
+        self.train_size = train_size
+        self.validation_size = validation_size
         self.chat_template = chat_template
         self.length_grouping = length_grouping
         self.packing = packing
@@ -290,7 +291,6 @@ class TextDataModule(LightningDataModule):
         return {
             "name": self.task_name,
             "rows": {split: len(self.rows(split)) for split in SPLITS},
-            "digests": {split: rows_digest(self.rows(split)) for split in SPLITS},
             "source": self.source,
             "cut_prompts": dict(self.cut_prompts),
             "dropped_rows": dict(self.dropped_rows),

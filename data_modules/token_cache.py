@@ -40,7 +40,7 @@ def cached(
     """
     if sum(len(row.prompt) + len(row.answer) for row in rows) < CACHED_FROM:
         return encode()
-    file = cache_root() / "tokens" / f"{rows_digest(rows, settings())}.safetensors"
+    file = cache_root() / "tokens" / f"{_name(rows, settings())}.safetensors"
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(file))
@@ -57,8 +57,7 @@ def cached(
             return encoded
 
 
-def rows_digest(rows: Sequence[TextRow], settings: Iterable[str] = ()) -> str:
-    """Return a SHA-256 of the rows' texts, turns and classes, in their order, and of settings."""
+def _name(rows: Sequence[TextRow], settings: Iterable[str]) -> str:
     name = hashlib.sha256(FORMAT.encode())
     for setting in settings:
         name.update(f"\n{len(setting)} {setting}".encode())

@@ -207,7 +207,7 @@ def logged_names(trainer: Trainer, data: DataModule, adalora: bool) -> list[str]
         names += ["train/orthogonality", "adalora/triplets"]
     if trainer.limit_val_batches == 0:
         return names
-    rows = data.describe()["rows"]["validation"] > 0
+    rows = len(data.rows("validation")) > 0
     scores = score_names(data.label_token_ids(), rows, data.prepare_benchmarks("validation"))
     return [*names, *(f"val/{name}" for name in scores)]
 

@@ -2,9 +2,8 @@
 
 import pytest
 
-from app.tracking.record import DataRecord
+from app.training.held_out import check_held_out, data_record
 from app.utils.errors import InputError
-from callbacks.benchmark_results import check_held_out
 from data_modules.chat import ChatDataModule
 from data_modules.evals.free_answers import FreeAnswers
 from data_modules.gsm8k import Gsm8kDataModule
@@ -27,7 +26,7 @@ def check(tiny_tokenizer, tmp_path):
         return attached(kind, tiny_tokenizer, path=path, **options)
 
     def check(kind, rows, trained, scored, stage="test"):
-        record = DataRecord(**described(kind, rows, {**SIZES, **trained}).describe())
+        record = data_record(described(kind, rows, {**SIZES, **trained}))
         check_held_out(record, described(kind, rows, {**SIZES, **trained, **scored}), stage)
 
     return check
@@ -77,12 +76,39 @@ def test_a_file_of_other_rows_is_scored(kind, check, tiny_tokenizer, tmp_path):
     check(kind, rows, trained, {f"{split}_file": file}, "test" if split == "test" else "validate")
 
 
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_a_file_does_not_hide_the_other_split(stage, check, tmp_path):
+    """Rows set aside of those that trained are refused, though the other split has a file of its own."""
+    split, other = ("validation", "test") if stage == "validate" else ("test", "validation")
+    file = write_jsonl(tmp_path / "other.jsonl", *TABLE)
+    trained = {f"{split}_size": 3, f"{other}_size": None, f"{other}_file": file}
+    with pytest.raises(InputError, match=f"the {split} rows are not those"):
+        check(TableDataModule, TABLE, trained, {f"{split}_size": 9}, stage)
+
+
+def test_the_published_validation_rows_are_scored(check, tmp_path):
+    """They were the run's test rows."""
+    file = write_jsonl(tmp_path / "other.jsonl", *TABLE)
+    trained = {"validation_file": file, "validation_size": 4, "test_size": None}
+    check(TableDataModule, TABLE, trained, {"validation_size": None}, "validate")
+
+
 def test_other_data_are_scored(tiny_tokenizer, tmp_path):
-    """The source differs; a run of an earlier version has no digests."""
     files = [
         write_jsonl(tmp_path / f"{name}.jsonl", *FREE[at:]) for name, at in (("a", 0), ("b", 2))
     ]
     first, second = (attached(Gsm8kDataModule, tiny_tokenizer, path=f, **SIZES) for f in files)
-    check_held_out(DataRecord(**first.describe()), second, "test")
-    earlier = {**first.describe(), "digests": {}}
-    check_held_out(DataRecord(**earlier), second, "test")
+    check_held_out(data_record(first), second, "test")
+
+
+def test_another_spelling_of_the_path_and_runs_of_earlier_versions(tiny_tokenizer, tmp_path):
+    """A summary without digests has the numbers of rows."""
+    file = write_jsonl(tmp_path / "rows.jsonl", *FREE)
+    path, again = file, str(tmp_path / "x" / ".." / "rows.jsonl")
+    first = attached(Gsm8kDataModule, tiny_tokenizer, path=path, **SIZES)
+    more = attached(Gsm8kDataModule, tiny_tokenizer, path=again, **{**SIZES, "test_size": 5})
+    (tmp_path / "x").mkdir()
+    for record in (data_record(first), data_record(first).model_copy(update={"digests": {}})):
+        check_held_out(record, first, "test")
+        with pytest.raises(InputError, match="it had 17 train, 4 validation, 3 test rows"):
+            check_held_out(record, more, "test")
