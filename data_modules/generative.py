@@ -79,9 +79,8 @@ class GenerativeDataModule(TextDataModule):
             self._candidates = [row for row in rows if row.answer.strip()]
             self.dropped_rows["empty_answer"] = len(rows) - len(self._candidates)
             if not self._candidates:
-                read = self.path or self.source
                 raise InputError(
-                    f"{read} has no row of {self.task_name} with an answer: change --data.path"
+                    f"{self.source} has no row of {self.task_name} with an answer: change --data.path"
                 )
 
     def load(self) -> dict[str, list[TextRow]]:
